@@ -1,0 +1,7 @@
+"""One concern per file, each with its own state."""
+
+from cola_lightning.callbacks.samples import Samples
+from cola_lightning.callbacks.throughput import Throughput
+from cola_lightning.callbacks.yardsticks import Yardsticks
+
+__all__ = ["Samples", "Throughput", "Yardsticks"]

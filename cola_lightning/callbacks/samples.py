@@ -1,0 +1,59 @@
+"""What the model writes, to be read."""
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from cola_lightning.models import generate
+
+
+class Samples(L.Callback):
+    """Continues each prompt after every validation; the texts go to TensorBoard, the last ones to the terminal.
+
+    Args:
+        prompts: Beginnings of text.
+        max_new_tokens: Length of a continuation.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_k: Sample among the k likeliest tokens only.
+        seed: Of the sampling, the same each time, so that only the model differs.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        max_new_tokens: int = 60,
+        temperature: float = 0.8,
+        top_k: int | None = 50,
+        seed: int = 0,
+    ) -> None:
+        self.prompts, self.max_new_tokens = prompts, max_new_tokens
+        self.temperature, self.top_k, self.seed = temperature, top_k, seed
+        self._texts: list[str] = []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        tokenizer = trainer.datamodule.tokenizer
+        self._texts = []
+        for prompt in self.prompts:
+            ids = torch.tensor(tokenizer.encode([prompt]), device=pl_module.device)[:, :-1]  # without its end
+            generator = torch.Generator(pl_module.device).manual_seed(self.seed)
+            with trainer.precision_plugin.forward_context():
+                ids = generate(
+                    pl_module.network,
+                    ids,
+                    self.max_new_tokens,
+                    temperature=self.temperature,
+                    top_k=self.top_k,
+                    stop_id=tokenizer.eos_id,
+                    generator=generator,
+                )
+            self._texts.append(tokenizer.decode(ids[0].tolist()))
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_text"):
+                for prompt, text in zip(self.prompts, self._texts, strict=True):
+                    logger.experiment.add_text(f"samples/{prompt}", text, trainer.global_step)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for prompt, text in zip(self.prompts, self._texts, strict=False):  # none if nothing was validated
+            rank_zero_info(f"\nThe model continues {prompt!r}:\n  {' '.join(text.split())}")

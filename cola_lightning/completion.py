@@ -1,0 +1,62 @@
+"""Help for those who type: a JSON schema for editors, and completion for shells.
+
+Both come from jsonargparse, which describes every class that could stand at a ``class_path``. Lightning types some
+arguments as any ``torch.nn.Module``; those few are left open here, for listing all modules of torch takes minutes and
+fails on the metaclasses among them.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jsonargparse import ArgumentParser, _completions, _completions_jsonschema
+from torch import Tensor, nn
+
+
+def json_schema(parser: ArgumentParser) -> dict[str, Any]:
+    """The schema of a run file: what the parser takes, and ``config: FILE`` for the file that it builds on."""
+    with _open_ended():
+        schema = _completions_jsonschema.config_jsonschema(parser)
+    schema["properties"]["config"] = {"type": "string", "description": "File that this one builds on, relative to it."}
+    _make_partial(schema)
+    return schema
+
+
+def _make_partial(schema: Any) -> None:
+    """Require nothing, for a file may leave anything to the one it builds on, and allow ``key+`` to extend a list."""
+    if isinstance(schema, dict):
+        schema.pop("required", None)
+        properties = schema.get("properties", {})
+        lists = {f"{key}+": value for key, value in properties.items() if '"array"' in json.dumps(value)}
+        properties.update(lists)
+        for value in schema.values():
+            _make_partial(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            _make_partial(value)
+
+
+def shell_script(parser: ArgumentParser, shell: str) -> str:
+    """A completion script for ``bash``, ``zsh``, ``tcsh``, ``fish`` or ``powershell``."""
+    with _open_ended():
+        return parser.get_completion_script(f"shtab-{shell}")
+
+
+@contextmanager
+def _open_ended() -> Iterator[None]:
+    modules = (_completions, _completions_jsonschema)
+    original: Callable = _completions.get_all_subclass_paths
+
+    def bounded(cls: Any, *args: Any, **kwargs: Any) -> list[str]:
+        if cls in (nn.Module, Tensor, object) or (isinstance(cls, type) and issubclass(cls, type)):
+            return []
+        return original(cls, *args, **kwargs)
+
+    for module in modules:
+        module.get_all_subclass_paths = bounded
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.get_all_subclass_paths = original

@@ -1,0 +1,121 @@
+"""Documents out of a user's files: .txt, .jsonl and .parquet, each optionally in folders."""
+
+import glob
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cola_lightning.errors import InputError
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def find_files(paths: list[str]) -> list[Path]:
+    """Resolve files, folders (searched recursively), patterns and ``package:NAME/FOLDER`` to a sorted list of files.
+
+    Raises:
+        InputError: If an entry matches nothing, or a named package is not installed.
+    """
+    files: set[Path] = set()
+    for entry in paths:
+        found = _expand(entry)
+        if not found:
+            raise InputError(f"no {', '.join(SUFFIXES)} file at {entry!r}; name a file, a folder or a pattern")
+        files.update(found)
+    if not files:
+        raise InputError("no text is named; set --data.paths to files or folders of .txt, .jsonl or .parquet")
+    return sorted(files)
+
+
+def _expand(entry: str) -> list[Path]:
+    root = _in_package(entry) if entry.startswith("package:") else Path(entry).expanduser()
+    if root.is_dir():
+        return [path.resolve() for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()]
+    if root.is_file():
+        if root.suffix not in SUFFIXES:
+            raise InputError(f"{root} is not one of {', '.join(SUFFIXES)}; convert it or rename it")
+        return [root.resolve()]
+    matches = (Path(match) for match in glob.glob(str(root), recursive=True))
+    return [path.resolve() for path in matches if path.suffix in SUFFIXES and path.is_file()]
+
+
+def _in_package(entry: str) -> Path:
+    name, _, inside = entry.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            f"{entry!r} needs the Python package {name!r}, which is not installed; run: pip install {name}"
+        )
+    return Path(spec.submodule_search_locations[0]) / inside
+
+
+def read_documents(files: list[Path], text_column: str = "text", separator: str | None = None) -> Iterator[str]:
+    """Yield the documents of the files in order, empty ones left out.
+
+    Args:
+        files: A .txt file is one document, or several where ``separator`` is given; a .jsonl file has one JSON object a
+            line, a .parquet file one row a document.
+        text_column: Key or column that holds the text in .jsonl and .parquet.
+        separator: String between the documents of a .txt file.
+
+    Raises:
+        InputError: For a file that cannot be read, is not UTF-8, or lacks the column; names file and place.
+    """
+    for file in files:
+        try:
+            if file.suffix == ".txt":
+                text = file.read_text(encoding="utf-8")
+                documents: Iterator[str] = iter(text.split(separator) if separator else [text])
+            elif file.suffix == ".jsonl":
+                documents = _read_jsonl(file, text_column)
+            else:
+                documents = _read_parquet(file, text_column)
+            for document in documents:
+                if document.strip():
+                    yield document
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{file} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; convert it, for "
+                f"instance with: iconv -f latin1 -t utf8"
+            ) from error
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{file} cannot be read: {error}") from error
+
+
+def _read_jsonl(file: Path, column: str) -> Iterator[str]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except json.JSONDecodeError as error:
+                raise InputError(f"{file} line {number} is not JSON: {error.msg} at column {error.colno}") from error
+            except UnicodeDecodeError as error:
+                raise InputError(f"{file} line {number} is not UTF-8; convert the file to UTF-8") from error
+            if not isinstance(row, dict) or not isinstance(row.get(column), str):
+                keys = f"keys {sorted(row)}" if isinstance(row, dict) else type(row).__name__
+                raise InputError(
+                    f"{file} line {number} has no text under {column!r} ({keys}); set --data.text_column to its key"
+                )
+            yield row[column]
+
+
+def _read_parquet(file: Path, column: str) -> Iterator[str]:
+    with pq.ParquetFile(file) as table:
+        names = table.schema_arrow.names
+        if column not in names:
+            raise InputError(
+                f"{file} has no column {column!r} (it has {names}); set --data.text_column to the right one"
+            )
+        row = 0
+        for batch in table.iter_batches(columns=[column]):
+            for value in batch.column(0).to_pylist():
+                if not isinstance(value, str):
+                    raise InputError(f"{file} row {row} holds {type(value).__name__} under {column!r}, not text")
+                yield value
+                row += 1

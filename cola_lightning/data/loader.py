@@ -1,0 +1,110 @@
+"""Rows to batches, in an order that is a function of the seed and of how many rows were trained on.
+
+Lightning sees objects that have a length and can be iterated, nothing more: it then neither replaces the sampler, nor
+fetches a batch ahead, nor restores one rank's position on all ranks.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cola_lightning.data.rows import IGNORE, Row
+
+Batch = dict[str, Tensor]
+
+
+class TrainLoader:
+    """The whole training run as one sequence of batches: pass after pass over the rows, each in a new order.
+
+    Global batch ``b`` takes the sequence's entries from ``b * G`` on, G = ``batch_size * replicas``, and every rank its
+    own ``batch_size`` of them. A position counted in rows therefore means the same for any number of ranks.
+
+    Args:
+        rows: The data set.
+        batch_size: Rows of a batch on one rank (B).
+        batches: How many batches the run takes on this rank, which is the loader's length.
+        seed: Decides the order.
+        position: Rows, over all ranks, that were trained on before.
+        replicas: Number of ranks that share the data.
+        rank: This one among them.
+        workers: Processes that read ahead; 0 for none.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        batch_size: int,
+        batches: int,
+        *,
+        seed: int,
+        position: int = 0,
+        replicas: int = 1,
+        rank: int = 0,
+        workers: int = 0,
+    ) -> None:
+        self.rows, self.batch_size, self.batches, self.seed = rows, batch_size, batches, seed
+        self.position, self.replicas, self.rank, self.workers = position, replicas, rank, workers
+        self._permutation = lru_cache(maxsize=2)(self._shuffled)
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in _loader(self.rows, self._indices(), self.workers):
+            # Counted as it is handed over, so that a checkpoint taken after this batch goes on at the next.
+            self.position += self.batch_size * self.replicas
+            yield batch
+
+    def _indices(self) -> Iterator[list[int]]:
+        start = self.position + self.rank * self.batch_size
+        while True:
+            yield [self._row(index) for index in range(start, start + self.batch_size)]
+            start += self.batch_size * self.replicas
+
+    def _row(self, index: int) -> int:
+        turn, within = divmod(index, len(self.rows))  # type: ignore[arg-type]
+        return int(self._permutation(turn)[within])
+
+    def _shuffled(self, turn: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+        return torch.randperm(len(self.rows), generator=generator)  # type: ignore[arg-type]
+
+
+class EvalLoader:
+    """Every row exactly once over all ranks, in order, and as many batches on each rank.
+
+    Where the rows do not divide evenly, a rank's last batches are filled with rows whose labels are all ignored, so
+    that sums over tokens are exact and ranks that talk to each other in the forward pass stay in step.
+    """
+
+    def __init__(self, rows: Dataset, batch_size: int, *, replicas: int = 1, rank: int = 0, workers: int = 0) -> None:
+        self.rows, self.batch_size, self.replicas, self.rank, self.workers = rows, batch_size, replicas, rank, workers
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // (self.batch_size * self.replicas))  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Batch]:
+        total = self.batch_size * self.replicas
+        starts = [batch * total + self.rank * self.batch_size for batch in range(len(self))]
+        batches = [list(range(start, start + self.batch_size)) for start in starts]
+        return iter(_loader(_Filled(self.rows), batches, self.workers))
+
+
+class _Filled(Dataset):
+    """The rows, and past their end rows with nothing to learn."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self.rows = rows
+
+    def __getitem__(self, index: int) -> Row:
+        if index < len(self.rows):  # type: ignore[arg-type]
+            return self.rows[index]
+        row = self.rows[0]
+        return {"input_ids": row["input_ids"], "labels": torch.full_like(row["labels"], IGNORE)}
+
+
+def _loader(rows: Dataset, batches: object, workers: int) -> DataLoader:
+    return DataLoader(rows, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available())  # type: ignore[arg-type]

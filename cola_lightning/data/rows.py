@@ -1,0 +1,76 @@
+"""Token documents to rows of equal length: one document a row, as the paper has it, or packed end to end.
+
+A row is a dict of two int64 tensors (T,): ``input_ids``, and ``labels`` that equal them but for -100 where nothing is
+to be learnt. Labels are not shifted; the loss does that.
+"""
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+IGNORE = -100
+
+Row = dict[str, Tensor]
+
+
+class Documents:
+    """Token ids of many documents, end to end in one array, with where each begins.
+
+    Args:
+        column: Arrow column of lists of int32 ids, one a document; a memory-mapped one in one piece stays on disk.
+    """
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        pieces = [chunk.flatten().to_numpy() for chunk in column.chunks]
+        self.ids: np.ndarray = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in column.chunks])
+        self.offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+
+class PaddedRows(Dataset):
+    """One document a row, cut at ``length`` with its end-of-document id kept last, and padded on the right.
+
+    This is the benchmark of GaLore, CoLA and their kin: T5's tokenizer ends truncated rows with the id as well.
+    """
+
+    def __init__(self, documents: Documents, length: int, pad_id: int) -> None:
+        self.documents, self.length, self.pad_id = documents, length, pad_id
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> Row:
+        ids = torch.from_numpy(self.documents[index].astype(np.int64))
+        if len(ids) > self.length:
+            ids = torch.cat((ids[: self.length - 1], ids[-1:]))
+        return _row(ids, self.length, self.pad_id)
+
+
+class PackedRows(Dataset):
+    """Documents end to end, cut every ``length`` ids; only the last row is padded."""
+
+    def __init__(self, documents: Documents, length: int, pad_id: int) -> None:
+        self.ids, self.length, self.pad_id = documents.ids, length, pad_id
+
+    def __len__(self) -> int:
+        return -(-len(self.ids) // self.length)
+
+    def __getitem__(self, index: int) -> Row:
+        piece = self.ids[index * self.length : (index + 1) * self.length]
+        return _row(torch.from_numpy(piece.astype(np.int64)), self.length, self.pad_id)
+
+
+def _row(ids: Tensor, length: int, pad_id: int) -> Row:
+    input_ids = torch.full((length,), pad_id)
+    labels = torch.full((length,), IGNORE)
+    input_ids[: len(ids)] = ids
+    labels[: len(ids)] = ids
+    return {"input_ids": input_ids, "labels": labels}

@@ -1,0 +1,207 @@
+"""The data module for text that lies on this machine."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any, Literal
+
+import lightning as L
+from datasets import Dataset, Features, List, Value, load_from_disk
+from torch.utils.data import Dataset as Rows
+
+from cola_lightning.data.documents import find_files, read_documents
+from cola_lightning.data.loader import EvalLoader, TrainLoader
+from cola_lightning.data.rows import Documents, PackedRows, PaddedRows
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.errors import InputError
+
+CACHE_FORMAT = 1
+
+
+class TextDataModule(L.LightningDataModule):
+    """Trains on .txt, .jsonl and .parquet files, tokenised once and cached.
+
+    Args:
+        paths: Files, folders, patterns, or ``package:NAME/FOLDER`` for text that an installed Python package brings.
+        tokenizer: Folder with a tokenizer.json, such a file, or a repository on the Hugging Face hub. If none is named,
+            a byte-level BPE is trained on the training documents.
+        vocab_size: Size of the BPE that is trained where no tokenizer is named.
+        sequence_length: Tokens of a row (T).
+        batch_size: Rows of a micro-batch on one device (B).
+        rows: ``packed`` puts documents end to end; ``padded`` makes one document a row, cut and padded, as the paper's
+            benchmark does. Padding is never in the loss.
+        validation_paths: Held-out text, as ``paths``. If none is named, ``validation_fraction`` of the documents is
+            held out.
+        validation_fraction: Share of the documents, at least one, that is held out, chosen by ``seed``.
+        text_column: Key or column of the text in .jsonl and .parquet files.
+        separator: String between the documents of a .txt file; without it each file is one document.
+        seed: Decides the split and the order of the rows.
+        num_workers: Processes that read ahead.
+        cache_dir: Where tokenised text is kept.
+
+    Raises:
+        InputError: If ``sequence_length`` is below 2 or ``batch_size`` below 1.
+    """
+
+    tokenizer: Tokenizer
+
+    def __init__(
+        self,
+        paths: list[str],
+        tokenizer: str | None = None,
+        vocab_size: int = 4096,
+        sequence_length: int = 256,
+        batch_size: int = 16,
+        rows: Literal["packed", "padded"] = "packed",
+        validation_paths: list[str] | None = None,
+        validation_fraction: float = 0.05,
+        text_column: str = "text",
+        separator: str | None = None,
+        seed: int = 42,
+        num_workers: int = 0,
+        cache_dir: str = "~/.cache/cola_lightning",
+    ) -> None:
+        super().__init__()
+        if sequence_length < 2:
+            raise InputError(f"sequence_length is {sequence_length}; a row needs at least 2 tokens")
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        if not 0 < validation_fraction < 1:
+            raise InputError(f"validation_fraction is {validation_fraction}; it must lie between 0 and 1")
+        self.paths, self.validation_paths, self.validation_fraction = paths, validation_paths, validation_fraction
+        self.tokenizer_name, self.vocab_size = tokenizer, vocab_size
+        self.text_column, self.separator = text_column, separator
+        self.sequence_length, self.batch_size, self.row_type = sequence_length, batch_size, rows
+        self.seed, self.num_workers = seed, num_workers
+        self.cache_dir = Path(cache_dir).expanduser()
+        self._train_loader: TrainLoader | None = None
+        self._position = 0
+
+    # -- text to tokens, once -----------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Read, split and tokenise, unless the cache holds the result; one process of a node does it."""
+        folder = self._cache()
+        if folder.exists():
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(mkdtemp(dir=folder.parent, prefix=".making-"))
+        try:
+            train, validation = self._split(scratch)
+            tokenizer = self._make_tokenizer(train)
+            tokenizer.save(scratch / "result" / "tokenizer")
+            for name, documents in (("train", train), ("validation", validation)):
+                tokens = documents.map(
+                    lambda batch: {"ids": tokenizer.encode(batch["text"])},
+                    batched=True,
+                    remove_columns=["text"],
+                    features=Features({"ids": List(Value("int32"))}),
+                    desc=f"Tokenising {name} documents",
+                    cache_file_name=str(scratch / f"{name}.arrow"),
+                )
+                tokens.save_to_disk(scratch / "result" / name)
+            try:
+                (scratch / "result").rename(folder)
+            except OSError:
+                if not folder.exists():  # else another run was quicker, with the same content
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def setup(self, stage: str) -> None:
+        folder = self._cache()
+        self.tokenizer = Tokenizer.load(self.tokenizer_name or str(folder / "tokenizer"))
+        self.train_rows = self._rows(folder / "train")
+        self.validation_rows = self._rows(folder / "validation")
+
+    def _cache(self) -> Path:
+        """Folder whose name tells everything that its content depends on."""
+        files = find_files(self.paths) + (find_files(self.validation_paths) if self.validation_paths else [])
+        content = {
+            "format": CACHE_FORMAT,
+            "files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+            "split": [self.paths, self.validation_paths, self.validation_fraction, self.seed],
+            "text": [self.text_column, self.separator],
+            "tokenizer": self.tokenizer_name or self.vocab_size,
+        }
+        return self.cache_dir / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def _split(self, scratch: Path) -> tuple[Dataset, Dataset]:
+        documents = self._documents(self.paths, scratch)
+        if self.validation_paths:
+            return documents, self._documents(self.validation_paths, scratch)
+        if len(documents) < 2:
+            raise InputError(
+                f"{', '.join(self.paths)} holds a single document, so none can be held out; name "
+                f"--data.validation_paths, or the --data.separator that divides a .txt file into documents"
+            )
+        held_out = min(len(documents) - 1, max(1, round(self.validation_fraction * len(documents))))
+        parts = documents.train_test_split(test_size=held_out, seed=self.seed)
+        return parts["train"], parts["test"]
+
+    def _documents(self, paths: list[str], scratch: Path) -> Dataset:
+        def texts() -> Iterator[dict[str, str]]:
+            for text in read_documents(find_files(paths), self.text_column, self.separator):
+                yield {"text": text}
+
+        # Looked at first, because the library would wrap an error from inside the generator in one of its own.
+        if next(texts(), None) is None:
+            raise InputError(f"{', '.join(paths)} holds no text; every document is empty")
+        try:
+            return Dataset.from_generator(texts, cache_dir=str(scratch))
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, InputError):
+                cause = cause.__cause__
+            raise cause or error from None
+
+    def _make_tokenizer(self, train: Dataset) -> Tokenizer:
+        if self.tokenizer_name:
+            return Tokenizer.load(self.tokenizer_name)
+        batches = (batch["text"] for batch in train.iter(batch_size=64))
+        return Tokenizer.train((text for batch in batches for text in batch), self.vocab_size)
+
+    def _rows(self, folder: Path) -> Rows:
+        documents = Documents(load_from_disk(folder).data.column("ids"))
+        kind = PackedRows if self.row_type == "packed" else PaddedRows
+        pad_id = self.tokenizer.eos_id if self.tokenizer.pad_id is None else self.tokenizer.pad_id
+        return kind(documents, self.sequence_length, pad_id)
+
+    # -- rows to batches ----------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> TrainLoader:
+        trainer = self.trainer
+        assert trainer is not None
+        self._train_loader = TrainLoader(
+            self.train_rows,
+            self.batch_size,
+            batches=trainer.max_steps * trainer.accumulate_grad_batches,
+            seed=self.seed,
+            position=self._position,
+            workers=self.num_workers,
+            **self._share(),
+        )
+        return self._train_loader
+
+    def val_dataloader(self) -> EvalLoader:
+        return EvalLoader(self.validation_rows, self.batch_size, workers=self.num_workers, **self._share())
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def _share(self) -> dict[str, int]:
+        """Which part of the data this process takes."""
+        assert self.trainer is not None
+        ranks: dict[str, Any] = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        return {"replicas": ranks["num_replicas"], "rank": ranks["rank"]}
+
+    # -- position -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self._train_loader.position if self._train_loader else self._position}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._position = state_dict["position"]

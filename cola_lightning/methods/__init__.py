@@ -1,0 +1,6 @@
+"""One file per method of the low-rank lineage: read it and you have read the whole method."""
+
+from cola_lightning.methods.cola import CoLA
+from cola_lightning.methods.low_rank import LowRank
+
+__all__ = ["CoLA", "LowRank"]

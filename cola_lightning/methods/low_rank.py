@@ -1,0 +1,38 @@
+"""Plain low rank, ``y = B A x`` (Kamalakara et al., arXiv 2209.13569): what CoLA adds a nonlinearity to."""
+
+from torch import Tensor
+
+from cola_lightning.errors import InputError
+from cola_lightning.models.layers import NormalLinear, Projection
+
+
+class LowRank(Projection):
+    """``B A x`` with A: in -> R and B: R -> out, both trained, in place of a dense in x out matrix.
+
+    Both factors start as N(0, s²) with s = R^(-1/4) (in + out)^(-1/4), so that an entry of the product ``B A`` has
+    variance R s⁴ = 1 / (in + out). This is the reference CoLA's initialisation; with it LowRank and CoLA differ by the
+    nonlinearity alone.
+
+    Args:
+        in_features: Size of the last dimension of the input.
+        out_features: Size of the last dimension of the output.
+        rank: Width R of the bottleneck, between 1 and the smaller side.
+
+    Raises:
+        InputError: If the rank is out of that range.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        smaller = min(in_features, out_features)
+        if not 1 <= rank <= smaller:
+            raise InputError(
+                f"rank {rank} does not fit a projection of {in_features} to {out_features} features; "
+                f"choose one from 1 to {smaller} (the papers use about a quarter of hidden_size)"
+            )
+        std = (rank * (in_features + out_features)) ** -0.25
+        self.A = NormalLinear(in_features, rank, std)
+        self.B = NormalLinear(rank, out_features, std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.B(self.A(x))

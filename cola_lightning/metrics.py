@@ -1,0 +1,50 @@
+"""Perplexity, once right and once as the published tables have it."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class Perplexity(Metric):
+    """exp of the mean loss per predicted token, over all batches and ranks; sums are kept in float64."""
+
+    loss_sum: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("loss_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, loss_sum: Tensor, tokens: Tensor) -> None:
+        """Add a batch: the sum of its losses in nats, and how many tokens were predicted."""
+        self.loss_sum += loss_sum
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        return (self.loss_sum / self.tokens).exp()
+
+
+class PublishedPerplexity(Metric):
+    """Perplexity as ReLoRA, GaLore, SLTrain, Fira, APOLLO and CoLA print it; for comparison with their tables only.
+
+    Their evaluation averages the mean losses of batches, however many tokens each holds, and divides by one batch too
+    many (a counter that starts at 1), separately on each rank. The value is therefore too low, and depends on the
+    micro-batch and on the number of ranks.
+    """
+
+    mean_sum: Tensor
+    batches: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("mean_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("batches", torch.ones((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, loss_sum: Tensor, tokens: Tensor) -> None:
+        """Add a batch, as for :class:`Perplexity`; one without tokens to predict counts for nothing."""
+        self.mean_sum += loss_sum / tokens.clamp(min=1)
+        self.batches += tokens > 0
+
+    def compute(self) -> Tensor:
+        return (self.mean_sum / self.batches).exp()

@@ -1,0 +1,50 @@
+"""The leaves of the network that carry weights, each of which knows how it starts.
+
+A module that owns parameters directly has a ``reset_parameters`` that alone decides their first values. Whoever
+materialises a network piece by piece (FSDP and ZeRO-3 do) then gets the same distribution as whoever builds it whole.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+class NormalLinear(nn.Linear):
+    """A linear map without bias whose weight starts as N(0, ``std``²); input (…, in), output (…, out)."""
+
+    def __init__(self, in_features: int, out_features: int, std: float = 0.02) -> None:
+        self.std = std  # nn.Linear's constructor already calls reset_parameters
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+
+class Projection(nn.Module):
+    """Base of what may stand for one of a layer's seven dense matrices: (…, in_features) -> (…, out_features), without
+    bias. A subclass takes the two sizes first, and arguments of its own after them."""
+
+
+MakeProjection = Callable[[int, int], Projection]
+"""``f(in_features, out_features)`` makes a projection."""
+
+
+class FullRank(NormalLinear, Projection):
+    """The projection of an ordinary LLaMA: one dense matrix, started as N(0, 0.02²)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+
+
+class TokenEmbedding(nn.Embedding):
+    """Token embedding (B, T) -> (B, T, D), started as N(0, 0.02²), the padding row at zero and kept there."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+        if self.padding_idx is not None:
+            with torch.no_grad():
+                self.weight[self.padding_idx].zero_()

@@ -1,0 +1,251 @@
+"""The one decoder of this code base: LLaMA (RMSNorm, rotary positions, grouped-query attention, gated MLP).
+
+Shape legend, used throughout the package: B batch, T tokens, D hidden size, F intermediate size, R rank,
+V vocabulary, H attention heads (K key/value heads), E = D / H head dimension.
+
+Parameter names are those of Hugging Face's ``LlamaForCausalLM``, so its weights load without renaming.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+from cola_lightning.errors import InputError
+from cola_lightning.models.layers import FullRank, MakeProjection, NormalLinear, TokenEmbedding
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosine and sine of the rotary angles, each (T, E)."""
+
+
+def rotary_table(length: int, head_dim: int, theta: float, *, like: Tensor) -> Rotary:
+    """Cosine and sine (T, E) of the rotary angles (RoFormer, arXiv 2104.09864), in dtype and on device of ``like``.
+
+    Angles are formed in float32 at each call rather than kept in a buffer: a buffer would be rounded together with the
+    weights under a pure bf16 precision, and would need filling after a start on the meta device.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=like.device, dtype=torch.float32) / head_dim
+    positions = torch.arange(length, device=like.device, dtype=torch.float32)
+    angles = torch.outer(positions, theta**-exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turn (B, H, T, E) by the rotary angles, in the half-split layout of Hugging Face's LLaMA."""
+    cos, sin = rotary
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, num_key_value_heads: int, projection: MakeProjection) -> None:
+        super().__init__()
+        self.head_dim = hidden_size // num_heads
+        self.grouped = num_key_value_heads != num_heads
+        key_value_size = num_key_value_heads * self.head_dim
+        self.q_proj = projection(hidden_size, hidden_size)
+        self.k_proj = projection(hidden_size, key_value_size)
+        self.v_proj = projection(hidden_size, key_value_size)
+        self.o_proj = projection(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        # No mask: rows are padded on the right and padding is not in the loss, so causality alone gives the same loss
+        # and leaves the fast kernels open.
+        y = scaled_dot_product_attention(
+            rotate(q, rotary), rotate(k, rotary), v, is_causal=True, enable_gqa=self.grouped
+        )
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads * E) -> (B, heads, T, E)"""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """Gated MLP; (B, T, D) -> (B, T, D): ``down(silu(gate(x)) * up(x))``, or without the SiLU where the projection
+    brings its own nonlinearity (CoLA from 350M up, see :class:`Llama`)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, gate_silu: bool, projection: MakeProjection) -> None:
+        super().__init__()
+        self.gate_silu = gate_silu
+        self.gate_proj = projection(hidden_size, intermediate_size)
+        self.up_proj = projection(hidden_size, intermediate_size)
+        self.down_proj = projection(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)
+        return self.down_proj((silu(gate) if self.gate_silu else gate) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One decoder layer, pre-normalised; residual stream (B, T, D) -> (B, T, D).
+
+    ``checkpoint``, where it is set, runs the layer's body in training in place of a plain call: it is the seam by which
+    an activation-checkpointing policy enters without a wrapper module, so that parameter names stay as they are.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_heads: int,
+        num_key_value_heads: int,
+        rms_norm_eps: float,
+        gate_silu: bool,
+        projection: MakeProjection,
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(hidden_size, rms_norm_eps)
+        self.self_attn = Attention(hidden_size, num_heads, num_key_value_heads, projection)
+        self.post_attention_layernorm = nn.RMSNorm(hidden_size, rms_norm_eps)
+        self.mlp = MLP(hidden_size, intermediate_size, gate_silu, projection)
+        self.checkpoint: Callable[..., Tensor] | None = None
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        if self.checkpoint is not None and torch.is_grad_enabled():
+            return self.checkpoint(self.body, x, rotary)
+        return self.body(x, rotary)
+
+    def body(self, x: Tensor, rotary: Rotary) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm; token ids (B, T) -> hidden states (B, T, D)."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        num_hidden_layers: int,
+        pad_token_id: int | None,
+        head_dim: int,
+        rope_theta: float,
+        rms_norm_eps: float,
+        make_block: Callable[[], Block],
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.rope_theta = rope_theta
+        self.embed_tokens = TokenEmbedding(vocab_size, hidden_size, pad_token_id)
+        self.layers = nn.ModuleList(make_block() for _ in range(num_hidden_layers))
+        self.norm = nn.RMSNorm(hidden_size, rms_norm_eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed_tokens(ids)
+        rotary = rotary_table(ids.shape[1], self.head_dim, self.rope_theta, like=x)
+        for layer in self.layers:
+            x = layer(x, rotary)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """LLaMA with an untied head; token ids (B, T) int64 -> logits (B, T, V).
+
+    Args:
+        vocab_size: Rows of the embedding and of the head (V).
+        hidden_size: Width of the residual stream (D).
+        intermediate_size: Width inside the MLP (F).
+        num_hidden_layers: Number of decoder layers.
+        num_attention_heads: Query heads (H); must divide ``hidden_size`` into even parts.
+        num_key_value_heads: Key and value heads (K), a divisor of H; H itself if not given.
+        max_position_embeddings: Longest sequence that is accepted, in tokens.
+        rope_theta: Base of the rotary frequencies.
+        rms_norm_eps: Epsilon inside RMSNorm.
+        gate_silu: Keep LLaMA's SiLU on the MLP's gate. Full rank needs it. The CoLA paper keeps it beside the latent
+            nonlinearity at 60M and 130M and drops it from 350M up (arXiv 2502.10940, ablation of σ's place).
+        pad_token_id: Id whose embedding stays zero; None for no such row.
+        projection: Makes each of the seven projections of a layer from (in_features, out_features).
+
+    Raises:
+        InputError: Where the sizes do not fit together; the message names the value and the fix.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_hidden_layers: int,
+        num_attention_heads: int,
+        num_key_value_heads: int | None = None,
+        max_position_embeddings: int = 2048,
+        rope_theta: float = 10000.0,
+        rms_norm_eps: float = 1e-6,
+        gate_silu: bool = True,
+        pad_token_id: int | None = 0,
+        projection: MakeProjection = FullRank,
+    ) -> None:
+        super().__init__()
+        key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        sizes = {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+            "num_key_value_heads": key_value_heads,
+            "max_position_embeddings": max_position_embeddings,
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
+        if hidden_size % num_attention_heads:
+            raise InputError(
+                f"num_attention_heads {num_attention_heads} does not divide hidden_size {hidden_size}; "
+                f"choose a divisor, for instance {_nearest_divisor(hidden_size, num_attention_heads)}"
+            )
+        head_dim = hidden_size // num_attention_heads
+        if head_dim % 2:
+            raise InputError(
+                f"hidden_size {hidden_size} / num_attention_heads {num_attention_heads} gives heads of {head_dim}, but "
+                f"rotary positions need an even head dimension; change one of the two"
+            )
+        if num_attention_heads % key_value_heads:
+            raise InputError(
+                f"num_key_value_heads {key_value_heads} does not divide num_attention_heads {num_attention_heads}; "
+                f"choose a divisor, for instance {_nearest_divisor(num_attention_heads, key_value_heads)}"
+            )
+        if pad_token_id is not None and not 0 <= pad_token_id < vocab_size:
+            raise InputError(
+                f"pad_token_id {pad_token_id} is not one of the {vocab_size} ids of the vocabulary; "
+                f"name one below {vocab_size}, or none at all"
+            )
+        self.max_position_embeddings = max_position_embeddings
+        self.model = Decoder(
+            vocab_size,
+            hidden_size,
+            num_hidden_layers,
+            pad_token_id,
+            head_dim,
+            rope_theta,
+            rms_norm_eps,
+            lambda: Block(
+                hidden_size,
+                intermediate_size,
+                num_attention_heads,
+                key_value_heads,
+                rms_norm_eps,
+                gate_silu,
+                projection,
+            ),
+        )
+        self.lm_head = NormalLinear(hidden_size, vocab_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if ids.shape[1] > self.max_position_embeddings:
+            raise InputError(
+                f"a sequence of {ids.shape[1]} tokens is beyond max_position_embeddings "
+                f"{self.max_position_embeddings}; shorten it or raise max_position_embeddings"
+            )
+        return self.lm_head(self.model(ids))
+
+
+def _nearest_divisor(n: int, wanted: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))

@@ -1,0 +1,219 @@
+"""The LightningModule: loss, measures and optimizer around a network that ``configure_model`` builds."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
+
+from cola_lightning.data.rows import IGNORE
+from cola_lightning.errors import InputError
+from cola_lightning.metrics import Perplexity, PublishedPerplexity
+from cola_lightning.models import FullRank, Llama, MakeProjection
+from cola_lightning.optim import WarmupCosine
+
+MakeOptimizer = Callable[[Iterable], Optimizer]
+MakeSchedule = Callable[[Optimizer, int], LRScheduler]
+"""``f(optimizer, total_steps)`` makes the schedule."""
+
+
+def at_log_step(trainer: L.Trainer) -> bool:
+    """Whether an optimizer step that the trainer will log has just been made."""
+    return not trainer.fit_loop._should_accumulate() and trainer.global_step % trainer.log_every_n_steps == 0
+
+
+class LanguageModel(L.LightningModule):
+    """Pre-trains a LLaMA whose projections come from a factory.
+
+    Args:
+        vocab_size: Rows of the embedding and of the head (V).
+        hidden_size: Width of the residual stream (D).
+        intermediate_size: Width inside the MLP (F).
+        num_hidden_layers: Number of decoder layers.
+        num_attention_heads: Query heads (H).
+        num_key_value_heads: Key and value heads; as many as query heads if not given.
+        max_position_embeddings: Longest sequence that is accepted, in tokens.
+        rope_theta: Base of the rotary frequencies.
+        rms_norm_eps: Epsilon inside RMSNorm.
+        gate_silu: Keep LLaMA's SiLU on the MLP's gate; the CoLA paper drops it from 350M up.
+        pad_token_id: Id whose embedding stays zero; null where the tokenizer has no padding id.
+        projection: Makes each of the seven projections of a layer from (in_features, out_features).
+        optimizer: Makes the optimizer from the parameters.
+        schedule: Makes the learning-rate schedule from the optimizer and the number of steps of the run.
+        compile: Compile each decoder layer with ``torch.compile``.
+
+    Raises:
+        InputError: Where the sizes do not fit together; the message names the value and the fix.
+    """
+
+    network: Llama
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 512,
+        intermediate_size: int = 1376,
+        num_hidden_layers: int = 8,
+        num_attention_heads: int = 8,
+        num_key_value_heads: int | None = None,
+        max_position_embeddings: int = 2048,
+        rope_theta: float = 10000.0,
+        rms_norm_eps: float = 1e-6,
+        gate_silu: bool = True,
+        pad_token_id: int | None = 0,
+        projection: MakeProjection = FullRank,
+        optimizer: MakeOptimizer = AdamW,
+        schedule: MakeSchedule = WarmupCosine,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        # Only plain data may go into a checkpoint, which then loads without unpickling anything. On the command line
+        # everything is: there Lightning stores what was typed. From Python the three factories are code.
+        for name in [name for name, value in self.hparams.items() if callable(value)]:
+            del self.hparams[name]
+        self.build = lambda: Llama(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=num_key_value_heads,
+            max_position_embeddings=max_position_embeddings,
+            rope_theta=rope_theta,
+            rms_norm_eps=rms_norm_eps,
+            gate_silu=gate_silu,
+            pad_token_id=pad_token_id,
+            projection=projection,
+        )
+        with torch.device("meta"):
+            self.build()  # refuses impossible sizes now rather than after the data is prepared
+        self.make_optimizer, self.make_schedule, self.compile_layers = optimizer, schedule, compile
+        self.vocab_size, self.max_position_embeddings, self.pad_token_id = (
+            vocab_size,
+            max_position_embeddings,
+            pad_token_id,
+        )
+        self.transforms: list[Callable[[Llama], None]] = []
+        self.train_loss = MeanMetric()
+        self.perplexity = Perplexity()
+        self.published_perplexity = PublishedPerplexity()
+
+    # -- network ------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        self._check_data()
+        if stage == "fit" and self.trainer.max_steps < 1:
+            raise InputError(
+                "the run has no length: schedule and data are counted in optimizer steps; set --trainer.max_steps"
+            )
+
+    def configure_model(self) -> None:
+        """The one place where the network comes to be: build, transform (checkpointing), compile; then the strategy
+        wraps. Lightning calls it once per stage; only the first call does something."""
+        if hasattr(self, "network"):
+            return
+        self.network = self.build()
+        for transform in self.transforms:
+            transform(self.network)
+        if self.compile_layers:
+            for layer in self.network.model.layers:
+                layer.compile()
+
+    def _check_data(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        length = getattr(data, "sequence_length", None)
+        if length is not None and length > self.max_position_embeddings:
+            raise InputError(
+                f"--data.sequence_length {length} is beyond --model.max_position_embeddings "
+                f"{self.max_position_embeddings}; lower the first or raise the second"
+            )
+        tokenizer = getattr(data, "tokenizer", None)
+        if tokenizer is None:
+            return
+        if tokenizer.vocab_size > self.vocab_size:
+            raise InputError(
+                f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but the embedding has only "
+                f"{self.vocab_size} rows; set --model.vocab_size {tokenizer.vocab_size}"
+            )
+        if self.pad_token_id is not None and self.pad_token_id != tokenizer.pad_id:
+            fix = "null" if tokenizer.pad_id is None else tokenizer.pad_id
+            raise InputError(
+                f"--model.pad_token_id {self.pad_token_id} would hold the embedding of "
+                f"{tokenizer.decode([self.pad_token_id])!r} at zero, for tokenizer {tokenizer.name} pads with "
+                f"{tokenizer.pad_id}; set --model.pad_token_id {fix}"
+            )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, V)."""
+        return self.network(ids)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        losses, kept = self._losses(batch)
+        loss = losses.sum() / kept.sum().clamp(min=1)
+        self.train_loss.update(loss.detach())
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the mean over every micro-batch of every rank since the last log; the device is asked no more often."""
+        if at_log_step(self.trainer):
+            loss = self.train_loss.compute()
+            self.log("train/loss", loss)
+            self.log("loss", loss, prog_bar=True, logger=False)
+            self.train_loss.reset()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Per row: the summed loss in nats and the number of predicted tokens, each (B,)."""
+        losses, kept = self._losses(batch)
+        return {"loss_sum": losses.sum(dim=1), "tokens": kept.sum(dim=1)}
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
+        losses, kept = self._losses(batch)
+        loss_sum, tokens = losses.sum(), kept.sum()
+        self.perplexity.update(loss_sum, tokens)
+        self.published_perplexity.update(loss_sum, tokens)
+        self.log(f"{stage}/perplexity", self.perplexity, on_epoch=True, prog_bar=True)
+        self.log(f"{stage}/perplexity_as_published", self.published_perplexity, on_epoch=True)
+
+    def _losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Next-token losses in nats (B, T-1), zero where ignored, and where they were not (B, T-1)."""
+        logits = self(batch["input_ids"])[:, :-1]
+        labels = batch["labels"][:, 1:]
+        losses = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+        return losses.view_as(labels), labels != IGNORE
+
+    # -- optimizer ----------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.make_optimizer(self.parameters())
+        schedule = self.make_schedule(optimizer, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by global norm and log the norm as it was before."""
+        if gradient_clip_algorithm == "value":
+            raise InputError(
+                "--trainer.gradient_clip_algorithm value is not offered; clipping is by norm, as in the papers"
+            )
+        limit = gradient_clip_val or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        self.log("train/gradient_norm", norm)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
