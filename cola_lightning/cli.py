@@ -2,6 +2,7 @@
 
 import json
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,20 @@ from lightning.pytorch.utilities import rank_zero_warn
 # Imported so that their classes can be named without a path.
 import cola_lightning.data
 import cola_lightning.methods  # noqa: F401
-from cola_lightning import completion
-from cola_lightning.callbacks import Throughput
+from cola_lightning import benchmark, completion
+from cola_lightning.callbacks import Predictions, Throughput
 from cola_lightning.errors import InputError
 from cola_lightning.module import LanguageModel
 
-USAGE = "cola_lightning {fit,validate,test,predict} [--config FILE] [--NAME VALUE ...]"
-MORE_VERBS = "'schema' prints a JSON schema of the run files, 'completion SHELL' a completion script."
+USAGE = "[--config FILE] [--NAME VALUE ...]"
+MORE_VERBS = (
+    "Besides: 'benchmark --config FILE [--json FILE]' measures a training step, 'schema' prints a JSON schema of the "
+    "run files, and 'completion SHELL' a completion script."
+)
 
 
 class ConfigFile(ActionConfigFile):
-    """``--config FILE``, where a file may name the one that it builds on under ``config:``, relative to itself.
+    """``--config FILE``, where a file may name those that it builds on under ``config:``, relative to itself.
 
     jsonargparse by itself accepts such a key too, but replaces whole groups instead of merging them. Here the chain is
     laid out as if each file had been given by a ``--config`` of its own, the foundation first.
@@ -42,7 +46,7 @@ class ConfigFile(ActionConfigFile):
 
 
 def _chain(value: str, seen: tuple[Path, ...] = ()) -> list[tuple[str, str]]:
-    """The files that ``value`` builds on and itself, each as its name and its text without the key ``config``."""
+    """The files that ``value`` builds on, and itself last, each as its name and its text without the key ``config``."""
     path = Path(value)
     if "\n" in value or not path.is_file():
         return [("settings", value)]  # given as text, or a wrong name, which jsonargparse reports
@@ -54,10 +58,12 @@ def _chain(value: str, seen: tuple[Path, ...] = ()) -> list[tuple[str, str]]:
         raise TypeError(f"{value} is not YAML: {error}") from error
     if not isinstance(settings, dict):
         raise TypeError(f"{value} holds no settings; a run file is a mapping such as 'trainer: {{max_steps: 100}}'")
-    base = settings.pop("config", None)
-    below = _chain(str(path.parent / base), (*seen, path.resolve())) if base else []
-    if base and not (path.parent / base).is_file():
-        raise TypeError(f"{value} builds on {base}, which is not in {path.parent.resolve()}")
+    bases = settings.pop("config", [])
+    below = []
+    for base in [bases] if isinstance(bases, str) else bases:
+        if not (path.parent / base).is_file():
+            raise TypeError(f"{value} builds on {base}, which is not in {path.parent.resolve()}")
+        below += _chain(str(path.parent / base), (*seen, path.resolve()))
     return [*below, (value, yaml.safe_dump(settings, sort_keys=False))]
 
 
@@ -72,24 +78,26 @@ class SaveRunConfig(SaveConfigCallback):
 class CLI(LightningCLI):
     """LightningCLI around :class:`LanguageModel`, with what every run has."""
 
-    def __init__(self, args: ArgsType = None) -> None:
+    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         super().__init__(
             LanguageModel,
             L.LightningDataModule,
             subclass_mode_data=True,
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [Throughput()]},
+            trainer_defaults={"callbacks": [Throughput(), Predictions()]},
             seed_everything_default=42,
             auto_configure_optimizers=False,
+            # A usage line of its own, for the one made from all options buries the error that follows it.
+            parser_kwargs={verb: {"usage": f"cola_lightning {verb} {USAGE}"} for verb in self.subcommands()},
             args=args,
+            run=run,
         )
 
     # -- what can be typed --------------------------------------------------------------------------------------------
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        # A usage line of its own, for the one made from all options buries the error that follows it.
-        parser = LightningArgumentParser(usage=USAGE, **kwargs)
+        parser = LightningArgumentParser(**kwargs)
         parser.description = f"{parser.description or ''} {MORE_VERBS}".strip()
         parser.add_argument(
             "-c", "--config", action=ConfigFile, help="YAML file; may be given several times, later ones win."
@@ -107,26 +115,25 @@ class CLI(LightningCLI):
         parser.set_defaults({"checkpoint.save_last": True})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.typed = sys.argv[1:] if args is None else args
-        for subparser in self._subcommand_parsers.values():
+        self.typed = args
+        for subparser in getattr(self, "_subcommand_parsers", {}).values():
             subparser.set_defaults({"weights_only": True})  # nothing but tensors and plain data is loaded from a file
-        match self.typed:
+        match args:
             case ["schema"]:
                 print(json.dumps(completion.json_schema(self._subcommand_parsers["fit"]), indent=1))
                 sys.exit()
             case ["completion", shell]:
                 print(completion.shell_script(parser, shell))
                 sys.exit()
-        super().parse_arguments(parser, args)
+        self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
         """Take from a checkpoint file what the command line and its files are silent about.
 
         Lightning's own way is the reverse: there, what the checkpoint holds replaces what was typed.
         """
-        settings = self.config[self.config.subcommand]
-        path = settings.get("ckpt_path")
-        if not path or not Path(path).is_file() or not isinstance(self.typed, list):
+        path = self.config.get("subcommand") and self.config[self.config.subcommand].get("ckpt_path")
+        if not path or not Path(path).is_file():
             return
         stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True).get("hyper_parameters", {})
         stored = {key: value for key, value in stored.items() if not key.startswith("_")}
@@ -141,9 +148,12 @@ class CLI(LightningCLI):
     # -- what is made of it -------------------------------------------------------------------------------------------
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        settings = self.config_init[self.subcommand]
-        trainer, run_dir, checkpoint = settings["trainer"], settings["run_dir"], settings["checkpoint"]
-        if self.subcommand == "fit" and run_dir and not settings["ckpt_path"] and _checkpoints(run_dir):
+        trainer, run_dir = self._get(self.config_init, "trainer"), self._get(self.config_init, "run_dir")
+        checkpoint = self._get(self.config_init, "checkpoint")
+        if run_dir and checkpoint.dirpath is None:
+            checkpoint.dirpath = str(Path(run_dir).absolute() / "checkpoints")
+        resumes = self._get(self.config_init, "ckpt_path")
+        if self.subcommand == "fit" and run_dir and not resumes and list(Path(checkpoint.dirpath).glob("*.ckpt")):
             raise InputError(
                 f"{run_dir} holds a run already; go on with it by --ckpt_path last, or choose another --run_dir"
             )
@@ -151,19 +161,29 @@ class CLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(
                 run_dir or "runs", name="", version="" if run_dir else None, default_hp_metric=False
             )
-        if run_dir and checkpoint.dirpath is None:
-            checkpoint.dirpath = str(Path(run_dir).absolute() / "checkpoints")
         return super().instantiate_trainer(**kwargs)
 
 
-def _checkpoints(run_dir: str) -> list[Path]:
-    return list((Path(run_dir) / "checkpoints").glob("*.ckpt"))
+def measure(args: list[str]) -> None:
+    """The verb ``benchmark``: options of its own, then those of ``fit``."""
+    parser = ArgumentParser("cola_lightning benchmark", allow_abbrev=False, description=benchmark.__doc__)
+    parser.add_argument("--json", metavar="FILE", help="write the result there too")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps")
+    options, rest = parser.parse_known_args(args)
+    cli = CLI(rest, run=False)
+    data = cli.datamodule
+    result = benchmark.benchmark(cli.trainer, cli.model, data.batch_size, data.sequence_length, options.steps)
+    benchmark.report(result, options.json)
 
 
-def main(args: ArgsType = None) -> None:
-    """Run the command line; ``args`` in place of ``sys.argv`` for use from Python."""
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; ``args`` in place of ``sys.argv[1:]`` for use from Python."""
+    args = sys.argv[1:] if args is None else args
     try:
-        CLI(args)
+        if args[:1] == ["benchmark"]:
+            measure(args[1:])
+        else:
+            CLI(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

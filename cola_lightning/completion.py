@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 
 def json_schema(parser: ArgumentParser) -> dict[str, Any]:
-    """The schema of a run file: what the parser takes, and ``config: FILE`` for the file that it builds on."""
+    """The schema of a run file: what the parser takes, and ``config`` for the files that it builds on."""
     with _open_ended():
         schema = _completions_jsonschema.config_jsonschema(parser)
-    schema["properties"]["config"] = {"type": "string", "description": "File that this one builds on, relative to it."}
+    schema["properties"]["config"] = {
+        "description": "File or files that this one builds on, relative to it.",
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+    }
     _make_partial(schema)
     return schema
 

@@ -1,12 +1,22 @@
-"""Perplexity, once right and once as the published tables have it."""
+"""Loss and perplexity, once right and once as the published tables have it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 
-class Perplexity(Metric):
-    """exp of the mean loss per predicted token, over all batches and ranks; sums are kept in float64."""
+class _Sums(Metric):
+    """States that follow the module to its device, but not to its precision: sums in bf16 would stop growing."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Any:
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
+
+
+class TokenLoss(_Sums):
+    """Mean loss in nats per predicted token, over all batches and ranks; sums are kept in float64."""
 
     loss_sum: Tensor
     tokens: Tensor
@@ -22,10 +32,17 @@ class Perplexity(Metric):
         self.tokens += tokens
 
     def compute(self) -> Tensor:
-        return (self.loss_sum / self.tokens).exp()
+        return self.loss_sum / self.tokens
 
 
-class PublishedPerplexity(Metric):
+class Perplexity(TokenLoss):
+    """exp of the mean loss per predicted token."""
+
+    def compute(self) -> Tensor:
+        return super().compute().exp()
+
+
+class PublishedPerplexity(_Sums):
     """Perplexity as ReLoRA, GaLore, SLTrain, Fira, APOLLO and CoLA print it; for comparison with their tables only.
 
     Their evaluation averages the mean losses of batches, however many tokens each holds, and divides by one batch too
@@ -42,7 +59,7 @@ class PublishedPerplexity(Metric):
         self.add_state("batches", torch.ones((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, loss_sum: Tensor, tokens: Tensor) -> None:
-        """Add a batch, as for :class:`Perplexity`; one without tokens to predict counts for nothing."""
+        """Add a batch, as for :class:`TokenLoss`; one without tokens to predict counts for nothing."""
         self.mean_sum += loss_sum / tokens.clamp(min=1)
         self.batches += tokens > 0
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
 
+from cola_lightning.batching import accumulate
 from cola_lightning.data.rows import IGNORE
 from cola_lightning.errors import InputError
-from cola_lightning.metrics import Perplexity, PublishedPerplexity
+from cola_lightning.metrics import Perplexity, PublishedPerplexity, TokenLoss
 from cola_lightning.models import FullRank, Llama, MakeProjection
 from cola_lightning.optim import WarmupCosine
 
@@ -100,7 +100,7 @@ class LanguageModel(L.LightningModule):
             pad_token_id,
         )
         self.transforms: list[Callable[[Llama], None]] = []
-        self.train_loss = MeanMetric()
+        self.train_loss = TokenLoss()
         self.perplexity = Perplexity()
         self.published_perplexity = PublishedPerplexity()
 
@@ -108,10 +108,15 @@ class LanguageModel(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         self._check_data()
-        if stage == "fit" and self.trainer.max_steps < 1:
+        if stage != "fit":
+            return
+        if self.trainer.max_steps < 1:
             raise InputError(
                 "the run has no length: schedule and data are counted in optimizer steps; set --trainer.max_steps"
             )
+        data = self.trainer.datamodule
+        if getattr(data, "global_batch_size", None):
+            accumulate(self.trainer, data.global_batch_size, data.batch_size)
 
     def configure_model(self) -> None:
         """The one place where the network comes to be: build, transform (checkpointing), compile; then the strategy
@@ -157,12 +162,12 @@ class LanguageModel(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         losses, kept = self._losses(batch)
-        loss = losses.sum() / kept.sum().clamp(min=1)
-        self.train_loss.update(loss.detach())
-        return loss
+        loss_sum, tokens = losses.sum(), kept.sum()
+        self.train_loss.update(loss_sum.detach(), tokens)
+        return loss_sum / tokens.clamp(min=1)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the mean over every micro-batch of every rank since the last log; the device is asked no more often."""
+        """Log the mean over all tokens of all ranks since the last log; the device is asked no more often."""
         if at_log_step(self.trainer):
             loss = self.train_loss.compute()
             self.log("train/loss", loss)

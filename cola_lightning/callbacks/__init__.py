@@ -1,7 +1,9 @@
 """One concern per file, each with its own state."""
 
+from cola_lightning.callbacks.cola_m import CoLAM
+from cola_lightning.callbacks.predictions import Predictions
 from cola_lightning.callbacks.samples import Samples
 from cola_lightning.callbacks.throughput import Throughput
 from cola_lightning.callbacks.yardsticks import Yardsticks
 
-__all__ = ["Samples", "Throughput", "Yardsticks"]
+__all__ = ["CoLAM", "Predictions", "Samples", "Throughput", "Yardsticks"]

@@ -66,7 +66,7 @@ class Yardsticks(L.Callback):
 
 
 def unigram_perplexity(train: Tensor, validation: Tensor) -> float:
-    """Perplexity of the unigram model with counts ``train`` (V,), plus one each, on tokens counted in ``validation`` (V,)."""
+    """Perplexity of the unigram model with counts ``train`` (V,) plus one, on tokens counted in ``validation`` (V,)."""
     log_probabilities = ((train + 1) / (train + 1).sum()).log()
     return float((-(validation * log_probabilities).sum() / validation.sum()).exp())
 

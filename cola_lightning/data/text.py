@@ -15,7 +15,7 @@ from torch.utils.data import Dataset as Rows
 from cola_lightning.data.documents import find_files, read_documents
 from cola_lightning.data.loader import EvalLoader, TrainLoader
 from cola_lightning.data.rows import Documents, PackedRows, PaddedRows
-from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.data.tokenizer import Tokenizer, tokenizer_file
 from cola_lightning.errors import InputError
 
 CACHE_FORMAT = 1
@@ -31,6 +31,8 @@ class TextDataModule(L.LightningDataModule):
         vocab_size: Size of the BPE that is trained where no tokenizer is named.
         sequence_length: Tokens of a row (T).
         batch_size: Rows of a micro-batch on one device (B).
+        global_batch_size: Rows of an optimizer step over all devices; gradients are accumulated to it. If none is
+            given, it is what the trainer's ``accumulate_grad_batches`` makes of ``batch_size``.
         rows: ``packed`` puts documents end to end; ``padded`` makes one document a row, cut and padded, as the paper's
             benchmark does. Padding is never in the loss.
         validation_paths: Held-out text, as ``paths``. If none is named, ``validation_fraction`` of the documents is
@@ -55,6 +57,7 @@ class TextDataModule(L.LightningDataModule):
         vocab_size: int = 4096,
         sequence_length: int = 256,
         batch_size: int = 16,
+        global_batch_size: int | None = None,
         rows: Literal["packed", "padded"] = "packed",
         validation_paths: list[str] | None = None,
         validation_fraction: float = 0.05,
@@ -74,7 +77,8 @@ class TextDataModule(L.LightningDataModule):
         self.paths, self.validation_paths, self.validation_fraction = paths, validation_paths, validation_fraction
         self.tokenizer_name, self.vocab_size = tokenizer, vocab_size
         self.text_column, self.separator = text_column, separator
-        self.sequence_length, self.batch_size, self.row_type = sequence_length, batch_size, rows
+        self.sequence_length, self.row_type = sequence_length, rows
+        self.batch_size, self.global_batch_size = batch_size, global_batch_size
         self.seed, self.num_workers = seed, num_workers
         self.cache_dir = Path(cache_dir).expanduser()
         self._train_loader: TrainLoader | None = None
@@ -120,6 +124,8 @@ class TextDataModule(L.LightningDataModule):
     def _cache(self) -> Path:
         """Folder whose name tells everything that its content depends on."""
         files = find_files(self.paths) + (find_files(self.validation_paths) if self.validation_paths else [])
+        if self.tokenizer_name and Path(self.tokenizer_name).exists():
+            files.append(tokenizer_file(self.tokenizer_name))
         content = {
             "format": CACHE_FORMAT,
             "files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],

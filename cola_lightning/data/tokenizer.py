@@ -69,9 +69,8 @@ class Tokenizer:
             fast = FastTokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{file} is not a tokenizer.json of the tokenizers library: {error}") from error
-        eos_id = next(
-            (i for i in map(fast.token_to_id, [_token(settings, "eos_token"), *EOS_NAMES]) if i is not None), None
-        )
+        names = [_token(settings, "eos_token") or EOS, *EOS_NAMES]
+        eos_id = next((i for i in map(fast.token_to_id, names) if i is not None), None)
         if eos_id is None:
             raise InputError(f"tokenizer {name} names no eos_token; add it to the tokenizer_config.json beside {file}")
         return cls(fast, eos_id, fast.token_to_id(_token(settings, "pad_token") or PAD), name)
@@ -103,13 +102,23 @@ def _token(settings: dict, key: str) -> str | None:
     return value["content"] if isinstance(value, dict) else value
 
 
-def _local(name: str) -> tuple[Path, dict]:
+def tokenizer_file(name: str) -> Path:
+    """The tokenizer.json that a folder holds, or that is named itself.
+
+    Raises:
+        InputError: If there is none.
+    """
     path = Path(name)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise InputError(
             f"{path} holds no tokenizer.json; name a folder that does, the file itself, or a hub repository"
         )
+    return file
+
+
+def _local(name: str) -> tuple[Path, dict]:
+    file = tokenizer_file(name)
     settings: dict = {}
     for beside in (file.parent / other for other in SETTINGS):
         if beside.is_file():

@@ -12,5 +12,5 @@ from cola_lightning.methods.low_rank import LowRank
 class CoLA(LowRank):
     """``B silu(A x)`` in place of a dense in x out matrix; arguments, initialisation and errors as in LowRank."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.B(silu(self.A(x)))
+    def expand(self, z: Tensor) -> Tensor:
+        return self.B(silu(z))

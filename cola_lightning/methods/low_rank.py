@@ -1,9 +1,13 @@
 """Plain low rank, ``y = B A x`` (Kamalakara et al., arXiv 2209.13569): what CoLA adds a nonlinearity to."""
 
 from torch import Tensor
+from torch.fx.traceback import annotate
 
 from cola_lightning.errors import InputError
 from cola_lightning.models.layers import NormalLinear, Projection
+
+LATENT = {"cola_lightning": "latent"}
+"""Mark of the operations that make a latent. Set in eager execution and carried through ``torch.compile``."""
 
 
 class LowRank(Projection):
@@ -35,4 +39,13 @@ class LowRank(Projection):
         self.B = NormalLinear(rank, out_features, std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.B(self.A(x))
+        return self.expand(self.latent(x))
+
+    def latent(self, x: Tensor) -> Tensor:
+        """``A x``: (…, in) -> (…, R), before any nonlinearity; marked, so that it can be told from other products."""
+        with annotate(LATENT):
+            return self.A(x)
+
+    def expand(self, z: Tensor) -> Tensor:
+        """From the latent (…, R) to the output (…, out)."""
+        return self.B(z)

@@ -53,13 +53,15 @@ class Attention(nn.Module):
         self.o_proj = projection(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
-        q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(self.mix(self.q_proj(x), self.k_proj(x), self.v_proj(x), rotary))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
+        """Attention itself: q (B, T, D), k and v (B, T, K * E) -> (B, T, D)."""
+        q, k, v = rotate(self._heads(q), rotary), rotate(self._heads(k), rotary), self._heads(v)
         # No mask: rows are padded on the right and padding is not in the loss, so causality alone gives the same loss
         # and leaves the fast kernels open.
-        y = scaled_dot_product_attention(
-            rotate(q, rotary), rotate(k, rotary), v, is_causal=True, enable_gqa=self.grouped
-        )
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        y = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        return y.transpose(1, 2).flatten(2)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * E) -> (B, heads, T, E)"""
@@ -78,15 +80,18 @@ class MLP(nn.Module):
         self.down_proj = projection(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)
-        return self.down_proj((silu(gate) if self.gate_silu else gate) * self.up_proj(x))
+        return self.down_proj(self.combine(self.gate_proj(x), self.up_proj(x)))
+
+    def combine(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The gating itself, all (B, T, F)."""
+        return (silu(gate) if self.gate_silu else gate) * up
 
 
 class Block(nn.Module):
     """One decoder layer, pre-normalised; residual stream (B, T, D) -> (B, T, D).
 
-    ``checkpoint``, where it is set, runs the layer's body in training in place of a plain call: it is the seam by which
-    an activation-checkpointing policy enters without a wrapper module, so that parameter names stay as they are.
+    ``checkpoint``, where it is set, runs the layer in training in place of a plain call: it is the seam by which an
+    activation-checkpointing policy enters without a wrapper module, so that parameter names stay as they are.
     """
 
     def __init__(
@@ -104,11 +109,11 @@ class Block(nn.Module):
         self.self_attn = Attention(hidden_size, num_heads, num_key_value_heads, projection)
         self.post_attention_layernorm = nn.RMSNorm(hidden_size, rms_norm_eps)
         self.mlp = MLP(hidden_size, intermediate_size, gate_silu, projection)
-        self.checkpoint: Callable[..., Tensor] | None = None
+        self.checkpoint: Callable[[Block, Tensor, Rotary], Tensor] | None = None
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         if self.checkpoint is not None and torch.is_grad_enabled():
-            return self.checkpoint(self.body, x, rotary)
+            return self.checkpoint(self, x, rotary)
         return self.body(x, rotary)
 
     def body(self, x: Tensor, rotary: Rotary) -> Tensor:
@@ -142,7 +147,7 @@ class Decoder(nn.Module):
         rotary = rotary_table(ids.shape[1], self.head_dim, self.rope_theta, like=x)
         for layer in self.layers:
             x = layer(x, rotary)
-        return self.norm(x)
+        return self.norm(x.to(self.norm.weight.dtype))  # a checkpointing policy may run the stream in float32
 
 
 class Llama(nn.Module):

@@ -1,0 +1,155 @@
+"""What a training step costs, measured: FLOPs counted by operation, bytes by what stays alive, time by the clock."""
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from cola_lightning.callbacks import CoLAM
+from cola_lightning.models.llama import Rotary, rotary_table
+from cola_lightning.module import LanguageModel
+
+aten = torch.ops.aten
+# The counter knows every attention kernel but the CPU's. As for the others, causality is not taken off.
+CPU_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(
+        q, k, v
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda g, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(g, q, k, v)
+    ),
+}
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """FLOPs of the matrix products and attention in ``run()``; a multiply-add counts as two."""
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def kept_bytes(run: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
+    """Bytes that are alive after ``run()`` because of it, besides its result and the storages of ``known``."""
+    with _Allocations() as allocations:
+        result = run()
+    gc.collect()
+    excluded = {tensor.untyped_storage()._cdata for tensor in (result, *known)}
+    return sum(size for key, (ref, size) in allocations.seen.items() if key not in excluded and not ref.expired())
+
+
+class _Allocations(TorchDispatchMode):
+    """Every storage that an operation returns, and its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+
+def benchmark(
+    trainer: L.Trainer, model: LanguageModel, batch_size: int, sequence_length: int, steps: int = 5
+) -> dict[str, Any]:
+    """Measure training steps on random tokens with the checkpointing, precision and device of ``trainer``.
+
+    Args:
+        trainer: Built, but not running.
+        model: Its network is built here.
+        batch_size: Rows (B).
+        sequence_length: Tokens of a row (T).
+        steps: Timed steps, after two that are not.
+
+    Returns:
+        ``parameters``; ``flops_forward`` and ``flops_step`` of the whole network, and under ``layers`` of the decoder
+        layers alone; ``saved_bytes_per_token_per_layer``, what one more layer keeps between forward and backward, its
+        input included, and ``saved_hidden_states_per_layer``, the same in bf16 hidden states (2 D bytes);
+        ``tokens_per_second``, the median, and ``tokens_per_second_range``; ``peak_memory_bytes`` on CUDA, else None.
+    """
+    device = trainer.strategy.root_device
+    for callback in trainer.callbacks:
+        if isinstance(callback, CoLAM):
+            callback.setup(trainer, model, "fit")
+    with trainer.precision_plugin.module_init_context():
+        model.configure_model()
+    trainer.precision_plugin.convert_module(model.to(device))
+    context = trainer.precision_plugin.forward_context
+    ids = torch.randint(model.vocab_size, (batch_size, sequence_length), device=device)
+    layers = model.network.model.layers
+    hidden = model.network.model.embed_tokens(ids).detach().requires_grad_()
+    rotary = rotary_table(sequence_length, model.network.model.head_dim, model.network.model.rope_theta, like=hidden)
+
+    def loss() -> Tensor:
+        with context():
+            return model.training_step({"input_ids": ids, "labels": ids}, 0)
+
+    def through(count: int) -> Tensor:
+        with context():
+            return _run(layers[:count], hidden, rotary)
+
+    def step_of_layers() -> None:
+        through(len(layers)).float().square().mean().backward()
+
+    known = [*model.parameters(), hidden, *rotary]
+    more, fewer = (kept_bytes(lambda n=n: through(n), known) for n in (len(layers), len(layers) - 1))
+    # What the last layer hands on is the next one's input: each layer is charged with one.
+    per_layer = (more - fewer) / ids.numel()
+    result: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in model.network.parameters()),
+        "flops_forward": count_flops(loss),
+        "flops_step": count_flops(lambda: loss().backward()),
+        "layers": {
+            "flops_forward": count_flops(lambda: through(len(layers))),
+            "flops_step": count_flops(step_of_layers),
+        },
+        "saved_bytes_per_token_per_layer": per_layer,
+        "saved_hidden_states_per_layer": per_layer / (2 * hidden.shape[-1]),
+    }
+    model.zero_grad()
+    optimizer = model.make_optimizer(model.parameters())
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    times = []
+    for _ in range(steps + 2):
+        started = time.perf_counter()
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    speeds = sorted(ids.numel() / seconds for seconds in times[2:])
+    result["tokens_per_second"] = statistics.median(speeds)
+    result["tokens_per_second_range"] = [speeds[0], speeds[-1]]
+    result["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return result
+
+
+def _run(layers: Iterable[nn.Module], x: Tensor, rotary: Rotary) -> Tensor:
+    for layer in layers:
+        x = layer(x, rotary)
+    return x
+
+
+def report(result: dict[str, Any], file: str | None) -> None:
+    """Print the result, and write it to ``file`` as JSON."""
+    text = json.dumps(result, indent=2)
+    print(text)
+    if file:
+        Path(file).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,59 @@
+"""CoLA-M (arXiv 2502.10940, section 4): what a training step keeps of a layer between forward and backward.
+
+The paper's idea is that the R-wide latents ``z = A x`` are all one needs to keep: everything between two of them is
+cheap to do again. The reference implementation keeps them after the nonlinearity, and so has to run the whole forward
+pass twice. Kept before it, no down-projection is ever done again.
+
+A policy is a callable ``(block, x, rotary) -> x`` that :class:`~cola_lightning.models.llama.Block` uses as its
+``checkpoint``; see :class:`Selective` here and :class:`~cola_lightning.methods.reversible.Reversible`.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import traceback
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from cola_lightning.methods.low_rank import LATENT
+from cola_lightning.models.llama import Block, Rotary
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+class Selective:
+    """Keep a layer's input, and of what happens inside only the chosen operations' outputs; do the rest again.
+
+    Args:
+        latents: Keep the seven latents. Then only nonlinearities, up-projections and attention are done again.
+        attention: Keep the attention's output and its log-sum-exp, so that attention is not done again either.
+    """
+
+    def __init__(self, latents: bool, attention: bool) -> None:
+        # Plain functions, not methods of this object: torch.compile loses the object.
+        policy = partial(_policy, latents, attention)
+        self.contexts = partial(create_selective_checkpoint_contexts, policy)
+
+    def __call__(self, block: Block, x: Tensor, rotary: Rotary) -> Tensor:
+        # preserve_rng_state: there is no dropout, and reading the generator's state makes a device wait.
+        return checkpoint(
+            block.body, x, rotary, use_reentrant=False, preserve_rng_state=False, context_fn=self.contexts
+        )
+
+
+def _policy(latents: bool, attention: bool, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = (latents and op in PRODUCTS and is_latent()) or (attention and op in ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def is_latent() -> bool:
+    """Whether the operation being run, or traced, makes a latent; told by its owner's mark and not by its shape."""
+    return LATENT.items() <= traceback.current_meta.get("custom", {}).items()

@@ -1,0 +1,109 @@
+from functools import partial
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader
+
+from cola_lightning.callbacks import CoLAM
+from cola_lightning.errors import InputError
+from cola_lightning.methods import CoLA
+from cola_lightning.models import FullRank
+from cola_lightning.module import LanguageModel
+from cola_lightning.optim import WarmupCosine
+from tests.conftest import tiny_llama
+
+KEEPS = ["residual_and_latents", "latents", "block_input"]
+
+
+class Losses(L.Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append(outputs["loss"].item())
+
+
+def train(tmp_path, *callbacks, skip=0, ckpt_path=None, **trainer):
+    torch.manual_seed(0)
+    model = LanguageModel(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection=partial(CoLA, rank=8),
+        optimizer=partial(torch.optim.AdamW, lr=0.01),
+        schedule=partial(WarmupCosine, warmup_steps=5),
+    )
+    starts = torch.randint(63, (100, 4, 1), generator=torch.Generator().manual_seed(1))
+    ids = 1 + (starts + torch.arange(24)) % 63
+    batches = [{"input_ids": rows, "labels": rows} for rows in ids[skip:]]
+    losses = Losses()
+    run = L.Trainer(
+        accelerator="cpu", max_steps=50, logger=False, enable_checkpointing=False, gradient_clip_val=0.5,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        callbacks=[losses, *callbacks], **({"max_epochs": 1} | trainer),
+    )  # fmt: skip
+    run.fit(model, DataLoader(batches, batch_size=None), ckpt_path=ckpt_path, weights_only=True)
+    return losses.values, model, run
+
+
+def test_fifty_steps_give_the_same_curve(tmp_path):
+    plain, model, _ = train(tmp_path)
+    for keep in KEEPS:
+        curve, other, _ = train(tmp_path, CoLAM(keep))
+        assert other.state_dict().keys() == model.state_dict().keys()
+        if keep == "latents":
+            assert curve == pytest.approx(plain, rel=1e-5)
+        else:
+            assert curve == plain
+    assert plain[-1] < 0.5 * plain[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_curves_under_bf16_with_accumulation(precision, tmp_path):
+    exact, plain = (
+        torch.tensor(train(tmp_path, precision=each, accumulate_grad_batches=2)[0]) for each in ("32-true", precision)
+    )
+    for keep in KEEPS:
+        curve = torch.tensor(train(tmp_path, CoLAM(keep), precision=precision, accumulate_grad_batches=2)[0])
+        if keep == "latents":  # its float32 stream rounds otherwise; no further from float32 than bf16 itself
+            assert (curve - exact).abs().mean() <= 1.5 * (plain - exact).abs().mean()
+        else:
+            assert torch.equal(curve, plain)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_a_run_resumes_with_it_and_without(keep, tmp_path):
+    whole, *_ = train(tmp_path)
+    for first, second in (([], [CoLAM(keep)]), ([CoLAM(keep)], [])):
+        half, _, run = train(tmp_path, *first, limit_train_batches=20)
+        run.save_checkpoint(tmp_path / "half.ckpt")
+        rest, *_ = train(tmp_path, *second, ckpt_path=tmp_path / "half.ckpt", skip=20, max_epochs=2)
+        assert half + rest == pytest.approx(whole, rel=1e-5)
+
+
+def fake_trainer(*callbacks, strategy=None):
+    return SimpleNamespace(callbacks=list(callbacks), strategy=strategy)
+
+
+def test_full_rank_is_refused_but_for_block_input(tmp_path):
+    for keep in ("residual_and_latents", "latents"):
+        with pytest.raises(InputError, match=r"q_proj is FullRank; set keep: block_input, or --model.projection CoLA"):
+            CoLAM(keep).apply(tiny_llama(FullRank))
+    CoLAM("block_input").apply(tiny_llama(FullRank))
+
+
+def test_what_cannot_work_is_refused_with_the_reason():
+    with pytest.raises(InputError, match="latents_dtype float8 goes with keep: latents"):
+        CoLAM(latents_dtype="float8")
+    callback = CoLAM()
+    with pytest.raises(InputError, match="among the callbacks twice"):
+        callback.setup(fake_trainer(callback, CoLAM()), None, "fit")
+    strategy = FSDPStrategy(activation_checkpointing_policy={nn.Linear})
+    with pytest.raises(InputError, match="activation_checkpointing_policy of its own"):
+        callback.setup(fake_trainer(callback, strategy=strategy), None, "fit")

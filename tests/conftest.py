@@ -1,0 +1,93 @@
+import random
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from cola_lightning.methods import CoLA
+from cola_lightning.models import Llama
+from cola_lightning.models.layers import MakeProjection
+
+GOLDEN = Path(__file__).parent / "golden" / "cola_tiny"
+REPOSITORY = Path(__file__).parent.parent
+
+
+def tiny_llama(projection: MakeProjection | None = None, seed: int = 0, **sizes) -> Llama:
+    torch.manual_seed(seed)
+    arguments = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "projection": projection or partial(CoLA, rank=8),
+    }
+    return Llama(**(arguments | sizes))
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Forty little documents of the same few words."""
+    words = [
+        "the",
+        "of",
+        "and",
+        "nation",
+        "people",
+        "congress",
+        "war",
+        "peace",
+        "year",
+        "upon",
+        "great",
+        "commerce",
+        "law",
+        "land",
+        "treaty",
+        "sum",
+    ]
+    draw = random.Random(0)
+    return [" ".join(draw.choices(words, k=draw.randint(30, 120))) for _ in range(40)]
+
+
+@pytest.fixture(scope="session")
+def corpus(texts, tmp_path_factory) -> Path:
+    """A folder with one .txt file per document."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for index, text in enumerate(texts):
+        (folder / f"{index:02}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(corpus, tmp_path_factory) -> list[str]:
+    """Flags of a training run that takes a second, but for its directory."""
+    cache = tmp_path_factory.mktemp("cache")
+    flags = {
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 1,
+        "trainer.max_epochs": 1,
+        "trainer.max_steps": 6,
+        "trainer.log_every_n_steps": 1,
+        "trainer.val_check_interval": 3,
+        "trainer.num_sanity_val_steps": 0,
+        "trainer.enable_progress_bar": "false",
+        "trainer.enable_model_summary": "false",
+        "model.vocab_size": 300,
+        "model.hidden_size": 32,
+        "model.intermediate_size": 48,
+        "model.num_hidden_layers": 2,
+        "model.num_attention_heads": 4,
+        "model.projection": "CoLA",
+        "model.projection.rank": 8,
+        "model.schedule.warmup_steps": 2,
+        "checkpoint.every_n_train_steps": 2,
+        "data": "TextDataModule",
+        "data.paths": f'["{corpus}"]',
+        "data.vocab_size": 300,
+        "data.sequence_length": 32,
+        "data.batch_size": 4,
+        "data.cache_dir": str(cache),
+    }
+    return [f"--{name}={value}" for name, value in flags.items()]

@@ -1,0 +1,111 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from cola_lightning.data import TextDataModule
+from cola_lightning.errors import InputError
+
+
+def module(paths, tmp_path, **settings):
+    settings = {
+        "vocab_size": 300,
+        "sequence_length": 16,
+        "batch_size": 2,
+        "cache_dir": str(tmp_path / "cache"),
+    } | settings
+    data = TextDataModule([str(path) for path in paths], **settings)
+    data.trainer = SimpleNamespace(max_steps=3, accumulate_grad_batches=2, distributed_sampler_kwargs=None)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def documents(rows, tokenizer):
+    return {tokenizer.decode(rows.documents[i].tolist()) for i in range(len(rows.documents))}
+
+
+def test_holds_out_documents_before_packing(corpus, texts, tmp_path):
+    data = module([corpus], tmp_path, rows="padded", validation_fraction=0.1, sequence_length=400)
+    train, held_out = documents(data.train_rows, data.tokenizer), documents(data.validation_rows, data.tokenizer)
+    assert len(held_out) == 4
+    assert not train & held_out
+    assert train | held_out == set(texts)
+
+
+def test_packed_and_padded_rows_hold_the_same_tokens(corpus, tmp_path):
+    packed = module([corpus], tmp_path, rows="packed")
+    padded = module([corpus], tmp_path, rows="padded", sequence_length=400)
+    kept = lambda rows: sum(int((rows[i]["labels"] >= 0).sum()) for i in range(len(rows)))  # noqa: E731
+    assert kept(packed.train_rows) == kept(padded.train_rows)
+
+
+def test_the_loader_is_as_long_as_the_run_and_its_position_is_saved(corpus, tmp_path):
+    data = module([corpus], tmp_path)
+    loader = data.train_dataloader()
+    assert len(loader) == 6
+    iterator = iter(loader)
+    batches = [next(iterator) for _ in range(3)]
+    again = module([corpus], tmp_path)
+    again.load_state_dict(json.loads(json.dumps(data.state_dict())))
+    assert again.state_dict() == {"position": 6}
+    following = next(iter(again.train_dataloader()))
+    assert following["input_ids"].tolist() == next(iterator)["input_ids"].tolist()
+    assert following["input_ids"].tolist() != batches[0]["input_ids"].tolist()
+
+
+def test_is_tokenised_once_and_again_when_the_text_changes(texts, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    first = module([file], tmp_path)
+    tokenised = list((tmp_path / "cache").iterdir())
+    assert len(tokenised) == 1
+    stamp = (tokenised[0] / "train").stat().st_mtime_ns
+    module([file], tmp_path, sequence_length=32)
+    assert (tokenised[0] / "train").stat().st_mtime_ns == stamp
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts[:10]))
+    second = module([file], tmp_path)
+    assert len(second.train_rows) < len(first.train_rows)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_changed_tokenizer_is_noticed(corpus, texts, tmp_path):
+    for size in (300, 280):
+        module([corpus], tmp_path, vocab_size=size).tokenizer.save(tmp_path / "tokenizer")
+        assert module([corpus], tmp_path, tokenizer=str(tmp_path / "tokenizer")).tokenizer.vocab_size == size
+        ids = module([corpus], tmp_path, tokenizer=str(tmp_path / "tokenizer")).train_rows.ids
+        assert ids.max() < size
+
+
+def test_validation_files_of_their_own(corpus, tmp_path):
+    (tmp_path / "held.txt").write_text("the war and the peace")
+    data = module([corpus], tmp_path, validation_paths=[str(tmp_path / "held.txt")], rows="padded", sequence_length=400)
+    assert documents(data.validation_rows, data.tokenizer) == {"the war and the peace"}
+    assert len(data.train_rows) == 40
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"only one document", "holds a single document, so none can be held out"),
+        (b"  \n ", "holds no text"),
+        (b"caf\xe9", r"a\.txt is not UTF-8"),
+    ],
+)
+def test_a_corpus_that_cannot_be_used_is_named_before_training(content, message, tmp_path):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        module([tmp_path / "a.txt"], tmp_path)
+    assert not [path for path in (tmp_path / "cache").iterdir()]
+
+
+def test_a_bad_file_behind_a_good_one_is_named_too(corpus, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match=r"bad\.txt is not UTF-8"):
+        module([corpus, tmp_path / "bad.txt"], tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"sequence_length": 1}, {"batch_size": 0}, {"validation_fraction": 1.0}])
+def test_refuses_what_makes_no_sense(settings):
+    with pytest.raises(InputError, match=next(iter(settings))):
+        TextDataModule(["x"], **settings)

@@ -1,0 +1,69 @@
+import json
+
+import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.errors import InputError
+
+
+def t5_like(folder):
+    """A unigram tokenizer with T5's habit of having its sentinels in the vocabulary itself."""
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((f"▁{c}", -2.0) for c in "abc"),
+        *((c, -3.0) for c in "abc_<>/s "),
+    ]
+    fast = FastTokenizer(Unigram([*pieces, ("<extra_id_0>", -1.0)], unk_id=2))
+    fast.pre_tokenizer = Metaspace()
+    fast.add_special_tokens(["<pad>", "</s>", "<unk>", "<extra_id_0>"])
+    folder.mkdir()
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}, "pad_token": "<pad>"}))
+    return folder
+
+
+def test_trained_bpe_spells_any_text_and_comes_back_from_disk(texts, tmp_path):
+    tokenizer = Tokenizer.train(iter(texts), 300)
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 300)
+    strange = "the naïve 漢字 \x00 😀\n\tend"
+    (ids,) = tokenizer.encode([strange])
+    assert ids[-1] == 1
+    assert tokenizer.decode(ids) == strange
+    tokenizer.save(tmp_path / "tokenizer")
+    again = Tokenizer.load(str(tmp_path / "tokenizer"))
+    assert (again.pad_id, again.eos_id, again.vocab_size) == (0, 1, 300)
+    assert again.encode([strange]) == [ids]
+
+
+def test_sentinels_count_neither_in_the_vocabulary_nor_in_text(tmp_path):
+    tokenizer = Tokenizer.load(str(t5_like(tmp_path / "t5")))
+    sentinel = tokenizer.fast.token_to_id("<extra_id_0>")
+    assert tokenizer.vocab_size == sentinel
+    (ids,) = tokenizer.encode(["a <extra_id_0> b </s> c"])
+    assert max(ids) < tokenizer.vocab_size
+    assert ids.count(tokenizer.eos_id) == 1
+    assert ids[-1] == tokenizer.eos_id
+
+
+def test_a_vocabulary_too_small_for_bytes_is_refused(texts):
+    with pytest.raises(InputError, match="vocab_size 100 is too small for a byte-level BPE; choose 258 or more"):
+        Tokenizer.train(texts, 100)
+
+
+def test_a_folder_that_is_no_tokenizer_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"holds no tokenizer\.json"):
+        Tokenizer.load(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer\.json is not a tokenizer\.json of the tokenizers library"):
+        Tokenizer.load(str(tmp_path))
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    FastTokenizer(Unigram([("a", -1.0), ("b", -1.0)])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="names no eos_token"):
+        Tokenizer.load(str(tmp_path))

@@ -1,0 +1,41 @@
+import math
+
+import pytest
+import torch
+
+from cola_lightning.errors import InputError
+from cola_lightning.optim import WarmupCosine
+
+
+def rates(steps: int, **settings) -> list[float]:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    schedule = WarmupCosine(optimizer, **settings)
+    result = []
+    for _ in range(steps):
+        result.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return result
+
+
+def test_rises_linearly_then_falls_by_a_cosine():
+    lr = rates(101, total_steps=100, warmup_steps=10)
+    assert lr[:11] == pytest.approx([0.2 * step for step in range(11)])
+    assert lr[55] == pytest.approx(2 * (0.1 + 0.9 / 2))
+    assert lr[32] == pytest.approx(2 * (0.1 + 0.9 * (1 + math.cos(math.pi * 22 / 90)) / 2))
+
+
+def test_does_not_wrap_around_at_the_end():
+    lr = rates(120, total_steps=100, warmup_steps=10)
+    assert lr[99] == pytest.approx(0.2, rel=0.01)
+    assert lr[100:] == pytest.approx([0.2] * 20)
+
+
+def test_a_run_shorter_than_the_warm_up_ends_within_it():
+    assert rates(3, total_steps=3, warmup_steps=10) == pytest.approx([0, 0.2, 0.4])
+
+
+@pytest.mark.parametrize("settings", [{"warmup_steps": -1}, {"min_ratio": 1.5}])
+def test_refuses_what_makes_no_sense(settings):
+    with pytest.raises(InputError, match=r"it must"):
+        rates(1, total_steps=10, **settings)

@@ -1,0 +1,137 @@
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from cola_lightning.errors import InputError
+from cola_lightning.methods import CoLA
+from cola_lightning.module import LanguageModel
+
+
+def tiny(**settings) -> LanguageModel:
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "projection": partial(CoLA, rank=4),
+    }
+    return LanguageModel(**(sizes | settings))
+
+
+def rows(labels) -> dict[str, torch.Tensor]:
+    labels = torch.tensor(labels)
+    return {"input_ids": labels.clamp(min=0), "labels": labels}
+
+
+def test_impossible_sizes_are_refused_at_construction_without_building():
+    with pytest.raises(InputError, match="num_attention_heads 3 does not divide"):
+        tiny(num_attention_heads=3)
+    assert not hasattr(tiny(hidden_size=65536, intermediate_size=65536), "network")
+
+
+def test_loss_is_the_mean_over_kept_tokens_shifted_by_one():
+    model = tiny()
+    model.configure_model()
+    batch = rows([[3, 4, 5, -100], [6, 7, -100, -100]])
+    log_probabilities = model(batch["input_ids"]).log_softmax(-1)
+    picked = [log_probabilities[0, 0, 4], log_probabilities[0, 1, 5], log_probabilities[1, 0, 7]]
+    torch.testing.assert_close(model.training_step(batch, 0), -sum(picked) / 3)
+    scores = model.predict_step(batch, 0)
+    torch.testing.assert_close(scores["loss_sum"], -torch.stack([picked[0] + picked[1], picked[2]]))
+    assert scores["tokens"].tolist() == [2, 1]
+
+
+def test_a_batch_with_nothing_to_learn_gives_zero_and_no_nan():
+    model = tiny()
+    model.configure_model()
+    loss = model.training_step(rows([[-100, -100, -100]]), 0)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def trainer(**settings) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, log_every_n_steps=1, **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_validation_reports_both_perplexities(precision):
+    model = tiny()
+    batches = [rows([[3, 4, 5, 6, 7], [8, 9, -100, -100, -100]]), rows([[1, 2, -100, -100, -100]])]
+    (result,) = trainer(precision=precision).validate(model, DataLoader(batches, batch_size=None), verbose=False)
+    with torch.no_grad():
+        scores = [model.predict_step(batch, 0) for batch in batches]
+    sums, tokens = ([float(score[key].sum()) for score in scores] for key in ("loss_sum", "tokens"))
+    tolerance = 1e-5 if precision == "32-true" else 0.02
+    assert result["val/perplexity"] == pytest.approx(math.exp(sum(sums) / 6), rel=tolerance)
+    published = math.exp((sums[0] / tokens[0] + sums[1] / tokens[1]) / 3)
+    assert result["val/perplexity_as_published"] == pytest.approx(published, rel=tolerance)
+
+
+class Watch(L.Callback):
+    def __init__(self):
+        self.logged, self.clipped = [], []
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        if grads:  # after a step: none before the first
+            self.clipped.append(torch.nn.utils.get_total_norm(grads).item())
+
+    def on_train_batch_end(self, trainer, *_):
+        self.logged.append(float(trainer.callback_metrics["train/gradient_norm"]))
+
+
+def test_clips_by_global_norm_and_logs_the_norm_before():
+    watch = Watch()
+    batches = [rows([[3, 4, 5, 6, 7]])] * 4
+    run = trainer(max_steps=4, max_epochs=1, gradient_clip_val=0.01, callbacks=[watch])
+    run.fit(tiny(), DataLoader(batches, batch_size=None))
+    assert min(watch.logged) > 0.02
+    assert watch.clipped == pytest.approx([0.01] * 3, rel=1e-3)
+    assert {"train/loss", "train/learning_rate"} <= run.callback_metrics.keys()
+
+
+def test_clipping_by_value_is_refused():
+    run = trainer(max_steps=1, max_epochs=1, gradient_clip_val=0.1, gradient_clip_algorithm="value")
+    with pytest.raises(InputError, match="gradient_clip_algorithm value is not offered"):
+        run.fit(tiny(), DataLoader([rows([[3, 4, 5]])], batch_size=None))
+
+
+def test_a_run_needs_a_length():
+    run = trainer(max_epochs=1)
+    with pytest.raises(InputError, match=r"set --trainer\.max_steps"):
+        run.fit(tiny(), DataLoader([rows([[3, 4, 5]])], batch_size=None))
+
+
+@pytest.mark.parametrize(
+    ("model", "tokenizer", "message"),
+    [
+        (
+            {},
+            {"vocab_size": 60},
+            r"tokenizer t has 60 ids, but the embedding has only 50 rows; set --model.vocab_size 60",
+        ),
+        ({"max_position_embeddings": 8}, {}, r"sequence_length 9 is beyond --model.max_position_embeddings 8"),
+        (
+            {},
+            {"pad_id": None},
+            r"pad_token_id 0 would hold the embedding of '!' at zero.*set --model.pad_token_id null",
+        ),
+        ({"pad_token_id": 3}, {"pad_id": 0}, r"set --model.pad_token_id 0"),
+    ],
+)
+def test_data_that_does_not_fit_the_network_is_refused(model, tokenizer, message):
+    kind = SimpleNamespace(**({"vocab_size": 50, "pad_id": 0, "name": "t", "decode": lambda ids: "!"} | tokenizer))
+    module = tiny(**model)
+    module.trainer = SimpleNamespace(datamodule=SimpleNamespace(sequence_length=9, tokenizer=kind))
+    with pytest.raises(InputError, match=message):
+        module.setup("fit")
