@@ -5,9 +5,9 @@ arguments as any ``torch.nn.Module``; those few are left open here, for listing 
 fails on the metaclasses among them.
 """
 
-import json
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from jsonargparse import ArgumentParser, _completions, _completions_jsonschema
@@ -18,11 +18,11 @@ def json_schema(parser: ArgumentParser) -> dict[str, Any]:
     """The schema of a run file: what the parser takes, and ``config`` for the files that it builds on."""
     with _open_ended():
         schema = _completions_jsonschema.config_jsonschema(parser)
+    _make_partial(schema)
     schema["properties"]["config"] = {
         "description": "File or files that this one builds on, relative to it.",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     }
-    _make_partial(schema)
     return schema
 
 
@@ -30,14 +30,17 @@ def _make_partial(schema: Any) -> None:
     """Require nothing, for a file may leave anything to the one it builds on, and allow ``key+`` to extend a list."""
     if isinstance(schema, dict):
         schema.pop("required", None)
-        properties = schema.get("properties", {})
-        lists = {f"{key}+": value for key, value in properties.items() if '"array"' in json.dumps(value)}
-        properties.update(lists)
         for value in schema.values():
             _make_partial(value)
+        properties = schema.get("properties", {})
+        properties.update({f"{key}+": value for key, value in properties.items() if _takes_list(value)})
     elif isinstance(schema, list):
         for value in schema:
             _make_partial(value)
+
+
+def _takes_list(schema: dict[str, Any]) -> bool:
+    return schema.get("type") == "array" or any(map(_takes_list, schema.get("anyOf", [])))
 
 
 def shell_script(parser: ArgumentParser, shell: str) -> str:
@@ -59,7 +62,8 @@ def _open_ended() -> Iterator[None]:
     for module in modules:
         module.get_all_subclass_paths = bounded
     try:
-        yield
+        with redirect_stdout(sys.stderr):  # deepspeed talks when it is imported
+            yield
     finally:
         for module in modules:
             module.get_all_subclass_paths = original

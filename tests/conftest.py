@@ -2,12 +2,15 @@ import random
 from functools import partial
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from cola_lightning.methods import CoLA
 from cola_lightning.models import Llama
 from cola_lightning.models.layers import MakeProjection
+from cola_lightning.module import LanguageModel
 
 GOLDEN = Path(__file__).parent / "golden" / "cola_tiny"
 REPOSITORY = Path(__file__).parent.parent
@@ -24,6 +27,26 @@ def tiny_llama(projection: MakeProjection | None = None, seed: int = 0, **sizes)
         "projection": projection or partial(CoLA, rank=8),
     }
     return Llama(**(arguments | sizes))
+
+
+def loader(batches: list) -> DataLoader:
+    return DataLoader(batches, batch_size=None)
+
+
+def tiny_trainer(*callbacks, steps: int, vocab_size: int = 50, **trainer) -> tuple:
+    """A trainer on the CPU, a module and six batches (3, 8), some of whose labels are ignored."""
+    torch.manual_seed(0)
+    model = LanguageModel(vocab_size, 16, 24, 1, 2, projection=partial(CoLA, rank=4))
+    batches = []
+    for ids in torch.randint(1, vocab_size, (6, 3, 8)):
+        batches.append({"input_ids": ids, "labels": ids.where(torch.rand(3, 8) < 0.8, -100)})
+    settings = {"logger": False, "log_every_n_steps": 1} | trainer
+    run = L.Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=1, limit_train_batches=steps, num_sanity_val_steps=0,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=list(callbacks), **settings,
+    )  # fmt: skip
+    return run, model, batches
 
 
 @pytest.fixture(scope="session")

@@ -17,15 +17,14 @@ class Yardsticks(L.Callback):
     """
 
     def __init__(self) -> None:
-        self._train: Tensor | None = None
-        self._validation: Tensor | None = None
+        self._train = self._validation = torch.zeros(0)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self._train is None:
+        if not len(self._train):
             self._train = torch.zeros(pl_module.vocab_size, dtype=torch.int64)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"train": self._train}
+        return {"train": self._train.clone()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._train = state_dict["train"]
@@ -51,7 +50,7 @@ class Yardsticks(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         model = trainer.callback_metrics.get("val/perplexity")
-        if model is None or self._validation is None:
+        if model is None or not len(self._validation):
             return
         train, validation = (
             trainer.strategy.reduce(counts.double(), reduce_op="sum") for counts in (self._train, self._validation)
