@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,7 @@ class TextDataModule(L.LightningDataModule):
         separator: String between the documents of a .txt file; without it each file is one document.
         seed: Decides the split and the order of the rows.
         num_workers: Processes that read ahead.
-        cache_dir: Where tokenised text is kept.
+        cache_dir: Where tokenised text is kept; by default cola_lightning in $XDG_CACHE_HOME, or in ~/.cache.
 
     Raises:
         InputError: If ``sequence_length`` is below 2 or ``batch_size`` below 1.
@@ -65,7 +66,7 @@ class TextDataModule(L.LightningDataModule):
         separator: str | None = None,
         seed: int = 42,
         num_workers: int = 0,
-        cache_dir: str = "~/.cache/cola_lightning",
+        cache_dir: str | None = None,
     ) -> None:
         super().__init__()
         if sequence_length < 2:
@@ -80,7 +81,7 @@ class TextDataModule(L.LightningDataModule):
         self.sequence_length, self.row_type = sequence_length, rows
         self.batch_size, self.global_batch_size = batch_size, global_batch_size
         self.seed, self.num_workers = seed, num_workers
-        self.cache_dir = Path(cache_dir).expanduser()
+        self.cache_dir = Path(cache_dir or _default_cache()).expanduser()
         self._train_loader: TrainLoader | None = None
         self._position = 0
 
@@ -211,3 +212,7 @@ class TextDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._position = state_dict["position"]
+
+
+def _default_cache() -> str:
+    return os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/cola_lightning"

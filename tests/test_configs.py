@@ -1,0 +1,114 @@
+"""Every run file, and every combination of them that the README or a recipe names."""
+
+import re
+import shlex
+
+import pytest
+import torch
+import yaml
+
+from cola_lightning.cli import CLI, main
+from tests.conftest import REPOSITORY
+
+RUN_FILES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+OVERLAYS = sorted(file for folder in (REPOSITORY / "configs").iterdir() if folder.is_dir() for file in folder.iterdir())
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "recipes").rglob("*.md"))]
+
+# In millions: embeddings, head and norms at full size, seven projections a layer
+PARAMETERS = {
+    "llama": {"60m": 58.1, "130m": 134.1, "350m": 368.0, "1b": 1339.1, "7b": 6738.4},
+    "cola": {"60m": 42.8, "130m": 94.0, "350m": 185.2, "1b": 609.3, "7b": 2820.9},
+}
+
+
+def named_commands() -> list[tuple[str, list[str]]]:
+    """The command lines of this package in the pages' code blocks, each as its verb and flags."""
+    commands = []
+    for page in PAGES:
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                found = re.search(r"python -m cola_lightning (\w+) ?(.*)", line)
+                if found and found[1] not in ("schema", "completion"):
+                    commands.append((found[1], shlex.split(found[2].split(" > ")[0], comments=True)))
+    return commands
+
+
+@pytest.fixture(autouse=True)
+def _at_home(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+
+
+def printed(capsys, *flags):
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", *flags, "--print_config"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("file", RUN_FILES, ids=lambda file: file.name)
+def test_every_run_file_parses_and_builds(file):
+    cli = CLI([f"--config={file}", "--trainer.accelerator=cpu"], run=False)
+    with torch.device("meta"):
+        network = cli.model.build()
+    for callback in cli.trainer.callbacks:
+        if hasattr(callback, "apply"):
+            callback.apply(network)
+    match = re.fullmatch(r"(llama|cola|cola_m)_(\w+)\.yaml", file.name)
+    if match:
+        kind, size = match[1].removesuffix("_m"), match[2]
+        millions = sum(p.numel() for p in network.parameters()) / 1e6
+        assert millions == pytest.approx(PARAMETERS[kind][size], abs=0.05)
+        assert (network.model.layers[0].checkpoint is not None) == (match[1] == "cola_m")
+
+
+def test_all_fifteen_models_are_there():
+    names = {file.stem for file in RUN_FILES}
+    assert {f"{kind}_{size}" for kind in ("llama", "cola", "cola_m") for size in PARAMETERS["llama"]} <= names
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_every_overlay_goes_over_a_run_file(overlay, capsys):
+    settings = printed(capsys, "--config=configs/llama_60m.yaml", f"--config={overlay}")
+    assert settings != printed(capsys, "--config=configs/llama_60m.yaml")
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags"), named_commands(), ids=lambda value: value if isinstance(value, str) else None
+)
+def test_commands_on_the_pages_parse(verb, flags, capsys):
+    if verb == "benchmark":
+        flags = [flag for i, flag in enumerate(flags) if flag != "--json" and (i == 0 or flags[i - 1] != "--json")]
+        verb = "fit"
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, *flags, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]
+
+
+# What the reference's scripts and configurations say, by size: peak lr, steps, warm-up, rank, micro-batch, gate SiLU
+REFERENCE = {
+    "60m": (0.006, 10_000, 2_000, 128, 256, True),
+    "130m": (0.003, 20_000, 2_000, 256, 256, True),
+    "350m": (0.003, 60_000, 6_000, 256, 64, False),
+    "1b": (0.002, 100_000, 10_000, 512, 32, False),
+    "7b": (0.001, 150_000, 15_000, 1024, 16, False),
+}
+
+
+@pytest.mark.parametrize("size", REFERENCE)
+def test_cola_has_the_references_hyper_parameters(size, capsys):
+    settings = printed(capsys, f"--config=configs/cola_m_{size}.yaml")
+    model, data = settings["model"], settings["data"]["init_args"]
+    optimizer = model["optimizer"]["init_args"]
+    seen = (
+        optimizer["lr"],
+        settings["trainer"]["max_steps"],
+        model["schedule"]["init_args"]["warmup_steps"],
+        model["projection"]["init_args"]["rank"],
+        data["batch_size"],
+        model["gate_silu"],
+    )
+    assert seen == REFERENCE[size]
+    assert settings["trainer"]["gradient_clip_val"] == 0.5
+    assert settings["trainer"]["precision"] == "bf16-true"
+    assert (optimizer["weight_decay"], optimizer["betas"], optimizer["eps"]) == (0.01, [0.9, 0.999], 1e-8)
+    assert (data["sequence_length"], data["global_batch_size"], data["rows"]) == (256, 512, "padded")
+    assert model["schedule"]["init_args"]["min_ratio"] == 0.1
