@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 
 from cola_lightning.data.lanes import ENCODED_TOGETHER, Lane, Reader, RowShape
 from cola_lightning.data.loader import EvalLoader
@@ -21,7 +22,7 @@ from cola_lightning.data.prepared import PreparedCorpus, is_prepared
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.rows import Documents, PackedRows, PaddedRows
 from cola_lightning.data.sources import DataFiles, Source, TextCorpus
-from cola_lightning.data.stream import StreamLoader
+from cola_lightning.data.stream import StreamError, StreamLoader
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 
@@ -50,6 +51,8 @@ class C4DataModule(L.LightningDataModule):
             prepared with, or t5-base.
         sequence_length: Tokens of a row (T).
         batch_size: Rows of a micro-batch on one device (B).
+        global_batch_size: Rows of an optimizer step over all devices; gradients are accumulated to it. If none is
+            given, it is what the trainer's ``accumulate_grad_batches`` makes of ``batch_size``.
         rows: ``padded`` makes one document a row, cut and padded, as the paper's benchmark does; ``packed`` puts
             documents end to end.
         cross_document_attention: Whether tokens of packed rows attend to the documents before theirs in the row.
@@ -81,6 +84,7 @@ class C4DataModule(L.LightningDataModule):
         tokenizer: str | None = None,
         sequence_length: int = 256,
         batch_size: int = 16,
+        global_batch_size: int | None = None,
         rows: Literal["padded", "packed"] = "padded",
         cross_document_attention: bool = True,
         shuffle_buffer: int = 1000,
@@ -111,7 +115,8 @@ class C4DataModule(L.LightningDataModule):
             )
         if not cross_document_attention and rows == "padded":
             raise InputError("cross_document_attention is for packed rows; a padded row holds one document")
-        self.tokenizer_name, self.sequence_length, self.batch_size = tokenizer, sequence_length, batch_size
+        self.tokenizer_name, self.sequence_length = tokenizer, sequence_length
+        self.batch_size, self.global_batch_size = batch_size, global_batch_size
         self.row_type, self.cross_document_attention = rows, cross_document_attention
         self.shuffle_buffer, self.lanes, self.validation_tokens = shuffle_buffer, lanes, validation_tokens
         self.seed, self.num_workers, self.verify = seed, num_workers, verify
@@ -162,10 +167,14 @@ class C4DataModule(L.LightningDataModule):
         self.validation_rows = kind(documents, self.sequence_length, pad_id)
 
     def _load_tokenizer(self) -> Tokenizer:
-        prepared = [source for source in [*self.sources, self.validation] if is_prepared(source)]
-        if self.tokenizer_name or not prepared:
-            return self.retry.call(lambda: Tokenizer.load(self.tokenizer_name or "t5-base"), "the tokenizer")
-        return PreparedCorpus(prepared[0]).tokenizer()
+        for source in [*self.sources, self.validation]:
+            if is_prepared(source):
+                corpus = PreparedCorpus(source)
+                # A prepared source brings its tokenizer, so that it can be trained on without the hub.
+                if self.tokenizer_name in (None, corpus.index["tokenizer_name"]):
+                    return corpus.tokenizer()
+        name = self.tokenizer_name or "t5-base"
+        return self.retry.call(lambda: Tokenizer.load(name), f"tokenizer {name}")
 
     def _open(self, source: Source, tokenizer: Tokenizer) -> Corpus:
         if not is_prepared(source):
@@ -282,6 +291,16 @@ class C4DataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Save a checkpoint to go on from where the data failed. Any other exception may be this rank's own, and the
+        others would not take part."""
+        trainer = self.trainer
+        if isinstance(exception, StreamError) and trainer is not None and trainer.global_step:
+            folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+            file = Path(folder) / f"data-failed-step={trainer.global_step}.ckpt"
+            trainer.save_checkpoint(file)
+            rank_zero_warn(f"the data failed; when it can be read again, go on by --ckpt_path {file}")
 
     def _identity(self) -> dict[str, Any]:
         """What must not change within a run, for a position means something only in the order that it belongs to."""

@@ -16,6 +16,10 @@ from cola_lightning.data.lanes import Batch, Lane
 from cola_lightning.errors import InputError
 
 
+class StreamError(InputError):
+    """Data that cannot be read any more, seen by all ranks between the same two optimizer steps."""
+
+
 @dataclass
 class _Made:
     """A batch on its way from a worker, with where its lane stands after it.
@@ -34,10 +38,10 @@ class _Made:
 class StreamLoader:
     """The whole training run as one sequence of batches, drawn from the lanes in rotation.
 
-    Micro-batch ``m`` of the run, counted over all ranks, comes from lane ``m % lanes``. Rank ``r`` of R takes those with
-    ``m % R == r`` and its workers take turns. Where R x workers divides the number of lanes, the batches are therefore
-    the same sequence for any R and any number of workers. Where it does not, lanes are dealt out as evenly as possible;
-    the order differs, each lane's own sequence does not.
+    Micro-batch ``m`` of the run, counted over all ranks, comes from lane ``m % lanes``. Rank ``r`` of R takes those
+    with ``m % R == r`` and its workers take turns. Where R x workers divides the number of lanes, the batches are
+    therefore the same sequence for any R and any number of workers. Where it does not, lanes are dealt out as evenly as
+    possible; the order differs, each lane's own sequence does not.
 
     Lightning sees an object with a length and an iterator, nothing more: it then neither fetches a batch ahead, nor
     restores one rank's position on all ranks.
@@ -57,6 +61,7 @@ class StreamLoader:
 
     Raises:
         InputError: If ranks and workers are more than the lanes.
+        StreamError: While iterating, on every rank, when one cannot read on.
     """
 
     def __init__(
@@ -119,7 +124,7 @@ class StreamLoader:
                 break
             window.append(item)
         if not self.all_well(failure is None):
-            raise failure or InputError("another rank could not read its data; see the error that it printed")
+            raise StreamError(*failure.args if failure else ("another rank could not read its data; it says why",))
         return window
 
     def _loader(self) -> DataLoader:
@@ -128,7 +133,7 @@ class StreamLoader:
             _Stream(self),
             batch_size=None,
             num_workers=self.workers,
-            worker_init_fn=partial(_die_with, os.getpid()),
+            worker_init_fn=partial(_worker_init, os.getpid()),
             pin_memory=torch.cuda.is_available(),
             **ahead,  # type: ignore[arg-type]
         )
@@ -154,8 +159,12 @@ class _Stream(IterableDataset):
             yield InputError(*error.args)
 
 
-def _die_with(parent: int, worker: int) -> None:
-    """Have the kernel kill this worker when the process that started it is gone, even by SIGKILL.
+def _worker_init(parent: int, worker: int) -> None:
+    die_with(parent)
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its ``parent``, given by its number, is gone, even by SIGKILL.
 
     PyTorch's own watchdog looks only between two batches, and not while a worker waits for a server.
     """
