@@ -18,7 +18,7 @@ PASSING = (OSError, EOFError, zlib.error)
 # By name, for which of them is installed depends on the version of the hub's client.
 HTTP_CLIENTS = {"aiohttp", "httpx", "httpx2", "requests"}
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-LASTING_STATUS = (400, 401, 403, 404, 410)
+LASTING_STATUS = (401, 403, 404, 410)
 
 
 @dataclass

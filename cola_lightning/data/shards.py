@@ -62,7 +62,9 @@ def _json_lines(name: str, column: str, start: int, part: int, parts: int) -> It
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise InputError(f"{place} is not JSON: {error.msg} at column {error.colno}") from error
+                raise InputError(
+                    f"{place} is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+                ) from error
             except UnicodeDecodeError as error:
                 raise InputError(f"{place} is not UTF-8; convert the file to UTF-8") from error
             if not isinstance(row, dict) or column not in row:

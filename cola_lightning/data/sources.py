@@ -67,6 +67,8 @@ class TextCorpus:
         if source.split not in files:
             raise InputError(f"{source.title} has no split {source.split!r}; it has {', '.join(map(str, files))}")
         self.shards: list[str] = [str(file) for file in files[source.split]]
+        if not self.shards:
+            raise InputError(f"{source.title} split {source.split!r} has no file; check data_files {source.data_files}")
 
     def read(self, shard: int, start: int = 0, part: int = 0, parts: int = 1) -> Iterator[tuple[int, str]]:
         """Rows ``part``, ``part + parts``, … of a shard that are not before ``start``, each with its number; empty

@@ -65,7 +65,7 @@ def test_numbers_that_do_not_divide_the_lanes_lose_and_repeat_no_document(change
     state, seen = None, []
     for ranks, workers in changes:
         group = loaders(ranks, workers, state=state)
-        seen += documents(take(group, ranks * 2 * 5))
+        seen += documents(take(group, ranks * 5))
         state = gathered(group)
     assert all(lane["readers"][0]["pass"] == 0 for lane in state["lanes"].values())
     assert len(seen) == len(set(seen))
