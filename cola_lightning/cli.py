@@ -19,11 +19,15 @@ import cola_lightning.data
 import cola_lightning.methods  # noqa: F401
 from cola_lightning import completion
 from cola_lightning.callbacks import Throughput
+from cola_lightning.data import prepare
 from cola_lightning.errors import InputError
 from cola_lightning.module import LanguageModel
 
 USAGE = "cola_lightning {fit,validate,test,predict} [--config FILE] [--NAME VALUE ...]"
-MORE_VERBS = "'schema' prints a JSON schema of the run files, 'completion SHELL' a completion script."
+MORE_VERBS = (
+    "'prepare' tokenises a data set; 'schema' prints a JSON schema of the run files, 'completion SHELL' a completion "
+    "script."
+)
 
 
 class ConfigFile(ActionConfigFile):
@@ -162,8 +166,12 @@ def _checkpoints(run_dir: str) -> list[Path]:
 
 def main(args: ArgsType = None) -> None:
     """Run the command line; ``args`` in place of ``sys.argv`` for use from Python."""
+    typed = sys.argv[1:] if args is None else args
     try:
-        CLI(args)
+        if isinstance(typed, list) and typed[:1] == ["prepare"]:
+            prepare.main(typed[1:])
+        else:
+            CLI(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jsonargparse import auto_cli
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cola_lightning.data.lanes import ENCODED_TOGETHER
@@ -40,7 +41,7 @@ def prepare(
         folder: Where to; each split becomes a folder in it. Name it as --data.path to train on it.
         splits: Which splits; the one of the source if not given.
         tokenizer: Folder, tokenizer.json or repository on the hub.
-        num_workers: Processes that tokenise, each a shard at a time.
+        num_workers: Processes that tokenise, each a shard at a time; 1 for this one alone.
         retries: Failures in a row that are borne when a shard is read.
         retry_wait: Seconds before the first new try; each further wait is twice as long.
 
@@ -54,6 +55,11 @@ def prepare(
     for split in splits or [source.split]:
         part = Source(**{**vars(source), "split": split})
         _prepare_split(TextCorpus(part, encoder, retry), Path(folder).expanduser() / split, num_workers)
+
+
+def main(args: list[str]) -> None:
+    """The verb ``prepare``: the arguments of :func:`prepare`, as flags or in a file named by ``--config``."""
+    auto_cli(prepare, args=args, prog="cola_lightning prepare", as_positional=False)
 
 
 def _prepare_split(corpus: TextCorpus, folder: Path, num_workers: int) -> None:
@@ -96,16 +102,19 @@ def _make(corpus: TextCorpus, folder: Path, missing: list[int], dtype: str, num_
     """Make the shards in parallel. The first that fails stops the others before their next."""
     context = get_context("spawn")  # a tokenizer's threads do not outlive a fork
     documents = context.Value("q", 0)
+    job = (corpus, folder, dtype, documents)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with (
-        Progress(*columns) as progress,
-        ProcessPoolExecutor(num_workers, context, _begin, (corpus, folder, dtype, documents, os.getpid())) as pool,
-    ):
+    pool: Executor
+    if num_workers > 1:
+        pool = ProcessPoolExecutor(num_workers, context, _begin_process, (os.getpid(), *job))
+    else:
+        pool = ThreadPoolExecutor(1, initializer=_begin, initargs=job)
+    with Progress(*columns) as progress, pool:
         task = progress.add_task("", total=len(corpus.shards), completed=len(corpus.shards) - len(missing))
         waiting: set[Future[None]] = {pool.submit(_make_shard, shard) for shard in missing}
         try:
             while waiting:
-                done, waiting = wait(waiting, timeout=0.5)
+                done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
                     future.result()
                 progress.update(
@@ -121,11 +130,15 @@ def _make(corpus: TextCorpus, folder: Path, missing: list[int], dtype: str, num_
 _job: tuple[TextCorpus, Path, str, Any]
 
 
-def _begin(corpus: TextCorpus, folder: Path, dtype: str, documents: Any, parent: int) -> None:
+def _begin(*job: Any) -> None:
     global _job
+    _job = job  # type: ignore[assignment]
+
+
+def _begin_process(parent: int, *job: Any) -> None:
     die_with(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes keep the cores busy
-    _job = (corpus, folder, dtype, documents)
+    _begin(*job)
 
 
 def _make_shard(shard: int) -> None:
@@ -142,6 +155,8 @@ def _make_shard(shard: int) -> None:
             if count % ENCODED_TOGETHER == 0:
                 with documents.get_lock():
                     documents.value += ENCODED_TOGETHER
+    with documents.get_lock():
+        documents.value += count % ENCODED_TOGETHER
     with (folder / f"{names[1]}.part").open("wb") as file:
         np.save(file, np.array(offsets, dtype=np.int64))
     files = {}

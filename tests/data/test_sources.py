@@ -110,7 +110,7 @@ def test_parquet_file_that_is_cut_short_is_named(tmp_path, open_corpus):
 def test_what_is_not_there_is_said(tmp_path, open_corpus):
     with pytest.raises(InputError, match="has no split 'test'; it has train"):
         open_corpus(write(tmp_path, "jsonl"), split="test")
-    with pytest.raises(InputError, match="json .*(has no file|cannot be opened)"):
+    with pytest.raises(InputError, match=r"json .*(has no file|cannot be opened)"):
         open_corpus("json", data_files=f"{tmp_path}/none-*.json")
     with pytest.raises(InputError, match=r"data set .*/nowhere cannot be opened"):
         open_corpus(tmp_path / "nowhere")
