@@ -1,5 +1,6 @@
 """Text to ids and back: any tokenizer in Hugging Face's format, or a byte-level BPE trained here."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -47,6 +48,10 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return str(self.fast.decode(ids, skip_special_tokens=True))
+
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that make the same ids of every text."""
+        return hashlib.sha256(f"{self.fast.to_str()}{self.eos_id}".encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, as Hugging Face lays them out."""

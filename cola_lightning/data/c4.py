@@ -1,0 +1,344 @@
+"""The data module for text that is too much for this machine: streamed, or tokenised beforehand."""
+
+import hashlib
+import json
+import os
+import shutil
+from itertools import islice
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
+
+from cola_lightning.data.lanes import ENCODED_TOGETHER, Lane, Reader, RowShape
+from cola_lightning.data.loader import EvalLoader
+from cola_lightning.data.prepared import PreparedCorpus, is_prepared
+from cola_lightning.data.retry import Retry
+from cola_lightning.data.rows import Documents, PackedRows, PaddedRows
+from cola_lightning.data.sources import DataFiles, Source, TextCorpus
+from cola_lightning.data.stream import StreamError, StreamLoader
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.errors import InputError
+
+Corpus = TextCorpus | PreparedCorpus
+
+
+class C4DataModule(L.LightningDataModule):
+    """Trains on a stream of documents, and goes on at the very next token after a break.
+
+    The order of the batches is a function of the arguments alone. A checkpoint holds, for every lane (see
+    :class:`StreamLoader`), where it stands after the batch trained on last. To go on from it costs the reading of one
+    shuffle block for each lane, and in a compressed shard the unpacking of what comes before that block; nothing that
+    was trained on is tokenised again. On another number of ranks or workers no document is lost or repeated, and
+    where ranks x workers divides ``lanes``, before and after, the batches stay the same sequence.
+
+    Args:
+        path: Data set on the Hugging Face hub, folder of files, format of ``datasets`` with ``data_files``, or folder
+            that ``prepare`` made.
+        name: Configuration of the data set; null where it has none.
+        revision: Branch, tag or commit on the hub. Name a commit for a run that must be repeatable.
+        data_files: Files, patterns or addresses, by split.
+        text_column: Column of the text.
+        sources: Several sources in place of the one above, mixed by the tokens that each hands out.
+        validation: Source of the validation documents; split ``validation`` of ``path`` if not given.
+        tokenizer: Folder, tokenizer.json or repository on the hub. If none is named, the one that a prepared source was
+            prepared with, or t5-base.
+        sequence_length: Tokens of a row (T).
+        batch_size: Rows of a micro-batch on one device (B).
+        global_batch_size: Rows of an optimizer step over all devices; gradients are accumulated to it. If none is
+            given, it is what the trainer's ``accumulate_grad_batches`` makes of ``batch_size``.
+        rows: ``padded`` makes one document a row, cut and padded, as the paper's benchmark does; ``packed`` puts
+            documents end to end.
+        cross_document_attention: Whether tokens of packed rows attend to the documents before theirs in the row.
+        shuffle_buffer: Documents of a lane that are shuffled together.
+        lanes: Streams that the run is made of. Ranks x workers must not be more; it cannot change within a run.
+        validation_tokens: Tokens of the validation set, which is the first documents of its source.
+        seed: Decides the order of shards and documents.
+        num_workers: Processes on each rank that read and tokenise ahead; 0 for none.
+        retries: Failures in a row that are borne when a shard is read.
+        retry_wait: Seconds before the first new try; each further wait is twice as long.
+        verify: Compare prepared shards with their checksums before training.
+        cache_dir: Where the tokenised validation set is kept.
+
+    Raises:
+        InputError: For values that cannot work.
+    """
+
+    tokenizer: Tokenizer
+
+    def __init__(
+        self,
+        path: str = "allenai/c4",
+        name: str | None = "en",
+        revision: str | None = None,
+        data_files: DataFiles = None,
+        text_column: str = "text",
+        sources: list[Source] | None = None,
+        validation: Source | None = None,
+        tokenizer: str | None = None,
+        sequence_length: int = 256,
+        batch_size: int = 16,
+        global_batch_size: int | None = None,
+        rows: Literal["padded", "packed"] = "padded",
+        cross_document_attention: bool = True,
+        shuffle_buffer: int = 1000,
+        lanes: int = 16,
+        validation_tokens: int = 10_000_000,
+        seed: int = 42,
+        num_workers: int = 1,
+        retries: int = 6,
+        retry_wait: float = 2.0,
+        verify: bool = True,
+        cache_dir: str = "~/.cache/cola_lightning",
+    ) -> None:
+        super().__init__()
+        own = Source(path, name, revision, "train", data_files, text_column)
+        self.sources = sources or [own]
+        self.validation = validation or Source(path, name, revision, "validation", data_files, text_column)
+        least = {"sequence_length": (sequence_length, 2), "batch_size": (batch_size, 1), "lanes": (lanes, 1)}
+        for argument, (value, minimum) in least.items():
+            if value < minimum:
+                raise InputError(f"{argument} is {value}; it must be at least {minimum}")
+        weights = {source.title: source.weight for source in self.sources}
+        if len(weights) < len(self.sources):
+            raise InputError("two sources have the same path and name; each may be named once")
+        if any(weight <= 0 for weight in weights.values()) or abs(sum(weights.values()) - 1) > 1e-6:
+            raise InputError(
+                f"the weights of the sources are {weights}, in sum {sum(weights.values()):g}; they are shares of the "
+                f"tokens, each above 0, and must sum to 1"
+            )
+        if not cross_document_attention and rows == "padded":
+            raise InputError("cross_document_attention is for packed rows; a padded row holds one document")
+        self.tokenizer_name, self.sequence_length = tokenizer, sequence_length
+        self.batch_size, self.global_batch_size = batch_size, global_batch_size
+        self.row_type, self.cross_document_attention = rows, cross_document_attention
+        self.shuffle_buffer, self.lanes, self.validation_tokens = shuffle_buffer, lanes, validation_tokens
+        self.seed, self.num_workers, self.verify = seed, num_workers, verify
+        self.retry, self.cache_dir = Retry(retries, retry_wait), Path(cache_dir).expanduser()
+        self._loader: StreamLoader | None = None
+        self._state: dict[str, Any] | None = None
+        self._corpora: list[Corpus] = []
+
+    # -- sources ------------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Check what was prepared, and tokenise the validation set unless the cache holds it; one process of a node
+        does it."""
+        tokenizer = self._load_tokenizer()
+        validation = self._open(self.validation, tokenizer)
+        if self.verify:
+            for corpus in [*(self._open(source, tokenizer) for source in self.sources), validation]:
+                if isinstance(corpus, PreparedCorpus):
+                    corpus.verify()
+        folder = self._cache(validation, tokenizer)
+        if folder.exists():
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(mkdtemp(dir=folder.parent, prefix=".making-"))
+        try:
+            documents = self._first_documents(validation)
+            np.save(scratch / "ids.npy", np.concatenate(documents))
+            np.save(scratch / "offsets.npy", np.cumsum([0, *map(len, documents)], dtype=np.int32))
+            try:
+                scratch.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another run was quicker, with the same content
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def setup(self, stage: str) -> None:
+        self.tokenizer = self._load_tokenizer()
+        pad_id = self.tokenizer.eos_id if self.tokenizer.pad_id is None else self.tokenizer.pad_id
+        apart = self.row_type == "packed" and not self.cross_document_attention
+        self.row_shape = RowShape(self.sequence_length, self.row_type == "packed", pad_id, apart)
+        if stage == "fit":
+            self._corpora = [self._open(source, self.tokenizer) for source in self.sources]
+        folder = self._cache(self._open(self.validation, self.tokenizer), self.tokenizer)
+        ids, offsets = (np.load(folder / name, mmap_mode="r") for name in ("ids.npy", "offsets.npy"))
+        documents = Documents(pa.chunked_array([pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids))]))
+        kind = PackedRows if self.row_type == "packed" else PaddedRows
+        self.validation_rows = kind(documents, self.sequence_length, pad_id)
+
+    def _load_tokenizer(self) -> Tokenizer:
+        for source in [*self.sources, self.validation]:
+            if is_prepared(source):
+                corpus = PreparedCorpus(source)
+                # A prepared source brings its tokenizer, so that it can be trained on without the hub.
+                if self.tokenizer_name in (None, corpus.index["tokenizer_name"]):
+                    return corpus.tokenizer()
+        name = self.tokenizer_name or "t5-base"
+        return self.retry.call(lambda: Tokenizer.load(name), f"tokenizer {name}")
+
+    def _open(self, source: Source, tokenizer: Tokenizer) -> Corpus:
+        if not is_prepared(source):
+            return TextCorpus(source, tokenizer, self.retry)
+        corpus = PreparedCorpus(source)
+        if corpus.index["tokenizer"] != tokenizer.fingerprint():
+            raise InputError(
+                f"{corpus.folder} was prepared with another tokenizer than {tokenizer.name}; leave --data.tokenizer "
+                f"out, or prepare it anew"
+            )
+        return corpus
+
+    # -- validation ---------------------------------------------------------------------------------------------------
+
+    def _cache(self, corpus: Corpus, tokenizer: Tokenizer) -> Path:
+        """Folder whose name tells everything that its content depends on."""
+        files = [(name, *_stat(name)) for name in corpus.shards]
+        content = {
+            "files": files if isinstance(corpus, TextCorpus) else corpus.index,
+            "column": self.validation.text_column,
+            "tokenizer": tokenizer.fingerprint(),
+            "tokens": [self.validation_tokens, self.row_type, self.row_type == "padded" and self.sequence_length],
+        }
+        return self.cache_dir / f"validation-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
+
+    def _first_documents(self, corpus: Corpus) -> list[np.ndarray]:
+        """Documents from the beginning until they make ``validation_tokens`` tokens of rows."""
+        documents: list[np.ndarray] = []
+        tokens = 0
+        texts = (document for shard in range(len(corpus.shards)) for _, document in corpus.read(shard))
+        while some := list(islice(texts, ENCODED_TOGETHER)):
+            for ids in corpus.encode(some):
+                documents.append(ids)
+                tokens += len(ids) if self.row_type == "packed" else min(len(ids), self.sequence_length)
+                if tokens >= self.validation_tokens:
+                    return documents
+        if not documents:
+            raise InputError(f"split {self.validation.split!r} of {corpus.title} has no document to validate on")
+        return documents
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> StreamLoader:
+        trainer = self.trainer
+        assert trainer is not None
+        self._check_state()
+        share = self._share()
+        if self.num_workers:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not outlive the fork of a worker
+        self._loader = StreamLoader(
+            self._make_lane,
+            self.lanes,
+            self.batch_size,
+            batches=trainer.max_steps * trainer.accumulate_grad_batches,
+            state=self._state,
+            workers=self.num_workers,
+            window=trainer.accumulate_grad_batches,
+            all_well=_agree() if share["replicas"] > 1 else bool,
+            **share,
+        )
+        return self._loader
+
+    def val_dataloader(self) -> EvalLoader:
+        return EvalLoader(self.validation_rows, self.batch_size, **self._share())
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def _make_lane(self, lane: int, state: dict[str, Any] | None) -> Lane:
+        readers = [
+            Reader(
+                corpus,
+                lane,
+                self.lanes,
+                self.shuffle_buffer,
+                seed=f"{self.seed}/{index}",
+                state=state["readers"][index] if state else None,
+            )
+            for index, corpus in enumerate(self._corpora)
+        ]
+        return Lane(readers, [source.weight for source in self.sources], self.row_shape, state)
+
+    def _share(self) -> dict[str, int]:
+        """Which part of the data this process takes."""
+        assert self.trainer is not None
+        ranks: dict[str, Any] = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        return {"replicas": ranks["num_replicas"], "rank": ranks["rank"]}
+
+    # -- position -----------------------------------------------------------------------------------------------------
+
+    def ledger(self) -> dict[str, dict[str, int]]:
+        """Documents and tokens trained on, by source, of the lanes of this rank; on no trainer, of all lanes."""
+        state = self._loader.state_dict() if self._loader else self._state
+        lanes = state["lanes"].values() if state else []
+        return {
+            source.title: {
+                "documents": sum(lane["documents"][index] for lane in lanes),
+                "tokens": sum(lane["tokens"][index] for lane in lanes),
+            }
+            for index, source in enumerate(self.sources)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where every lane of every rank stands after the batch last handed over, in plain numbers; all ranks call
+        it."""
+        if self._loader is None:
+            return self._state or {}
+        state = self._loader.state_dict()
+        if self._loader.replicas > 1:
+            states: list[dict[str, Any]] = [{} for _ in range(self._loader.replicas)]
+            dist.all_gather_object(states, state)
+            state["lanes"] = {lane: value for other in states for lane, value in other["lanes"].items()}
+        return state | {"identity": self._identity()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = state_dict
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Save a checkpoint to go on from where the data failed. Any other exception may be this rank's own, and the
+        others would not take part."""
+        trainer = self.trainer
+        if isinstance(exception, StreamError) and trainer is not None and trainer.global_step:
+            folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+            file = Path(folder) / f"data-failed-step={trainer.global_step}.ckpt"
+            trainer.save_checkpoint(file)
+            rank_zero_warn(f"the data failed; when it can be read again, go on by --ckpt_path {file}")
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change within a run, for a position means something only in the order that it belongs to."""
+        names = ["\n".join(Path(shard).name for shard in corpus.shards) for corpus in self._corpora]
+        return {
+            "lanes": self.lanes,
+            "seed": self.seed,
+            "shuffle_buffer": self.shuffle_buffer,
+            "shards": [hashlib.sha256(text.encode()).hexdigest() for text in names],
+        }
+
+    def _check_state(self) -> None:
+        if not self._state:
+            return
+        now, then = self._identity(), self._state["identity"]
+        if now["shards"] != then["shards"]:
+            raise InputError(
+                "the checkpoint stands in other data than is named now: sources or the names of their shards differ; "
+                "name the data that the run began with, or begin a new run"
+            )
+        for name, value in then.items():
+            if now[name] != value:
+                raise InputError(f"--data.{name} is {now[name]}, but the run began with {value}, to which it must keep")
+
+
+def _agree() -> Any:
+    """A function by which ranks tell each other whether all is well. It has a group of its own on the CPU, so that the
+    device is not waited for."""
+    group = dist.new_group(backend="gloo")
+
+    def all_well(well: bool) -> bool:
+        flag = torch.tensor(well, dtype=torch.int32)
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
+        return bool(flag)
+
+    return all_well
+
+
+def _stat(name: str) -> tuple[int, int]:
+    path = Path(name)
+    return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)

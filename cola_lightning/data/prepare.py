@@ -1,0 +1,189 @@
+"""Tokenise once: any source into the folder that :mod:`cola_lightning.data.prepared` reads."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse import auto_cli
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cola_lightning.data.lanes import ENCODED_TOGETHER
+from cola_lightning.data.prepared import FORMAT, INDEX, PLAN, TOKENIZER
+from cola_lightning.data.retry import Retry
+from cola_lightning.data.sources import Source, TextCorpus
+from cola_lightning.data.stream import die_with
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.errors import InputError
+
+
+def prepare(
+    source: Source,
+    folder: str,
+    splits: list[str] | None = None,
+    tokenizer: str = "t5-base",
+    num_workers: int = 2,
+    retries: int = 6,
+    retry_wait: float = 2.0,
+) -> None:
+    """Tokenise a source into memory-mappable shards with checksums, one for each of its own.
+
+    A shard appears when it is whole. Run again after a break, it goes on with those that are not there.
+
+    Args:
+        source: What to tokenise.
+        folder: Where to; each split becomes a folder in it. Name it as --data.path to train on it.
+        splits: Which splits; the one of the source if not given.
+        tokenizer: Folder, tokenizer.json or repository on the hub.
+        num_workers: Processes that tokenise, each a shard at a time; 1 for this one alone.
+        retries: Failures in a row that are borne when a shard is read.
+        retry_wait: Seconds before the first new try; each further wait is twice as long.
+
+    Raises:
+        InputError: If the source cannot be read, is empty, or the folder holds another preparation.
+    """
+    if num_workers < 1:
+        raise InputError(f"num_workers is {num_workers}; it must be at least 1")
+    retry = Retry(retries, retry_wait)
+    encoder = retry.call(lambda: Tokenizer.load(tokenizer), f"tokenizer {tokenizer}")
+    for split in splits or [source.split]:
+        part = Source(**{**vars(source), "split": split})
+        _prepare_split(TextCorpus(part, encoder, retry), Path(folder).expanduser() / split, num_workers)
+
+
+def main(args: list[str]) -> None:
+    """The verb ``prepare``: the arguments of :func:`prepare`, as flags or in a file named by ``--config``."""
+    auto_cli(prepare, args=args, prog="cola_lightning prepare", as_positional=False)
+
+
+def _prepare_split(corpus: TextCorpus, folder: Path, num_workers: int) -> None:
+    dtype = "<u2" if corpus.tokenizer.vocab_size <= 2**16 else "<i4"
+    plan = {
+        "format": FORMAT,
+        "source": corpus.title,
+        "column": corpus.column,
+        "tokenizer": corpus.tokenizer.fingerprint(),
+        "tokenizer_name": corpus.tokenizer.name,
+        "dtype": dtype,
+        "shards": corpus.shards,
+    }
+    _keep_plan(folder, plan)
+    corpus.tokenizer.save(folder / TOKENIZER)
+    missing = [shard for shard in range(len(corpus.shards)) if not (folder / _record(shard)).is_file()]
+    _make(corpus, folder, missing, dtype, num_workers)
+    shards = [json.loads((folder / _record(shard)).read_text(encoding="utf-8")) for shard in range(len(corpus.shards))]
+    totals = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens")}
+    if not totals["documents"]:
+        raise InputError(f"{corpus.title} split {corpus.split!r} has no document; every text is empty")
+    del plan["shards"]
+    _write(folder / INDEX, {**plan, **totals, "shards": shards})
+
+
+def _keep_plan(folder: Path, plan: dict[str, Any]) -> None:
+    file = folder / PLAN
+    if file.is_file():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in plan.items():
+            if kept.get(name) != value:
+                raise InputError(f"{folder} was begun with another {name}; choose another --folder, or delete it")
+    elif folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} holds something else; choose another --folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(file, plan)
+
+
+def _make(corpus: TextCorpus, folder: Path, missing: list[int], dtype: str, num_workers: int) -> None:
+    """Make the shards in parallel. The first that fails stops the others before their next."""
+    context = get_context("spawn")  # a tokenizer's threads do not outlive a fork
+    documents = context.Value("q", 0)
+    job = (corpus, folder, dtype, documents)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    pool: Executor
+    if num_workers > 1:
+        pool = ProcessPoolExecutor(num_workers, context, _begin_process, (os.getpid(), *job))
+    else:
+        pool = ThreadPoolExecutor(1, initializer=_begin, initargs=job)
+    with Progress(*columns) as progress, pool:
+        task = progress.add_task("", total=len(corpus.shards), completed=len(corpus.shards) - len(missing))
+        waiting: set[Future[None]] = {pool.submit(_make_shard, shard) for shard in missing}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                progress.update(
+                    task,
+                    advance=len(done),
+                    description=f"{corpus.title} {corpus.split}: {documents.value:,} documents, shards",
+                )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+_job: tuple[TextCorpus, Path, str, Any]
+
+
+def _begin(*job: Any) -> None:
+    global _job
+    _job = job  # type: ignore[assignment]
+
+
+def _begin_process(parent: int, *job: Any) -> None:
+    die_with(parent)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes keep the cores busy
+    _begin(*job)
+
+
+def _make_shard(shard: int) -> None:
+    corpus, folder, dtype, documents = _job
+    names = [f"{shard:05}.ids.bin", f"{shard:05}.offsets.npy"]
+    offsets = [0]
+    count = 0
+    with (folder / f"{names[0]}.part").open("wb") as file:
+        for row, ids in _encoded(corpus, shard):
+            offsets.extend([offsets[-1]] * (row + 1 - len(offsets)))  # rows without text
+            file.write(ids.astype(dtype).tobytes())
+            offsets.append(offsets[-1] + len(ids))
+            count += 1
+            if count % ENCODED_TOGETHER == 0:
+                with documents.get_lock():
+                    documents.value += ENCODED_TOGETHER
+    with documents.get_lock():
+        documents.value += count % ENCODED_TOGETHER
+    with (folder / f"{names[1]}.part").open("wb") as file:
+        np.save(file, np.array(offsets, dtype=np.int64))
+    files = {}
+    for name in names:
+        data = folder / f"{name}.part"
+        with data.open("rb") as file:
+            files[name] = {
+                "bytes": data.stat().st_size,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
+        data.replace(folder / name)
+    record = {"source": corpus.shards[shard], "record": _record(shard), "documents": count, "tokens": offsets[-1]}
+    _write(folder / _record(shard), {**record, "files": files})
+
+
+def _encoded(corpus: TextCorpus, shard: int) -> Iterator[tuple[int, np.ndarray]]:
+    rows = corpus.read(shard)
+    while some := list(islice(rows, ENCODED_TOGETHER)):
+        numbers, texts = zip(*some, strict=True)
+        yield from zip(numbers, corpus.encode(list(texts)), strict=True)
+
+
+def _record(shard: int) -> str:
+    return f"{shard:05}.json"
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    scratch = file.with_suffix(".part")
+    scratch.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    scratch.replace(file)

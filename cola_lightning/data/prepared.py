@@ -1,0 +1,113 @@
+"""Tokenised shards on disk: an index, and for each shard of the source the ids end to end and where documents begin.
+
+    FOLDER/SPLIT/index.json          what it was made of, and for each shard its files with their checksums
+    FOLDER/SPLIT/00000.ids.bin       ids of all documents, little-endian uint16, or int32 for larger vocabularies
+    FOLDER/SPLIT/00000.offsets.npy   int64; document n is ids[offsets[n]:offsets[n + 1]], empty where its row was
+    FOLDER/SPLIT/tokenizer/          the tokenizer
+
+Rows keep their numbers, so that training on a prepared source sees the same batches as training on the source itself.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cola_lightning.data.sources import Source
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.errors import InputError
+
+FORMAT = 1
+INDEX, PLAN, TOKENIZER = "index.json", "plan.json", "tokenizer"
+
+
+def is_prepared(source: Source) -> bool:
+    """Whether the source is a folder that ``prepare`` made or began."""
+    return (Path(source.path).expanduser() / source.split / PLAN).is_file()
+
+
+class PreparedCorpus:
+    """The shards of a prepared source, memory-mapped.
+
+    Args:
+        source: Names the folder and the split.
+
+    Raises:
+        InputError: If it was not finished, or a file is missing or of the wrong size.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.title = source.title
+        self.folder = Path(source.path).expanduser() / source.split
+        if not (self.folder / INDEX).is_file():
+            raise InputError(f"{self.folder} was not prepared to the end; run the same 'prepare' again to finish it")
+        self.index: dict[str, Any] = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+        if self.index["format"] != FORMAT:
+            raise InputError(f"{self.folder} has format {self.index['format']}, not {FORMAT}; prepare it anew")
+        self.shards: list[str] = [shard["source"] for shard in self.index["shards"]]
+        for shard in self.index["shards"]:
+            for name, facts in shard["files"].items():
+                path = self.folder / name
+                if not path.is_file() or path.stat().st_size != facts["bytes"]:
+                    found = f"has {path.stat().st_size:,}" if path.is_file() else "is missing, not of"
+                    raise InputError(
+                        f"{path} {found} bytes, not {facts['bytes']:,}; delete "
+                        f"{self.folder / shard['record']} and run the same 'prepare' again"
+                    )
+        self._open = lru_cache(maxsize=None)(self._map)
+
+    def read(self, shard: int, start: int = 0, part: int = 0, parts: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+        """As :meth:`TextCorpus.read`, of ids."""
+        ids, offsets = self._open(shard)
+        for number in range(start + (part - start) % parts, len(offsets) - 1, parts):
+            document = ids[offsets[number] : offsets[number + 1]]
+            if len(document):
+                yield number, document
+
+    def encode(self, documents: list[np.ndarray]) -> list[np.ndarray]:
+        return [ids.astype(np.int32) for ids in documents]
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(str(self.folder / TOKENIZER))
+
+    def verify(self) -> None:
+        """Compare every file with its checksum.
+
+        Raises:
+            InputError: For the first that differs; names it.
+        """
+        files = [(shard, name, facts) for shard in self.index["shards"] for name, facts in shard["files"].items()]
+
+        with ThreadPoolExecutor() as pool:  # hashing gives the interpreter's lock away
+            sums = pool.map(lambda entry: _sha256(self.folder / entry[1]), files)
+            for (shard, name, facts), found in zip(files, sums, strict=True):
+                if found != facts["sha256"]:
+                    raise InputError(
+                        f"{self.folder / name} is corrupted: its SHA-256 is {found[:12]}…, not "
+                        f"{facts['sha256'][:12]}…; delete {self.folder / shard['record']} and run the same 'prepare' "
+                        f"again"
+                    )
+
+    def _map(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        ids, offsets = (self.folder / name for name in self.index["shards"][shard]["files"])
+        begins = np.load(offsets, mmap_mode="r")
+        if not ids.stat().st_size:  # an empty file cannot be mapped
+            return np.empty(0, dtype=self.index["dtype"]), begins
+        return np.memmap(ids, dtype=self.index["dtype"], mode="r"), begins
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_open"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open = lru_cache(maxsize=None)(self._map)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,123 @@
+"""One shard as numbered rows of text, from any row on.
+
+JSON Lines and Parquet are read here rather than by ``datasets``: its JSON reader knows no line numbers, reads a file
+with an odd line once more from the start after half of it was handed out, and its own retries go on reading a
+connection that is dead. What else it can stream comes through :func:`read_table`.
+"""
+
+import json
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cola_lightning.errors import InputError
+
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+TABLE_ROWS = 256
+
+Row = tuple[int, str]
+
+
+def read_file(name: str, column: str, start: int, part: int, parts: int) -> Iterator[Row] | None:
+    """Rows ``part``, ``part + parts``, … from ``start`` on, or None if the file is of neither format.
+
+    Args:
+        name: Path or address, compressed or not.
+        column: Key or column of the text.
+        start: Number of the first row that is wanted, counted from the beginning of the file.
+        part: Which of ``parts`` equal shares of the rows.
+        parts: Number of shares.
+
+    Raises:
+        InputError: While iterating, for a broken row or a missing column; names file and place.
+    """
+    stem = name.split("?")[0].split("#")[0]
+    for suffix in COMPRESSED:
+        stem = stem.removesuffix(suffix)
+    if stem.endswith((".json", ".jsonl", ".ndjson")):
+        return _json_lines(name, column, start, part, parts)
+    if stem.endswith(".parquet"):
+        return _parquet(name, column, start, part, parts)
+    return None
+
+
+def _json_lines(name: str, column: str, start: int, part: int, parts: int) -> Iterator[Row]:
+    """A row is a line, so that what is skipped is not parsed; an empty line is a row without text."""
+    try:
+        opened = fsspec.open(name, "rb", compression="infer")
+    except ValueError as error:  # a compression whose package is not installed
+        raise InputError(f"{name} cannot be opened: {error}") from error
+    with opened as lines:
+        for number, line in enumerate(lines):
+            if number < start or number % parts != part:
+                continue
+            if not line.strip():
+                yield number, ""
+                continue
+            place = f"{name} line {number + 1}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(
+                    f"{place} is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+                ) from error
+            except UnicodeDecodeError as error:
+                raise InputError(f"{place} is not UTF-8; convert the file to UTF-8") from error
+            if not isinstance(row, dict) or column not in row:
+                found = f"its keys are {sorted(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
+                raise InputError(f"{place} has no {column!r} ({found}); set text_column to the key of its text")
+            yield number, _text(row[column], place, column)
+
+
+def _parquet(name: str, column: str, start: int, part: int, parts: int) -> Iterator[Row]:
+    with fsspec.open(name, "rb") as file:
+        try:
+            table = pq.ParquetFile(file)
+            _check_column(table.schema_arrow.names, name, column)
+            first = 0
+            for group in range(table.num_row_groups):
+                last = first + table.metadata.row_group(group).num_rows
+                if last > start:
+                    numbers = count(first)
+                    for batch in table.iter_batches(TABLE_ROWS, row_groups=[group], columns=[column]):
+                        yield from _rows(batch.column(0), numbers, name, column, start, part, parts)
+                first = last
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{name} is not a whole Parquet file: {error}") from error
+
+
+def read_table(table: Any, name: str, column: str, start: int, part: int, parts: int) -> Iterator[Row]:
+    """As :func:`read_file`, of a ``datasets.IterableDataset`` that holds one shard.
+
+    Raises:
+        InputError: As there.
+    """
+    numbers = count()
+    for batch in table.with_format("arrow").iter(batch_size=TABLE_ROWS):
+        _check_column(batch.column_names, name, column)
+        yield from _rows(batch.column(column), numbers, name, column, start, part, parts)
+
+
+def _rows(
+    values: Any, numbers: Iterator[int], name: str, column: str, start: int, part: int, parts: int
+) -> Iterator[Row]:
+    for value, number in zip(values, numbers, strict=False):
+        if number >= start and number % parts == part:
+            yield number, _text(value.as_py(), f"{name} row {number}", column)
+
+
+def _check_column(columns: list[str], name: str, column: str) -> None:
+    if column not in columns:
+        raise InputError(f"{name} has no column {column!r} (it has {columns}); set text_column to the right one")
+
+
+def _text(value: Any, place: str, column: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise InputError(f"{place} holds {type(value).__name__} under {column!r}, not text")
+    return value

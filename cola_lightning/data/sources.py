@@ -1,0 +1,115 @@
+"""Where documents come from: what a user names, resolved to shards that can be read from any row on."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from datasets import DatasetBuilder, load_dataset_builder
+from datasets.exceptions import DatasetsError
+
+from cola_lightning.data.retry import Retry
+from cola_lightning.data.shards import Row, read_file, read_table
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.errors import InputError
+
+DataFiles = str | list[str] | dict[str, str | list[str]] | None
+
+
+@dataclass
+class Source:
+    """A data set to train on.
+
+    Args:
+        path: Data set on the Hugging Face hub, a folder of files, one of the formats of ``datasets`` (``json``,
+            ``parquet``, ``text`` …) with ``data_files``, or a folder that ``prepare`` made.
+        name: Configuration of the data set, ``en`` for instance.
+        revision: Branch, tag or commit on the hub.
+        split: Which of its splits.
+        data_files: Files, patterns or addresses, in place of what the data set lists by itself; by split, or of
+            split ``train``.
+        text_column: Column of the text.
+        weight: Share of the training tokens, where several sources are mixed.
+    """
+
+    path: str
+    name: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    data_files: DataFiles = None
+    text_column: str = "text"
+    weight: float = 1.0
+
+    @property
+    def title(self) -> str:
+        """What it is called in logs and messages."""
+        return "/".join(part for part in (self.path.rstrip("/"), self.name) if part)
+
+
+class TextCorpus:
+    """The shards of a source, read as text and tokenised on the way.
+
+    Args:
+        source: What the user named.
+        tokenizer: Makes ids of text.
+        retry: How often and how patiently a failed read is tried again.
+
+    Raises:
+        InputError: If the data set, its revision, configuration or split does not exist.
+    """
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, retry: Retry) -> None:
+        self.title, self.column, self.split = source.title, source.text_column, source.split
+        self.tokenizer, self.retry = tokenizer, retry
+        self._builder = retry.call(lambda: _resolve(source), source.title)
+        files = self._builder.config.data_files or {}
+        if source.split not in files:
+            raise InputError(f"{source.title} has no split {source.split!r}; it has {', '.join(map(str, files))}")
+        self.shards: list[str] = [str(file) for file in files[source.split]]
+        if not self.shards:
+            raise InputError(f"{source.title} split {source.split!r} has no file; check data_files {source.data_files}")
+
+    def read(self, shard: int, start: int = 0, part: int = 0, parts: int = 1) -> Iterator[tuple[int, str]]:
+        """Rows ``part``, ``part + parts``, … of a shard that are not before ``start``, each with its number; empty
+        ones are left out. A read that fails is taken up at the next row.
+
+        Raises:
+            InputError: If the shard is damaged or stays out of reach; names shard and place.
+        """
+        name = self.shards[shard]
+        for row, text in self.retry.iterate(lambda start: self._rows(shard, name, start, part, parts), name, start):
+            if text.strip():
+                yield row, text
+
+    def _rows(self, shard: int, name: str, start: int, part: int, parts: int) -> Iterator[Row]:
+        rows = read_file(name, self.column, start, part, parts)
+        if rows is not None:
+            return rows
+        table = self._stream.shard(num_shards=len(self.shards), index=shard)
+        return read_table(table, name, self.column, start, part, parts)
+
+    @cached_property
+    def _stream(self):  # type: ignore[no-untyped-def]
+        stream = self._builder.as_streaming_dataset(split=self.split)
+        if stream.num_shards != len(self.shards):
+            raise InputError(
+                f"{self.title} has {len(self.shards)} files but {stream.num_shards} shards, which cannot be told apart "
+                f"by name; name its files as data_files"
+            )
+        return stream
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each document, int32, ended by the end-of-document id."""
+        return [np.array(ids, dtype=np.int32) for ids in self.tokenizer.encode(texts)]
+
+
+def _resolve(source: Source) -> DatasetBuilder:
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            return load_dataset_builder(
+                source.path, source.name, revision=source.revision, data_files=source.data_files
+            )
+    except (DatasetsError, FileNotFoundError, ValueError) as error:
+        at = f" at revision {source.revision!r}" if source.revision else ""
+        raise InputError(f"data set {source.title}{at} cannot be opened: {str(error).splitlines()[0]}") from error

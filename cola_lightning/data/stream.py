@@ -1,0 +1,175 @@
+"""Lanes to batches, over ranks and workers, with the position that belongs to the batch last handed over."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from cola_lightning.data.lanes import Batch, Lane
+from cola_lightning.errors import InputError
+
+
+class StreamError(InputError):
+    """Data that cannot be read any more, seen by all ranks between the same two optimizer steps."""
+
+
+@dataclass
+class _Made:
+    """A batch on its way from a worker, with where its lane stands after it.
+
+    A class of its own, because PyTorch would look into a dict or a tuple for tensors, number by number.
+    """
+
+    batch: Batch
+    lane: int
+    state: dict[str, Any]
+
+    def pin_memory(self, device: Any = None) -> "_Made":
+        return _Made({name: tensor.pin_memory() for name, tensor in self.batch.items()}, self.lane, self.state)
+
+
+class StreamLoader:
+    """The whole training run as one sequence of batches, drawn from the lanes in rotation.
+
+    Micro-batch ``m`` of the run, counted over all ranks, comes from lane ``m % lanes``. Rank ``r`` of R takes those
+    with ``m % R == r`` and its workers take turns. Where R x workers divides the number of lanes, the batches are
+    therefore the same sequence for any R and any number of workers. Where it does not, lanes are dealt out as evenly as
+    possible; the order differs, each lane's own sequence does not.
+
+    Lightning sees an object with a length and an iterator, nothing more: it then neither fetches a batch ahead, nor
+    restores one rank's position on all ranks.
+
+    Args:
+        make_lane: Makes a lane from its number and the state to go on from (None to begin).
+        lanes: Number of lanes.
+        batch_size: Rows of a batch on one rank (B).
+        batches: How many batches the run takes on this rank, which is the loader's length.
+        state: Where to go on, as :meth:`state_dict` told, of all lanes.
+        replicas: Number of ranks that share the data.
+        rank: This one among them.
+        workers: Processes that read ahead; 0 for none.
+        window: Batches of an optimizer step. They are fetched together, so that data that fails does so between
+            two steps, where a checkpoint is whole.
+        all_well: Given whether this rank has its batches, says whether every rank has; all ranks call it.
+
+    Raises:
+        InputError: If ranks and workers are more than the lanes.
+        StreamError: While iterating, on every rank, when one cannot read on.
+    """
+
+    def __init__(
+        self,
+        make_lane: Callable[[int, dict[str, Any] | None], Lane],
+        lanes: int,
+        batch_size: int,
+        batches: int,
+        *,
+        state: dict[str, Any] | None = None,
+        replicas: int = 1,
+        rank: int = 0,
+        workers: int = 0,
+        window: int = 1,
+        all_well: Callable[[bool], bool] = bool,
+    ) -> None:
+        consumers = replicas * max(1, workers)
+        if consumers > lanes:
+            raise InputError(
+                f"{replicas} ranks x {max(1, workers)} workers are more than the {lanes} lanes that the data is dealt "
+                f"out in; set --data.lanes to a multiple of {consumers} from the start of the run, or use fewer workers"
+            )
+        self.make_lane, self.lanes, self.batch_size, self.batches = make_lane, lanes, batch_size, batches
+        self.replicas, self.rank, self.workers, self.window, self.all_well = replicas, rank, workers, window, all_well
+        state = state or {"batches": 0, "lanes": {}}
+        self.position: int = state["batches"]
+        self.states: dict[str, dict[str, Any]] = dict(state["lanes"])
+        self._first = self.position % lanes  # the lane that is next; the rotation begins with it
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._first = self.position % self.lanes
+        items = iter(self._loader())
+        while True:
+            for made in self._window(items):
+                # Counted as it is handed over, so that a checkpoint taken after this batch goes on at the next.
+                self.position += self.replicas
+                self.states[str(made.lane)] = made.state
+                yield made.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Micro-batches handed over on all ranks, and the state of each lane that this rank owns."""
+        owned = {str(lane) for worker in range(max(1, self.workers)) for lane in self.share(worker)}
+        return {"batches": self.position, "lanes": {lane: s for lane, s in self.states.items() if lane in owned}}
+
+    def share(self, worker: int) -> list[int]:
+        """The lanes of one of this rank's workers, in the order in which it draws from them."""
+        consumers = self.replicas * max(1, self.workers)
+        rotation = [(self._first + turn) % self.lanes for turn in range(self.lanes)]
+        return rotation[worker * self.replicas + self.rank :: consumers]
+
+    def _window(self, items: Iterator["_Made | InputError"]) -> list[_Made]:
+        window: list[_Made] = []
+        failure = None
+        for item in (next(items) for _ in range(self.window)):
+            if isinstance(item, InputError):
+                failure = item
+                break
+            window.append(item)
+        if not self.all_well(failure is None):
+            raise StreamError(*failure.args if failure else ("another rank could not read its data; it says why",))
+        return window
+
+    def _loader(self) -> DataLoader:
+        ahead = {"prefetch_factor": max(2, 1 + self.window // self.workers)} if self.workers else {}
+        return DataLoader(
+            _Stream(self),
+            batch_size=None,
+            num_workers=self.workers,
+            worker_init_fn=partial(_worker_init, os.getpid()),
+            pin_memory=torch.cuda.is_available(),
+            **ahead,  # type: ignore[arg-type]
+        )
+
+
+class _Stream(IterableDataset):
+    """What one worker runs: its lanes in rotation. A failure is its last item, as an exception that a process can hand
+    to another without the traceback around it."""
+
+    def __init__(self, loader: StreamLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator["_Made | InputError"]:
+        loader, info = self.loader, get_worker_info()
+        try:
+            share = loader.share(info.id if info else 0)
+            lanes = {index: loader.make_lane(index, loader.states.get(str(index))) for index in share}
+            while True:
+                for index, lane in lanes.items():
+                    batch = lane.batch(loader.batch_size)
+                    yield _Made(batch, index, lane.state())
+        except InputError as error:
+            yield InputError(*error.args)
+
+
+def _worker_init(parent: int, worker: int) -> None:
+    die_with(parent)
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its ``parent``, given by its number, is gone, even by SIGKILL.
+
+    PyTorch's own watchdog looks only between two batches, and not while a worker waits for a server.
+    """
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:  # it was gone before the kernel knew
+            os._exit(1)

@@ -1,0 +1,59 @@
+import gzip
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from cola_lightning.data.tokenizer import Tokenizer
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+WORDS = ("the", "of", "and", "nation", "people", "congress", "war", "peace", "year", "upon", "great", "law")
+
+
+def write_shard(file: Path, texts: list[str]) -> Path:
+    """One shard in the layout of C4."""
+    with gzip.open(file, "wt", encoding="utf-8") as lines:
+        for text in texts:
+            lines.write(json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "http://x"}) + "\n")
+    return file
+
+
+def sentences(name: str, number: int) -> list[str]:
+    """Documents of a few to two hundred words, each beginning with a number of its own."""
+    draw = random.Random(name)
+    return [f"{name}{index} " + " ".join(draw.choices(WORDS, k=draw.randint(3, 60))) for index in range(number)]
+
+
+@pytest.fixture(scope="session")
+def c4(tmp_path_factory) -> Path:
+    """A folder with C4's layout: five shards of unequal size to train on, one to validate on, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("c4")
+    texts = {number: sentences(chr(ord("a") + number), 20 + 7 * number) for number in range(5)}
+    texts[2][3:5] = ["", "  \n"]
+    for number, some in texts.items():
+        write_shard(folder / f"c4-train.{number:05}-of-00005.json.gz", some)
+    write_shard(folder / "c4-validation.00000-of-00001.json.gz", sentences("v", 40))
+    Tokenizer.train([text for some in texts.values() for text in some], 300).save(folder / "tokenizer")
+    return folder
+
+
+def arguments(c4: Path, **others) -> dict:
+    """Of a C4DataModule that streams the folder."""
+    return {
+        "path": "json",
+        "name": None,
+        "data_files": {split: f"{c4}/c4-{split}*.json.gz" for split in ("train", "validation")},
+        "tokenizer": f"{c4}/tokenizer",
+        "sequence_length": 32,
+        "batch_size": 2,
+        "shuffle_buffer": 8,
+        "lanes": 4,
+        "validation_tokens": 500,
+        "num_workers": 0,
+        "retry_wait": 0.01,
+        "cache_dir": f"{c4}/cache",
+    } | others

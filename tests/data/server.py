@@ -1,0 +1,57 @@
+"""A web server on this machine that misbehaves on purpose."""
+
+import threading
+from collections import defaultdict
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class Server:
+    """Serves the files of a folder. ``faults[name]`` are used up one by each GET of that file: a number below 1 drops
+    the connection after that share of the file, a number above is the status to answer with, None is no fault.
+
+    Clients that hear of no ``ranges`` read a file as one stream; others fetch blocks of some megabytes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.faults: dict[str, list[float | None]] = defaultdict(list)
+        self.requests: list[str] = []
+        self.ranges = "none"
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self, directory=str(folder)))
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    def __init__(self, owner: Server, *args, **others) -> None:
+        self.owner = owner
+        super().__init__(*args, **others)
+
+    def end_headers(self) -> None:
+        self.send_header("Accept-Ranges", self.owner.ranges)
+        super().end_headers()
+
+    def do_GET(self) -> None:
+        name = self.path.strip("/")
+        self.owner.requests.append(name)
+        faults = self.owner.faults[name]
+        fault = faults.pop(0) if faults else None
+        if fault is None:
+            super().do_GET()
+        elif fault > 1:
+            self.send_error(int(fault))
+        else:
+            content = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: int(fault * len(content))])
+            self.wfile.flush()
+            self.connection.close()
+
+    def log_message(self, format: str, *args) -> None:
+        pass

@@ -1,0 +1,147 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cola_lightning.data.prepare import main, prepare
+from cola_lightning.data.prepared import PreparedCorpus, is_prepared
+from cola_lightning.data.retry import Retry
+from cola_lightning.data.sources import Source, TextCorpus
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.errors import InputError
+from tests.data.conftest import sentences, write_shard
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def source(tmp_path) -> Source:
+    (tmp_path / "text").mkdir()
+    for number in range(3):
+        write_shard(tmp_path / "text" / f"train-{number}.json.gz", [*sentences(f"{number}", 30), "", "end"])
+    return Source(str(tmp_path / "text"))
+
+
+@pytest.fixture
+def run(source, c4, tmp_path):
+    def run(**others) -> Path:
+        prepare(
+            **(
+                {"source": source, "folder": f"{tmp_path}/made", "tokenizer": f"{c4}/tokenizer", "num_workers": 1}
+                | others
+            )
+        )
+        return tmp_path / "made" / "train"
+
+    return run
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_prepared_shards_hold_what_the_source_yields_in_its_rows(source, c4, run, num_workers):
+    folder = run(num_workers=num_workers)
+    text = TextCorpus(source, Tokenizer.load(f"{c4}/tokenizer"), Retry())
+    corpus = PreparedCorpus(Source(str(folder.parent)))
+    corpus.verify()
+    assert corpus.shards == text.shards
+    for shard in range(3):
+        for start, part, parts in ((0, 0, 1), (7, 0, 1), (7, 2, 3), (31, 0, 1), (40, 1, 2)):
+            rows, texts = zip(*text.read(shard, start, part, parts), strict=True) if start < 32 else ((), ())
+            prepared = list(corpus.read(shard, start, part, parts))
+            assert tuple(row for row, _ in prepared) == rows
+            expected, ids = text.encode(list(texts)), corpus.encode([ids for _, ids in prepared])
+            assert all((one == other).all() for one, other in zip(expected, ids, strict=True))
+            assert all(one.dtype == np.int32 for one in ids)
+    assert corpus.index["documents"] == 93
+    assert corpus.index["tokens"] == sum(len(ids) for shard in range(3) for _, ids in corpus.read(shard))
+    assert corpus.tokenizer().fingerprint() == text.tokenizer.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["00001.ids.bin", "00002.offsets.npy"])
+def test_corrupted_shard_is_named(run, name):
+    folder = run()
+    content = bytearray((folder / name).read_bytes())
+    content[-3] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name} is corrupted: its SHA-256 is .*; delete .*{name[:5]}\.json"):
+        PreparedCorpus(Source(str(folder.parent))).verify()
+    (folder / f"{name[:5]}.json").unlink()
+    PreparedCorpus(Source(str(run().parent))).verify()
+
+
+def test_shard_that_is_short_or_missing_is_named_without_hashing(run):
+    folder = run()
+    (folder / "00001.ids.bin").write_bytes(b"12")
+    with pytest.raises(InputError, match=r"00001\.ids\.bin has 2 bytes, not"):
+        PreparedCorpus(Source(str(folder.parent)))
+    (folder / "00001.ids.bin").unlink()
+    with pytest.raises(InputError, match=r"00001\.ids\.bin is missing"):
+        PreparedCorpus(Source(str(folder.parent)))
+
+
+def test_broken_shard_stops_it_and_a_second_run_makes_only_what_is_missing(source, run, tmp_path):
+    file = tmp_path / "text" / "train-2.json.gz"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:200])
+    with pytest.raises(InputError, match=r"train-2\.json\.gz"):
+        run(num_workers=1, retries=0)
+    folder = tmp_path / "made" / "train"
+    assert is_prepared(Source(str(folder.parent)))
+    with pytest.raises(InputError, match="was not prepared to the end"):
+        PreparedCorpus(Source(str(folder.parent)))
+    before = {name: (folder / name).stat().st_mtime_ns for name in ("00000.ids.bin", "00001.ids.bin")}
+    file.write_bytes(whole)
+    run()
+    assert before == {name: (folder / name).stat().st_mtime_ns for name in before}
+    PreparedCorpus(Source(str(folder.parent))).verify()
+    assert not list(folder.glob("*.part"))
+
+
+def test_another_preparation_in_the_folder_is_refused(source, c4, run, tmp_path):
+    run()
+    other = Tokenizer.train(["a few other words"], 260)
+    other.save(tmp_path / "other")
+    with pytest.raises(InputError, match="was begun with another tokenizer"):
+        run(tokenizer=f"{tmp_path}/other")
+    with pytest.raises(InputError, match="holds something else"):
+        run(folder=f"{tmp_path}", source=Source(source.path, split="text", data_files={"text": f"{source.path}/*"}))
+
+
+def test_source_without_a_document(run, tmp_path, source):
+    write_shard(tmp_path / "empty.json.gz", ["", " "])
+    with pytest.raises(InputError, match="has no document; every text is empty"):
+        run(source=Source("json", data_files=f"{tmp_path}/empty.json.gz"))
+
+
+def test_verb_reads_its_file_and_is_killed_and_run_again(source, c4, tmp_path):
+    """SIGKILL while it works; what was finished stays, and its processes go with it."""
+    for number in range(3, 40):
+        write_shard(tmp_path / "text" / f"train-{number:02}.json.gz", sentences(f"{number}", 400))
+    settings = {"source": {"path": source.path}, "folder": f"{tmp_path}/made", "tokenizer": f"{c4}/tokenizer"}
+    config = tmp_path / "prepare.yaml"
+    config.write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "cola_lightning", "prepare", "--config", str(config), "--num_workers", "2"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    folder = tmp_path / "made" / "train"
+    until = time.monotonic() + 60
+    while len(list(folder.glob("000*.json"))) < 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {file: file.stat().st_mtime_ns for file in folder.glob("000*.ids.bin")}
+    assert 3 <= len(finished) < 40
+    time.sleep(0.3)
+    assert {file: file.stat().st_mtime_ns for file in folder.glob("000*.ids.bin")} == finished
+    assert not (folder / "index.json").exists()
+    main(["--config", str(config), "--num_workers=1"])
+    assert finished.items() <= {file: file.stat().st_mtime_ns for file in folder.glob("000*.ids.bin")}.items()
+    PreparedCorpus(Source(f"{tmp_path}/made")).verify()
+
+
+def test_no_workers_is_refused(run):
+    with pytest.raises(InputError, match="num_workers is 0"):
+        run(num_workers=0)

@@ -1,0 +1,98 @@
+"""Runs that are killed and go on, against runs that were left alone. Real processes, see resume_runs.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from cola_lightning.data import Source
+from cola_lightning.data.prepare import prepare
+from tests.data.conftest import arguments
+
+REPOSITORY = Path(__file__).parents[2]
+CELLS = list(product(["streamed", "prepared"], [0, 2], [1, 2], ["padded", "packed"]))
+STEPS, ACCUMULATE, SAVED, KILLED = 10, 2, 6, 8
+
+
+def run_all(runs: list[dict]) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
+    subprocess.run(
+        [sys.executable, Path(__file__).with_name("resume_runs.py")],
+        input="\n".join(map(json.dumps, runs)),
+        text=True,
+        check=True,
+        timeout=300,
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+    )
+    for run in runs:
+        folder = Path(run["folder"])
+        expected = -signal.SIGKILL if "kill_at" in run else 0
+        codes = json.loads((folder / "codes.json").read_text())
+        errors = "\n".join(file.read_text() for file in folder.glob("error.*"))
+        assert codes == [expected] * run["ranks"], f"{folder.name}: {codes}\n{errors}"
+
+
+def log(folder: Path, rank: int) -> list[str]:
+    """Of each micro-batch on a rank: its number, a hash of its ids and labels, and the loss."""
+    return (folder / f"log.{rank}").read_text().splitlines()
+
+
+@pytest.fixture(scope="session")
+def prepared(c4, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared") / "c4"
+    source = Source("json", data_files=arguments(c4)["data_files"])
+    prepare(source, str(folder), ["train", "validation"], f"{c4}/tokenizer", num_workers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(c4, prepared, tmp_path_factory) -> Path:
+    """Every cell three times: left alone, killed, and taken up again."""
+    folder = tmp_path_factory.mktemp("runs")
+    planned = []
+    for kind, workers, ranks, rows in CELLS:
+        data = arguments(c4, rows=rows, num_workers=workers)
+        if kind == "prepared":
+            data |= {"path": str(prepared), "data_files": None, "tokenizer": None}
+        name = f"{kind}-{workers}-{ranks}-{rows}"
+        cell = {"data": data, "ranks": ranks}
+        planned.append(cell | {"folder": f"{folder}/{name}/whole"})
+        planned.append(cell | {"folder": f"{folder}/{name}/killed", "kill_at": KILLED})
+        planned.append(
+            cell | {"folder": f"{folder}/{name}/resumed", "from": f"{folder}/{name}/killed/step={SAVED}.ckpt"}
+        )
+    run_all(planned)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "workers", "ranks", "rows"), CELLS)
+def test_killed_run_goes_on_at_the_very_next_token_with_the_same_loss(runs, kind, workers, ranks, rows):
+    folder = runs / f"{kind}-{workers}-{ranks}-{rows}"
+    for rank in range(ranks):
+        whole, killed, resumed = (log(folder / name, rank) for name in ("whole", "killed", "resumed"))
+        assert len(whole) == len(set(whole)) == STEPS * ACCUMULATE
+        assert killed == whole[: KILLED * ACCUMULATE]
+        assert resumed == whole[SAVED * ACCUMULATE :]
+    ledgers = [json.loads((folder / name / "ledger.json").read_text()) for name in ("whole", "resumed")]
+    assert ledgers[0] == ledgers[1]
+    assert next(iter(ledgers[0].values()))["documents"] > 0
+
+
+@pytest.mark.parametrize(("ranks", "rows"), product([1, 2], ["padded", "packed"]))
+def test_batches_are_the_same_streamed_and_prepared_with_any_number_of_workers(runs, ranks, rows):
+    names = [f"{kind}-{workers}-{ranks}-{rows}" for kind, workers in product(["streamed", "prepared"], [0, 2])]
+    for rank in range(ranks):
+        assert len({tuple(log(runs / name / "whole", rank)) for name in names}) == 1
+
+
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+def test_two_ranks_share_the_sequence_that_one_rank_sees(runs, rows):
+    hashes = [[line.split()[1] for line in log(runs / f"streamed-0-{ranks}-{rows}" / "whole", 0)] for ranks in (1, 2)]
+    assert hashes[0][::2] == hashes[1][: STEPS * ACCUMULATE // 2]
