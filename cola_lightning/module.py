@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
@@ -16,6 +17,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.metrics import Perplexity, PublishedPerplexity, TokenLoss
 from cola_lightning.models import FullRank, Llama, MakeProjection
 from cola_lightning.optim import WarmupCosine
+from cola_lightning.strategies import clip_gradients, shard
 
 MakeOptimizer = Callable[[Iterable], Optimizer]
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]
@@ -119,8 +121,8 @@ class LanguageModel(L.LightningModule):
             accumulate(self.trainer, data.global_batch_size, data.batch_size)
 
     def configure_model(self) -> None:
-        """The one place where the network comes to be: build, transform (checkpointing), compile; then the strategy
-        wraps. Lightning calls it once per stage; only the first call does something."""
+        """The one place where the network comes to be: build, transform (checkpointing), compile, shard; DDP, FSDP
+        and DeepSpeed wrap it afterwards. Lightning calls it once per stage; only the first call does something."""
         if hasattr(self, "network"):
             return
         self.network = self.build()
@@ -129,6 +131,7 @@ class LanguageModel(L.LightningModule):
         if self.compile_layers:
             for layer in self.network.model.layers:
                 layer.compile()
+        shard(self.network, self.trainer.strategy if self._trainer else None)
 
     def _check_data(self) -> None:
         data = getattr(self.trainer, "datamodule", None)
@@ -173,6 +176,9 @@ class LanguageModel(L.LightningModule):
             self.log("train/loss", loss)
             self.log("loss", loss, prog_bar=True, logger=False)
             self.train_loss.reset()
+            if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # it clips in its own step
+                norm = self.trainer.strategy.model.get_global_grad_norm()
+                self.log("train/gradient_norm", norm if norm is not None else float("nan"))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val")
@@ -218,7 +224,7 @@ class LanguageModel(L.LightningModule):
             raise InputError(
                 "--trainer.gradient_clip_algorithm value is not offered; clipping is by norm, as in the papers"
             )
-        limit = gradient_clip_val or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
-        self.log("train/gradient_norm", norm)
+        norm = clip_gradients(self.trainer.strategy, list(self.parameters()), gradient_clip_val)
+        if norm is not None:
+            self.log("train/gradient_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
