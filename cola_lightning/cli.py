@@ -49,7 +49,8 @@ class CLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [Throughput(), Predictions()]},
+            # Runs are counted in steps; an epoch is what is left of the run.
+            trainer_defaults={"callbacks": [Throughput(), Predictions()], "max_epochs": -1},
             seed_everything_default=42,
             auto_configure_optimizers=False,
             # A usage line of its own, for the one made from all options buries the error that follows it.

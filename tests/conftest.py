@@ -90,7 +90,6 @@ def tiny_run(corpus, tmp_path_factory) -> list[str]:
     flags = {
         "trainer.accelerator": "cpu",
         "trainer.devices": 1,
-        "trainer.max_epochs": 1,
         "trainer.max_steps": 6,
         "trainer.log_every_n_steps": 1,
         "trainer.val_check_interval": 3,

@@ -50,11 +50,20 @@ def test_a_checkpoint_is_plain_data(finished):
 
 def test_resuming_in_place_gives_the_unbroken_curve(finished, tiny_run, tmp_path):
     run_dir = tmp_path / "run"
-    half = [*tiny_run, f"--run_dir={run_dir}", "--trainer.limit_train_batches=3", "--checkpoint.every_n_train_steps=1"]
-    main(["fit", *half])
-    main(["fit", *tiny_run, f"--run_dir={run_dir}", "--ckpt_path=last", "--trainer.max_epochs=2"])
+    half = ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1", "--checkpoint.every_n_train_steps=1"]
+    main(["fit", *[flag for flag in tiny_run if "every_n_train" not in flag], *half, f"--run_dir={run_dir}"])
+    main(["fit", *tiny_run, f"--run_dir={run_dir}", "--ckpt_path=last"])
     assert curve(run_dir, "train/loss") == curve(finished, "train/loss")
     assert curve(run_dir, "train/tokens") == curve(finished, "train/tokens")
+
+
+def test_a_finished_run_goes_on_with_more_steps(finished, tiny_run, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    flags = [flag for flag in tiny_run if "max_steps" not in flag]
+    main(["fit", *flags, f"--run_dir={tmp_path / 'run'}", "--ckpt_path=last", "--trainer.max_steps=9"])
+    losses = curve(tmp_path / "run", "train/loss")
+    assert list(losses) == list(range(9))
+    assert curve(tmp_path / "run", "train/tokens")[8] == 9 * 4 * 31
 
 
 def test_a_second_run_in_the_same_place_is_refused(finished, tiny_run, capsys):
