@@ -11,11 +11,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from cola_lightning.errors import InputError
 from cola_lightning.methods.cola_m import ATTENTION
 from cola_lightning.methods.low_rank import LowRank
 from cola_lightning.models.llama import Block, Llama, Rotary
@@ -52,7 +53,12 @@ class Reversible:
     def __call__(self, block: Block, x: Tensor, rotary: Rotary) -> Tensor:
         if block is self.first:
             self.stream = Stream()  # one for each pass, should several be under way before the first goes backwards
-        return _Run.apply(self, block, x.float(), rotary, *block.parameters())
+        elif x.dtype != torch.float32:
+            raise InputError(
+                f"CoLAM with keep: latents needs a float32 residual stream, but the strategy casts it to {x.dtype} "
+                f"between layers; set keep: residual_and_latents, or let the strategy leave the layers' inputs alone"
+            )
+        return _Run.apply(self, block, x.float(), rotary, *_weights(block))
 
 
 def attention_latent(block: Block, x: Tensor, rotary: Rotary, latent: MakeLatent, mix_context: Any) -> Tensor:
@@ -129,14 +135,19 @@ class _Run(Function):
             z = attention_latent(block, x.view_as(x), rotary, _recall(latents[:4]), ctx.recall_attention)
             grad = grad + _pull(z, grad_latent, x, (block.input_layernorm, block.self_attn), o_proj, grads)
         ctx.stream.value = x.detach()
-        return None, None, grad, None, *(grads.get(parameter) for parameter in block.parameters())
+        return None, None, grad, None, *(grads.get(weight) for weight in _weights(block))
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    """What the leaves compute with. While FSDP computes, that is no registered parameter but a view of its own."""
+    return [leaf.weight for leaf in module.modules() if isinstance(getattr(leaf, "weight", None), Tensor)]
 
 
 def _undo(projection: LowRank, latent: Tensor, x: Tensor, grad: Tensor, grads: dict) -> tuple[Tensor, Tensor]:
     """Take ``expand(latent)`` off the stream again: the stream before it, as a leaf, and the latent's gradient."""
     latent = latent.detach().requires_grad_()
     added = projection.expand(latent.view_as(latent))  # a view: see below
-    weights = list(projection.B.parameters())
+    weights = _weights(projection.B)
     grad_latent, *found = torch.autograd.grad(added, [latent, *weights], grad.to(added.dtype))
     grads.update(zip(weights, found, strict=True))
     return (x - added.detach()).requires_grad_(), grad_latent
@@ -144,8 +155,8 @@ def _undo(projection: LowRank, latent: Tensor, x: Tensor, grad: Tensor, grads: d
 
 def _pull(z: Tensor, grad_z: Tensor, x: Tensor, modules: tuple, last: LowRank, grads: dict) -> Tensor:
     """Gradient with respect to the stream ``x`` of a sub-layer that ends in the latent ``z`` of ``last``."""
-    done = set(last.B.parameters())
-    weights = [weight for module in modules for weight in module.parameters() if weight not in done]
+    done = set(_weights(last.B))
+    weights = [weight for module in modules for weight in _weights(module) if weight not in done]
     grad_x, *found = torch.autograd.grad(z, [x, *weights], grad_z)
     grads.update(zip(weights, found, strict=True))
     return grad_x
