@@ -150,15 +150,12 @@ class TextDataModule(L.LightningDataModule):
         return parts["train"], parts["test"]
 
     def _documents(self, paths: list[str], scratch: Path) -> Dataset:
-        def texts() -> Iterator[dict[str, str]]:
-            for text in read_documents(find_files(paths), self.text_column, self.separator):
-                yield {"text": text}
-
+        arguments = {"paths": paths, "text_column": self.text_column, "separator": self.separator}
         # Looked at first, because the library would wrap an error from inside the generator in one of its own.
-        if next(texts(), None) is None:
+        if next(_texts(**arguments), None) is None:
             raise InputError(f"{', '.join(paths)} holds no text; every document is empty")
         try:
-            return Dataset.from_generator(texts, cache_dir=str(scratch))
+            return Dataset.from_generator(_texts, gen_kwargs=arguments, cache_dir=str(scratch))
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, InputError):
@@ -212,6 +209,11 @@ class TextDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._position = state_dict["position"]
+
+
+def _texts(paths: list[str], text_column: str, separator: str | None) -> Iterator[dict[str, str]]:
+    for text in read_documents(find_files(paths), text_column, separator):
+        yield {"text": text}
 
 
 def _default_cache() -> str:
