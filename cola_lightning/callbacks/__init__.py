@@ -1,7 +1,8 @@
 """One concern per file, each with its own state."""
 
+from cola_lightning.callbacks.ledger import Ledger
 from cola_lightning.callbacks.samples import Samples
 from cola_lightning.callbacks.throughput import Throughput
 from cola_lightning.callbacks.yardsticks import Yardsticks
 
-__all__ = ["Samples", "Throughput", "Yardsticks"]
+__all__ = ["Ledger", "Samples", "Throughput", "Yardsticks"]

@@ -41,7 +41,7 @@ class StreamLoader:
     Micro-batch ``m`` of the run, counted over all ranks, comes from lane ``m % lanes``. Rank ``r`` of R takes those
     with ``m % R == r`` and its workers take turns. Where R x workers divides the number of lanes, the batches are
     therefore the same sequence for any R and any number of workers. Where it does not, lanes are dealt out as evenly as
-    possible; the order differs, each lane's own sequence does not.
+    possible and drawn from in turn; the order then depends on R and the workers, each lane's own sequence does not.
 
     Lightning sees an object with a length and an iterator, nothing more: it then neither fetches a batch ahead, nor
     restores one rank's position on all ranks.
@@ -86,16 +86,18 @@ class StreamLoader:
             )
         self.make_lane, self.lanes, self.batch_size, self.batches = make_lane, lanes, batch_size, batches
         self.replicas, self.rank, self.workers, self.window, self.all_well = replicas, rank, workers, window, all_well
-        state = state or {"batches": 0, "lanes": {}}
+        state = state or {"batches": 0, "dealt": {}, "lanes": {}}
         self.position: int = state["batches"]
         self.states: dict[str, dict[str, Any]] = dict(state["lanes"])
-        self._first = self.position % lanes  # the lane that is next; the rotation begins with it
+        # Lanes are dealt out anew only where ranks or workers are other ones, or the order would change on the way.
+        self.dealt = {"at": self.position, "replicas": replicas, "workers": max(1, workers)}
+        if state["dealt"] | {"at": self.position} == self.dealt:
+            self.dealt = state["dealt"]
 
     def __len__(self) -> int:
         return self.batches
 
     def __iter__(self) -> Iterator[Batch]:
-        self._first = self.position % self.lanes
         items = iter(self._loader())
         while True:
             for made in self._window(items):
@@ -105,15 +107,23 @@ class StreamLoader:
                 yield made.batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Micro-batches handed over on all ranks, and the state of each lane that this rank owns."""
-        owned = {str(lane) for worker in range(max(1, self.workers)) for lane in self.share(worker)}
-        return {"batches": self.position, "lanes": {lane: s for lane, s in self.states.items() if lane in owned}}
+        """Micro-batches handed over on all ranks, how lanes are dealt out, and where each of this rank's stands."""
+        owned = {str(lane) for worker in range(self.dealt["workers"]) for lane in self._share(worker)}
+        states = {lane: state for lane, state in self.states.items() if lane in owned}
+        return {"batches": self.position, "dealt": self.dealt, "lanes": states}
 
-    def share(self, worker: int) -> list[int]:
-        """The lanes of one of this rank's workers, in the order in which it draws from them."""
-        consumers = self.replicas * max(1, self.workers)
-        rotation = [(self._first + turn) % self.lanes for turn in range(self.lanes)]
-        return rotation[worker * self.replicas + self.rank :: consumers]
+    def turns(self, process: int) -> list[int]:
+        """The lanes of one of this rank's worker processes, in the order in which it draws from them from now on."""
+        workers = self.dealt["workers"]
+        drawn = (self.position - self.dealt["at"]) // self.replicas
+        worker = (drawn + process) % workers  # whose turn it is comes first
+        share = self._share(worker)
+        begin = (drawn - worker + workers - 1) // workers % len(share)
+        return share[begin:] + share[:begin]
+
+    def _share(self, worker: int) -> list[int]:
+        rotation = [(self.dealt["at"] + turn) % self.lanes for turn in range(self.lanes)]
+        return rotation[worker * self.replicas + self.rank :: self.replicas * self.dealt["workers"]]
 
     def _window(self, items: Iterator["_Made | InputError"]) -> list[_Made]:
         window: list[_Made] = []
@@ -149,8 +159,8 @@ class _Stream(IterableDataset):
     def __iter__(self) -> Iterator["_Made | InputError"]:
         loader, info = self.loader, get_worker_info()
         try:
-            share = loader.share(info.id if info else 0)
-            lanes = {index: loader.make_lane(index, loader.states.get(str(index))) for index in share}
+            turns = loader.turns(info.id if info else 0)
+            lanes = {index: loader.make_lane(index, loader.states.get(str(index))) for index in turns}
             while True:
                 for index, lane in lanes.items():
                     batch = lane.batch(loader.batch_size)
