@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from cola_lightning.data import Source
+from cola_lightning.data.prepare import prepare
 from cola_lightning.data.tokenizer import Tokenizer
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -57,3 +59,12 @@ def arguments(c4: Path, **others) -> dict:
         "retry_wait": 0.01,
         "cache_dir": f"{c4}/cache",
     } | others
+
+
+@pytest.fixture(scope="session")
+def prepared(c4, tmp_path_factory) -> Path:
+    """The same folder, tokenised."""
+    folder = tmp_path_factory.mktemp("prepared") / "c4"
+    source = Source("json", data_files=arguments(c4)["data_files"])
+    prepare(source, str(folder), ["train", "validation"], f"{c4}/tokenizer", num_workers=1)
+    return folder

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from cola_lightning.data import Source
-from cola_lightning.data.prepare import prepare
 from tests.data.conftest import arguments
 
 REPOSITORY = Path(__file__).parents[2]
@@ -45,14 +43,6 @@ def run_all(runs: list[dict]) -> None:
 def log(folder: Path, rank: int) -> list[str]:
     """Of each micro-batch on a rank: its number, a hash of its ids and labels, and the loss."""
     return (folder / f"log.{rank}").read_text().splitlines()
-
-
-@pytest.fixture(scope="session")
-def prepared(c4, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("prepared") / "c4"
-    source = Source("json", data_files=arguments(c4)["data_files"])
-    prepare(source, str(folder), ["train", "validation"], f"{c4}/tokenizer", num_workers=1)
-    return folder
 
 
 @pytest.fixture(scope="module")
