@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import Dataset as Rows
 
 from cola_lightning.data.lanes import ENCODED_TOGETHER, Lane, Reader, RowShape
 from cola_lightning.data.loader import EvalLoader
@@ -163,8 +164,10 @@ class C4DataModule(L.LightningDataModule):
         folder = self._cache(self._open(self.validation, self.tokenizer), self.tokenizer)
         ids, offsets = (np.load(folder / name, mmap_mode="r") for name in ("ids.npy", "offsets.npy"))
         documents = Documents(pa.chunked_array([pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids))]))
-        kind = PackedRows if self.row_type == "packed" else PaddedRows
-        self.validation_rows = kind(documents, self.sequence_length, pad_id)
+        if self.row_type == "packed":
+            self.validation_rows: Rows = PackedRows(documents, self.sequence_length, pad_id, apart)
+        else:
+            self.validation_rows = PaddedRows(documents, self.sequence_length, pad_id)
 
     def _load_tokenizer(self) -> Tokenizer:
         for source in [*self.sources, self.validation]:

@@ -4,6 +4,7 @@ import os
 import random
 from pathlib import Path
 
+import datasets
 import pytest
 
 from cola_lightning.data import Source
@@ -11,7 +12,11 @@ from cola_lightning.data.prepare import prepare
 from cola_lightning.data.tokenizer import Tokenizer
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# No test needs a network; datasets would ask the hub to count each opening of a local file. The first two lines are for
+# processes that the tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 WORDS = ("the", "of", "and", "nation", "people", "congress", "war", "peace", "year", "upon", "great", "law")
 

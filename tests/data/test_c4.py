@@ -9,6 +9,7 @@ from cola_lightning.data import C4DataModule, Source
 from cola_lightning.data.rows import IGNORE
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
+from cola_lightning.module import LanguageModel
 from tests.data.conftest import arguments, sentences, write_shard
 
 
@@ -171,3 +172,25 @@ def test_prepared_with_another_tokenizer_is_refused(c4, prepared, tmp_path):
     Tokenizer.train(["other words"], 270).save(tmp_path)
     with pytest.raises(InputError, match="was prepared with another tokenizer"):
         ready(C4DataModule(**arguments(c4, path=str(prepared), data_files=None, tokenizer=str(tmp_path))))
+
+
+def test_attention_that_keeps_to_its_document_gives_each_document_the_loss_it_has_alone(c4):
+    """Packed rows of whole documents against the same documents each in a row of its own."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LanguageModel(vocab_size=300, **sizes)
+    model.configure_model()
+    packed = {"rows": "packed", "sequence_length": 512, "cross_document_attention": False}
+    data = ready(C4DataModule(**arguments(c4, **packed)))
+    for batch in (*take(data, 3), *data.val_dataloader()):
+        losses, kept = model._losses(batch)
+        for row in range(2):
+            ids, numbers = batch["input_ids"][row], batch["document_ids"][row]
+            for number in range(1, int(numbers.max())):
+                own = numbers == number
+                if not (batch["labels"][row][own] != IGNORE).any():
+                    continue
+                document = ids[own].unsqueeze(0)
+                alone, _ = model._losses({"input_ids": document, "labels": document})
+                assert (losses[row][own[1:]][1:] - alone[0]).abs().max() < 1e-5
+                assert kept[row][own[1:]].tolist() == [False] + [True] * (document.shape[1] - 1)
