@@ -48,10 +48,7 @@ class PaddedRows(Dataset):
         return len(self.documents)
 
     def __getitem__(self, index: int) -> Row:
-        ids = torch.from_numpy(self.documents[index].astype(np.int64))
-        if len(ids) > self.length:
-            ids = torch.cat((ids[: self.length - 1], ids[-1:]))
-        return _row(ids, self.length, self.pad_id)
+        return pad(torch.from_numpy(self.documents[index].astype(np.int64)), self.length, self.pad_id)
 
 
 class PackedRows(Dataset):
@@ -77,6 +74,13 @@ class PackedRows(Dataset):
             starts = self.offsets[(self.offsets >= begin) & (self.offsets < begin + self.length)]
             row["labels"][starts - begin] = IGNORE
         return row
+
+
+def pad(ids: Tensor, length: int, pad_id: int) -> Row:
+    """The row of one document, given its ids with the end-of-document id last."""
+    if len(ids) > length:
+        ids = torch.cat((ids[: length - 1], ids[-1:]))
+    return _row(ids, length, pad_id)
 
 
 def _row(ids: Tensor, length: int, pad_id: int) -> Row:
