@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from cola_lightning.data.lanes import Batch, Lane
 from cola_lightning.errors import InputError
 
+MakeLane = Callable[[int, dict[str, Any] | None], Lane]
+"""``f(lane, state)`` makes a lane that goes on at the state, or begins where that is None."""
+
 
 class StreamError(InputError):
     """Data that cannot be read any more, seen by all ranks between the same two optimizer steps."""
@@ -47,7 +50,7 @@ class StreamLoader:
     restores one rank's position on all ranks.
 
     Args:
-        make_lane: Makes a lane from its number and the state to go on from (None to begin).
+        make_lane: Makes a lane from its number and the state to go on from.
         lanes: Number of lanes.
         batch_size: Rows of a batch on one rank (B).
         batches: How many batches the run takes on this rank, which is the loader's length.
@@ -66,7 +69,7 @@ class StreamLoader:
 
     def __init__(
         self,
-        make_lane: Callable[[int, dict[str, Any] | None], Lane],
+        make_lane: MakeLane,
         lanes: int,
         batch_size: int,
         batches: int,
@@ -112,7 +115,7 @@ class StreamLoader:
         states = {lane: state for lane, state in self.states.items() if lane in owned}
         return {"batches": self.position, "dealt": self.dealt, "lanes": states}
 
-    def turns(self, process: int) -> list[int]:
+    def _turns(self, process: int) -> list[int]:
         """The lanes of one of this rank's worker processes, in the order in which it draws from them from now on."""
         workers = self.dealt["workers"]
         drawn = (self.position - self.dealt["at"]) // self.replicas
@@ -139,8 +142,9 @@ class StreamLoader:
 
     def _loader(self) -> DataLoader:
         ahead = {"prefetch_factor": max(2, 1 + self.window // self.workers)} if self.workers else {}
+        turns = [self._turns(process) for process in range(self.dealt["workers"])]
         return DataLoader(
-            _Stream(self),
+            _Stream(self.make_lane, turns, dict(self.states), self.batch_size),
             batch_size=None,
             num_workers=self.workers,
             worker_init_fn=partial(_worker_init, os.getpid()),
@@ -153,17 +157,19 @@ class _Stream(IterableDataset):
     """What one worker runs: its lanes in rotation. A failure is its last item, as an exception that a process can hand
     to another without the traceback around it."""
 
-    def __init__(self, loader: StreamLoader) -> None:
-        self.loader = loader
+    def __init__(
+        self, make_lane: MakeLane, turns: list[list[int]], states: dict[str, dict[str, Any]], batch_size: int
+    ) -> None:
+        self.make_lane, self.turns, self.states, self.batch_size = make_lane, turns, states, batch_size
 
     def __iter__(self) -> Iterator["_Made | InputError"]:
-        loader, info = self.loader, get_worker_info()
+        info = get_worker_info()
+        turns = self.turns[info.id if info else 0]
         try:
-            turns = loader.turns(info.id if info else 0)
-            lanes = {index: loader.make_lane(index, loader.states.get(str(index))) for index in turns}
+            lanes = {index: self.make_lane(index, self.states.get(str(index))) for index in turns}
             while True:
                 for index, lane in lanes.items():
-                    batch = lane.batch(loader.batch_size)
+                    batch = lane.batch(self.batch_size)
                     yield _Made(batch, index, lane.state())
         except InputError as error:
             yield InputError(*error.args)
