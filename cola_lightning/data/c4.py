@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -239,6 +240,8 @@ class C4DataModule(L.LightningDataModule):
         return state | {"identity": self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning knows only loaders that keep one state for all ranks, and warns of any other.
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
         self._state = state_dict
 
     def on_exception(self, exception: BaseException) -> None:
