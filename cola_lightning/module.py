@@ -157,9 +157,9 @@ class LanguageModel(L.LightningModule):
                 f"{tokenizer.pad_id}; set --model.pad_token_id {fix}"
             )
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, T) -> logits (B, T, V)."""
-        return self.network(ids)
+    def forward(self, ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, V); attention keeps to its own document where their numbers are given."""
+        return self.network(ids, document_ids)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -201,7 +201,7 @@ class LanguageModel(L.LightningModule):
 
     def _losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Next-token losses in nats (B, T-1), zero where ignored, and where they were not (B, T-1)."""
-        logits = self(batch["input_ids"])[:, :-1]
+        logits = self(batch["input_ids"], batch.get("document_ids"))[:, :-1]
         labels = batch["labels"][:, 1:]
         losses = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
         return losses.view_as(labels), labels != IGNORE

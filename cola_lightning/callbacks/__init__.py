@@ -1,9 +1,10 @@
 """One concern per file, each with its own state."""
 
 from cola_lightning.callbacks.cola_m import CoLAM
+from cola_lightning.callbacks.ledger import Ledger
 from cola_lightning.callbacks.predictions import Predictions
 from cola_lightning.callbacks.samples import Samples
 from cola_lightning.callbacks.throughput import Throughput
 from cola_lightning.callbacks.yardsticks import Yardsticks
 
-__all__ = ["CoLAM", "Predictions", "Samples", "Throughput", "Yardsticks"]
+__all__ = ["CoLAM", "Ledger", "Predictions", "Samples", "Throughput", "Yardsticks"]

@@ -1,29 +1,27 @@
 """The data module for text that is too much for this machine: streamed, or tokenised beforehand."""
 
 import hashlib
-import json
 import os
-import shutil
-from itertools import islice
+import warnings
+from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import Dataset as Rows
 
-from cola_lightning.data.lanes import ENCODED_TOGETHER, Lane, Reader, RowShape
+from cola_lightning.data.lanes import MakeLanes, RowShape
 from cola_lightning.data.loader import EvalLoader
 from cola_lightning.data.prepared import PreparedCorpus, is_prepared
 from cola_lightning.data.retry import Retry
-from cola_lightning.data.rows import Documents, PackedRows, PaddedRows
+from cola_lightning.data.rows import PackedRows, PaddedRows
 from cola_lightning.data.sources import DataFiles, Source, TextCorpus
 from cola_lightning.data.stream import StreamError, StreamLoader
 from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.data.validation import ValidationSet
 from cola_lightning.errors import InputError
 
 Corpus = TextCorpus | PreparedCorpus
@@ -46,7 +44,8 @@ class C4DataModule(L.LightningDataModule):
         data_files: Files, patterns or addresses, by split.
         text_column: Column of the text.
         sources: Several sources in place of the one above, mixed by the tokens that each hands out.
-        validation: Source of the validation documents; split ``validation`` of ``path`` if not given.
+        validation: Source of the validation documents; split ``validation`` of ``path``, or of the first of
+            ``sources``, if not given.
         tokenizer: Folder, tokenizer.json or repository on the hub. If none is named, the one that a prepared source was
             prepared with, or t5-base.
         sequence_length: Tokens of a row (T).
@@ -98,9 +97,8 @@ class C4DataModule(L.LightningDataModule):
         cache_dir: str = "~/.cache/cola_lightning",
     ) -> None:
         super().__init__()
-        own = Source(path, name, revision, "train", data_files, text_column)
-        self.sources = sources or [own]
-        self.validation = validation or Source(path, name, revision, "validation", data_files, text_column)
+        self.sources = sources or [Source(path, name, revision, "train", data_files, text_column)]
+        self.validation = validation or replace(self.sources[0], split="validation")
         least = {"sequence_length": (sequence_length, 2), "batch_size": (batch_size, 1), "lanes": (lanes, 1)}
         for argument, (value, minimum) in least.items():
             if value < minimum:
@@ -130,28 +128,10 @@ class C4DataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Check what was prepared, and tokenise the validation set unless the cache holds it; one process of a node
         does it."""
-        tokenizer = self._load_tokenizer()
-        validation = self._open(self.validation, tokenizer)
         if self.verify:
-            for corpus in [*(self._open(source, tokenizer) for source in self.sources), validation]:
-                if isinstance(corpus, PreparedCorpus):
-                    corpus.verify()
-        folder = self._cache(validation, tokenizer)
-        if folder.exists():
-            return
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(mkdtemp(dir=folder.parent, prefix=".making-"))
-        try:
-            documents = self._first_documents(validation)
-            np.save(scratch / "ids.npy", np.concatenate(documents))
-            np.save(scratch / "offsets.npy", np.cumsum([0, *map(len, documents)], dtype=np.int32))
-            try:
-                scratch.rename(folder)
-            except OSError:
-                if not folder.exists():  # else another run was quicker, with the same content
-                    raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            for source in filter(is_prepared, [*self.sources, self.validation]):
+                PreparedCorpus(source).verify()
+        self._validation_set(self._load_tokenizer()).make()
 
     def setup(self, stage: str) -> None:
         self.tokenizer = self._load_tokenizer()
@@ -160,11 +140,11 @@ class C4DataModule(L.LightningDataModule):
         self.row_shape = RowShape(self.sequence_length, self.row_type == "packed", pad_id, apart)
         if stage == "fit":
             self._corpora = [self._open(source, self.tokenizer) for source in self.sources]
-        folder = self._cache(self._open(self.validation, self.tokenizer), self.tokenizer)
-        ids, offsets = (np.load(folder / name, mmap_mode="r") for name in ("ids.npy", "offsets.npy"))
-        documents = Documents(pa.chunked_array([pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids))]))
-        kind = PackedRows if self.row_type == "packed" else PaddedRows
-        self.validation_rows = kind(documents, self.sequence_length, pad_id)
+        documents = self._validation_set(self.tokenizer).load()
+        if self.row_type == "packed":
+            self.validation_rows: Rows = PackedRows(documents, self.sequence_length, pad_id, apart)
+        else:
+            self.validation_rows = PaddedRows(documents, self.sequence_length, pad_id)
 
     def _load_tokenizer(self) -> Tokenizer:
         for source in [*self.sources, self.validation]:
@@ -187,33 +167,10 @@ class C4DataModule(L.LightningDataModule):
             )
         return corpus
 
-    # -- validation ---------------------------------------------------------------------------------------------------
-
-    def _cache(self, corpus: Corpus, tokenizer: Tokenizer) -> Path:
-        """Folder whose name tells everything that its content depends on."""
-        files = [(name, *_stat(name)) for name in corpus.shards]
-        content = {
-            "files": files if isinstance(corpus, TextCorpus) else corpus.index,
-            "column": self.validation.text_column,
-            "tokenizer": tokenizer.fingerprint(),
-            "tokens": [self.validation_tokens, self.row_type, self.row_type == "padded" and self.sequence_length],
-        }
-        return self.cache_dir / f"validation-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
-
-    def _first_documents(self, corpus: Corpus) -> list[np.ndarray]:
-        """Documents from the beginning until they make ``validation_tokens`` tokens of rows."""
-        documents: list[np.ndarray] = []
-        tokens = 0
-        texts = (document for shard in range(len(corpus.shards)) for _, document in corpus.read(shard))
-        while some := list(islice(texts, ENCODED_TOGETHER)):
-            for ids in corpus.encode(some):
-                documents.append(ids)
-                tokens += len(ids) if self.row_type == "packed" else min(len(ids), self.sequence_length)
-                if tokens >= self.validation_tokens:
-                    return documents
-        if not documents:
-            raise InputError(f"split {self.validation.split!r} of {corpus.title} has no document to validate on")
-        return documents
+    def _validation_set(self, tokenizer: Tokenizer) -> ValidationSet:
+        longest = self.sequence_length if self.row_type == "padded" else None
+        corpus = self._open(self.validation, tokenizer)
+        return ValidationSet(corpus, tokenizer, self.validation_tokens, longest, self.cache_dir)
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
@@ -225,7 +182,14 @@ class C4DataModule(L.LightningDataModule):
         if self.num_workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not outlive the fork of a worker
         self._loader = StreamLoader(
-            self._make_lane,
+            MakeLanes(
+                self._corpora,
+                [source.weight for source in self.sources],
+                self.lanes,
+                self.shuffle_buffer,
+                str(self.seed),
+                self.row_shape,
+            ),
             self.lanes,
             self.batch_size,
             batches=trainer.max_steps * trainer.accumulate_grad_batches,
@@ -242,20 +206,6 @@ class C4DataModule(L.LightningDataModule):
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
-
-    def _make_lane(self, lane: int, state: dict[str, Any] | None) -> Lane:
-        readers = [
-            Reader(
-                corpus,
-                lane,
-                self.lanes,
-                self.shuffle_buffer,
-                seed=f"{self.seed}/{index}",
-                state=state["readers"][index] if state else None,
-            )
-            for index, corpus in enumerate(self._corpora)
-        ]
-        return Lane(readers, [source.weight for source in self.sources], self.row_shape, state)
 
     def _share(self) -> dict[str, int]:
         """Which part of the data this process takes."""
@@ -290,6 +240,8 @@ class C4DataModule(L.LightningDataModule):
         return state | {"identity": self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning knows only loaders that keep one state for all ranks, and warns of any other.
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
         self._state = state_dict
 
     def on_exception(self, exception: BaseException) -> None:
@@ -337,8 +289,3 @@ def _agree() -> Any:
         return bool(flag)
 
     return all_well
-
-
-def _stat(name: str) -> tuple[int, int]:
-    path = Path(name)
-    return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)

@@ -202,3 +202,33 @@ class Lane:
     def _next_source(self) -> int:
         """The one that is furthest behind its share; the first of several."""
         return min(range(len(self.weights)), key=lambda source: self.tokens[source] / self.weights[source])
+
+
+@dataclass
+class MakeLanes:
+    """Makes any lane of a run, from its number and the state to go on from; goes to the workers.
+
+    Args:
+        corpora: One a source.
+        weights: Share of the tokens for each.
+        lanes: Number of lanes.
+        block: Documents of a lane that are shuffled together.
+        seed: Text that every order depends on.
+        shape: How documents become rows.
+    """
+
+    corpora: list[Any]
+    weights: list[float]
+    lanes: int
+    block: int
+    seed: str
+    shape: RowShape
+
+    def __call__(self, lane: int, state: dict[str, Any] | None) -> Lane:
+        readers = [
+            Reader(
+                corpus, lane, self.lanes, self.block, f"{self.seed}/{index}", state["readers"][index] if state else None
+            )
+            for index, corpus in enumerate(self.corpora)
+        ]
+        return Lane(readers, self.weights, self.shape, state)

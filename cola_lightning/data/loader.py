@@ -103,7 +103,7 @@ class _Filled(Dataset):
         if index < len(self.rows):  # type: ignore[arg-type]
             return self.rows[index]
         row = self.rows[0]
-        return {"input_ids": row["input_ids"], "labels": torch.full_like(row["labels"], IGNORE)}
+        return row | {"labels": torch.full_like(row["labels"], IGNORE)}
 
 
 def _loader(rows: Dataset, batches: object, workers: int) -> DataLoader:

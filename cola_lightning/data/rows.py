@@ -48,24 +48,39 @@ class PaddedRows(Dataset):
         return len(self.documents)
 
     def __getitem__(self, index: int) -> Row:
-        ids = torch.from_numpy(self.documents[index].astype(np.int64))
-        if len(ids) > self.length:
-            ids = torch.cat((ids[: self.length - 1], ids[-1:]))
-        return _row(ids, self.length, self.pad_id)
+        return pad(torch.from_numpy(self.documents[index].astype(np.int64)), self.length, self.pad_id)
 
 
 class PackedRows(Dataset):
-    """Documents end to end, cut every ``length`` ids; only the last row is padded."""
+    """Documents end to end, cut every ``length`` ids; only the last row is padded.
 
-    def __init__(self, documents: Documents, length: int, pad_id: int) -> None:
-        self.ids, self.length, self.pad_id = documents.ids, length, pad_id
+    With ``apart``, rows have ``document_ids`` (T,) too, the numbers of their documents, for attention that keeps to its
+    own; then a document's first token is not to be learnt, for nothing before it may foretell it.
+    """
+
+    def __init__(self, documents: Documents, length: int, pad_id: int, apart: bool = False) -> None:
+        self.ids, self.offsets, self.length, self.pad_id = documents.ids, documents.offsets, length, pad_id
+        self.apart = apart
 
     def __len__(self) -> int:
         return -(-len(self.ids) // self.length)
 
     def __getitem__(self, index: int) -> Row:
-        piece = self.ids[index * self.length : (index + 1) * self.length]
-        return _row(torch.from_numpy(piece.astype(np.int64)), self.length, self.pad_id)
+        begin = index * self.length
+        row = _row(torch.from_numpy(self.ids[begin : begin + self.length].astype(np.int64)), self.length, self.pad_id)
+        if self.apart:
+            numbers = np.searchsorted(self.offsets, np.arange(begin, begin + self.length), side="right")
+            row["document_ids"] = torch.from_numpy(numbers - numbers[0])
+            starts = self.offsets[(self.offsets >= begin) & (self.offsets < begin + self.length)]
+            row["labels"][starts - begin] = IGNORE
+        return row
+
+
+def pad(ids: Tensor, length: int, pad_id: int) -> Row:
+    """The row of one document, given its ids with the end-of-document id last."""
+    if len(ids) > length:
+        ids = torch.cat((ids[: length - 1], ids[-1:]))
+    return _row(ids, length, pad_id)
 
 
 def _row(ids: Tensor, length: int, pad_id: int) -> Row:

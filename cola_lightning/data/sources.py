@@ -111,5 +111,7 @@ def _resolve(source: Source) -> DatasetBuilder:
                 source.path, source.name, revision=source.revision, data_files=source.data_files
             )
     except (DatasetsError, FileNotFoundError, ValueError) as error:
+        if "Unable to find 'http" in str(error):  # which is also what it says of a server that is busy
+            raise ConnectionError(str(error)) from error
         at = f" at revision {source.revision!r}" if source.revision else ""
         raise InputError(f"data set {source.title}{at} cannot be opened: {str(error).splitlines()[0]}") from error

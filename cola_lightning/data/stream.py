@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from cola_lightning.data.lanes import Batch, Lane
 from cola_lightning.errors import InputError
 
+MakeLane = Callable[[int, dict[str, Any] | None], Lane]
+"""``f(lane, state)`` makes a lane that goes on at the state, or begins where that is None."""
+
 
 class StreamError(InputError):
     """Data that cannot be read any more, seen by all ranks between the same two optimizer steps."""
@@ -41,13 +44,13 @@ class StreamLoader:
     Micro-batch ``m`` of the run, counted over all ranks, comes from lane ``m % lanes``. Rank ``r`` of R takes those
     with ``m % R == r`` and its workers take turns. Where R x workers divides the number of lanes, the batches are
     therefore the same sequence for any R and any number of workers. Where it does not, lanes are dealt out as evenly as
-    possible; the order differs, each lane's own sequence does not.
+    possible and drawn from in turn; the order then depends on R and the workers, each lane's own sequence does not.
 
     Lightning sees an object with a length and an iterator, nothing more: it then neither fetches a batch ahead, nor
     restores one rank's position on all ranks.
 
     Args:
-        make_lane: Makes a lane from its number and the state to go on from (None to begin).
+        make_lane: Makes a lane from its number and the state to go on from.
         lanes: Number of lanes.
         batch_size: Rows of a batch on one rank (B).
         batches: How many batches the run takes on this rank, which is the loader's length.
@@ -66,7 +69,7 @@ class StreamLoader:
 
     def __init__(
         self,
-        make_lane: Callable[[int, dict[str, Any] | None], Lane],
+        make_lane: MakeLane,
         lanes: int,
         batch_size: int,
         batches: int,
@@ -86,16 +89,18 @@ class StreamLoader:
             )
         self.make_lane, self.lanes, self.batch_size, self.batches = make_lane, lanes, batch_size, batches
         self.replicas, self.rank, self.workers, self.window, self.all_well = replicas, rank, workers, window, all_well
-        state = state or {"batches": 0, "lanes": {}}
+        state = state or {"batches": 0, "dealt": {}, "lanes": {}}
         self.position: int = state["batches"]
         self.states: dict[str, dict[str, Any]] = dict(state["lanes"])
-        self._first = self.position % lanes  # the lane that is next; the rotation begins with it
+        # Lanes are dealt out anew only where ranks or workers are other ones, or the order would change on the way.
+        self.dealt = {"at": self.position, "replicas": replicas, "workers": max(1, workers)}
+        if state["dealt"] | {"at": self.position} == self.dealt:
+            self.dealt = state["dealt"]
 
     def __len__(self) -> int:
         return self.batches
 
     def __iter__(self) -> Iterator[Batch]:
-        self._first = self.position % self.lanes
         items = iter(self._loader())
         while True:
             for made in self._window(items):
@@ -105,15 +110,23 @@ class StreamLoader:
                 yield made.batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Micro-batches handed over on all ranks, and the state of each lane that this rank owns."""
-        owned = {str(lane) for worker in range(max(1, self.workers)) for lane in self.share(worker)}
-        return {"batches": self.position, "lanes": {lane: s for lane, s in self.states.items() if lane in owned}}
+        """Micro-batches handed over on all ranks, how lanes are dealt out, and where each of this rank's stands."""
+        owned = {str(lane) for worker in range(self.dealt["workers"]) for lane in self._share(worker)}
+        states = {lane: state for lane, state in self.states.items() if lane in owned}
+        return {"batches": self.position, "dealt": self.dealt, "lanes": states}
 
-    def share(self, worker: int) -> list[int]:
-        """The lanes of one of this rank's workers, in the order in which it draws from them."""
-        consumers = self.replicas * max(1, self.workers)
-        rotation = [(self._first + turn) % self.lanes for turn in range(self.lanes)]
-        return rotation[worker * self.replicas + self.rank :: consumers]
+    def _turns(self, process: int) -> list[int]:
+        """The lanes of one of this rank's worker processes, in the order in which it draws from them from now on."""
+        workers = self.dealt["workers"]
+        drawn = (self.position - self.dealt["at"]) // self.replicas
+        worker = (drawn + process) % workers  # whose turn it is comes first
+        share = self._share(worker)
+        begin = (drawn - worker + workers - 1) // workers % len(share)
+        return share[begin:] + share[:begin]
+
+    def _share(self, worker: int) -> list[int]:
+        rotation = [(self.dealt["at"] + turn) % self.lanes for turn in range(self.lanes)]
+        return rotation[worker * self.replicas + self.rank :: self.replicas * self.dealt["workers"]]
 
     def _window(self, items: Iterator["_Made | InputError"]) -> list[_Made]:
         window: list[_Made] = []
@@ -129,8 +142,9 @@ class StreamLoader:
 
     def _loader(self) -> DataLoader:
         ahead = {"prefetch_factor": max(2, 1 + self.window // self.workers)} if self.workers else {}
+        turns = [self._turns(process) for process in range(self.dealt["workers"])]
         return DataLoader(
-            _Stream(self),
+            _Stream(self.make_lane, turns, dict(self.states), self.batch_size),
             batch_size=None,
             num_workers=self.workers,
             worker_init_fn=partial(_worker_init, os.getpid()),
@@ -143,17 +157,19 @@ class _Stream(IterableDataset):
     """What one worker runs: its lanes in rotation. A failure is its last item, as an exception that a process can hand
     to another without the traceback around it."""
 
-    def __init__(self, loader: StreamLoader) -> None:
-        self.loader = loader
+    def __init__(
+        self, make_lane: MakeLane, turns: list[list[int]], states: dict[str, dict[str, Any]], batch_size: int
+    ) -> None:
+        self.make_lane, self.turns, self.states, self.batch_size = make_lane, turns, states, batch_size
 
     def __iter__(self) -> Iterator["_Made | InputError"]:
-        loader, info = self.loader, get_worker_info()
+        info = get_worker_info()
+        turns = self.turns[info.id if info else 0]
         try:
-            share = loader.share(info.id if info else 0)
-            lanes = {index: loader.make_lane(index, loader.states.get(str(index))) for index in share}
+            lanes = {index: self.make_lane(index, self.states.get(str(index))) for index in turns}
             while True:
                 for index, lane in lanes.items():
-                    batch = lane.batch(loader.batch_size)
+                    batch = lane.batch(self.batch_size)
                     yield _Made(batch, index, lane.state())
         except InputError as error:
             yield InputError(*error.args)

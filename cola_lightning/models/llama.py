@@ -15,8 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from cola_lightning.errors import InputError
 from cola_lightning.models.layers import FullRank, MakeProjection, NormalLinear, TokenEmbedding
 
-Rotary = tuple[Tensor, Tensor]
-"""Cosine and sine of the rotary angles, each (T, E)."""
+Rotary = tuple[Tensor, ...]
+"""Cosine and sine of the rotary angles, each (T, E), and where the documents of a row are kept apart the mask of
+:func:`apart`."""
 
 
 def rotary_table(length: int, head_dim: int, theta: float, *, like: Tensor) -> Rotary:
@@ -34,9 +35,16 @@ def rotary_table(length: int, head_dim: int, theta: float, *, like: Tensor) -> R
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn (B, H, T, E) by the rotary angles, in the half-split layout of Hugging Face's LLaMA."""
-    cos, sin = rotary
+    cos, sin = rotary[:2]
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def apart(document_ids: Tensor) -> Tensor:
+    """Which token may attend to which, (B, 1, T, T) bool, where each attends to its own document alone: to those before
+    it with the same number in ``document_ids`` (B, T). Rotary positions need no restart, for only distances count."""
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    return same.tril()
 
 
 class Attention(nn.Module):
@@ -60,7 +68,8 @@ class Attention(nn.Module):
         q, k, v = rotate(self._heads(q), rotary), rotate(self._heads(k), rotary), self._heads(v)
         # No mask: rows are padded on the right and padding is not in the loss, so causality alone gives the same loss
         # and leaves the fast kernels open.
-        y = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        mask = rotary[2] if len(rotary) > 2 else None
+        y = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
         return y.transpose(1, 2).flatten(2)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -142,9 +151,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(make_block() for _ in range(num_hidden_layers))
         self.norm = nn.RMSNorm(hidden_size, rms_norm_eps)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         x = self.embed_tokens(ids)
         rotary = rotary_table(ids.shape[1], self.head_dim, self.rope_theta, like=x)
+        if document_ids is not None:
+            rotary = (*rotary, apart(document_ids))
         for layer in self.layers:
             x = layer(x, rotary)
         return self.norm(x.to(self.norm.weight.dtype))  # a checkpointing policy may run the stream in float32
@@ -243,13 +254,14 @@ class Llama(nn.Module):
         )
         self.lm_head = NormalLinear(hidden_size, vocab_size)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """``document_ids`` (B, T) number the documents of each row, where attention is to keep to its own."""
         if ids.shape[1] > self.max_position_embeddings:
             raise InputError(
                 f"a sequence of {ids.shape[1]} tokens is beyond max_position_embeddings "
                 f"{self.max_position_embeddings}; shorten it or raise max_position_embeddings"
             )
-        return self.lm_head(self.model(ids))
+        return self.lm_head(self.model(ids, document_ids))
 
 
 def _nearest_divisor(n: int, wanted: int) -> int:

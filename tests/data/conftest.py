@@ -4,12 +4,19 @@ import os
 import random
 from pathlib import Path
 
+import datasets
 import pytest
 
+from cola_lightning.data import Source
+from cola_lightning.data.prepare import prepare
 from cola_lightning.data.tokenizer import Tokenizer
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# No test needs a network; datasets would ask the hub to count each opening of a local file. The first two lines are for
+# processes that the tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 WORDS = ("the", "of", "and", "nation", "people", "congress", "war", "peace", "year", "upon", "great", "law")
 
@@ -57,3 +64,12 @@ def arguments(c4: Path, **others) -> dict:
         "retry_wait": 0.01,
         "cache_dir": f"{c4}/cache",
     } | others
+
+
+@pytest.fixture(scope="session")
+def prepared(c4, tmp_path_factory) -> Path:
+    """The same folder, tokenised."""
+    folder = tmp_path_factory.mktemp("prepared") / "c4"
+    source = Source("json", data_files=arguments(c4)["data_files"])
+    prepare(source, str(folder), ["train", "validation"], f"{c4}/tokenizer", num_workers=1)
+    return folder

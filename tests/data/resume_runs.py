@@ -17,6 +17,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from cola_lightning.callbacks import Ledger
 from cola_lightning.data import C4DataModule
 from cola_lightning.module import LanguageModel
 
@@ -53,20 +54,21 @@ def train(run: dict, rank: int) -> None:
         val_check_interval=4 * ACCUMULATE,
         check_val_every_n_epoch=None,
         logger=False,
+        log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
         callbacks=[
             ModelCheckpoint(folder, every_n_train_steps=SAVE_EVERY, save_top_k=-1, filename="{step}"),
             Witness(folder / f"log.{rank}", run.get("kill_at")),
+            Ledger(),
         ],
     )
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LanguageModel(vocab_size=300, **sizes)
     trainer.fit(model, data, ckpt_path=run.get("from"), weights_only=True)
-    if rank == 0:
-        (folder / "state.json").write_text(json.dumps(data.state_dict() if world == 1 else {}))
-        (folder / "ledger.json").write_text(json.dumps(data.ledger()))
+    (folder / f"logged.{rank}").write_text(json.dumps({k: float(v) for k, v in trainer.callback_metrics.items()}))
+    (folder / f"ledger.{rank}").write_text(json.dumps(data.ledger()))
 
 
 def start(run: dict, rank: int, port: int) -> int:

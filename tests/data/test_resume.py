@@ -1,17 +1,18 @@
 """Runs that are killed and go on, against runs that were left alone. Real processes, see resume_runs.py."""
 
+import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from itertools import product
 from pathlib import Path
 
 import pytest
 
-from cola_lightning.data import Source
-from cola_lightning.data.prepare import prepare
 from tests.data.conftest import arguments
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,7 +34,7 @@ def run_all(runs: list[dict]) -> None:
     )
     for run in runs:
         folder = Path(run["folder"])
-        expected = -signal.SIGKILL if "kill_at" in run else 0
+        expected = run.get("expect", -signal.SIGKILL if "kill_at" in run else 0)
         codes = json.loads((folder / "codes.json").read_text())
         errors = "\n".join(file.read_text() for file in folder.glob("error.*"))
         assert codes == [expected] * run["ranks"], f"{folder.name}: {codes}\n{errors}"
@@ -42,14 +43,6 @@ def run_all(runs: list[dict]) -> None:
 def log(folder: Path, rank: int) -> list[str]:
     """Of each micro-batch on a rank: its number, a hash of its ids and labels, and the loss."""
     return (folder / f"log.{rank}").read_text().splitlines()
-
-
-@pytest.fixture(scope="session")
-def prepared(c4, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("prepared") / "c4"
-    source = Source("json", data_files=arguments(c4)["data_files"])
-    prepare(source, str(folder), ["train", "validation"], f"{c4}/tokenizer", num_workers=1)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +73,22 @@ def test_killed_run_goes_on_at_the_very_next_token_with_the_same_loss(runs, kind
         assert len(whole) == len(set(whole)) == STEPS * ACCUMULATE
         assert killed == whole[: KILLED * ACCUMULATE]
         assert resumed == whole[SAVED * ACCUMULATE :]
-    ledgers = [json.loads((folder / name / "ledger.json").read_text()) for name in ("whole", "resumed")]
-    assert ledgers[0] == ledgers[1]
-    assert next(iter(ledgers[0].values()))["documents"] > 0
+    whole, resumed = (total_ledger(folder / name, ranks) for name in ("whole", "resumed"))
+    assert whole == resumed
+    logged = json.loads((folder / "resumed" / "logged.0").read_text())
+    assert {k: v for k, v in logged.items() if k.startswith("data/")} == whole
+    tokens = next(count for name, count in whole.items() if name.endswith("tokens"))
+    slots = STEPS * ACCUMULATE * ranks * 2 * 32
+    assert tokens == slots if rows == "packed" else 0 < tokens < slots
+
+
+def total_ledger(folder: Path, ranks: int) -> dict[str, int]:
+    """As the callback logs it."""
+    total = Counter()
+    for rank in range(ranks):
+        for source, counts in json.loads((folder / f"ledger.{rank}").read_text()).items():
+            total.update({f"data/{source}/{kind}": count for kind, count in counts.items()})
+    return dict(total)
 
 
 @pytest.mark.parametrize(("ranks", "rows"), product([1, 2], ["padded", "packed"]))
@@ -96,3 +102,45 @@ def test_batches_are_the_same_streamed_and_prepared_with_any_number_of_workers(r
 def test_two_ranks_share_the_sequence_that_one_rank_sees(runs, rows):
     hashes = [[line.split()[1] for line in log(runs / f"streamed-0-{ranks}-{rows}" / "whole", 0)] for ranks in (1, 2)]
     assert hashes[0][::2] == hashes[1][: STEPS * ACCUMULATE // 2]
+
+
+def test_a_run_on_two_ranks_goes_on_on_one(runs, c4, tmp_path):
+    """Each step then sees half as many rows, of the same sequence."""
+    checkpoint = f"{runs}/streamed-2-2-packed/killed/step={SAVED}.ckpt"
+    data = arguments(c4, rows="packed", num_workers=2)
+    run_all([{"folder": f"{tmp_path}/one", "data": data, "ranks": 1, "from": checkpoint}])
+    sequences = [log(runs / "streamed-2-2-packed" / "whole", rank) for rank in range(2)]
+    whole = [line.split()[1] for both in zip(*sequences, strict=True) for line in both]
+    begin = 2 * SAVED * ACCUMULATE
+    resumed = [line.split()[1] for line in log(tmp_path / "one", 0)]
+    assert resumed == whole[begin : begin + len(resumed)]
+    assert len(resumed) == (STEPS - SAVED) * ACCUMULATE
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_data_that_fails_leaves_a_checkpoint_to_go_on_from(c4, tmp_path, ranks):
+    """Rank 0 alone meets the line that is broken, or in another order rank 1 alone; both stop, after the same step."""
+    broken = tmp_path / "data"
+    shutil.copytree(c4, broken)
+    shard = broken / "c4-train.00004-of-00005.json.gz"
+    lines = gzip.decompress(shard.read_bytes()).splitlines(keepends=True)
+    shard.write_bytes(gzip.compress(b"".join([*lines[:30], b'{"text": "cut of\n', *lines[31:]])))
+    data = arguments(broken, num_workers=2, shuffle_buffer=2, lanes=10)
+    cell = {"data": data, "ranks": ranks, "steps": 50 // ranks}
+    run_all([cell | {"folder": f"{tmp_path}/failed", "expect": 1}])
+    messages = [(tmp_path / "failed" / f"error.{rank}").read_text().strip().splitlines()[-1] for rank in range(ranks)]
+    assert any("c4-train.00004-of-00005.json.gz line 31 is not JSON" in message for message in messages)
+    assert all("StreamError" in message for message in messages)
+    [checkpoint] = (tmp_path / "failed").glob("data-failed-step=*.ckpt")
+    step = int(checkpoint.stem.split("=")[1])
+    shutil.copy(c4 / shard.name, shard)
+    run_all(
+        [
+            cell | {"folder": f"{tmp_path}/whole"},
+            cell | {"folder": f"{tmp_path}/resumed", "from": str(checkpoint)},
+        ]
+    )
+    for rank in range(ranks):
+        failed, whole, resumed = (log(tmp_path / name, rank) for name in ("failed", "whole", "resumed"))
+        assert failed == whole[: step * ACCUMULATE]
+        assert resumed == whole[step * ACCUMULATE :]

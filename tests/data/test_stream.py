@@ -1,5 +1,9 @@
 import json
+import subprocess
+import sys
+import time
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -7,6 +11,8 @@ from cola_lightning.data.lanes import Lane, Reader, RowShape
 from cola_lightning.data.stream import StreamError, StreamLoader
 from cola_lightning.errors import InputError
 from tests.data.test_lanes import Numbers
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def make_lane(index, state):
@@ -27,7 +33,7 @@ def gathered(loaders):
     assert len({state["batches"] for state in states}) == 1
     merged = {lane: value for state in states for lane, value in state["lanes"].items()}
     assert len(merged) == sum(len(state["lanes"]) for state in states)  # no lane has two owners
-    return json.loads(json.dumps({"batches": states[0]["batches"], "lanes": merged}))
+    return json.loads(json.dumps(states[0] | {"lanes": merged}))
 
 
 def take(loaders, micro_batches):
@@ -56,6 +62,20 @@ def test_another_number_of_ranks_and_workers_goes_on_with_the_same_sequence(firs
     assert before + after == take(loaders(1, 0), 44)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (3, 2), (5, 0), (1, 5), (2, 4), (7, 1)])
+@pytest.mark.parametrize("stops", [[1], [7], [4, 5, 1]])
+def test_same_number_of_ranks_and_workers_goes_on_exactly_whether_or_not_they_divide_the_lanes(ranks, workers, stops):
+    whole = take(loaders(ranks, workers), 15 * ranks)
+    state, batches = None, []
+    for count in [*stops, 15 - sum(stops)]:
+        group = loaders(ranks, workers, state=state)
+        batches += take(group, count * ranks)
+        state = gathered(group)
+    assert batches == whole
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(
     "changes", [[(5, 0), (1, 0)], [(1, 0), (5, 0)], [(2, 0), (7, 0), (5, 0), (3, 0)], [(1, 5), (5, 1)]]
 )
@@ -119,3 +139,40 @@ def test_a_rank_stops_when_another_cannot_go_on():
     with pytest.raises(StreamError, match="another rank"):
         seen.extend(iter(loader))
     assert len(seen) == 3
+
+
+HANGS = """
+import os, time
+from tests.data.test_stream import *
+
+class Hangs(Numbers):
+    def read(self, shard, start=0, part=0, parts=1):
+        print(os.getpid(), flush=True)
+        time.sleep(600)
+        yield 0, 0
+
+def hanging(index, state):
+    return Lane([Reader(Hangs([90]), index, 4, 3, "7")], [1.0], RowShape(8, False, 0), state)
+
+next(iter(StreamLoader(hanging, 4, 1, 100, workers=2)))
+"""
+
+
+def test_workers_die_with_the_main_process_even_while_they_wait_for_a_server():
+    process = subprocess.Popen([sys.executable, "-c", HANGS], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    workers = [int(process.stdout.readline()) for _ in range(2)]
+    assert all(alive(worker) for worker in workers)
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 3
+    while any(alive(worker) for worker in workers) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not any(alive(worker) for worker in workers)
+
+
+def alive(process: int) -> bool:
+    """Whether it runs; one that is dead and not yet waited for does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -9,12 +9,14 @@ from itertools import islice
 
 import pytest
 
+from cola_lightning.data import C4DataModule
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.sources import Source, TextCorpus
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
-from tests.data.conftest import write_shard
+from tests.data.conftest import arguments, write_shard
 from tests.data.server import Server
+from tests.data.test_c4 import ready, take
 
 NAME = "c4-train.00000-of-00001.json.gz"
 
@@ -131,3 +133,24 @@ def test_damaged_bytes_are_an_error(server, tokenizer, tmp_path):
     (tmp_path / NAME).write_bytes(content)
     with warnings.catch_warnings(action="ignore"), pytest.raises(InputError, match=NAME):
         list(corpus(server, tokenizer).read(0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_through_bad_weather_are_those_of_the_same_files_here(c4, workers):
+    server = Server(c4)
+    names = [f"c4-train.{number:05}-of-00005.json.gz" for number in range(5)]
+    files = {
+        "train": [f"{server.url}/{name}" for name in names],
+        "validation": f"{server.url}/c4-validation.00000-of-00001.json.gz",
+    }
+    here = arguments(c4, rows="packed", num_workers=workers)
+    expected = take(ready(C4DataModule(**here)), 40)
+    with warnings.catch_warnings(action="ignore"):
+        server.faults[names[3]] = [503]  # already when it is looked whether the file exists
+        data = ready(C4DataModule(**here | {"data_files": files}))
+        for name in names:
+            server.faults[name] = [503, 429, 0.5]
+        batches = take(data, 40)
+    server.close()
+    assert all((one["input_ids"] == other["input_ids"]).all() for one, other in zip(expected, batches, strict=True))
+    assert sum(not server.faults[name] for name in names) >= 4  # the fifth shard is a lane's second

@@ -1,0 +1,93 @@
+"""The validation set: the first tokens of a source, tokenised once and kept on disk."""
+
+import hashlib
+import json
+import shutil
+from itertools import islice
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cola_lightning.data.lanes import ENCODED_TOGETHER
+from cola_lightning.data.prepared import PreparedCorpus
+from cola_lightning.data.rows import Documents
+from cola_lightning.data.sources import TextCorpus
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.errors import InputError
+
+
+class ValidationSet:
+    """Documents from the beginning of a corpus, until they make a number of tokens.
+
+    Args:
+        corpus: The documents.
+        tokenizer: Makes their ids, and is part of what the cache is found by.
+        tokens: How many.
+        longest: Tokens of a document that count, because its row is cut there; None for all.
+        cache_dir: Where they are kept, in a folder whose name tells everything that they depend on.
+    """
+
+    def __init__(
+        self,
+        corpus: TextCorpus | PreparedCorpus,
+        tokenizer: Tokenizer,
+        tokens: int,
+        longest: int | None,
+        cache_dir: Path,
+    ) -> None:
+        self.corpus, self.tokens, self.longest = corpus, tokens, longest
+        if isinstance(corpus, TextCorpus):
+            source: Any = [corpus.column, *((name, *_size_and_time(name)) for name in corpus.shards)]
+        else:
+            source = corpus.index
+        content = json.dumps([source, tokenizer.fingerprint(), tokens, longest])
+        self.folder = cache_dir / f"validation-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+    def make(self) -> None:
+        """Tokenise, unless that was done before.
+
+        Raises:
+            InputError: If there is no document.
+        """
+        if self.folder.exists():
+            return
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(mkdtemp(dir=self.folder.parent, prefix=".making-"))
+        try:
+            documents = self._documents()
+            np.save(scratch / "ids.npy", np.concatenate(documents))
+            np.save(scratch / "offsets.npy", np.cumsum([0, *map(len, documents)], dtype=np.int32))
+            try:
+                scratch.rename(self.folder)
+            except OSError:
+                if not self.folder.exists():  # else another run was quicker, with the same content
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def load(self) -> Documents:
+        ids, offsets = (pa.array(np.load(self.folder / name, mmap_mode="r")) for name in ("ids.npy", "offsets.npy"))
+        return Documents(pa.chunked_array([pa.ListArray.from_arrays(offsets, ids)]))
+
+    def _documents(self) -> list[np.ndarray]:
+        documents: list[np.ndarray] = []
+        tokens = 0
+        shards = range(len(self.corpus.shards))
+        texts = (document for shard in shards for _, document in self.corpus.read(shard))
+        while some := list(islice(texts, ENCODED_TOGETHER)):
+            for ids in self.corpus.encode(some):
+                documents.append(ids)
+                tokens += min(len(ids), self.longest or len(ids))
+                if tokens >= self.tokens:
+                    return documents
+        if not documents:
+            raise InputError(f"{self.corpus.title} has no document to validate on")
+        return documents
+
+
+def _size_and_time(name: str) -> tuple[int, int]:
+    path = Path(name)
+    return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)

@@ -1,0 +1,208 @@
+import json
+import pickle
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cola_lightning.data import C4DataModule, Source
+from cola_lightning.data.rows import IGNORE
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.errors import InputError
+from cola_lightning.module import LanguageModel
+from tests.data.conftest import arguments, sentences, write_shard
+
+
+def ready(data: C4DataModule, ranks: int = 1, rank: int = 0, stage: str = "fit") -> C4DataModule:
+    """Set up as a trainer does it."""
+    share = {"num_replicas": ranks, "rank": rank} if ranks > 1 else None
+    data.trainer = SimpleNamespace(max_steps=1000, accumulate_grad_batches=1, distributed_sampler_kwargs=share)
+    data.prepare_data()
+    data.setup(stage)
+    return data
+
+
+def take(data: C4DataModule, count: int) -> list[dict[str, torch.Tensor]]:
+    iterator = iter(data.train_dataloader())
+    return [next(iterator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+def test_validation_is_the_first_tokens_and_the_same_for_every_world_size(c4, rows):
+    seen = []
+    for ranks in (1, 2, 3):
+        loaders = [
+            ready(C4DataModule(**arguments(c4, rows=rows)), ranks, rank, "validate").val_dataloader()
+            for rank in range(ranks)
+        ]
+        assert len({len(loader) for loader in loaders}) == 1
+        batches = [batch for loader in loaders for batch in loader]
+        rows_seen = [
+            tuple(ids.tolist())
+            for batch in batches
+            for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+            if (labels != IGNORE).any()
+        ]
+        seen.append(sorted(rows_seen))
+        tokens = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
+        assert 500 <= tokens < 500 + 200
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_validation_set_is_made_once(c4, tmp_path):
+    data = arguments(c4, cache_dir=str(tmp_path))
+    ready(C4DataModule(**data))
+    [folder] = tmp_path.iterdir()
+    before = folder.stat().st_mtime_ns
+    ready(C4DataModule(**data))
+    assert [folder] == list(tmp_path.iterdir())
+    assert folder.stat().st_mtime_ns == before
+    ready(C4DataModule(**data | {"validation_tokens": 100}))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_sources_are_mixed_and_counted_by_name(c4, tmp_path):
+    write_shard(tmp_path / "train.json.gz", sentences("other", 50))
+    sources = [
+        Source("json", data_files=f"{c4}/c4-train*", weight=0.75),
+        Source(str(tmp_path), weight=0.25),
+    ]
+    held_out = Source("json", split="validation", data_files=arguments(c4)["data_files"])
+    data = ready(C4DataModule(**arguments(c4, sources=sources, validation=held_out)))
+    take(data, 200)
+    ledger = data.ledger()
+    assert list(ledger) == ["json", str(tmp_path)]
+    tokens = [counts["tokens"] for counts in ledger.values()]
+    assert tokens[0] / sum(tokens) == pytest.approx(0.75, abs=0.01)
+    assert sum(counts["documents"] for counts in ledger.values()) == 400
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"sequence_length": 1}, "sequence_length is 1; it must be at least 2"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"lanes": 0}, "lanes is 0"),
+        ({"sources": [Source("a", weight=0.5), Source("b", weight=0.4)]}, r"in sum 0\.9; .* must sum to 1"),
+        ({"sources": [Source("a", weight=2.0), Source("b", weight=-1.0)]}, "each above 0"),
+        ({"sources": [Source("a", weight=0.5), Source("a", weight=0.5)]}, "the same path and name"),
+        ({"cross_document_attention": False}, "for packed rows"),
+    ],
+)
+def test_values_that_cannot_work(c4, others, message):
+    with pytest.raises(InputError, match=message):
+        C4DataModule(**arguments(c4, **others))
+
+
+def test_data_that_cannot_work(c4, tmp_path):
+    with pytest.raises(InputError, match="has no split 'validation'; it has train"):
+        ready(C4DataModule(**arguments(c4, data_files=f"{c4}/c4-train*")))
+    with pytest.raises(InputError, match=r"c4-validation.* has no 'content'"):
+        ready(C4DataModule(**arguments(c4, text_column="content", cache_dir=str(tmp_path))))
+    write_shard(tmp_path / "train.json.gz", ["", "\n"])
+    empty = Source(str(tmp_path))
+    held_out = Source("json", split="validation", data_files=arguments(c4)["data_files"])
+    with pytest.raises(InputError, match="has no document for one of the lanes; it is empty"):
+        take(ready(C4DataModule(**arguments(c4, sources=[empty], validation=held_out))), 1)
+    with pytest.raises(InputError, match="has no document to validate on"):
+        ready(C4DataModule(**arguments(c4, validation=empty)))
+
+
+def resumed(c4, state, **others) -> C4DataModule:
+    data = C4DataModule(**arguments(c4, **others))
+    data.load_state_dict(state)
+    return ready(data)
+
+
+def test_a_run_may_go_on_from_the_prepared_data_and_back(c4, prepared):
+    whole = take(ready(C4DataModule(**arguments(c4, rows="packed"))), 30)
+    state, batches = None, []
+    for path in ("json", str(prepared), "json"):
+        others = {"path": path, "rows": "packed"} | ({"data_files": None, "tokenizer": None} if path != "json" else {})
+        data = resumed(c4, state, **others)
+        batches += take(data, 10)
+        state = json.loads(json.dumps(data.state_dict()))
+    assert all((one["input_ids"] == other["input_ids"]).all() for one, other in zip(whole, batches, strict=True))
+
+
+def test_batch_size_may_change_within_a_run_and_no_document_comes_twice(c4):
+    state, firsts = None, []
+    for batch_size, count in ((2, 9), (5, 6), (1, 20)):
+        data = resumed(c4, state, batch_size=batch_size)
+        firsts += [tuple(row.tolist()) for batch in take(data, count) for row in batch["input_ids"]]
+        state = data.state_dict()
+    assert len(firsts) == len(set(firsts)) == 18 + 30 + 20
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"lanes": 8}, "--data.lanes is 8, but the run began with 4"),
+        ({"seed": 1}, "--data.seed is 1, but the run began with 42"),
+        ({"shuffle_buffer": 9}, "--data.shuffle_buffer is 9, but the run began with 8"),
+    ],
+)
+def test_what_a_position_depends_on_must_not_change_within_a_run(c4, others, message):
+    data = ready(C4DataModule(**arguments(c4)))
+    take(data, 3)
+    with pytest.raises(InputError, match=message):
+        take(resumed(c4, data.state_dict(), **others), 1)
+
+
+def test_other_data_under_a_run_is_refused(c4):
+    data = ready(C4DataModule(**arguments(c4)))
+    take(data, 3)
+    files = {"train": f"{c4}/c4-train.0000[0-3]*", "validation": f"{c4}/c4-validation*"}
+    with pytest.raises(InputError, match="the checkpoint stands in other data"):
+        take(resumed(c4, data.state_dict(), data_files=files), 1)
+
+
+def test_corrupted_shard_is_found_at_start_by_name(c4, prepared, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(prepared, folder)
+    file = folder / "train" / "00003.ids.bin"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 4
+    file.write_bytes(content)
+    prepared_arguments = arguments(c4, path=str(folder), data_files=None, tokenizer=None)
+    with pytest.raises(InputError, match=r"train/00003\.ids\.bin is corrupted"):
+        ready(C4DataModule(**prepared_arguments))
+    ready(C4DataModule(**prepared_arguments, verify=False))
+
+
+def test_prepared_with_another_tokenizer_is_refused(c4, prepared, tmp_path):
+    Tokenizer.train(["other words"], 270).save(tmp_path)
+    with pytest.raises(InputError, match="was prepared with another tokenizer"):
+        ready(C4DataModule(**arguments(c4, path=str(prepared), data_files=None, tokenizer=str(tmp_path))))
+
+
+def test_attention_that_keeps_to_its_document_gives_each_document_the_loss_it_has_alone(c4):
+    """Packed rows of whole documents against the same documents each in a row of its own."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LanguageModel(vocab_size=300, **sizes)
+    model.configure_model()
+    packed = {"rows": "packed", "sequence_length": 512, "cross_document_attention": False}
+    data = ready(C4DataModule(**arguments(c4, **packed)))
+    for batch in (*take(data, 3), *data.val_dataloader()):
+        losses, kept = model._losses(batch)
+        for row in range(2):
+            ids, numbers = batch["input_ids"][row], batch["document_ids"][row]
+            for number in range(1, int(numbers.max())):
+                own = numbers == number
+                if not (batch["labels"][row][own] != IGNORE).any():
+                    continue
+                document = ids[own].unsqueeze(0)
+                alone, _ = model._losses({"input_ids": document, "labels": document})
+                assert (losses[row][own[1:]][1:] - alone[0]).abs().max() < 1e-5
+                assert kept[row][own[1:]].tolist() == [False] + [True] * (document.shape[1] - 1)
+
+
+@pytest.mark.parametrize("path", ["json", "prepared"])
+def test_lanes_can_be_sent_to_processes_that_are_not_forks(c4, prepared, path):
+    others = {} if path == "json" else {"path": str(prepared), "data_files": None, "tokenizer": None}
+    data = ready(C4DataModule(**arguments(c4, **others)))
+    make_lane = data.train_dataloader().make_lane
+    sent = pickle.loads(pickle.dumps(make_lane))
+    assert (sent(1, None).batch(4)["input_ids"] == make_lane(1, None).batch(4)["input_ids"]).all()
