@@ -8,7 +8,7 @@ import yaml
 from cola_lightning.cli import main
 from tests.conftest import REPOSITORY
 
-RUN_FILES = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+RUN_FILES = sorted(file for file in (REPOSITORY / "configs").rglob("*.yaml") if file.parent.name != "prepare")
 
 
 def printed(capsys, *verb):

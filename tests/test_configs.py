@@ -11,7 +11,8 @@ from cola_lightning.cli import CLI, main
 from tests.conftest import REPOSITORY
 
 RUN_FILES = sorted((REPOSITORY / "configs").glob("*.yaml"))
-OVERLAYS = sorted(file for folder in (REPOSITORY / "configs").iterdir() if folder.is_dir() for file in folder.iterdir())
+OVERLAYS = sorted(file for folder in ("data", "method") for file in (REPOSITORY / "configs" / folder).iterdir())
+PREPARATIONS = sorted((REPOSITORY / "configs" / "prepare").iterdir())
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "recipes").rglob("*.md"))]
 
 # In millions: embeddings, head and norms at full size, seven projections a layer
@@ -52,7 +53,7 @@ def test_every_run_file_parses_and_builds(file):
     for callback in cli.trainer.callbacks:
         if hasattr(callback, "apply"):
             callback.apply(network)
-    match = re.fullmatch(r"(llama|cola|cola_m)_(\w+)\.yaml", file.name)
+    match = re.fullmatch(r"(llama|cola_m|cola)_(\w+)\.yaml", file.name)
     if match:
         kind, size = match[1].removesuffix("_m"), match[2]
         millions = sum(p.numel() for p in network.parameters()) / 1e6
@@ -75,12 +76,23 @@ def test_every_overlay_goes_over_a_run_file(overlay, capsys):
     ("verb", "flags"), named_commands(), ids=lambda value: value if isinstance(value, str) else None
 )
 def test_commands_on_the_pages_parse(verb, flags, capsys):
-    if verb == "benchmark":
-        flags = [flag for i, flag in enumerate(flags) if flag != "--json" and (i == 0 or flags[i - 1] != "--json")]
-        verb = "fit"
+    if verb == "benchmark":  # the flags of fit, and of its own the name of a file
+        at = flags.index("--json")
+        verb, flags = "fit", flags[:at] + flags[at + 2 :]
     with pytest.raises(SystemExit, match="0"):
         main([verb, *flags, "--print_config"])
-    assert yaml.safe_load(capsys.readouterr().out)["model"]
+    assert yaml.safe_load(capsys.readouterr().out)["source" if verb == "prepare" else "model"]
+
+
+@pytest.mark.parametrize("file", PREPARATIONS, ids=lambda file: file.name)
+def test_every_preparation_parses(file, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["prepare", f"--config={file}", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["folder"]
+
+
+def test_no_file_is_left_out():
+    assert {*RUN_FILES, *OVERLAYS, *PREPARATIONS} == set((REPOSITORY / "configs").rglob("*.yaml"))
 
 
 # What the reference's scripts and configurations say, by size: peak lr, steps, warm-up, rank, micro-batch, gate SiLU
