@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 import cola_lightning.data
 import cola_lightning.methods  # noqa: F401
 from cola_lightning import benchmark, completion
-from cola_lightning.callbacks import Predictions, Throughput
+from cola_lightning.callbacks import Ledger, Predictions, Throughput
 from cola_lightning.config_files import ConfigFile
 from cola_lightning.data import prepare
 from cola_lightning.errors import InputError
@@ -50,7 +50,7 @@ class CLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
             # Runs are counted in steps; an epoch is what is left of the run.
-            trainer_defaults={"callbacks": [Throughput(), Predictions()], "max_epochs": -1},
+            trainer_defaults={"callbacks": [Throughput(), Ledger(), Predictions()], "max_epochs": -1},
             seed_everything_default=42,
             auto_configure_optimizers=False,
             # A usage line of its own, for the one made from all options buries the error that follows it.

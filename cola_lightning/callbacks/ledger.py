@@ -10,12 +10,13 @@ from cola_lightning.module import at_log_step
 
 class Ledger(L.Callback):
     """Logs ``data/SOURCE/documents`` and ``data/SOURCE/tokens`` of a :class:`C4DataModule`: what the run was handed of
-    each source since it began, over all ranks. The counts are part of the data's own state and resume with it."""
+    each source since it began, over all ranks. Of other data there is nothing to log. The counts are part of the data's
+    own state and resume with it."""
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not at_log_step(trainer):
+        if not at_log_step(trainer) or not hasattr(trainer.datamodule, "ledger"):
             return
         ledger = trainer.datamodule.ledger()
         names = [f"data/{source}/{kind}" for source, counts in ledger.items() for kind in counts]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import Dataset as Rows
 
+from cola_lightning.data.cache import cache_folder
 from cola_lightning.data.lanes import MakeLanes, RowShape
 from cola_lightning.data.loader import EvalLoader
 from cola_lightning.data.prepared import PreparedCorpus, is_prepared
@@ -63,7 +64,7 @@ class C4DataModule(L.LightningDataModule):
         retries: Failures in a row that are borne when a shard is read.
         retry_wait: Seconds before the first new try; each further wait is twice as long.
         verify: Compare prepared shards with their checksums before training.
-        cache_dir: Where the tokenised validation set is kept.
+        cache_dir: Where the tokenised validation set is kept; by default as for :class:`TextDataModule`.
 
     Raises:
         InputError: For values that cannot work.
@@ -94,7 +95,7 @@ class C4DataModule(L.LightningDataModule):
         retries: int = 6,
         retry_wait: float = 2.0,
         verify: bool = True,
-        cache_dir: str = "~/.cache/cola_lightning",
+        cache_dir: str | None = None,
     ) -> None:
         super().__init__()
         self.sources = sources or [Source(path, name, revision, "train", data_files, text_column)]
@@ -118,7 +119,7 @@ class C4DataModule(L.LightningDataModule):
         self.row_type, self.cross_document_attention = rows, cross_document_attention
         self.shuffle_buffer, self.lanes, self.validation_tokens = shuffle_buffer, lanes, validation_tokens
         self.seed, self.num_workers, self.verify = seed, num_workers, verify
-        self.retry, self.cache_dir = Retry(retries, retry_wait), Path(cache_dir).expanduser()
+        self.retry, self.cache_dir = Retry(retries, retry_wait), cache_folder(cache_dir)
         self._loader: StreamLoader | None = None
         self._state: dict[str, Any] | None = None
         self._corpora: list[Corpus] = []

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import lightning as L
 from datasets import Dataset, Features, List, Value, load_from_disk
 from torch.utils.data import Dataset as Rows
 
+from cola_lightning.data.cache import cache_folder
 from cola_lightning.data.documents import find_files, read_documents
 from cola_lightning.data.loader import EvalLoader, TrainLoader
 from cola_lightning.data.rows import Documents, PackedRows, PaddedRows
@@ -81,7 +81,7 @@ class TextDataModule(L.LightningDataModule):
         self.sequence_length, self.row_type = sequence_length, rows
         self.batch_size, self.global_batch_size = batch_size, global_batch_size
         self.seed, self.num_workers = seed, num_workers
-        self.cache_dir = Path(cache_dir or _default_cache()).expanduser()
+        self.cache_dir = cache_folder(cache_dir)
         self._train_loader: TrainLoader | None = None
         self._position = 0
 
@@ -214,7 +214,3 @@ class TextDataModule(L.LightningDataModule):
 def _texts(paths: list[str], text_column: str, separator: str | None) -> Iterator[dict[str, str]]:
     for text in read_documents(find_files(paths), text_column, separator):
         yield {"text": text}
-
-
-def _default_cache() -> str:
-    return os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/cola_lightning"
