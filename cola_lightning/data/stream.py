@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -102,12 +103,18 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         items = iter(self._loader())
-        while True:
-            for made in self._window(items):
-                # Counted as it is handed over, so that a checkpoint taken after this batch goes on at the next.
-                self.position += self.replicas
-                self.states[str(made.lane)] = made.state
-                yield made.batch
+        failure = None
+        try:
+            while failure is None:
+                window, failure = self._window(items)
+                for made in window:
+                    # Counted as it is handed over, so that a checkpoint taken after this batch goes on at the next.
+                    self.position += self.replicas
+                    self.states[str(made.lane)] = made.state
+                    yield made.batch
+        finally:
+            del items  # so that the workers end now, though a traceback may keep this frame
+        raise failure
 
     def state_dict(self) -> dict[str, Any]:
         """Micro-batches handed over on all ranks, how lanes are dealt out, and where each of this rank's stands."""
@@ -128,17 +135,18 @@ class StreamLoader:
         rotation = [(self.dealt["at"] + turn) % self.lanes for turn in range(self.lanes)]
         return rotation[worker * self.replicas + self.rank :: self.replicas * self.dealt["workers"]]
 
-    def _window(self, items: Iterator["_Made | InputError"]) -> list[_Made]:
+    def _window(self, items: Iterator["_Made | InputError"]) -> tuple[list[_Made], StreamError | None]:
+        """The batches of an optimizer step, or none and why."""
         window: list[_Made] = []
         failure = None
-        for item in (next(items) for _ in range(self.window)):
+        for item in islice(items, self.window):
             if isinstance(item, InputError):
-                failure = item
+                failure = StreamError(*item.args)
                 break
             window.append(item)
-        if not self.all_well(failure is None):
-            raise StreamError(*failure.args if failure else ("another rank could not read its data; it says why",))
-        return window
+        if self.all_well(failure is None):
+            return window, None
+        return [], failure or StreamError("another rank could not read its data; it says why")
 
     def _loader(self) -> DataLoader:
         ahead = {"prefetch_factor": max(2, 1 + self.window // self.workers)} if self.workers else {}
