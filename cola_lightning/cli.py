@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 import cola_lightning.data
 import cola_lightning.methods  # noqa: F401
 from cola_lightning import benchmark, completion
-from cola_lightning.callbacks import Ledger, Predictions, Throughput
+from cola_lightning.callbacks import Ledger, Predictions, Progress, Throughput
 from cola_lightning.config_files import ConfigFile
 from cola_lightning.data import prepare
 from cola_lightning.errors import InputError
@@ -49,8 +49,11 @@ class CLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
-            # Runs are counted in steps; an epoch is what is left of the run.
-            trainer_defaults={"callbacks": [Throughput(), Ledger(), Predictions()], "max_epochs": -1},
+            trainer_defaults={
+                "callbacks": [Throughput(), Ledger(), Predictions()],
+                "max_epochs": -1,  # runs are counted in steps; an epoch is what is left of the run
+                "enable_model_summary": False,  # the module tells the network's size; the metrics have none
+            },
             seed_everything_default=42,
             auto_configure_optimizers=False,
             # A usage line of its own, for the one made from all options buries the error that follows it.
@@ -126,6 +129,9 @@ class CLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(
                 run_dir or "runs", name="", version="" if run_dir else None, default_hp_metric=False
             )
+        callbacks = trainer["callbacks"] or []
+        if trainer["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            kwargs["callbacks"] = [*callbacks, Progress()]
         return super().instantiate_trainer(**kwargs)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
@@ -126,6 +127,9 @@ class LanguageModel(L.LightningModule):
         if hasattr(self, "network"):
             return
         self.network = self.build()
+        size = sum(parameter.numel() for parameter in self.network.parameters())
+        around = 2 * self.network.lm_head.weight.numel()
+        rank_zero_info(f"A network of {size:,} parameters, {around:,} of them in embedding and head")
         for transform in self.transforms:
             transform(self.network)
         if self.compile_layers:

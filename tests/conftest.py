@@ -95,7 +95,6 @@ def tiny_run(corpus, tmp_path_factory) -> list[str]:
         "trainer.val_check_interval": 3,
         "trainer.num_sanity_val_steps": 0,
         "trainer.enable_progress_bar": "false",
-        "trainer.enable_model_summary": "false",
         "model.vocab_size": 300,
         "model.hidden_size": 32,
         "model.intermediate_size": 48,

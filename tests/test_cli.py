@@ -124,6 +124,15 @@ def test_parts_are_swapped_and_set_from_the_shell(tiny_run, capsys):
     assert settings["trainer"]["callbacks"][0]["init_args"]["keep"] == "latents"
 
 
+def test_the_bar_counts_steps_and_shows_loss_and_speed(tiny_run, tmp_path, capsys):
+    flags = [flag for flag in tiny_run if "progress_bar" not in flag]
+    main(["fit", *flags, f"--run_dir={tmp_path / 'run'}"])
+    shown = capsys.readouterr().out
+    assert "Epoch" not in shown
+    for part in ("Training", "6/6", "loss:", "tok/s:", "val/perplexity:"):
+        assert part in shown
+
+
 def test_files_build_on_files(tiny_run, tmp_path, capsys):
     (tmp_path / "deep").mkdir()
     files = {
