@@ -111,7 +111,7 @@ def benchmark(
     # What the last layer hands on is the next one's input: each layer is charged with one.
     per_layer = (more - fewer) / ids.numel()
     result: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in model.network.parameters()),
+        "parameters": model.parameter_count,
         "flops_forward": count_flops(loss),
         "flops_step": count_flops(lambda: loss().backward()),
         "layers": {

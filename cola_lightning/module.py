@@ -95,7 +95,8 @@ class LanguageModel(L.LightningModule):
             projection=projection,
         )
         with torch.device("meta"):
-            self.build()  # refuses impossible sizes now rather than after the data is prepared
+            network = self.build()  # refuses impossible sizes now rather than after the data is prepared
+        self.parameter_count = sum(parameter.numel() for parameter in network.parameters())
         self.make_optimizer, self.make_schedule, self.compile_layers = optimizer, schedule, compile
         self.vocab_size, self.max_position_embeddings, self.pad_token_id = (
             vocab_size,
@@ -126,10 +127,8 @@ class LanguageModel(L.LightningModule):
         and DeepSpeed wrap it afterwards. Lightning calls it once per stage; only the first call does something."""
         if hasattr(self, "network"):
             return
+        rank_zero_info(f"Building a network of {self.parameter_count:,} parameters")
         self.network = self.build()
-        size = sum(parameter.numel() for parameter in self.network.parameters())
-        around = 2 * self.network.lm_head.weight.numel()
-        rank_zero_info(f"A network of {size:,} parameters, {around:,} of them in embedding and head")
         for transform in self.transforms:
             transform(self.network)
         if self.compile_layers:

@@ -7,15 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import Dataset as Rows
 
+from cola_lightning.data.base import TokenDataModule
 from cola_lightning.data.cache import cache_folder
 from cola_lightning.data.lanes import MakeLanes, RowShape
-from cola_lightning.data.loader import EvalLoader
 from cola_lightning.data.prepared import PreparedCorpus, is_prepared
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.rows import PackedRows, PaddedRows
@@ -28,7 +26,7 @@ from cola_lightning.errors import InputError
 Corpus = TextCorpus | PreparedCorpus
 
 
-class C4DataModule(L.LightningDataModule):
+class C4DataModule(TokenDataModule):
     """Trains on a stream of documents, and goes on at the very next token after a break.
 
     The order of the batches is a function of the arguments alone. A checkpoint holds, for every lane (see
@@ -69,8 +67,6 @@ class C4DataModule(L.LightningDataModule):
     Raises:
         InputError: For values that cannot work.
     """
-
-    tokenizer: Tokenizer
 
     def __init__(
         self,
@@ -143,7 +139,7 @@ class C4DataModule(L.LightningDataModule):
             self._corpora = [self._open(source, self.tokenizer) for source in self.sources]
         documents = self._validation_set(self.tokenizer).load()
         if self.row_type == "packed":
-            self.validation_rows: Rows = PackedRows(documents, self.sequence_length, pad_id, apart)
+            self.validation_rows = PackedRows(documents, self.sequence_length, pad_id, apart)
         else:
             self.validation_rows = PaddedRows(documents, self.sequence_length, pad_id)
 
@@ -201,18 +197,6 @@ class C4DataModule(L.LightningDataModule):
             **share,
         )
         return self._loader
-
-    def val_dataloader(self) -> EvalLoader:
-        return EvalLoader(self.validation_rows, self.batch_size, **self._share())
-
-    test_dataloader = val_dataloader
-    predict_dataloader = val_dataloader
-
-    def _share(self) -> dict[str, int]:
-        """Which part of the data this process takes."""
-        assert self.trainer is not None
-        ranks: dict[str, Any] = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-        return {"replicas": ranks["num_replicas"], "rank": ranks["rank"]}
 
     # -- position -----------------------------------------------------------------------------------------------------
 

@@ -80,8 +80,8 @@ class EvalLoader:
     that sums over tokens are exact and ranks that talk to each other in the forward pass stay in step.
     """
 
-    def __init__(self, rows: Dataset, batch_size: int, *, replicas: int = 1, rank: int = 0, workers: int = 0) -> None:
-        self.rows, self.batch_size, self.replicas, self.rank, self.workers = rows, batch_size, replicas, rank, workers
+    def __init__(self, rows: Dataset, batch_size: int, *, replicas: int = 1, rank: int = 0) -> None:
+        self.rows, self.batch_size, self.replicas, self.rank = rows, batch_size, replicas, rank
 
     def __len__(self) -> int:
         return -(-len(self.rows) // (self.batch_size * self.replicas))  # type: ignore[arg-type]
@@ -90,7 +90,7 @@ class EvalLoader:
         total = self.batch_size * self.replicas
         starts = [batch * total + self.rank * self.batch_size for batch in range(len(self))]
         batches = [list(range(start, start + self.batch_size)) for start in starts]
-        return iter(_loader(_Filled(self.rows), batches, self.workers))
+        return iter(_loader(_Filled(self.rows), batches, workers=0))
 
 
 class _Filled(Dataset):

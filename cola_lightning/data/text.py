@@ -6,15 +6,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, Literal
+from typing import Literal
 
-import lightning as L
 from datasets import Dataset, Features, List, Value, load_from_disk
 from torch.utils.data import Dataset as Rows
 
+from cola_lightning.data.base import TokenDataModule
 from cola_lightning.data.cache import cache_folder
 from cola_lightning.data.documents import find_files, read_documents
-from cola_lightning.data.loader import EvalLoader, TrainLoader
+from cola_lightning.data.loader import TrainLoader
 from cola_lightning.data.rows import Documents, PackedRows, PaddedRows
 from cola_lightning.data.tokenizer import Tokenizer, tokenizer_file
 from cola_lightning.errors import InputError
@@ -22,7 +22,7 @@ from cola_lightning.errors import InputError
 CACHE_FORMAT = 1
 
 
-class TextDataModule(L.LightningDataModule):
+class TextDataModule(TokenDataModule):
     """Trains on .txt, .jsonl and .parquet files, tokenised once and cached.
 
     Args:
@@ -48,8 +48,6 @@ class TextDataModule(L.LightningDataModule):
     Raises:
         InputError: If ``sequence_length`` is below 2 or ``batch_size`` below 1.
     """
-
-    tokenizer: Tokenizer
 
     def __init__(
         self,
@@ -189,18 +187,6 @@ class TextDataModule(L.LightningDataModule):
             **self._share(),
         )
         return self._train_loader
-
-    def val_dataloader(self) -> EvalLoader:
-        return EvalLoader(self.validation_rows, self.batch_size, workers=self.num_workers, **self._share())
-
-    test_dataloader = val_dataloader
-    predict_dataloader = val_dataloader
-
-    def _share(self) -> dict[str, int]:
-        """Which part of the data this process takes."""
-        assert self.trainer is not None
-        ranks: dict[str, Any] = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-        return {"replicas": ranks["num_replicas"], "rank": ranks["rank"]}
 
     # -- position -----------------------------------------------------------------------------------------------------
 
