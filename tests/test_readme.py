@@ -12,6 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.conftest import REPOSITORY
 
+# What a test run sets, and a user's shell does not; Lightning limits threads by the environment after a run in parallel.
+FOREIGN = ("PYTEST", "PYTHONPATH", "COV", "OMP_", "PL_")
 COMMANDS = re.findall(r"^python3 -m venv .*$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
 
 
@@ -38,7 +40,7 @@ def run(command, folder, **environment):
     if not (binaries / "python3").exists():
         (binaries / "python3").symlink_to(sys.executable)
     environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PYTHONPATH", "COV"))},
+        **{key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)},
         "PATH": f"{binaries}:{os.environ['PATH']}",
         "XDG_CACHE_HOME": str(folder / "cache"),
         **environment,
