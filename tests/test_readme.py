@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.conftest import REPOSITORY
 
-# What a test run sets, and a user's shell does not; Lightning limits threads by the environment after a run in parallel.
+# What a test run sets and a user's shell does not; Lightning limits threads there after a run in parallel.
 FOREIGN = ("PYTEST", "PYTHONPATH", "COV", "OMP_", "PL_")
 COMMANDS = re.findall(r"^python3 -m venv .*$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
 
