@@ -135,12 +135,14 @@ def test_reversal_in_float32_over_24_layers(setting):
     assert distance(Stack(setting, **settings).gradient(), Stack("none", **settings).gradient()) <= 1e-5
 
 
-@pytest.mark.parametrize("settings", [{"dtype": torch.bfloat16}, {"autocast": True}], ids=["bf16-true", "bf16-mixed"])
-def test_reversal_under_bf16_over_24_layers_is_no_further_from_float32_than_bf16_is(settings):
+@pytest.mark.parametrize(
+    ("settings", "slack"), [({"dtype": torch.bfloat16}, 1), ({"autocast": True}, 1.05)], ids=["bf16-true", "bf16-mixed"]
+)
+def test_reversal_under_bf16_over_24_layers_is_no_further_from_float32_than_bf16_is(settings, slack):
+    """In pure bf16 the float32 stream is nearer. Under autocast the two differ by rounding alone, to either side."""
     exact = Stack("none", layers=24, rows=1).gradient()
     plain = distance(Stack("none", layers=24, rows=1, **settings).gradient(), exact)
-    # Under autocast the two differ by rounding alone, to either side; in pure bf16 the float32 stream is nearer.
-    assert distance(Stack("latents", layers=24, rows=1, **settings).gradient(), exact) <= plain * 1.05
+    assert distance(Stack("latents", layers=24, rows=1, **settings).gradient(), exact) <= plain * slack
 
 
 def test_float8_costs_the_accuracy_that_is_documented():
