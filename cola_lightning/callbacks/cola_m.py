@@ -13,7 +13,7 @@ from cola_lightning.models import Llama
 
 
 class CoLAM(L.Callback):
-    """Activation checkpointing that keeps the low-rank latents (CoLA-M, arXiv 2502.10940, section 4).
+    """Activation checkpointing that keeps the low-rank latents (CoLA-M, arXiv 2502.10940).
 
     Parameter names and checkpoints are the same with and without it, so a run can switch it on or off when it resumes.
     Validation is never checkpointed.

@@ -1,4 +1,4 @@
-"""CoLA: low-rank activation (arXiv 2502.10940, section 3), ``h = B σ(A x)`` with σ = SiLU on the R-wide latent.
+"""CoLA: low-rank activation (arXiv 2502.10940), ``h = B σ(A x)`` with σ = SiLU on the R-wide latent.
 
 Nothing is frozen, merged or reset: both factors train under any optimizer from the first step.
 """

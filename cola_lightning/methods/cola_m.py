@@ -1,4 +1,4 @@
-"""CoLA-M (arXiv 2502.10940, section 4): what a training step keeps of a layer between forward and backward.
+"""CoLA-M (arXiv 2502.10940): what a training step keeps of a layer between forward and backward.
 
 The paper's idea is that the R-wide latents ``z = A x`` are all one needs to keep: everything between two of them is
 cheap to do again. The reference implementation keeps them after the nonlinearity, and so has to run the whole forward
