@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from cola_lightning import load_model
-from cola_lightning.checkpoints import _translate
+from cola_lightning.checkpoints.folders import _translate
 from cola_lightning.errors import InputError
 from tests.conftest import GOLDEN
 from tests.models.test_llama import hugging_face
