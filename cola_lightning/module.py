@@ -1,6 +1,7 @@
 """The LightningModule: loss, measures and optimizer around a network that ``configure_model`` builds."""
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -18,7 +19,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.metrics import Perplexity, PublishedPerplexity, TokenLoss
 from cola_lightning.models import FullRank, Llama, MakeProjection
 from cola_lightning.optim import WarmupCosine
-from cola_lightning.strategies import clip_gradients, shard
+from cola_lightning.strategies import builds_lazily, clip_gradients, shard
 
 MakeOptimizer = Callable[[Iterable], Optimizer]
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]
@@ -128,13 +129,15 @@ class LanguageModel(L.LightningModule):
         if hasattr(self, "network"):
             return
         rank_zero_info(f"Building a network of {self.parameter_count:,} parameters")
-        self.network = self.build()
+        strategy = self.trainer.strategy if self._trainer else None
+        with torch.device("meta") if builds_lazily(strategy) else nullcontext():
+            self.network = self.build()
         for transform in self.transforms:
             transform(self.network)
         if self.compile_layers:
             for layer in self.network.model.layers:
                 layer.compile()
-        shard(self.network, self.trainer.strategy if self._trainer else None)
+        shard(self.network, strategy)
 
     def _check_data(self) -> None:
         data = getattr(self.trainer, "datamodule", None)

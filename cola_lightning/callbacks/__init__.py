@@ -1,5 +1,6 @@
 """One concern per file, each with its own state."""
 
+from cola_lightning.callbacks.checkpoints import Checkpoints
 from cola_lightning.callbacks.cola_m import CoLAM
 from cola_lightning.callbacks.ledger import Ledger
 from cola_lightning.callbacks.predictions import Predictions
@@ -8,4 +9,4 @@ from cola_lightning.callbacks.samples import Samples
 from cola_lightning.callbacks.throughput import Throughput
 from cola_lightning.callbacks.yardsticks import Yardsticks
 
-__all__ = ["CoLAM", "Ledger", "Predictions", "Progress", "Samples", "Throughput", "Yardsticks"]
+__all__ = ["Checkpoints", "CoLAM", "Ledger", "Predictions", "Progress", "Samples", "Throughput", "Yardsticks"]
