@@ -24,6 +24,7 @@ from cola_lightning.config_files import ConfigFile
 from cola_lightning.data import prepare
 from cola_lightning.errors import InputError
 from cola_lightning.module import LanguageModel
+from cola_lightning.precision import refuse_precision
 from cola_lightning.strategies import refuse_mismatch
 
 USAGE = "[--config FILE] [--NAME VALUE ...]"
@@ -163,6 +164,7 @@ class CLI(LightningCLI):
         callbacks = trainer["callbacks"] or []
         if trainer["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             kwargs["callbacks"] = [*callbacks, Progress()]
+        refuse_precision(trainer["precision"], trainer["accelerator"])
         trainer = super().instantiate_trainer(**kwargs)
         if resumes:
             refuse_mismatch(trainer.strategy, Path(resumes), trainer.world_size)
