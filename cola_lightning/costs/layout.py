@@ -3,16 +3,16 @@
 P are the trained parameters, N the GPUs, w the bytes of a weight, S the bytes of the optimizer's states: 2 w P for
 Adam.
 
-=================  ========  =========  ==================  ==================================================
-strategy           weights   gradients  optimizer           buffers
-=================  ========  =========  ==================  ==================================================
-one device         w P       w P        S                   none
-DDP                w P       w P        S                   w P, its buckets (none if they are views of gradients)
-FSDP, FSDP2        w P / N   w P / N    S / N               gathered: two layers and what is in none, with gradients
-DeepSpeed ZeRO-1   w P       w P        (4 P + S) / N       two buckets of ``reduce_bucket_size``
-DeepSpeed ZeRO-2   w P       w P / N    (4 P + S) / N       the same
-DeepSpeed ZeRO-3   w P / N   w P / N    (4 P + S) / N       gathered: a layer, what is prefetched, the head; one bucket
-=================  ========  =========  ==================  ==================================================
+================  =======  =========  =============  =================================================================
+strategy          weights  gradients  optimizer      buffers
+================  =======  =========  =============  =================================================================
+one device        w P      w P        S              none
+DDP               w P      w P        S              w P, its buckets (none if they are views of the gradients)
+FSDP, FSDP2       w P / N  w P / N    S / N          gathered: what is in no layer, and a layer with its gradients
+DeepSpeed ZeRO-1  w P      w P        (4 P + S) / N  two buckets of ``reduce_bucket_size`` numbers
+DeepSpeed ZeRO-2  w P      w P / N    (4 P + S) / N  the same
+DeepSpeed ZeRO-3  w P / N  w P / N    (4 P + S) / N  gathered: head, or a layer and gradients; prefetch; a bucket
+================  =======  =========  =============  =================================================================
 
 DeepSpeed keeps the 4 P of a float32 copy, and its states in float32, where weights have 16 bits, and its weights have
 16 bits in mixed precision too (ZeRO, arXiv 1910.02054). What is offloaded takes nothing of the GPU.
@@ -60,7 +60,8 @@ class Layout:
         autocast: Of the matrix products, under mixed precision.
         weights, gradients, optimizer: Shares that lie on a GPU.
         master: A float32 copy of the weights is held with the optimizer's states, which are float32 then.
-        buffers: Bytes besides, for a network's parameters.
+        buffers: Bytes besides, for a network's parameters: first while head and loss are at work, then while a layer's
+            backward pass is.
     """
 
     strategy: str
@@ -71,7 +72,7 @@ class Layout:
     gradients: float = 1
     optimizer: float = 1
     master: bool = False
-    buffers: Callable[[Parameters], float] = lambda parameters: 0
+    buffers: Callable[[Parameters], tuple[float, float]] = lambda parameters: (0, 0)
 
 
 def lay_out(strategy: str | Strategy, precision: str | int | None, gpus: int) -> Layout:
@@ -101,7 +102,8 @@ def lay_out(strategy: str | Strategy, precision: str | int | None, gpus: int) ->
         return _deepspeed(label, autocast or dtype, gpus, options)
     if issubclass(kind, DDPStrategy):  # DeepSpeed's is one too, by inheritance
         views = options.get("gradient_as_bucket_view", False)
-        return Layout(label, dtype, dtype, autocast, buffers=lambda p: 0 if views else width * p.total.trained)
+        buckets = 0 if views else width
+        return Layout(label, dtype, dtype, autocast, buffers=lambda p: (buckets * p.total.trained,) * 2)
     raise InputError(f"--trainer.strategy {label} is not estimated; choose ddp, fsdp, fsdp2 or deepspeed_stage_1, 2, 3")
 
 
@@ -135,10 +137,15 @@ def _fully_sharded(
     offload = options.get("cpu_offload")
     on_gpu = 0 if getattr(offload, "offload_params", offload) else 1 / gpus
 
-    def gathered(p: Parameters) -> float:
-        around = p.outside_layers.parameters + 2 * p.layer.parameters
-        weights = around if sharding == "FULL_SHARD" else p.total.parameters
-        return computed.itemsize * (weights + p.outside_layers.trained + 2 * p.layer.trained)
+    def gathered(p: Parameters) -> tuple[float, float]:
+        # What is in no layer stays gathered, and its gradients wait for the last of them, the embedding's. The next
+        # layer is gathered while one is at work.
+        beside, everything = p.outside_layers.parameters, p.total.parameters
+        at_head, in_layers = beside, beside + 2 * p.layer.parameters
+        if sharding == "SHARD_GRAD_OP":
+            at_head = in_layers = everything
+        gradients = p.parts["head"].trained + p.layer.trained
+        return computed.itemsize * at_head, computed.itemsize * (in_layers + gradients)
 
     return Layout(name, dtype, computed, autocast, on_gpu, on_gpu, on_gpu, False, gathered)
 
@@ -152,13 +159,13 @@ def _deepspeed(name: str, dtype: torch.dtype, gpus: int, options: dict[str, Any]
     offload_weights = bool(zero.get("offload_param") or zero.get("offload_parameters"))
     share = 1 / gpus
 
-    def buffers(p: Parameters) -> float:
+    def buffers(p: Parameters) -> tuple[float, float]:
         if stage < 3:
-            return dtype.itemsize * 2 * bucket
-        largest = max(p.parts["embedding"].parameters, p.parts["head"].parameters)
-        return dtype.itemsize * (
-            p.layer.parameters + p.layer.trained + min(prefetched, p.layer.parameters) + largest + bucket
-        )
+            return (dtype.itemsize * 2 * bucket,) * 2
+        ahead = min(prefetched, p.layer.parameters)
+        at_head = p.parts["head"].parameters + ahead + bucket
+        in_layers = p.layer.parameters + p.layer.trained + ahead + bucket
+        return dtype.itemsize * at_head, dtype.itemsize * in_layers
 
     return Layout(
         name,

@@ -24,7 +24,7 @@ class Memory:
 
     Attributes:
         weights, gradients, optimizer: What lies on the GPU of each.
-        buffers: Gradient buckets, and the weights that sharding gathers.
+        buffers: Gradient buckets, and weights that sharding gathers.
         activations: Kept by the layers between forward and backward.
         logits: Head and loss on top of that.
         backward: What a layer's backward pass needs beyond all of it.
@@ -180,7 +180,7 @@ class Run:
             weights=layout.weights * width * total.parameters + total.buffer_bytes,
             gradients=layout.gradients * width * total.trained,
             optimizer=layout.optimizer * (states.size + copies),
-            buffers=layout.buffers(self.parameters),
+            buffers=layout.buffers(self.parameters)[0],
             activations=0,
             logits=0,
             backward=0,
@@ -192,20 +192,26 @@ class Run:
         return self._memory(self.traced.kept)
 
     def _memory(self, kept: Kept) -> Memory:
-        step = max(0, self.held.step - kept.peak)
-        return replace(self.held, activations=kept.activations, logits=kept.logits, backward=kept.backward, step=step)
+        at_head, in_layers = self.layout.buffers(self.parameters)
+        backward = max(0, kept.layers + in_layers - kept.logits - at_head)
+        # At the optimizer's step activations and logits are gone.
+        step = max(0, self.held.step - kept.activations - kept.logits - backward)
+        return replace(self.held, activations=kept.activations, logits=kept.logits, backward=backward, step=step)
 
     def rows_that_fit(self, gpu: Gpu) -> int:
         """The largest micro-batch that fits on ``gpu``; 0 if a single row does not.
 
         Memory is taken to grow with the batch as it does from here to twice as many rows.
         """
-        here, double = (self._trace(self.transforms, size).kept.peak for size in (self.batch_size, 2 * self.batch_size))
-        beside = self.memory.total - self.memory.step - here
-        if beside + self.held.step > gpu.usable:
+        here = self.memory.total
+        there = self._memory(self._trace(self.transforms, 2 * self.batch_size).kept).total
+        at_rest = replace(self.held, activations=0, logits=0).total
+        if at_rest > gpu.usable:
             return 0
-        per_row = (double - here) / self.batch_size
-        return max(0, self.batch_size + math.floor((gpu.usable - beside - here) / per_row))
+        per_row = (there - here) / self.batch_size
+        if not per_row:  # the optimizer's step is what needs most
+            return 2 * self.batch_size
+        return max(0, self.batch_size + math.floor((gpu.usable - here) / per_row))
 
     def micro_batch_for(self, rows: int) -> int:
         """The largest micro-batch up to ``rows`` that an optimizer step can be made of; 0 if there is none."""

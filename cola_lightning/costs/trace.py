@@ -60,18 +60,18 @@ class Kept:
     """Bytes of a step besides weights, gradients and optimizer states.
 
     Attributes:
-        activations: Alive between the forward and the backward pass of the decoder: embedding, layers, final norm.
-        logits: What head and loss need on top of that, at most, in either pass.
-        backward: What the layers' backward pass needs on top of both, at most; often nothing, as logits are gone then.
+        activations: Alive between the forward and the backward pass of the decoder: embedding and layers.
+        logits: What final norm, head and loss need on top of that, at most, in either pass.
+        layers: What the layers' backward pass needs on top of the activations, at most. The logits are gone by then.
     """
 
     activations: float
     logits: float
-    backward: float
+    layers: float
 
     @property
     def peak(self) -> float:
-        return self.activations + self.logits + self.backward
+        return self.activations + max(self.logits, self.layers)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Trace:
         activations = self.up[-1].live - self.let_go + in_backward
         forward, head, layers = self.peaks
         logits = max(forward + in_forward, head + in_backward) - activations
-        return Kept(activations, logits, max(0, layers + in_backward - activations - logits))
+        return Kept(activations, logits, layers + in_backward - activations)
 
 
 @lru_cache(maxsize=64)
