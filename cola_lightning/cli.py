@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import yaml
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -16,8 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 # Imported so that their classes can be named without a path.
 import cola_lightning.data
 import cola_lightning.methods  # noqa: F401
-from cola_lightning import benchmark, completion
-from cola_lightning.callbacks import Checkpoints, Ledger, Predictions, Progress, Throughput
+from cola_lightning import benchmark, completion, estimate
+from cola_lightning.callbacks import Checkpoints, Ledger, OutOfMemoryAdvice, Predictions, Progress, Throughput
 from cola_lightning.checkpoints import damage, read_state, refuse_code
 from cola_lightning.checkpoints.newest import newest_whole
 from cola_lightning.config_files import ConfigFile
@@ -29,8 +30,9 @@ from cola_lightning.strategies import refuse_mismatch
 
 USAGE = "[--config FILE] [--NAME VALUE ...]"
 MORE_VERBS = (
-    "Besides: 'prepare' tokenises a data set beforehand, 'benchmark --config FILE [--json FILE]' measures a training "
-    "step, 'schema' prints a JSON schema of the run files, and 'completion SHELL' a completion script."
+    "Besides: 'prepare' tokenises a data set beforehand, 'estimate --config FILE [--gpus N] [--gpu NAME]' tells what a "
+    "run will cost, 'benchmark --config FILE [--json FILE]' measures a training step, 'schema' prints a JSON schema of "
+    "the run files, and 'completion SHELL' a completion script."
 )
 
 
@@ -53,7 +55,7 @@ class CLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
-                "callbacks": [Throughput(), Ledger(), Predictions()],
+                "callbacks": [Throughput(), Ledger(), Predictions(), OutOfMemoryAdvice()],
                 "max_epochs": -1,  # runs are counted in steps; an epoch is what is left of the run
                 "enable_model_summary": False,  # the module tells the network's size; the metrics have none
             },
@@ -171,6 +173,24 @@ class CLI(LightningCLI):
         return trainer
 
 
+class Settings(CLI):
+    """The settings of a run that is not made: a trainer would ask for the devices that they name."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return self._get(self.config_init, "trainer")
+
+
+def predict_costs(args: list[str]) -> None:
+    """The verb ``estimate``: options of its own, then those of ``fit``."""
+    options, rest = estimate.parser().parse_known_args(args)
+    flags = [[f"--config={file}", *rest] for file in options.models] or [rest]
+    plans = [
+        estimate.plan(cli.model, cli.datamodule, cli.trainer, options.gpus)
+        for cli in (Settings(each, run=False) for each in flags)
+    ]
+    estimate.report(plans, options)
+
+
 def measure(args: list[str]) -> None:
     """The verb ``benchmark``: options of its own, then those of ``fit``."""
     parser = ArgumentParser("cola_lightning benchmark", allow_abbrev=False, description=benchmark.__doc__)
@@ -190,6 +210,8 @@ def main(args: list[str] | None = None) -> None:
         match args:
             case ["benchmark", *rest]:
                 measure(rest)
+            case ["estimate", *rest]:
+                predict_costs(rest)
             case ["prepare", *rest]:
                 prepare.main(rest)
             case _:
@@ -197,3 +219,8 @@ def main(args: list[str] | None = None) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        if not getattr(error, "__notes__", None):
+            raise
+        print("error:", str(error).split(". ")[0], *error.__notes__, sep="\n", file=sys.stderr)
+        sys.exit(1)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -29,6 +30,14 @@ MakeSchedule = Callable[[Optimizer, int], LRScheduler]
 def at_log_step(trainer: L.Trainer) -> bool:
     """Whether an optimizer step that the trainer will log has just been made."""
     return not trainer.fit_loop._should_accumulate() and trainer.global_step % trainer.log_every_n_steps == 0
+
+
+def next_token_losses(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Next-token losses in nats (B, T-1), zero where ignored, and where they were not (B, T-1)."""
+    logits = network(batch["input_ids"], batch.get("document_ids"))[:, :-1]
+    labels = batch["labels"][:, 1:]
+    losses = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses.view_as(labels), labels != IGNORE
 
 
 class LanguageModel(L.LightningModule):
@@ -81,7 +90,8 @@ class LanguageModel(L.LightningModule):
         # everything is: there Lightning stores what was typed. From Python the three factories are code.
         for name in [name for name, value in self.hparams.items() if callable(value)]:
             del self.hparams[name]
-        self.build = lambda: Llama(
+        self.build = partial(
+            Llama,
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
@@ -170,7 +180,7 @@ class LanguageModel(L.LightningModule):
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        losses, kept = self._losses(batch)
+        losses, kept = next_token_losses(self, batch)
         loss_sum, tokens = losses.sum(), kept.sum()
         self.train_loss.update(loss_sum.detach(), tokens)
         return loss_sum / tokens.clamp(min=1)
@@ -194,23 +204,16 @@ class LanguageModel(L.LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Per row: the summed loss in nats and the number of predicted tokens, each (B,)."""
-        losses, kept = self._losses(batch)
+        losses, kept = next_token_losses(self, batch)
         return {"loss_sum": losses.sum(dim=1), "tokens": kept.sum(dim=1)}
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
-        losses, kept = self._losses(batch)
+        losses, kept = next_token_losses(self, batch)
         loss_sum, tokens = losses.sum(), kept.sum()
         self.perplexity.update(loss_sum, tokens)
         self.published_perplexity.update(loss_sum, tokens)
         self.log(f"{stage}/perplexity", self.perplexity, on_epoch=True, prog_bar=True)
         self.log(f"{stage}/perplexity_as_published", self.published_perplexity, on_epoch=True)
-
-    def _losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Next-token losses in nats (B, T-1), zero where ignored, and where they were not (B, T-1)."""
-        logits = self(batch["input_ids"], batch.get("document_ids"))[:, :-1]
-        labels = batch["labels"][:, 1:]
-        losses = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-        return losses.view_as(labels), labels != IGNORE
 
     # -- optimizer ----------------------------------------------------------------------------------------------------
 

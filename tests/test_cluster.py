@@ -32,8 +32,8 @@ SCONTROL = '#!/bin/bash\necho "$@" >> "$REQUEUED"\n'
 @pytest.fixture
 def flags(tiny_run):
     return [
-        *tiny_run, "--data.tokenizer=null", "--trainer.precision=32-true", "--trainer.strategy=ddp", "--trainer.devices=2",
-        "--trainer.num_nodes=1", "--trainer.max_steps=40", "--trainer.val_check_interval=null",
+        *tiny_run, "--data.tokenizer=null", "--trainer.precision=32-true", "--trainer.strategy=ddp",
+        "--trainer.devices=2", "--trainer.num_nodes=1", "--trainer.max_steps=40", "--trainer.val_check_interval=null",
         "--trainer.limit_val_batches=0", "--checkpoint.every_n_train_steps=5",
     ]  # fmt: skip
 
@@ -68,9 +68,16 @@ def test_a_slurm_job_is_requeued_before_its_time_limit_and_goes_on(tmp_path, fla
     life, tasks = tmp_path / "life", tmp_path / "tasks"
     environment |= {
         "PATH": f"{tmp_path / 'bin'}:{environment['PATH']}",
-        "TASKS": str(tasks), "REQUEUED": str(tmp_path / "requeued"), "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "cola", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost", "SLURM_CPUS_PER_TASK": "1",
-    }  # fmt: skip
+        "TASKS": str(tasks),
+        "REQUEUED": str(tmp_path / "requeued"),
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "cola",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_NODELIST": "localhost",
+        "SLURM_CPUS_PER_TASK": "1",
+    }
 
     def job(name, *more):
         command = ["bash", "recipes/cluster/slurm.sh", *flags, f"--run_dir={tmp_path / name}", *more]

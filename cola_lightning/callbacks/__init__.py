@@ -3,10 +3,21 @@
 from cola_lightning.callbacks.checkpoints import Checkpoints
 from cola_lightning.callbacks.cola_m import CoLAM
 from cola_lightning.callbacks.ledger import Ledger
+from cola_lightning.callbacks.out_of_memory import OutOfMemoryAdvice
 from cola_lightning.callbacks.predictions import Predictions
 from cola_lightning.callbacks.progress import Progress
 from cola_lightning.callbacks.samples import Samples
 from cola_lightning.callbacks.throughput import Throughput
 from cola_lightning.callbacks.yardsticks import Yardsticks
 
-__all__ = ["Checkpoints", "CoLAM", "Ledger", "Predictions", "Progress", "Samples", "Throughput", "Yardsticks"]
+__all__ = [
+    "Checkpoints",
+    "CoLAM",
+    "Ledger",
+    "OutOfMemoryAdvice",
+    "Predictions",
+    "Progress",
+    "Samples",
+    "Throughput",
+    "Yardsticks",
+]
