@@ -15,12 +15,13 @@ from torch.utils.data import Dataset
 
 from cola_lightning.callbacks import Checkpoints, CoLAM
 from cola_lightning.data.loader import TrainLoader
-from cola_lightning.methods import CoLA
+from cola_lightning.methods import CoLA, LoRA, SLTrain
 from cola_lightning.module import LanguageModel
 from cola_lightning.optim import WarmupCosine
 from cola_lightning.strategies import FSDP2Strategy, ZeROStrategy, refuse_mismatch
 
 STEPS, GLOBAL_BATCH, CLIP = 20, 8, 0.5
+METHODS = {"lora": partial(LoRA, rank=8, dropout=0), "sltrain": partial(SLTrain, rank=8, sparsity=0.1)}
 
 
 class DeepSpeedOnCPU(ZeROStrategy):
@@ -114,14 +115,14 @@ def train(strategy: str, ranks: int, out: str, keep: str = "none", resume: str |
         accelerator="cpu", devices=ranks, strategy=strategy_named(strategy, ranks), max_steps=STEPS, max_epochs=1,
         log_every_n_steps=1, gradient_clip_val=CLIP, logger=False, enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[curve, Checkpoints(10, dirpath=out), *([] if keep == "none" else [CoLAM(keep)])],
+        callbacks=[curve, Checkpoints(10, dirpath=out), *([] if keep in ("none", *METHODS) else [CoLAM(keep)])],
     )  # fmt: skip
     if resume:
         refuse_mismatch(trainer.strategy, Path(resume), trainer.world_size)
     L.seed_everything(0)
     model = LanguageModel(
         64, 32, 48, 3, 4,
-        projection=partial(CoLA, rank=8),
+        projection=METHODS.get(keep, partial(CoLA, rank=8)),
         optimizer=partial(torch.optim.AdamW, lr=0.01),
         schedule=partial(WarmupCosine, warmup_steps=5),
     )  # fmt: skip
@@ -131,6 +132,6 @@ def train(strategy: str, ranks: int, out: str, keep: str = "none", resume: str |
 
 
 def train_each(strategy: str, ranks: int, out: str, keeps: list[str]) -> None:
-    """One run after another, in OUT/KEEP, for each way of checkpointing (CoLA-M's ``keep``, or none)."""
+    """One run after another, in OUT/KEEP, for each way of checkpointing (CoLA-M's ``keep``, or none), or other method."""
     for keep in keeps:
         train(strategy, ranks, f"{out}/{keep}", keep)

@@ -23,7 +23,7 @@ from cola_lightning.methods import CoLA
 from cola_lightning.module import LanguageModel
 from cola_lightning.strategies import shard
 from tests.conftest import loader, tiny_llama, tiny_trainer
-from tests.parity_run import CLIP, STEPS, Data, DeepSpeedOnCPU, strategy_named, train, train_each
+from tests.parity_run import CLIP, METHODS, STEPS, Data, DeepSpeedOnCPU, strategy_named, train, train_each
 from tests.processes import Run
 
 KEEPS = ["none", "residual_and_latents", "latents"]
@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
     def run(strategy: str) -> Path:
         out = tmp_path_factory.mktemp(strategy)
         ranks = 1 if strategy == "auto" else 2
-        keeps = KEEPS if strategy in EVERY else ["none"]
+        keeps = ["none"] if strategy in VARIANTS else [*METHODS, "none"] if strategy == "auto" else [*KEEPS, *METHODS]
         Run(train_each, strategy, ranks, str(out), keeps, ranks=ranks, folder=out).done()
         return out
 
@@ -52,11 +52,12 @@ def curve(folder: Path) -> tuple[list[float], list[float]]:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "keep"), [(name, keep) for name in EVERY for keep in KEEPS] + [(name, "none") for name in VARIANTS]
+    ("strategy", "keep"),
+    [(name, keep) for name in EVERY for keep in (*KEEPS, *METHODS)] + [(name, "none") for name in VARIANTS],
 )
 def test_two_processes_give_the_curve_of_one(trained, strategy, keep):
     losses, norms = curve(trained(strategy) / keep)
-    expected_losses, expected_norms = curve(trained("auto") / "none")
+    expected_losses, expected_norms = curve(trained("auto") / (keep if keep in METHODS else "none"))
     assert len(losses) == STEPS
     assert losses == pytest.approx(expected_losses, abs=1e-5)
     assert norms == pytest.approx(expected_norms, rel=1e-5, abs=1e-5)

@@ -7,6 +7,7 @@ from cola_lightning.callbacks.out_of_memory import OutOfMemoryAdvice
 from cola_lightning.callbacks.predictions import Predictions
 from cola_lightning.callbacks.progress import Progress
 from cola_lightning.callbacks.samples import Samples
+from cola_lightning.callbacks.step_seed import StepSeed
 from cola_lightning.callbacks.throughput import Throughput
 from cola_lightning.callbacks.yardsticks import Yardsticks
 
@@ -18,6 +19,7 @@ __all__ = [
     "Predictions",
     "Progress",
     "Samples",
+    "StepSeed",
     "Throughput",
     "Yardsticks",
 ]
