@@ -222,5 +222,5 @@ def main(args: list[str] | None = None) -> None:
     except torch.OutOfMemoryError as error:
         if not getattr(error, "__notes__", None):
             raise
-        print("error:", str(error).split(". ")[0], *error.__notes__, sep="\n", file=sys.stderr)
+        print(f"error: {str(error).split('. ')[0]}", *error.__notes__, sep="\n", file=sys.stderr)
         sys.exit(1)

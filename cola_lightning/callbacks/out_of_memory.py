@@ -88,7 +88,7 @@ def _options(run: Run) -> Iterator[tuple[str, Run, str]]:
         yield "--trainer.strategy fsdp2", sharded, "the same result, at the same FLOPs, with more communication"
     for what, callback in _checkpointing(run):
         other = replace(run, transforms=(callback.apply,))
-        factor = other.flops.hardware / run.flops.hardware
+        factor = other.traced.step_flops / run.traced.step_flops
         yield what, other, f"the same result, at {factor:.2f} times the FLOPs"
     if run.layout.optimizer and torch.cuda.is_available():
         offloaded = replace(run, strategy="deepspeed_stage_3_offload")

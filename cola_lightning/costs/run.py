@@ -201,17 +201,20 @@ class Run:
     def rows_that_fit(self, gpu: Gpu) -> int:
         """The largest micro-batch that fits on ``gpu``; 0 if a single row does not.
 
-        Memory is taken to grow with the batch as it does from here to twice as many rows.
+        Memory grows with the batch in a line that may bend once; so it is followed from here, and from where it led.
         """
-        here = self.memory.total
-        there = self._memory(self._trace(self.transforms, 2 * self.batch_size).kept).total
-        at_rest = replace(self.held, activations=0, logits=0).total
-        if at_rest > gpu.usable:
+        beside = replace(self.held, step=0).total
+        if beside + self.held.step > gpu.usable:
             return 0
-        per_row = (there - here) / self.batch_size
-        if not per_row:  # the optimizer's step is what needs most
-            return 2 * self.batch_size
-        return max(0, self.batch_size + math.floor((gpu.usable - here) / per_row))
+
+        def working(rows: int) -> float:
+            memory = self._memory(self._trace(self.transforms, rows).kept)
+            return memory.activations + memory.logits + memory.backward
+
+        here = working(self.batch_size)
+        per_row = (working(2 * self.batch_size) - here) / self.batch_size
+        rows = max(1, self.batch_size + math.floor((gpu.usable - beside - here) / per_row))
+        return max(0, rows + math.floor((gpu.usable - beside - working(rows)) / per_row))
 
     def micro_batch_for(self, rows: int) -> int:
         """The largest micro-batch up to ``rows`` that an optimizer step can be made of; 0 if there is none."""

@@ -201,14 +201,17 @@ def test_what_is_not_estimated_is_named(arguments, message):
         lay_out(*arguments)
 
 
-def test_the_largest_micro_batch_is_the_last_that_fits():
-    run = replace(run_of("small", "residual_and_latents", CoLA), sequence_length=256)
-    gpu = replace(gpu_named("h100"), memory=1.0)
-    rows = run.rows_that_fit(gpu)
-    assert rows > 20
-    assert replace(run, batch_size=rows).memory.total <= gpu.usable * 1.01
-    assert replace(run, batch_size=rows + rows // 50 + 1).memory.total > gpu.usable
-    assert run.rows_that_fit(replace(gpu, memory=0.0001)) == 0
+@pytest.mark.parametrize("rows", [1, 16])
+def test_the_largest_micro_batch_is_the_last_that_fits(rows):
+    """Also where it is looked for from a batch so small that the optimizer's step needs more."""
+    run = replace(run_of("wide", "residual_and_latents", CoLA), make_optimizer=torch.optim.AdamW, batch_size=rows)
+    gpu = replace(gpu_named("h100"), memory=0.05)
+    assert (run.memory.step > 0) == (rows == 1)
+    most = run.rows_that_fit(gpu)
+    assert most > 16
+    assert replace(run, batch_size=most).memory.total <= gpu.usable
+    assert replace(run, batch_size=most + 1).memory.total > gpu.usable
+    assert run.rows_that_fit(replace(gpu, memory=0.001)) == 0
     whole = replace(run, global_batch_size=96, gpus=4)
     assert [whole.micro_batch_for(each) for each in (0, 1, 7, 100)] == [0, 1, 6, 24]
 
