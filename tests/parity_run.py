@@ -132,6 +132,6 @@ def train(strategy: str, ranks: int, out: str, keep: str = "none", resume: str |
 
 
 def train_each(strategy: str, ranks: int, out: str, keeps: list[str]) -> None:
-    """One run after another, in OUT/KEEP, for each way of checkpointing (CoLA-M's ``keep``, or none), or other method."""
+    """One run after another, in OUT/KEEP, for each way of checkpointing (CoLA-M's ``keep``, or none) or method."""
     for keep in keeps:
         train(strategy, ranks, f"{out}/{keep}", keep)
