@@ -2,10 +2,11 @@
 
 from cola_lightning.callbacks.cola_m import CoLAM
 from cola_lightning.callbacks.ledger import Ledger
+from cola_lightning.callbacks.memory import Memory
 from cola_lightning.callbacks.predictions import Predictions
 from cola_lightning.callbacks.progress import Progress
 from cola_lightning.callbacks.samples import Samples
 from cola_lightning.callbacks.throughput import Throughput
 from cola_lightning.callbacks.yardsticks import Yardsticks
 
-__all__ = ["CoLAM", "Ledger", "Predictions", "Progress", "Samples", "Throughput", "Yardsticks"]
+__all__ = ["CoLAM", "Ledger", "Memory", "Predictions", "Progress", "Samples", "Throughput", "Yardsticks"]
