@@ -1,6 +1,7 @@
 """One concern per file, each with its own state."""
 
 from cola_lightning.callbacks.cola_m import CoLAM
+from cola_lightning.callbacks.gradient_norms import GradientNorms
 from cola_lightning.callbacks.ledger import Ledger
 from cola_lightning.callbacks.memory import Memory
 from cola_lightning.callbacks.predictions import Predictions
@@ -9,4 +10,14 @@ from cola_lightning.callbacks.samples import Samples
 from cola_lightning.callbacks.throughput import Throughput
 from cola_lightning.callbacks.yardsticks import Yardsticks
 
-__all__ = ["CoLAM", "Ledger", "Memory", "Predictions", "Progress", "Samples", "Throughput", "Yardsticks"]
+__all__ = [
+    "CoLAM",
+    "GradientNorms",
+    "Ledger",
+    "Memory",
+    "Predictions",
+    "Progress",
+    "Samples",
+    "Throughput",
+    "Yardsticks",
+]
