@@ -1,5 +1,6 @@
 """One concern per file, each with its own state."""
 
+from cola_lightning.callbacks.activation_spectrum import ActivationSpectrum
 from cola_lightning.callbacks.cola_m import CoLAM
 from cola_lightning.callbacks.gradient_norms import GradientNorms
 from cola_lightning.callbacks.ledger import Ledger
@@ -11,6 +12,7 @@ from cola_lightning.callbacks.throughput import Throughput
 from cola_lightning.callbacks.yardsticks import Yardsticks
 
 __all__ = [
+    "ActivationSpectrum",
     "CoLAM",
     "GradientNorms",
     "Ledger",
