@@ -4,6 +4,7 @@ from cola_lightning.callbacks.activation_spectrum import ActivationSpectrum
 from cola_lightning.callbacks.cola_m import CoLAM
 from cola_lightning.callbacks.gradient_norms import GradientNorms
 from cola_lightning.callbacks.ledger import Ledger
+from cola_lightning.callbacks.loss_guard import LossGuard
 from cola_lightning.callbacks.memory import Memory
 from cola_lightning.callbacks.predictions import Predictions
 from cola_lightning.callbacks.progress import Progress
@@ -16,6 +17,7 @@ __all__ = [
     "CoLAM",
     "GradientNorms",
     "Ledger",
+    "LossGuard",
     "Memory",
     "Predictions",
     "Progress",
