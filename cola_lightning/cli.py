@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 import cola_lightning.data
 import cola_lightning.methods  # noqa: F401
 from cola_lightning import benchmark, completion
-from cola_lightning.callbacks import Ledger, Predictions, Progress, Throughput
+from cola_lightning.callbacks import Dashboard, HyperParameters, Ledger, Memory, Predictions, Progress, Throughput
 from cola_lightning.config_files import ConfigFile
 from cola_lightning.data import prepare
 from cola_lightning.errors import InputError
@@ -50,7 +50,7 @@ class CLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
-                "callbacks": [Throughput(), Ledger(), Predictions()],
+                "callbacks": [Throughput(), Memory(), Ledger(), Predictions(), HyperParameters(), Dashboard()],
                 "max_epochs": -1,  # runs are counted in steps; an epoch is what is left of the run
                 "enable_model_summary": False,  # the module tells the network's size; the metrics have none
             },
@@ -114,6 +114,17 @@ class CLI(LightningCLI):
                 rank_zero_warn(f"--model.{key} is {model.get(key)} now; in {path} it was {old}")
 
     # -- what is made of it -------------------------------------------------------------------------------------------
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # the parser's, around what a class said as it was made
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, InputError | ModuleNotFoundError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            raise InputError(str(cause)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer, run_dir = self._get(self.config_init, "trainer"), self._get(self.config_init, "run_dir")

@@ -2,7 +2,9 @@
 
 from cola_lightning.callbacks.activation_spectrum import ActivationSpectrum
 from cola_lightning.callbacks.cola_m import CoLAM
+from cola_lightning.callbacks.dashboard import Dashboard
 from cola_lightning.callbacks.gradient_norms import GradientNorms
+from cola_lightning.callbacks.hyper_parameters import HyperParameters
 from cola_lightning.callbacks.ledger import Ledger
 from cola_lightning.callbacks.loss_guard import LossGuard
 from cola_lightning.callbacks.memory import Memory
@@ -15,7 +17,9 @@ from cola_lightning.callbacks.yardsticks import Yardsticks
 __all__ = [
     "ActivationSpectrum",
     "CoLAM",
+    "Dashboard",
     "GradientNorms",
+    "HyperParameters",
     "Ledger",
     "LossGuard",
     "Memory",
