@@ -18,7 +18,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 import cola_lightning.data
 import cola_lightning.methods  # noqa: F401
 from cola_lightning import benchmark, completion, estimate
-from cola_lightning.callbacks import Checkpoints, Ledger, OutOfMemoryAdvice, Predictions, Progress, Throughput
+from cola_lightning.callbacks import (
+    Checkpoints,
+    Dashboard,
+    HyperParameters,
+    Ledger,
+    Memory,
+    OutOfMemoryAdvice,
+    Predictions,
+    Progress,
+    Throughput,
+)
 from cola_lightning.checkpoints import damage, read_state, refuse_code
 from cola_lightning.checkpoints.newest import newest_whole
 from cola_lightning.config_files import ConfigFile
@@ -55,7 +65,15 @@ class CLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
-                "callbacks": [Throughput(), Ledger(), Predictions(), OutOfMemoryAdvice()],
+                "callbacks": [
+                    Throughput(),
+                    Memory(),
+                    Ledger(),
+                    Predictions(),
+                    OutOfMemoryAdvice(),
+                    HyperParameters(),
+                    Dashboard(),
+                ],
                 "max_epochs": -1,  # runs are counted in steps; an epoch is what is left of the run
                 "enable_model_summary": False,  # the module tells the network's size; the metrics have none
             },
@@ -147,6 +165,17 @@ class CLI(LightningCLI):
         return path
 
     # -- what is made of it -------------------------------------------------------------------------------------------
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # the parser's, around what a class said as it was made
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, InputError | ModuleNotFoundError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            raise InputError(str(cause)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer, run_dir = self._get(self.config_init, "trainer"), self._get(self.config_init, "run_dir")

@@ -25,6 +25,9 @@ from cola_lightning.strategies import builds_lazily, clip_gradients, shard
 MakeOptimizer = Callable[[Iterable], Optimizer]
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]
 """``f(optimizer, total_steps)`` makes the schedule."""
+BeforeUpdate = Callable[["LanguageModel", Optimizer, Tensor | None], None]
+"""``f(module, optimizer, norm)`` is called between clipping and the optimizer's update, with the gradient norm before
+clipping (none under DeepSpeed, which knows it only afterwards)."""
 
 
 def at_log_step(trainer: L.Trainer) -> bool:
@@ -115,6 +118,7 @@ class LanguageModel(L.LightningModule):
             pad_token_id,
         )
         self.transforms: list[Callable[[Llama], None]] = []
+        self.before_update: list[BeforeUpdate] = []
         self.train_loss = TokenLoss()
         self.perplexity = Perplexity()
         self.published_perplexity = PublishedPerplexity()
@@ -237,3 +241,5 @@ class LanguageModel(L.LightningModule):
         if norm is not None:
             self.log("train/gradient_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+        for hook in self.before_update:
+            hook(self, optimizer, norm)

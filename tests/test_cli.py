@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -195,6 +196,24 @@ def test_bad_input_gets_one_line_before_training(flags, message, tiny_run, tmp_p
     assert len(errors) == 1
     assert message in errors[0]
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        pytest.param(
+            ["--trainer.logger=WandbLogger"], "Requirement 'wandb",
+            marks=pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed"),
+        ),
+        (["--trainer.callbacks+=LossGuard", "--trainer.callbacks.patience=0"], "patience is 0; it must be at least 1"),
+    ],
+)  # fmt: skip
+def test_what_a_class_refuses_is_one_line_too(flags, message, tiny_run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", *tiny_run, *flags])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
 
 
 def test_benchmark_measures_a_step(tiny_run, tmp_path, capsys):

@@ -10,10 +10,12 @@ import yaml
 from cola_lightning.cli import CLI, main
 from tests.conftest import REPOSITORY
 
-RUN_FILES = sorted((REPOSITORY / "configs").glob("*.yaml"))
-OVERLAYS = sorted(
-    file for folder in ("data", "method", "strategy") for file in (REPOSITORY / "configs" / folder).iterdir()
-)
+MONITOR = REPOSITORY / "configs" / "monitor.yaml"
+RUN_FILES = sorted({*(REPOSITORY / "configs").glob("*.yaml")} - {MONITOR})
+OVERLAYS = [
+    MONITOR,
+    *sorted(file for folder in ("data", "method", "strategy") for file in (REPOSITORY / "configs" / folder).iterdir()),
+]
 PREPARATIONS = sorted((REPOSITORY / "configs" / "prepare").iterdir())
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "recipes").rglob("*.md"))]
 

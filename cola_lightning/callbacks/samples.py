@@ -4,6 +4,8 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from cola_lightning.callbacks.forward import looking
+from cola_lightning.callbacks.loggers import write_text
 from cola_lightning.models import generate
 
 
@@ -38,9 +40,9 @@ class Samples(L.Callback):
         for prompt in self.prompts:
             ids = torch.tensor(tokenizer.encode([prompt]), device=pl_module.device)[:, :-1]  # without its end
             generator = torch.Generator(pl_module.device).manual_seed(self.seed)
-            with trainer.precision_plugin.forward_context():
+            with looking(trainer) as network:
                 ids = generate(
-                    pl_module.network,
+                    network,
                     ids,
                     self.max_new_tokens,
                     temperature=self.temperature,
@@ -49,10 +51,8 @@ class Samples(L.Callback):
                     generator=generator,
                 )
             self._texts.append(tokenizer.decode(ids[0].tolist()))
-        for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_text"):
-                for prompt, text in zip(self.prompts, self._texts, strict=True):
-                    logger.experiment.add_text(f"samples/{prompt}", text, trainer.global_step)
+        for prompt, text in zip(self.prompts, self._texts, strict=True):
+            write_text(trainer, f"samples/{prompt}", text)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for prompt, text in zip(self.prompts, self._texts, strict=False):  # none if nothing was validated

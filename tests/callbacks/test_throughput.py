@@ -4,7 +4,11 @@ import lightning as L
 import pytest
 import torch
 
-from cola_lightning.callbacks import Throughput
+from cola_lightning.benchmark import count_flops
+from cola_lightning.callbacks import CoLAM, Throughput
+from cola_lightning.callbacks.throughput import flops_per_token
+from cola_lightning.methods import CoLA
+from cola_lightning.module import LanguageModel
 from tests.conftest import loader, tiny_trainer
 
 
@@ -60,7 +64,73 @@ def test_the_device_is_not_asked_between_logs(monkeypatch):
     callback = Throughput()
     run, model, batches = tiny_trainer(callback, steps=4, log_every_n_steps=4)
     asked = []
-    original = torch.Tensor.__int__
-    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: asked.append(1) or original(self))
+    for name in ("__int__", "tolist"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, ask=original: asked.append(1) or ask(self))
     run.fit(model, loader(batches))
     assert len(asked) == 1
+
+
+class Seen(L.Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step:
+            self.values.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def test_what_was_waited_for_data_is_told_from_the_rest(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    class SlowLoader(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                now[0] += 1.0
+                yield batch
+
+    class Clock(L.Callback):
+        def on_train_batch_start(self, *_):
+            now[0] += 3.0
+
+    seen = Seen()
+    run, model, batches = tiny_trainer(Throughput(), Clock(), seen, steps=4)
+    profiler = run.profiler
+    run.fit(model, SlowLoader(batches))
+    assert [value["train/data_wait"] for value in seen.values] == pytest.approx([0.25] * 3)
+    assert run.profiler is profiler
+
+
+def test_mfu_and_hfu_are_counted_flops_over_the_peak(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    class Clock(L.Callback):
+        def on_train_batch_start(self, *_):
+            now[0] += 2.0
+
+    seen = Seen()
+    run, model, batches = tiny_trainer(
+        Throughput(peak_tflops=1e-6), CoLAM(), Clock(), seen, steps=4, accumulate_grad_batches=2
+    )
+    run.fit(model, loader(batches))
+    needed, done = flops_per_token(model, 8)
+    positions = 2 * 3 * 8  # padding is computed too
+    assert seen.values[-1]["train/mfu"] == pytest.approx(needed * positions / 4.0 / 1e6)
+    assert seen.values[-1]["train/hfu"] == pytest.approx(done * positions / 4.0 / 1e6)
+    assert seen.values[-1]["train/tflops_per_device"] == pytest.approx(needed * positions / 4.0 / 1e12)
+
+
+@pytest.mark.parametrize("keep", ["residual_and_latents", "latents", "block_input"])
+def test_flops_of_a_token_are_those_of_a_real_step(keep):
+    model = LanguageModel(64, 32, 48, 3, 4, projection=lambda i, o: CoLA(i, o, rank=8))
+    callback = CoLAM(keep)
+    model.transforms.append(callback.apply)
+    needed, done = flops_per_token(model, 16)
+    ids = torch.ones(2, 16, dtype=torch.long)
+    plain, checkpointed = model.build(), model.build()
+    callback.apply(checkpointed)
+    for network, expected in ((plain, needed), (checkpointed, done)):
+        assert count_flops(lambda network=network: network(ids).sum().backward()) == expected * ids.numel()
+    assert done > needed

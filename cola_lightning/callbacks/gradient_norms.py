@@ -1,0 +1,57 @@
+"""Which part of the network the gradient comes from."""
+
+import re
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+GROUPS = {
+    "embedding": re.compile(r"\bembed_tokens\."),
+    "attention": re.compile(r"\bself_attn\."),
+    "mlp": re.compile(r"\bmlp\."),
+    "norms": re.compile(r"norm\."),
+    "head": re.compile(r"\blm_head\."),
+}
+
+
+class GradientNorms(L.Callback):
+    """Logs ``gradient_norm/embedding``, ``attention``, ``mlp``, ``norms`` and ``head``: the 2-norm, before clipping, of
+    the gradient of the parameters that each is named for; ``other`` where a method has more. Their squares add up to
+    the square of ``train/gradient_norm``. Only steps that are logged cost anything.
+
+    Under DeepSpeed and the first FSDP a rank sees parts of the gradients that are not told apart by parameter; there
+    nothing is logged, and a warning says so.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.reachable = not isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy)
+        if stage == "fit" and not self.reachable:
+            rank_zero_warn(
+                f"GradientNorms logs nothing: under {type(trainer.strategy).__name__} gradients cannot be told apart "
+                f"by parameter; --trainer.strategy ddp and fsdp2 have them"
+            )
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        if self.reachable and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+            norms = gradient_norms(pl_module)
+            pl_module.log_dict({f"gradient_norm/{group}": norm for group, norm in norms.items()})
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter of that name."""
+    return next((group for group, pattern in GROUPS.items() if pattern.search(name)), "other")
+
+
+def gradient_norms(module: nn.Module) -> dict[str, Tensor]:
+    """The 2-norm of the gradients of each group, over all shards; all ranks take part where there are shards."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            groups.setdefault(group_of(name), []).append(parameter.grad)
+    norms = {group: torch.nn.utils.get_total_norm(gradients) for group, gradients in groups.items()}
+    return {group: norm.full_tensor() if isinstance(norm, DTensor) else norm for group, norm in norms.items()}

@@ -1,0 +1,92 @@
+"""Runs side by side in TensorBoard's HParams tab."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
+
+from cola_lightning.module import LanguageModel
+
+PERPLEXITY, BEST = "val/perplexity", "val/perplexity_best"
+METRICS = (PERPLEXITY, BEST, "val/perplexity_as_published", "train/loss")
+TRAINER = ("max_steps", "gradient_clip_val", "accumulate_grad_batches", "precision", "world_size")
+DATA = ("batch_size", "global_batch_size", "sequence_length")
+# TensorBoard lists what the first run that it finds has; with these, a full-rank run does not hide them in others.
+LISTED = {"projection.rank": 0.0, "callbacks": ""}
+
+
+class HyperParameters(L.Callback):
+    """Enters the run into TensorBoard's HParams tab: its hyper-parameters under flat names, beside its latest and its
+    best validation perplexity. Logs ``val/perplexity_best`` after each validation."""
+
+    def __init__(self) -> None:
+        self.best = float("inf")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
+        values = hyper_parameters(trainer, pl_module)
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            if isinstance(logger, TensorBoardLogger):
+                # Only the names count here: of metrics, the tab takes the latest value that is logged under each.
+                experiment, _, _ = hparams(LISTED | values, dict.fromkeys(METRICS, 0.0))
+                _, start, _ = hparams(values, {})
+                writer = logger.experiment._get_file_writer()
+                writer.add_summary(experiment)
+                writer.add_summary(start)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
+        value = trainer.callback_metrics.get(PERPLEXITY)
+        if value is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self.best = min(self.best, float(value))
+        for logger in trainer.loggers:
+            logger.log_metrics({BEST: self.best}, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment._get_file_writer().add_summary(hparams({}, {})[2])  # the run is complete
+
+
+def hyper_parameters(trainer: L.Trainer, module: LanguageModel) -> dict[str, bool | int | float | str]:
+    """What was typed of the model, by flat names (``projection``: CoLA, ``projection.rank``: 128), and what of trainer
+    and data decides the result. Factories that Python code passed have no names, and are left out."""
+    data = getattr(trainer, "datamodule", None)
+    values = _flat(dict(module.hparams))
+    values["parameters"] = module.parameter_count
+    values |= {name: getattr(trainer, name) for name in TRAINER}
+    transforms = (getattr(transform, "__self__", transform) for transform in module.transforms)
+    values["callbacks"] = " ".join(type(owner).__name__ for owner in transforms) or None
+    values["strategy"] = type(trainer.strategy).__name__.removesuffix("Strategy")
+    if data is not None:
+        values["data"] = type(data).__name__.removesuffix("DataModule")
+        values |= {name: getattr(data, name, None) for name in DATA}
+    return {name: _plain(value) for name, value in values.items() if value is not None}
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Without the outer names ``class_path`` and ``init_args``, which say nothing to a reader."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if key.startswith("_"):
+            continue
+        if hasattr(value, "items"):
+            value = dict(value)
+            if "class_path" in value:
+                flat[name] = value["class_path"].rpartition(".")[2]
+                value = dict(value.get("init_args") or {})
+            flat |= _flat(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def _plain(value: Any) -> bool | int | float | str:
+    return value if isinstance(value, bool | int | float | str) else str(value)

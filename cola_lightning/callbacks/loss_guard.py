@@ -1,0 +1,215 @@
+"""Skips the steps that would spoil a run, and goes back where skipping does not help."""
+
+import json
+import math
+import statistics
+from collections import deque
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cola_lightning.callbacks.loggers import write_text
+from cola_lightning.errors import InputError
+from cola_lightning.module import LanguageModel, at_log_step
+from cola_lightning.rollback import find_checkpoint, go_back
+
+
+class TrainingDivergedError(InputError):
+    """A run that neither skipping steps nor going back could save."""
+
+
+class LossGuard(L.Callback):
+    """Skips an optimizer step whose loss or gradient norm is not finite, or stands out as a spike.
+
+    A skipped step leaves weights and optimizer as they were; it counts as a step, so schedule and data move on. After
+    ``patience`` skipped steps in a row the run goes back, within the process, to the last checkpoint from before them:
+    network, optimizer, schedule and step count are what they were there, the data goes on after the bad batches. After
+    ``max_rollbacks`` of these it ends with an error. The loss is the mean over the ranks and the micro-batches of a
+    step; all ranks decide alike, from the same numbers.
+
+    Every event is a line of ``events.jsonl`` in the run's directory, and a text in TensorBoard beside the scalars
+    ``guard/skipped_steps`` and ``guard/rollbacks``. ``step`` in it counts optimizer steps from 1, ``batch``
+    micro-batches of a rank from 0 and is never set back.
+
+    To decide, the host waits for the backward pass once a step, before the update; see recipes/monitoring for the cost.
+    Under DeepSpeed, which makes its update by itself, no step can be skipped: there a loss that is not finite ends the
+    run before the update.
+
+    Args:
+        patience: Skipped steps in a row before the run goes back.
+        max_rollbacks: How often a run may go back.
+        loss_deviations: A loss is a spike if it lies more than so many robust standard deviations (1.4826 times the
+            median absolute deviation, or 1 % of the median if that is more) above the median of those before it. Null
+            looks for losses that are not finite only.
+        gradient_norm_deviations: The same for the gradient norm.
+        window: How many good steps the medians are taken of; until there are so many, no spike is looked for.
+
+    Raises:
+        InputError: If one of these makes no sense, or the precision is 16-mixed, which skips steps by itself.
+        TrainingDivergedError: During training, when ``max_rollbacks`` did not help.
+    """
+
+    def __init__(
+        self,
+        patience: int = 3,
+        max_rollbacks: int = 3,
+        loss_deviations: float | None = 10.0,
+        gradient_norm_deviations: float | None = 50.0,
+        window: int = 100,
+    ) -> None:
+        for name, value, least in (
+            ("patience", patience, 1),
+            ("max_rollbacks", max_rollbacks, 0),
+            ("window", window, 2),
+        ):
+            if value < least:
+                raise InputError(f"LossGuard: {name} is {value}; it must be at least {least}")
+        for name, value in (("loss", loss_deviations), ("gradient_norm", gradient_norm_deviations)):
+            if value is not None and value <= 0:
+                raise InputError(f"LossGuard: {name}_deviations is {value}; it must be above 0, or null for no limit")
+        self.patience, self.max_rollbacks = patience, max_rollbacks
+        self.spikes = {
+            "loss": Spikes(window, loss_deviations),
+            "gradient norm": Spikes(window, gradient_norm_deviations),
+        }
+        self.skipped = self.rollbacks = self.in_a_row = self.good_step = 0
+        self._loss: Tensor | float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        counts = {name: getattr(self, name) for name in ("skipped", "rollbacks", "in_a_row", "good_step")}
+        return counts | {"values": {name: list(spikes.values) for name, spikes in self.spikes.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = dict(state_dict)
+        for name, values in state.pop("values").items():
+            self.spikes[name].values.extend(values)
+        vars(self).update(state)
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: LanguageModel, stage: str) -> None:
+        if stage != "fit":
+            return
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            raise InputError(
+                "LossGuard does not go with --trainer.precision 16-mixed, whose loss scaling overflows on purpose and "
+                "skips those steps by itself; use bf16-mixed, or leave LossGuard out"
+            )
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            rank_zero_warn("LossGuard cannot skip steps under DeepSpeed; it ends the run if the loss is not finite")
+        if self.judge not in pl_module.before_update:
+            pl_module.before_update.append(self.judge)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
+        self.file = Path(trainer.log_dir or trainer.default_root_dir) / "events.jsonl"  # asks all ranks
+        self.good_step = max(self.good_step, trainer.global_step)
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: LanguageModel, loss: Tensor) -> None:
+        self._loss = self._loss + loss.detach().float()  # already divided by the number of micro-batches
+
+    def judge(self, module: LanguageModel, optimizer: Optimizer, norm: Tensor | None) -> None:
+        """Take the gradients from an optimizer step that must not be made; optimizers pass over what has none."""
+        values = torch.stack([torch.as_tensor(value).float() for value in (self._loss, norm) if value is not None])
+        self._loss = 0.0
+        trainer = module.trainer
+        if trainer.world_size > 1:
+            values = trainer.strategy.reduce(values, reduce_op="mean")
+        seen = dict(zip(self.spikes, values.tolist(), strict=False))
+        reason = self._reason(seen, skips=norm is not None)
+        if reason is None:
+            self.in_a_row, self.good_step = 0, trainer.global_step + 1
+            for name, value in seen.items():
+                self.spikes[name].values.append(value)
+            return
+        event = {
+            name.replace(" ", "_"): str(value) if not math.isfinite(value) else value for name, value in seen.items()
+        }
+        if norm is None:
+            self._stop(trainer, f"{reason}, and under DeepSpeed no step can be skipped")
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        self.skipped += 1
+        self.in_a_row += 1
+        if not math.isfinite(seen["loss"]):
+            module.train_loss.reset()  # or the mean that is logged next would not be finite either
+        self._record(trainer, "skipped", trainer.global_step + 1, reason=reason, in_a_row=self.in_a_row, **event)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: LanguageModel, batch: Any, batch_idx: int) -> None:
+        if self.in_a_row < self.patience:
+            return
+        if self.rollbacks >= self.max_rollbacks:
+            self._stop(trainer, f"{self.in_a_row} steps in a row were bad after going back {self.rollbacks} times")
+        at = trainer.global_step
+        try:
+            path = find_checkpoint(trainer, self.good_step)
+        except InputError as error:
+            self._stop(trainer, f"{self.in_a_row} steps in a row were bad, and {error}")
+        go_back(trainer, path, kept=LossGuard)
+        self.rollbacks += 1
+        self.in_a_row = 0
+        self.good_step = trainer.global_step
+        self._record(
+            trainer, "rolled back", at, to_step=trainer.global_step, checkpoint=str(path), times=self.rollbacks
+        )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if at_log_step(trainer):
+            pl_module.log("guard/skipped_steps", float(self.skipped))
+            pl_module.log("guard/rollbacks", float(self.rollbacks))
+
+    # -- what it comes to ---------------------------------------------------------------------------------------------
+
+    def _reason(self, seen: dict[str, float], skips: bool) -> str | None:
+        for name, value in seen.items():
+            if not math.isfinite(value):
+                return f"the {name} is {value}"
+        for name, value in seen.items():
+            limit = self.spikes[name].limit() if skips else None
+            if limit is not None and value > limit:
+                return f"the {name} is {value:.4g}, and {limit:.4g} is the most that was expected"
+        return None
+
+    def _record(self, trainer: L.Trainer, event: str, step: int, **facts: Any) -> None:
+        batch = trainer.fit_loop.epoch_loop.total_batch_idx
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        line = {"time": now, "event": event, "step": step, "batch": batch} | facts
+        if trainer.is_global_zero:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        text = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in facts.items())
+        rank_zero_warn(f"Step {step} {event} ({text})")
+        write_text(trainer, "events", f"step {step} {event} ({text})")
+
+    def _stop(self, trainer: L.Trainer, reason: str) -> None:
+        self._record(trainer, "stopped", trainer.global_step, reason=reason)
+        raise TrainingDivergedError(
+            f"training stopped at step {trainer.global_step}: {reason}. See {self.file}; a lower "
+            f"--model.optimizer.lr or --trainer.gradient_clip_val may help, or other settings of LossGuard"
+        )
+
+
+class Spikes:
+    """The last ``window`` good values of something, and what it should not exceed."""
+
+    def __init__(self, window: int, deviations: float | None) -> None:
+        self.values: deque[float] = deque(maxlen=window)
+        self.deviations = deviations
+
+    def limit(self) -> float | None:
+        """The largest value that is no spike; None while too few were seen, or any will do."""
+        if self.deviations is None or len(self.values) < (self.values.maxlen or 0):
+            return None
+        median = statistics.median(self.values)
+        deviation = 1.4826 * statistics.median(abs(value - median) for value in self.values)
+        return median + self.deviations * max(deviation, 0.01 * abs(median))

@@ -1,0 +1,52 @@
+"""Memory in use."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from cola_lightning.module import at_log_step
+
+GIB = 2**30
+STATM = Path("/proc/self/statm")
+
+
+class Memory(L.Callback):
+    """Logs memory in GiB, of the rank that has most, on the logging interval.
+
+    On CUDA ``memory/allocated`` (tensors, after the step), ``memory/reserved`` (what PyTorch holds of the device) and
+    ``memory/peak`` (the most allocated at a time since the last log). On Linux ``memory/host``, the process's resident
+    set. None of these waits for the device.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if on_cuda(trainer):
+            torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not at_log_step(trainer):
+            return
+        device = trainer.strategy.root_device
+        values = {}
+        if on_cuda(trainer):
+            values["memory/allocated"] = torch.cuda.memory_allocated(device)
+            values["memory/reserved"] = torch.cuda.memory_reserved(device)
+            values["memory/peak"] = torch.cuda.max_memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        if STATM.exists():
+            values["memory/host"] = resident_bytes()
+        values = {name: value / GIB for name, value in values.items()}
+        pl_module.log_dict(values, sync_dist=True, reduce_fx="max")
+
+
+def on_cuda(trainer: L.Trainer) -> bool:
+    return trainer.strategy.root_device.type == "cuda"
+
+
+def resident_bytes() -> int:
+    """The resident set of this process, on Linux."""
+    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

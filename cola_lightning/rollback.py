@@ -1,0 +1,81 @@
+"""Going back to a checkpoint while a run goes on."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from cola_lightning.errors import InputError
+
+
+def find_checkpoint(trainer: L.Trainer, step: int) -> Path:
+    """The newest checkpoint of this run that can be read and is not after ``step``; if all are, the oldest of them.
+
+    Rank 0 looks, all ranks take part and get the same answer.
+
+    Raises:
+        InputError: On every rank, if there is none.
+    """
+    found = str(_look(trainer, step) or "") if trainer.is_global_zero else ""
+    found = trainer.strategy.broadcast(found)
+    if not found:
+        raise InputError(
+            "there is no checkpoint of this run to go back to; write them more often, by "
+            "--checkpoint.every_n_train_steps, and not save_weights_only"
+        )
+    return Path(found)
+
+
+def _look(trainer: L.Trainer, step: int) -> Path | None:
+    callback: Any = trainer.checkpoint_callback
+    if callback is None:
+        return None
+    named = [Path(path) for path in (callback.last_model_path, callback.best_model_path) if path]
+    folder = [Path(callback.dirpath)] if callback.dirpath else []
+    paths = {path.resolve() for path in [*named, *(path for each in folder for path in each.glob("*.ckpt"))]}
+    steps = {path: made for path in paths if (made := _step(path)) is not None}
+    before = [path for path in steps if steps[path] <= step]
+    return max(before, key=steps.__getitem__) if before else min(steps, key=steps.__getitem__, default=None)
+
+
+def _step(path: Path) -> int | None:
+    """The optimizer steps behind a checkpoint, None where one cannot go on from it."""
+    try:
+        state = torch.load(
+            path / "meta.pt" if path.is_dir() else path, map_location="cpu", mmap=True, weights_only=True
+        )
+        return state["global_step"] if "loops" in state and "lr_schedulers" in state else None
+    except Exception as error:  # of many kinds: cut short, altered, gone since
+        rank_zero_warn(f"{path} cannot be gone back to: {error}")
+        return None
+
+
+def go_back(trainer: L.Trainer, path: Path, kept: type[Callback]) -> None:
+    """Set network, optimizer, schedule, step count and callbacks to what they were in a checkpoint; called on all ranks
+    before a batch is trained on. The position in the data stays, and with it Lightning's count of batches; of the
+    callbacks, those that write checkpoints and ``kept`` stay as they are.
+    """
+    strategy, module = trainer.strategy, trainer.lightning_module
+    checkpoint = strategy.load_checkpoint(path, weights_only=True)  # under FSDP this loads weights and optimizer too
+    module.on_load_checkpoint(checkpoint)
+    strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
+    if strategy.lightning_restore_optimizer:
+        strategy.load_optimizer_state_dict(checkpoint)
+    for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
+        config.scheduler.load_state_dict(deepcopy(state))
+    for callback in trainer.callbacks:
+        if not isinstance(callback, Checkpoint | kept):
+            callback.on_load_checkpoint(trainer, module, checkpoint)
+            if callback.state_key in checkpoint["callbacks"]:
+                callback.load_state_dict(deepcopy(checkpoint["callbacks"][callback.state_key]))
+    loop = trainer.fit_loop.epoch_loop
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
+    loop.automatic_optimization.optim_progress.load_state_dict(progress)
+    loop._batches_that_stepped = trainer.global_step  # the loggers' step
+    # A checkpoint at a step that is passed again is written again.
+    for callback in trainer.checkpoint_callbacks:
+        callback._last_global_step_saved = trainer.global_step
