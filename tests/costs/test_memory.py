@@ -53,7 +53,7 @@ def working(run: Run) -> float:
 def test_a_step_takes_the_predicted_memory_and_flops(shape, setting, projection):
     run = run_of(shape, setting, projection)
     _, step = real_step(run)
-    assert run.flops.hardware == count_flops(step)
+    assert run.traced.step_flops == count_flops(step)
     assert working(run) == pytest.approx(highest(step), rel=0.05)
 
 
