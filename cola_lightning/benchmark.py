@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from cola_lightning.callbacks import CoLAM
 from cola_lightning.models.llama import Rotary, rotary_table
 from cola_lightning.module import LanguageModel
+from cola_lightning.optim import Parameters
 
 aten = torch.ops.aten
 # The counter knows every attention kernel but the CPU's. As for the others, causality is not taken off.
@@ -122,7 +123,7 @@ def benchmark(
         "saved_hidden_states_per_layer": per_layer / (2 * hidden.shape[-1]),
     }
     model.zero_grad()
-    optimizer = model.make_optimizer(model.parameters())
+    optimizer = model.make_optimizer(Parameters(model.network))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times = []

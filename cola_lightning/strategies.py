@@ -13,7 +13,9 @@ from lightning.pytorch.strategies import (
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from cola_lightning.errors import InputError
 from cola_lightning.models import Llama
 from cola_lightning.models.llama import Block
 
@@ -47,6 +49,17 @@ def shard(network: Llama, strategy: Strategy | None) -> None:
         from deepspeed.utils import set_z3_leaf_modules  # takes seconds, and is there on Linux only
 
         set_z3_leaf_modules(network, [Block])
+
+
+def check_optimizer(strategy: Strategy, optimizer: Optimizer) -> None:
+    """Refuse an optimizer that needs whole matrices where a rank holds but a piece of each."""
+    if getattr(optimizer, "whole_matrices", False) and isinstance(
+        strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy
+    ):
+        raise InputError(
+            f"{type(optimizer).__name__} works on whole matrices, which {type(strategy).__name__} cuts into pieces; "
+            f"set --trainer.strategy ddp, or name another --model.optimizer"
+        )
 
 
 def clip_gradients(strategy: Strategy, parameters: list[nn.Parameter], limit: float | None) -> Tensor | None:

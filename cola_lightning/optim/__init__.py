@@ -1,5 +1,7 @@
-"""Schedules. Optimizers come from libraries by class_path."""
+"""Schedules, and optimizers that no library has right. Other optimizers come from libraries by class_path."""
 
+from cola_lightning.optim.parameters import MakeOptimizer, MatricesAndRest, Parameters
+from cola_lightning.optim.projected import APOLLO, Fira, GaLore
 from cola_lightning.optim.schedules import WarmupCosine
 
-__all__ = ["WarmupCosine"]
+__all__ = ["APOLLO", "Fira", "GaLore", "MakeOptimizer", "MatricesAndRest", "Parameters", "WarmupCosine"]
