@@ -7,7 +7,7 @@ materialises a network piece by piece (FSDP and ZeRO-3 do) then gets the same di
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class NormalLinear(nn.Linear):
@@ -25,6 +25,36 @@ class Projection(nn.Module):
     """Base of what may stand for one of a layer's seven dense matrices: (…, in_features) -> (…, out_features), without
     bias. A subclass takes the two sizes first, and arguments of its own after them."""
 
+    def in_first_layer(self) -> "Projection":
+        """What stands in the first layer in its place: itself, unless it needs the layer before."""
+        return self
+
+
+class CrossLayer(Projection):
+    """A projection that is handed a tensor by the one in its place in the layer before, and hands one on to the next:
+    ``forward(x, received)`` returns its output (…, out_features) and what it hands on. In the first layer ``received``
+    is None."""
+
+
+class Relay:
+    """Calls the projections of one layer, and takes along what :class:`CrossLayer` ones hand on.
+
+    Args:
+        received: What the layer before handed on, in the order in which projections are called: q, k, v, o, gate, up,
+            down. Empty in the first layer, and where projections hand nothing on.
+    """
+
+    def __init__(self, received: tuple[Tensor, ...] = ()) -> None:
+        self.received = received
+        self.handed_on: list[Tensor] = []
+
+    def __call__(self, projection: Projection, x: Tensor) -> Tensor:
+        if not isinstance(projection, CrossLayer):
+            return projection(x)
+        y, handed_on = projection(x, self.received[len(self.handed_on)] if self.received else None)
+        self.handed_on.append(handed_on)
+        return y
+
 
 MakeProjection = Callable[[int, int], Projection]
 """``f(in_features, out_features)`` makes a projection."""
@@ -35,6 +65,19 @@ class FullRank(NormalLinear, Projection):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
+
+
+class Scalar(nn.Module):
+    """A learned number, as a ``weight`` of shape (1,), for sharded strategies cannot cut up what has no dimension."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.start = start
+        self.weight = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.start)
 
 
 class TokenEmbedding(nn.Embedding):
