@@ -1,7 +1,8 @@
 """Twenty steps under one strategy, as a program: ``parity_run.py STRATEGY DEVICES OUT KEEP...``.
 
 Global batch, seed and data are the same whatever the strategy. For each way of checkpointing (CoLA-M's ``keep``, or
-none), the losses and the gradient norms before clipping are written to OUT as JSON.
+none), and each other method that trains under every strategy, the losses and the gradient norms before clipping are
+written to OUT as JSON.
 """
 
 import json
@@ -18,11 +19,12 @@ from torch.utils.data import Dataset
 
 from cola_lightning.callbacks import CoLAM
 from cola_lightning.data.loader import TrainLoader
-from cola_lightning.methods import CoLA
+from cola_lightning.methods import CoLA, LoRA, SLTrain
 from cola_lightning.module import LanguageModel
 from cola_lightning.optim import WarmupCosine
 
 STEPS, GLOBAL_BATCH, CLIP = 20, 8, 0.5
+METHODS = {"lora": partial(LoRA, rank=8, dropout=0), "sltrain": partial(SLTrain, rank=8, sparsity=0.1)}
 
 
 class DeepSpeedOnCPU(DeepSpeedStrategy):
@@ -92,12 +94,12 @@ def train(strategy: str, devices: int, keep: str) -> Curve:
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy=strategy, max_steps=STEPS, max_epochs=1, log_every_n_steps=1,
         gradient_clip_val=CLIP, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[curve, *([] if keep == "none" else [CoLAM(keep)])],
+        enable_model_summary=False, callbacks=[curve, *([] if keep == "none" or keep in METHODS else [CoLAM(keep)])],
     )  # fmt: skip
     L.seed_everything(0)
     model = LanguageModel(
         64, 32, 48, 3, 4,
-        projection=partial(CoLA, rank=8),
+        projection=METHODS.get(keep, partial(CoLA, rank=8)),
         optimizer=partial(torch.optim.AdamW, lr=0.01),
         schedule=partial(WarmupCosine, warmup_steps=5),
     )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
 
 from cola_lightning.models.llama import Block
-from tests.parity_run import CLIP, STEPS
+from tests.parity_run import CLIP, METHODS, STEPS
 
 PROGRAM = Path(__file__).parent / "parity_run.py"
 KEEPS = ["none", "residual_and_latents", "latents"]
@@ -24,10 +24,10 @@ KEEPS = ["none", "residual_and_latents", "latents"]
 
 @cache
 def curves(strategy: str, devices: int) -> dict[str, list[list[float]]]:
-    """For each way of checkpointing, the losses and the gradient norms."""
+    """For each way of checkpointing, and each other method, the losses and the gradient norms."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "curves.json"
-        command = [sys.executable, str(PROGRAM), strategy, str(devices), str(out), *KEEPS]
+        command = [sys.executable, str(PROGRAM), strategy, str(devices), str(out), *KEEPS, *METHODS]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
         environment["PYTHONPATH"] = str(PROGRAM.parent.parent)
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
@@ -35,11 +35,11 @@ def curves(strategy: str, devices: int) -> dict[str, list[list[float]]]:
         return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("keep", [*KEEPS, *METHODS])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_1", "deepspeed_2", "deepspeed_3"])
 def test_two_processes_give_the_curve_of_one(strategy, keep):
     losses, norms = curves(strategy, 2)[keep]
-    expected_losses, expected_norms = curves("auto", 1)["none"]
+    expected_losses, expected_norms = curves("auto", 1)[keep if keep in METHODS else "none"]
     assert len(losses) == STEPS
     assert losses == pytest.approx(expected_losses, abs=1e-5)
     assert norms == pytest.approx(expected_norms, rel=1e-5, abs=1e-5)

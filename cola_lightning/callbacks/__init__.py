@@ -6,7 +6,18 @@ from cola_lightning.callbacks.ledger import Ledger
 from cola_lightning.callbacks.predictions import Predictions
 from cola_lightning.callbacks.progress import Progress
 from cola_lightning.callbacks.samples import Samples
+from cola_lightning.callbacks.step_seed import StepSeed
 from cola_lightning.callbacks.throughput import Throughput
 from cola_lightning.callbacks.yardsticks import Yardsticks
 
-__all__ = ["CRNetRecompute", "CoLAM", "Ledger", "Predictions", "Progress", "Samples", "Throughput", "Yardsticks"]
+__all__ = [
+    "CRNetRecompute",
+    "CoLAM",
+    "Ledger",
+    "Predictions",
+    "Progress",
+    "Samples",
+    "StepSeed",
+    "Throughput",
+    "Yardsticks",
+]

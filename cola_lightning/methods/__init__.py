@@ -3,6 +3,24 @@
 from cola_lightning.methods.cola import CoLA
 from cola_lightning.methods.cr_net import CRNet
 from cola_lightning.methods.lax import LaX
+from cola_lightning.methods.lora import LoRA
 from cola_lightning.methods.low_rank import LowRank
+from cola_lightning.methods.relora import ReLoRA, ReLoRAMerge
+from cola_lightning.methods.sltrain import SLTrain
+from cola_lightning.methods.sst import SST, SSTRounds
+from cola_lightning.methods.switch_lora import SwitchLoRA, SwitchLoRASwitch
 
-__all__ = ["CRNet", "CoLA", "LaX", "LowRank"]
+__all__ = [
+    "SST",
+    "CRNet",
+    "CoLA",
+    "LaX",
+    "LoRA",
+    "LowRank",
+    "ReLoRA",
+    "ReLoRAMerge",
+    "SLTrain",
+    "SSTRounds",
+    "SwitchLoRA",
+    "SwitchLoRASwitch",
+]

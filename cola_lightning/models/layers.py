@@ -29,6 +29,11 @@ class Projection(nn.Module):
         """What stands in the first layer in its place: itself, unless it needs the layer before."""
         return self
 
+    def dense(self) -> Tensor | None:
+        """The matrix (out_features, in_features) that does the same, for a projection that is a linear map; it says so
+        by overriding this. None for one that is not."""
+        return None
+
 
 class CrossLayer(Projection):
     """A projection that is handed a tensor by the one in its place in the layer before, and hands one on to the next:
@@ -65,6 +70,9 @@ class FullRank(NormalLinear, Projection):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
+
+    def dense(self) -> Tensor:
+        return self.weight
 
 
 class Scalar(nn.Module):

@@ -2,6 +2,17 @@
 
 from cola_lightning.optim.parameters import MakeOptimizer, MatricesAndRest, Parameters
 from cola_lightning.optim.projected import APOLLO, Fira, GaLore
-from cola_lightning.optim.schedules import WarmupCosine
+from cola_lightning.optim.row_adamw import RowAdamW
+from cola_lightning.optim.schedules import WarmupCosine, WarmupCosineRestarts
 
-__all__ = ["APOLLO", "Fira", "GaLore", "MakeOptimizer", "MatricesAndRest", "Parameters", "WarmupCosine"]
+__all__ = [
+    "APOLLO",
+    "Fira",
+    "GaLore",
+    "MakeOptimizer",
+    "MatricesAndRest",
+    "Parameters",
+    "RowAdamW",
+    "WarmupCosine",
+    "WarmupCosineRestarts",
+]
