@@ -3,18 +3,19 @@
 import json
 import statistics
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from cola_lightning.callbacks import CoLAM
+from cola_lightning.callbacks import CoLAM, CRNetRecompute
 from cola_lightning.costs.counters import count_flops, kept_bytes
-from cola_lightning.models.llama import Rotary, rotary_table
+from cola_lightning.models.llama import rotary_table, through
 from cola_lightning.module import LanguageModel
+from cola_lightning.optim import Parameters
 
 
 def benchmark(
@@ -33,11 +34,13 @@ def benchmark(
         ``parameters``; ``flops_forward`` and ``flops_step`` of the whole network, and under ``layers`` of the decoder
         layers alone; ``saved_bytes_per_token_per_layer``, what one more layer keeps between forward and backward, its
         input included, and ``saved_hidden_states_per_layer``, the same in bf16 hidden states (2 D bytes);
-        ``tokens_per_second``, the median, and ``tokens_per_second_range``; ``peak_memory_bytes`` on CUDA, else None.
+        ``flops_optimizer`` of the matrix products in an optimizer step, ``parameter_bytes``, ``gradient_bytes`` and
+        ``optimizer_state_bytes`` after it; ``tokens_per_second``, the median, and ``tokens_per_second_range``;
+        ``peak_memory_bytes`` on CUDA, else None.
     """
     device = trainer.strategy.root_device
     for callback in trainer.callbacks:
-        if isinstance(callback, CoLAM):
+        if isinstance(callback, CoLAM | CRNetRecompute):
             callback.setup(trainer, model, "fit")
     with trainer.precision_plugin.module_init_context():
         model.configure_model()
@@ -52,15 +55,15 @@ def benchmark(
         with context():
             return model.training_step({"input_ids": ids, "labels": ids}, 0)
 
-    def through(count: int) -> Tensor:
+    def first(count: int) -> Tensor:
         with context():
-            return _run(layers[:count], hidden, rotary)
+            return through(layers[:count], hidden, rotary)
 
     def step_of_layers() -> None:
-        through(len(layers)).float().square().mean().backward()
+        first(len(layers)).float().square().mean().backward()
 
     known = [*model.parameters(), hidden, *rotary]
-    more, fewer = (kept_bytes(lambda n=n: through(n), known) for n in (len(layers), len(layers) - 1))
+    more, fewer = (kept_bytes(lambda n=n: first(n), known) for n in (len(layers), len(layers) - 1))
     # What the last layer hands on is the next one's input: each layer is charged with one.
     per_layer = (more - fewer) / ids.numel()
     result: dict[str, Any] = {
@@ -68,14 +71,21 @@ def benchmark(
         "flops_forward": count_flops(loss),
         "flops_step": count_flops(lambda: loss().backward()),
         "layers": {
-            "flops_forward": count_flops(lambda: through(len(layers))),
+            "flops_forward": count_flops(lambda: first(len(layers))),
             "flops_step": count_flops(step_of_layers),
         },
         "saved_bytes_per_token_per_layer": per_layer,
         "saved_hidden_states_per_layer": per_layer / (2 * hidden.shape[-1]),
     }
     model.zero_grad()
-    optimizer = model.make_optimizer(model.parameters())
+    optimizer = model.make_optimizer(Parameters(model.network))
+    loss().backward()
+    result["flops_optimizer"] = count_flops(optimizer.step)
+    state = [leaf for leaf in tree_leaves([*optimizer.state.values()]) if isinstance(leaf, Tensor)]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    sizes = {"parameter_bytes": model.parameters(), "gradient_bytes": gradients, "optimizer_state_bytes": state}
+    result |= {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in sizes.items()}
+    optimizer.zero_grad()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times = []
@@ -92,12 +102,6 @@ def benchmark(
     result["tokens_per_second_range"] = [speeds[0], speeds[-1]]
     result["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return result
-
-
-def _run(layers: Iterable[nn.Module], x: Tensor, rotary: Rotary) -> Tensor:
-    for layer in layers:
-        x = layer(x, rotary)
-    return x
 
 
 def report(result: dict[str, Any], file: str | None) -> None:

@@ -1,8 +1,10 @@
 """What can be typed: Lightning's ``fit``, ``validate``, ``test``, ``predict``, and the verbs that need no Trainer."""
 
+import io
 import json
 import sys
 from argparse import ArgumentParser
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 # Imported so that their classes can be named without a path.
 import cola_lightning.data
 import cola_lightning.methods  # noqa: F401
-from cola_lightning import benchmark, completion, estimate
+from cola_lightning import benchmark, compare, completion, estimate
 from cola_lightning.callbacks import (
     Checkpoints,
     Dashboard,
@@ -41,8 +43,9 @@ from cola_lightning.strategies import refuse_mismatch
 USAGE = "[--config FILE] [--NAME VALUE ...]"
 MORE_VERBS = (
     "Besides: 'prepare' tokenises a data set beforehand, 'estimate --config FILE [--gpus N] [--gpu NAME]' tells what a "
-    "run will cost, 'benchmark --config FILE [--json FILE]' measures a training step, 'schema' prints a JSON schema of "
-    "the run files, and 'completion SHELL' a completion script."
+    "run will cost, 'benchmark --config FILE [--json FILE]' measures a training step, 'compare --config FILE' trains "
+    "several methods side by side, 'schema' prints a JSON schema of the run files, and 'completion SHELL' a completion "
+    "script."
 )
 
 
@@ -232,6 +235,17 @@ def measure(args: list[str]) -> None:
     benchmark.report(result, options.json)
 
 
+def resolve(flags: list[str]) -> dict[str, Any]:
+    """The whole configuration that ``fit`` makes of these flags."""
+    try:
+        with redirect_stdout(io.StringIO()) as printed:
+            CLI(["fit", *flags, "--print_config"])
+    except SystemExit as stop:
+        if stop.code:
+            raise
+    return yaml.safe_load(printed.getvalue())
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line; ``args`` in place of ``sys.argv[1:]`` for use from Python."""
     args = sys.argv[1:] if args is None else args
@@ -243,6 +257,8 @@ def main(args: list[str] | None = None) -> None:
                 predict_costs(rest)
             case ["prepare", *rest]:
                 prepare.main(rest)
+            case ["compare", *rest]:
+                compare.main(rest, resolve)
             case _:
                 CLI(args)
     except InputError as error:

@@ -1,6 +1,6 @@
 """The LightningModule: loss, measures and optimizer around a network that ``configure_model`` builds."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -19,10 +19,10 @@ from cola_lightning.data.rows import IGNORE
 from cola_lightning.errors import InputError
 from cola_lightning.metrics import Perplexity, PublishedPerplexity, TokenLoss
 from cola_lightning.models import FullRank, Llama, MakeProjection
-from cola_lightning.optim import WarmupCosine
-from cola_lightning.strategies import builds_lazily, clip_gradients, shard
+from cola_lightning.optim import MakeOptimizer, Parameters, WarmupCosine
+from cola_lightning.sharding import builds_lazily, shard
+from cola_lightning.strategies import check_optimizer, clip_gradients
 
-MakeOptimizer = Callable[[Iterable], Optimizer]
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]
 """``f(optimizer, total_steps)`` makes the schedule."""
 BeforeUpdate = Callable[["LanguageModel", Optimizer, Tensor | None], None]
@@ -222,7 +222,8 @@ class LanguageModel(L.LightningModule):
     # -- optimizer ----------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = self.make_optimizer(self.parameters())
+        optimizer = self.make_optimizer(Parameters(self.network))
+        check_optimizer(self.trainer.strategy, optimizer)
         schedule = self.make_schedule(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

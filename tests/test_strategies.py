@@ -21,7 +21,7 @@ from cola_lightning.checkpoints import damage, read
 from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA
 from cola_lightning.module import LanguageModel
-from cola_lightning.strategies import shard
+from cola_lightning.sharding import shard
 from tests.conftest import loader, tiny_llama, tiny_trainer
 from tests.parity_run import CLIP, METHODS, STEPS, Data, DeepSpeedOnCPU, strategy_named, train, train_each
 from tests.processes import Run

@@ -3,6 +3,7 @@
 from cola_lightning.callbacks.activation_spectrum import ActivationSpectrum
 from cola_lightning.callbacks.checkpoints import Checkpoints
 from cola_lightning.callbacks.cola_m import CoLAM
+from cola_lightning.callbacks.cr_net import CRNetRecompute
 from cola_lightning.callbacks.dashboard import Dashboard
 from cola_lightning.callbacks.gradient_norms import GradientNorms
 from cola_lightning.callbacks.hyper_parameters import HyperParameters
@@ -19,6 +20,7 @@ from cola_lightning.callbacks.yardsticks import Yardsticks
 
 __all__ = [
     "ActivationSpectrum",
+    "CRNetRecompute",
     "Checkpoints",
     "CoLAM",
     "Dashboard",

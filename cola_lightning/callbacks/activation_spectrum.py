@@ -70,7 +70,7 @@ class ActivationSpectrum(L.Callback):
         if stage != "fit":
             return
         if find_spec("matplotlib") is None:
-            raise InputError("ActivationSpectrum draws with matplotlib; pip install 'cola-lightning[monitor]'")
+            raise InputError("ActivationSpectrum draws with matplotlib; pip install 'cola-lightning[plots]'")
         with torch.device("meta"):
             network = pl_module.build()
         for name in self.activations:

@@ -10,7 +10,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.methods.cola_m import Selective
 from cola_lightning.methods.low_rank import LowRank
 from cola_lightning.methods.reversible import Reversible
-from cola_lightning.models import Llama
+from cola_lightning.models import CrossLayer, Llama
 
 
 class CoLAM(L.Callback):
@@ -76,4 +76,10 @@ class CoLAM(L.Callback):
                         raise InputError(
                             f"CoLAM with keep: {self.keep} keeps low-rank latents, but {name} is "
                             f"{type(projection).__name__}; set keep: block_input, or --model.projection CoLA"
+                        )
+                    if self.keep == "latents" and isinstance(projection, CrossLayer):
+                        raise InputError(
+                            f"CoLAM with keep: latents runs each layer backwards by itself, but {name} is "
+                            f"{type(projection).__name__}, which hands on to the next layer; set keep: "
+                            f"residual_and_latents"
                         )

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from cola_lightning.costs.counters import Recorder
 from cola_lightning.models import Llama
 from cola_lightning.module import next_token_losses
+from cola_lightning.optim import Parameters
 
 Build = Callable[..., Llama]
 Transforms = tuple[Callable[[Llama], None], ...]
@@ -250,7 +251,7 @@ def optimizer_states(
         network = build(num_hidden_layers=min(layers, TRACED))
         for parameter in network.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-        optimizer = make_optimizer(network.parameters())
+        optimizer = make_optimizer(Parameters(network))
         settings = optimizer.defaults
         temporary = int("foreach" in settings and settings["foreach"] is not False and not settings.get("fused"))
         try:

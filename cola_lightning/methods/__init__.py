@@ -1,6 +1,8 @@
 """One file per method of the low-rank lineage: read it and you have read the whole method."""
 
 from cola_lightning.methods.cola import CoLA
+from cola_lightning.methods.cr_net import CRNet
+from cola_lightning.methods.lax import LaX
 from cola_lightning.methods.lora import LoRA
 from cola_lightning.methods.low_rank import LowRank
 from cola_lightning.methods.relora import ReLoRA, ReLoRAMerge
@@ -10,7 +12,9 @@ from cola_lightning.methods.switch_lora import SwitchLoRA, SwitchLoRASwitch
 
 __all__ = [
     "SST",
+    "CRNet",
     "CoLA",
+    "LaX",
     "LoRA",
     "LowRank",
     "ReLoRA",

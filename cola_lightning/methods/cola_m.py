@@ -4,8 +4,9 @@ The paper's idea is that the R-wide latents ``z = A x`` are all one needs to kee
 cheap to do again. The reference implementation keeps them after the nonlinearity, and so has to run the whole forward
 pass twice. Kept before it, no down-projection is ever done again.
 
-A policy is a callable ``(block, x, rotary) -> x`` that :class:`~cola_lightning.models.llama.Block` uses as its
-``checkpoint``; see :class:`Selective` here and :class:`~cola_lightning.methods.reversible.Reversible`.
+A policy is a callable ``(block, x, rotary, *received) -> x``, or x and what the layer hands on, that
+:class:`~cola_lightning.models.llama.Block` uses as its ``checkpoint``; see :class:`Selective` here and
+:class:`~cola_lightning.methods.reversible.Reversible`.
 """
 
 from functools import partial
@@ -44,10 +45,15 @@ class Selective:
         self.contexts = partial(create_selective_checkpoint_contexts, policy)
         self.dropout = dropout
 
-    def __call__(self, block: Block, x: Tensor, rotary: Rotary) -> Tensor:
-        # preserve_rng_state only where it is needed: reading the generator's state makes a device wait.
+    def __call__(self, block: Block, x: Tensor, rotary: Rotary, *received: Tensor) -> Tensor | tuple[Tensor, ...]:
         return checkpoint(
-            block.body, x, rotary, use_reentrant=False, preserve_rng_state=self.dropout, context_fn=self.contexts
+            block.body,
+            x,
+            rotary,
+            *received,
+            use_reentrant=False,
+            preserve_rng_state=self.dropout,  # only where it is needed: reading the state makes a device wait
+            context_fn=self.contexts,
         )
 
 

@@ -58,7 +58,7 @@ class Reversible:
                 f"CoLAM with keep: latents needs a float32 residual stream, but the strategy casts it to {x.dtype} "
                 f"between layers; set keep: residual_and_latents, or let the strategy leave the layers' inputs alone"
             )
-        return _Run.apply(self, block, x.float(), rotary, *_weights(block))
+        return _Run.apply(self, block, x.float(), rotary, *weights_of(block))
 
 
 def attention_latent(block: Block, x: Tensor, rotary: Rotary, latent: MakeLatent, mix_context: Any) -> Tensor:
@@ -135,10 +135,10 @@ class _Run(Function):
             z = attention_latent(block, x.view_as(x), rotary, _recall(latents[:4]), ctx.recall_attention)
             grad = grad + _pull(z, grad_latent, x, (block.input_layernorm, block.self_attn), o_proj, grads)
         ctx.stream.value = x.detach()
-        return None, None, grad, None, *(grads.get(weight) for weight in _weights(block))
+        return None, None, grad, None, *(grads.get(weight) for weight in weights_of(block))
 
 
-def _weights(module: nn.Module) -> list[Tensor]:
+def weights_of(module: nn.Module) -> list[Tensor]:
     """What the leaves compute with. While FSDP computes, that is no registered parameter but a view of its own."""
     return [leaf.weight for leaf in module.modules() if isinstance(getattr(leaf, "weight", None), Tensor)]
 
@@ -147,7 +147,7 @@ def _undo(projection: LowRank, latent: Tensor, x: Tensor, grad: Tensor, grads: d
     """Take ``expand(latent)`` off the stream again: the stream before it, as a leaf, and the latent's gradient."""
     latent = latent.detach().requires_grad_()
     added = projection.expand(latent.view_as(latent))  # a view: see below
-    weights = _weights(projection.B)
+    weights = weights_of(projection.B)
     grad_latent, *found = torch.autograd.grad(added, [latent, *weights], grad.to(added.dtype))
     grads.update(zip(weights, found, strict=True))
     return (x - added.detach()).requires_grad_(), grad_latent
@@ -155,8 +155,8 @@ def _undo(projection: LowRank, latent: Tensor, x: Tensor, grad: Tensor, grads: d
 
 def _pull(z: Tensor, grad_z: Tensor, x: Tensor, modules: tuple, last: LowRank, grads: dict) -> Tensor:
     """Gradient with respect to the stream ``x`` of a sub-layer that ends in the latent ``z`` of ``last``."""
-    done = set(_weights(last.B))
-    weights = [weight for module in modules for weight in _weights(module) if weight not in done]
+    done = set(weights_of(last.B))
+    weights = [weight for module in modules for weight in weights_of(module) if weight not in done]
     grad_x, *found = torch.autograd.grad(z, [x, *weights], grad_z)
     grads.update(zip(weights, found, strict=True))
     return grad_x
@@ -164,10 +164,10 @@ def _pull(z: Tensor, grad_z: Tensor, x: Tensor, modules: tuple, last: LowRank, g
 
 def _recall(latents: list[Tensor]) -> MakeLatent:
     remembered: Iterator[Tensor] = iter(latents)
-    return lambda projection, x: _Known.apply(x, projection.A.weight, next(remembered))
+    return lambda projection, x: Known.apply(x, projection.A.weight, next(remembered))
 
 
-class _Known(Function):
+class Known(Function):
     """A linear map whose output is known: nothing to compute forwards, its gradients backwards."""
 
     @staticmethod

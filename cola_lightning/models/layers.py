@@ -25,10 +25,40 @@ class Projection(nn.Module):
     """Base of what may stand for one of a layer's seven dense matrices: (…, in_features) -> (…, out_features), without
     bias. A subclass takes the two sizes first, and arguments of its own after them."""
 
+    def in_first_layer(self) -> "Projection":
+        """What stands in the first layer in its place: itself, unless it needs the layer before."""
+        return self
+
     def dense(self) -> Tensor | None:
         """The matrix (out_features, in_features) that does the same, for a projection that is a linear map; it says so
         by overriding this. None for one that is not."""
         return None
+
+
+class CrossLayer(Projection):
+    """A projection that is handed a tensor by the one in its place in the layer before, and hands one on to the next:
+    ``forward(x, received)`` returns its output (…, out_features) and what it hands on. In the first layer ``received``
+    is None."""
+
+
+class Relay:
+    """Calls the projections of one layer, and takes along what :class:`CrossLayer` ones hand on.
+
+    Args:
+        received: What the layer before handed on, in the order in which projections are called: q, k, v, o, gate, up,
+            down. Empty in the first layer, and where projections hand nothing on.
+    """
+
+    def __init__(self, received: tuple[Tensor, ...] = ()) -> None:
+        self.received = received
+        self.handed_on: list[Tensor] = []
+
+    def __call__(self, projection: Projection, x: Tensor) -> Tensor:
+        if not isinstance(projection, CrossLayer):
+            return projection(x)
+        y, handed_on = projection(x, self.received[len(self.handed_on)] if self.received else None)
+        self.handed_on.append(handed_on)
+        return y
 
 
 MakeProjection = Callable[[int, int], Projection]
@@ -43,6 +73,19 @@ class FullRank(NormalLinear, Projection):
 
     def dense(self) -> Tensor:
         return self.weight
+
+
+class Scalar(nn.Module):
+    """A learned number, as a ``weight`` of shape (1,), for sharded strategies cannot cut up what has no dimension."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.start = start
+        self.weight = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.start)
 
 
 class TokenEmbedding(nn.Embedding):

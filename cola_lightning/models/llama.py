@@ -6,18 +6,27 @@ V vocabulary, H attention heads (K key/value heads), E = D / H head dimension.
 Parameter names are those of Hugging Face's ``LlamaForCausalLM``, so its weights load without renaming.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from cola_lightning.errors import InputError
-from cola_lightning.models.layers import FullRank, MakeProjection, NormalLinear, TokenEmbedding
+from cola_lightning.models.layers import FullRank, MakeProjection, NormalLinear, Projection, Relay, TokenEmbedding
 
 Rotary = tuple[Tensor, ...]
 """Cosine and sine of the rotary angles, each (T, E), and where the documents of a row are kept apart the mask of
 :func:`apart`."""
+
+
+Call = Callable[[Projection, Tensor], Tensor]
+"""``f(projection, x)`` is the projection's output for ``x``."""
+
+
+def apply(projection: Projection, x: Tensor) -> Tensor:
+    """The plain call."""
+    return projection(x)
 
 
 def rotary_table(length: int, head_dim: int, theta: float, *, like: Tensor) -> Rotary:
@@ -60,8 +69,9 @@ class Attention(nn.Module):
         self.v_proj = projection(hidden_size, key_value_size)
         self.o_proj = projection(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
-        return self.o_proj(self.mix(self.q_proj(x), self.k_proj(x), self.v_proj(x), rotary))
+    def forward(self, x: Tensor, rotary: Rotary, call: Call = apply) -> Tensor:
+        q, k, v = call(self.q_proj, x), call(self.k_proj, x), call(self.v_proj, x)
+        return call(self.o_proj, self.mix(q, k, v, rotary))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
         """Attention itself: q (B, T, D), k and v (B, T, K * E) -> (B, T, D)."""
@@ -88,8 +98,8 @@ class MLP(nn.Module):
         self.up_proj = projection(hidden_size, intermediate_size)
         self.down_proj = projection(intermediate_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.combine(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x: Tensor, call: Call = apply) -> Tensor:
+        return call(self.down_proj, self.combine(call(self.gate_proj, x), call(self.up_proj, x)))
 
     def combine(self, gate: Tensor, up: Tensor) -> Tensor:
         """The gating itself, all (B, T, F)."""
@@ -97,7 +107,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer, pre-normalised; residual stream (B, T, D) -> (B, T, D).
+    """One decoder layer, pre-normalised; residual stream (B, T, D) -> (B, T, D). Where its projections are
+    :class:`CrossLayer`, it takes what the layer before handed on, and returns the stream and what it hands on itself.
 
     ``checkpoint``, where it is set, runs the layer in training in place of a plain call: it is the seam by which an
     activation-checkpointing policy enters without a wrapper module, so that parameter names stay as they are.
@@ -118,16 +129,31 @@ class Block(nn.Module):
         self.self_attn = Attention(hidden_size, num_heads, num_key_value_heads, projection)
         self.post_attention_layernorm = nn.RMSNorm(hidden_size, rms_norm_eps)
         self.mlp = MLP(hidden_size, intermediate_size, gate_silu, projection)
-        self.checkpoint: Callable[[Block, Tensor, Rotary], Tensor] | None = None
+        self.checkpoint: Callable[..., Tensor | tuple[Tensor, ...]] | None = None
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, *received: Tensor) -> Tensor | tuple[Tensor, ...]:
         if self.checkpoint is not None and torch.is_grad_enabled():
-            return self.checkpoint(self, x, rotary)
-        return self.body(x, rotary)
+            return self.checkpoint(self, x, rotary, *received)
+        return self.body(x, rotary, *received)
 
-    def body(self, x: Tensor, rotary: Rotary) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def body(self, x: Tensor, rotary: Rotary, *received: Tensor) -> Tensor | tuple[Tensor, ...]:
+        relay = Relay(received)
+        x = self.run(x, rotary, relay)
+        return (x, *relay.handed_on) if relay.handed_on else x
+
+    def run(self, x: Tensor, rotary: Rotary, call: Call) -> Tensor:
+        """The layer itself, its projections called by ``call``."""
+        x = x + self.self_attn(self.input_layernorm(x), rotary, call)
+        return x + self.mlp(self.post_attention_layernorm(x), call)
+
+
+def through(layers: Iterable[nn.Module], x: Tensor, rotary: Rotary) -> Tensor:
+    """The residual stream after these layers, each handed what the one before handed on."""
+    received: tuple[Tensor, ...] = ()
+    for layer in layers:
+        out = layer(x, rotary, *received)
+        x, *received = out if isinstance(out, tuple) else (out,)
+    return x
 
 
 class Decoder(nn.Module):
@@ -142,13 +168,13 @@ class Decoder(nn.Module):
         head_dim: int,
         rope_theta: float,
         rms_norm_eps: float,
-        make_block: Callable[[], Block],
+        make_block: Callable[[int], Block],
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.rope_theta = rope_theta
         self.embed_tokens = TokenEmbedding(vocab_size, hidden_size, pad_token_id)
-        self.layers = nn.ModuleList(make_block() for _ in range(num_hidden_layers))
+        self.layers = nn.ModuleList(make_block(index) for index in range(num_hidden_layers))
         self.norm = nn.RMSNorm(hidden_size, rms_norm_eps)
 
     def forward(self, ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
@@ -156,8 +182,7 @@ class Decoder(nn.Module):
         rotary = rotary_table(ids.shape[1], self.head_dim, self.rope_theta, like=x)
         if document_ids is not None:
             rotary = (*rotary, apart(document_ids))
-        for layer in self.layers:
-            x = layer(x, rotary)
+        x = through(self.layers, x, rotary)
         return self.norm(x.to(self.norm.weight.dtype))  # a checkpointing policy may run the stream in float32
 
 
@@ -242,14 +267,14 @@ class Llama(nn.Module):
             head_dim,
             rope_theta,
             rms_norm_eps,
-            lambda: Block(
+            lambda index: Block(
                 hidden_size,
                 intermediate_size,
                 num_attention_heads,
                 key_value_heads,
                 rms_norm_eps,
                 gate_silu,
-                projection,
+                projection if index else lambda in_, out: projection(in_, out).in_first_layer(),
             ),
         )
         self.lm_head = NormalLinear(hidden_size, vocab_size)

@@ -1,6 +1,18 @@
-"""Schedules, and the one optimizer that no library has. Others come from libraries by class_path."""
+"""Schedules, and optimizers that no library has right. Other optimizers come from libraries by class_path."""
 
+from cola_lightning.optim.parameters import MakeOptimizer, MatricesAndRest, Parameters
+from cola_lightning.optim.projected import APOLLO, Fira, GaLore
 from cola_lightning.optim.row_adamw import RowAdamW
 from cola_lightning.optim.schedules import WarmupCosine, WarmupCosineRestarts
 
-__all__ = ["RowAdamW", "WarmupCosine", "WarmupCosineRestarts"]
+__all__ = [
+    "APOLLO",
+    "Fira",
+    "GaLore",
+    "MakeOptimizer",
+    "MatricesAndRest",
+    "Parameters",
+    "RowAdamW",
+    "WarmupCosine",
+    "WarmupCosineRestarts",
+]

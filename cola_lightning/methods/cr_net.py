@@ -1,0 +1,193 @@
+"""CR-Net, cross-layer low-rank residual network (arXiv 2509.18993), and its own way to do without activations.
+
+Every projection adds something of low rank to the output of the same projection in the layer before. So that output can
+be had back from its successor: ``Y_{l-1} = (Y_l - B A x) / s``, and from the last layer downwards all of them, from the
+layers' inputs and the narrow latents ``A x`` alone.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from cola_lightning.errors import InputError
+from cola_lightning.methods.low_rank import LowRank
+from cola_lightning.methods.reversible import Known, weights_of
+from cola_lightning.models.layers import CrossLayer, FullRank, Projection, Relay, Scalar
+from cola_lightning.models.llama import Block, Llama, Rotary
+
+EPSILON = 1e-6
+
+
+class CRNet(CrossLayer):
+    """``Y_l = s(β) Y_{l-1} + B A x`` with ``s(β) = sign(β) (|β| + 1e-6)``, β a learned number for each projection and
+    layer; in the first layer one dense matrix. Y is the raw output, before any rotary angle or nonlinearity.
+
+    The paper's starting values of β, A and B were not at hand; both choices here are ours.
+
+    Args:
+        in_features: Size of the last dimension of the input.
+        out_features: Size of the last dimension of the output.
+        rank: Width R of the bottleneck, between 1 and the smaller side.
+        beta: Where β starts.
+        start: ``zero`` starts B at zero, so that all layers begin with the first one's output times powers of β;
+            ``normal`` starts both factors as :class:`LowRank` does.
+
+    Raises:
+        InputError: If the rank is out of range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        beta: float = 1.0,
+        start: Literal["zero", "normal"] = "zero",
+    ) -> None:
+        super().__init__()
+        factors = LowRank(in_features, out_features, rank)
+        self.A, self.B, self.beta = factors.A, factors.B, Scalar(beta)
+        if start == "zero":
+            self.B.std = 0.0
+            self.B.reset_parameters()
+        self.in_features, self.out_features = in_features, out_features
+
+    def forward(self, x: Tensor, received: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.join(self.A(x), received)
+
+    def join(self, z: Tensor, received: Tensor) -> tuple[Tensor, Tensor]:
+        """From the latent (…, R) and the output before: the output, and the same as it is handed on, which stays in
+        float32 where it was received so."""
+        added = self.B(z)
+        y = self.scale() * received + added
+        return y.to(added.dtype), y
+
+    def scale(self) -> Tensor:
+        beta = self.beta.weight
+        return torch.where(beta < 0, beta - EPSILON, beta + EPSILON)  # never 0, not even at β = 0
+
+    def in_first_layer(self) -> Projection:
+        return FirstOfCRNet(self.in_features, self.out_features)
+
+
+class FirstOfCRNet(FullRank, CrossLayer):
+    """A dense matrix that hands its output on."""
+
+    def forward(self, x: Tensor, received: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y = super().forward(x)
+        return y, y
+
+
+class Recompute:
+    """Keep of each layer its input and seven latents, and of every ``anchor_every``-th, from the last one down, its
+    seven outputs. Backwards, the outputs of the others are recovered from those above; of the projections only the
+    up-projections are done again, and attention. The outputs are handed on and recovered in float32: each recovery
+    divides the error that it inherits by ``s``.
+    """
+
+    def __init__(self, anchor_every: int) -> None:
+        self.anchor_every = anchor_every
+        self.recovered: list[Tensor] = []  # outputs of the layer below the one last run backwards
+
+    def attach(self, network: Llama) -> None:
+        """Make every training step of ``network`` go through this policy."""
+        blocks = list(network.model.layers)
+        self.anchors = set(blocks[:: -self.anchor_every])
+        for block in blocks:
+            for part in (block.self_attn, block.mlp):
+                for name, projection in part.named_children():
+                    if not isinstance(projection, CRNet | FirstOfCRNet):
+                        raise InputError(
+                            f"CRNetRecompute recovers CR-Net's outputs, but {name} is {type(projection).__name__}; "
+                            f"set --model.projection CRNet, or take the CoLAM callback"
+                        )
+            block.checkpoint = self
+
+    # Not traced: what happens in backward below is no graph that torch.compile could hold.
+    @torch.compiler.disable
+    def __call__(self, block: Block, x: Tensor, rotary: Rotary, *received: Tensor) -> tuple[Tensor, ...]:
+        return _Run.apply(self, block, rotary, len(received), x, *received, *weights_of(block))
+
+
+class _Keep(Relay):
+    """Forwards: as ever, the latents noted, and the outputs handed on in float32."""
+
+    def __init__(self, received: tuple[Tensor, ...]) -> None:
+        super().__init__(received)
+        self.latents: list[Tensor] = []
+
+    def __call__(self, projection: Projection, x: Tensor) -> Tensor:
+        if isinstance(projection, CRNet):
+            z = projection.A(x)
+            self.latents.append(z)
+            y, handed_on = projection.join(z, self.received[len(self.handed_on)])
+        else:
+            y, handed_on = projection(x, None)
+        self.handed_on.append(handed_on.float())
+        return y
+
+
+class _Recover(Relay):
+    """Backwards: from known latents and outputs to the outputs of the layer below, as leaves of a graph."""
+
+    def __init__(self, latents: list[Tensor], outputs: list[Tensor]) -> None:
+        super().__init__()
+        self.latents, self.outputs = latents, outputs
+        self.below: list[Tensor] = []
+
+    def __call__(self, projection: Projection, x: Tensor) -> Tensor:
+        number = len(self.handed_on)
+        known = self.outputs[number]
+        if not isinstance(projection, CRNet):
+            y = Known.apply(x, projection.weight, known.to(x.dtype))
+            self.handed_on.append(y.float())
+            return y
+        added = projection.B(Known.apply(x, projection.A.weight, self.latents[number]))
+        scale = projection.scale()
+        below = ((known - added.detach()) / scale.detach()).requires_grad_()
+        self.below.append(below)
+        y = scale * below + added
+        self.handed_on.append(y)
+        return y.to(added.dtype)
+
+
+class _Run(Function):
+    """One layer, forwards as ever, backwards by what was kept."""
+
+    @staticmethod
+    def forward(ctx: Any, policy: Recompute, block: Block, rotary: Rotary, count: int, x: Tensor, *rest: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        relay = _Keep(rest[:count])
+        out = block.run(x, rotary, relay)
+        anchored = relay.handed_on if block in policy.anchors else []
+        ctx.save_for_backward(x, *relay.latents, *anchored)
+        ctx.policy, ctx.block, ctx.rotary, ctx.count, ctx.latents = policy, block, rotary, count, len(relay.latents)
+        device = x.device.type
+        ctx.autocast = {
+            "device_type": device,
+            "enabled": torch.is_autocast_enabled(device),
+            "dtype": torch.get_autocast_dtype(device),
+        }
+        return (out, *relay.handed_on)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        policy, block = ctx.policy, ctx.block
+        x, *kept = (tensor.detach() for tensor in ctx.saved_tensors)  # the anchors are this node's own outputs
+        latents, outputs = kept[: ctx.latents], kept[ctx.latents :] or policy.recovered
+        weights = weights_of(block)
+        x.requires_grad_()
+        relay = _Recover(latents, outputs)
+        with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            # A view: hooks that wait for the gradients of a module's inputs cannot watch a leaf of a backward pass
+            # inside this one.
+            out = block.run(x.view_as(x), ctx.rotary, relay)
+        pairs = [(y, g) for y, g in zip([out, *relay.handed_on], grads, strict=True) if g is not None]
+        ends, starts = zip(*pairs, strict=True)
+        found = torch.autograd.grad(ends, [x, *relay.below, *weights], starts, allow_unused=True)
+        policy.recovered = [below.detach() for below in relay.below]
+        return None, None, None, None, *found

@@ -1,0 +1,87 @@
+"""Which parameters an optimizer is for, and one optimizer made of two."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from cola_lightning.errors import InputError
+from cola_lightning.models import Projection
+
+MakeOptimizer = Callable[[Iterable], Optimizer]
+"""``f(parameters)`` makes the optimizer."""
+
+
+class Parameters:
+    """The parameters of a network, told apart. To iterate gives them all, so that any optimizer takes this object.
+
+    Attributes:
+        matrices: Trained matrices of the projections: of a full-rank one its weight, of a low-rank one both factors.
+        rest: Whatever else is trained: embedding, head, norms, scalars.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.all = list(network.parameters())
+        projections = (module for module in network.modules() if isinstance(module, Projection))
+        inside = {id(p) for projection in projections for p in projection.parameters() if p.ndim == 2}
+        trained = [p for p in self.all if p.requires_grad]
+        self.matrices = [p for p in trained if id(p) in inside]
+        self.rest = [p for p in trained if id(p) not in inside]
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return iter(self.all)
+
+
+class MatricesAndRest(Optimizer):
+    """Two optimizers that look like one to trainer, schedule and checkpoint: one for the projections' matrices, one for
+    the rest. A schedule scales the learning rates of both. Matrices must be whole: for one device, and DDP.
+
+    Args:
+        params: The module hands over its :class:`Parameters`.
+        matrices: Makes the optimizer of the projections' matrices.
+        rest: Makes the optimizer of everything else: embedding, head, norms.
+
+    Raises:
+        InputError: If the parameters are not told apart, or the network has no projection that is trained.
+    """
+
+    whole_matrices = True  # sharded strategies are refused, see cola_lightning.strategies
+
+    def __init__(self, params: Iterable, matrices: MakeOptimizer, rest: MakeOptimizer) -> None:
+        if not isinstance(params, Parameters):
+            raise InputError(f"MatricesAndRest was given a {type(params).__name__}; give it Parameters(network)")
+        if not params.matrices:
+            raise InputError("MatricesAndRest finds no trained matrix in any projection; name a plain optimizer")
+        self.parts = (matrices(params.matrices), rest(params.rest))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let both see the same groups and the same state as this object shows."""
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.state = defaultdict(dict, {p: state for part in self.parts for p, state in part.state.items()})
+        for part in self.parts:
+            part.state = self.state
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Each part takes its own, for some have to mend what loading does to their state."""
+        groups = iter(state_dict["param_groups"])
+        for part in self.parts:
+            own = [next(groups) for _ in part.param_groups]
+            numbers = {number for group in own for number in group["params"]}
+            state = {number: value for number, value in state_dict["state"].items() if number in numbers}
+            part.state = defaultdict(dict)
+            part.load_state_dict({"state": state, "param_groups": own})
+        self._share()

@@ -1,0 +1,196 @@
+"""Small comparisons, carried out by real processes, one of which is killed."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cola_lightning.cli import main, resolve
+from cola_lightning.compare.plan import Method, Plan
+from cola_lightning.errors import InputError
+from tests.conftest import REPOSITORY
+
+GALORE = str(REPOSITORY / "configs" / "method" / "galore.yaml")
+
+
+@pytest.fixture(scope="module")
+def run_file(tiny_run, tmp_path_factory) -> str:
+    """What all methods here build on: six steps of a tiny network."""
+    file = tmp_path_factory.mktemp("plans") / "run.yaml"
+    flags = ["--model.optimizer.lr=0.01", "--trainer.val_check_interval=6"]
+    settings = resolve([flag for flag in tiny_run if "val_check" not in flag] + flags)
+    kept = ("trainer", "checkpoint", "model", "data")
+    file.write_text(yaml.safe_dump({name: settings[name] for name in kept}))
+    return str(file)
+
+
+def write_plan(folder: Path, run_file: str, **changes) -> list[str]:
+    plan = {
+        "configs": [run_file],
+        "methods": {
+            "CoLA": {"flags": {"model.projection.rank": 4}},
+            "GaLore, full rank": {"configs": [GALORE], "flags": {"model.projection": "FullRank"}},
+        },
+        "learning_rates": [1, 0.5],
+        "seeds": [1, 2],
+    }
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan | changes, sort_keys=False))
+    return ["compare", f"--config={folder / 'plan.yaml'}", f"--folder={folder / 'out'}"]
+
+
+def results(folder: Path) -> dict[str, dict]:
+    return {str(file.parent.relative_to(folder)): json.loads(file.read_text()) for file in folder.rglob("result.json")}
+
+
+@pytest.fixture(scope="module")
+def compared(run_file, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("compared")
+    main([*write_plan(folder, run_file), "--jobs=2"])
+    return folder
+
+
+def test_every_method_has_the_same_trials_and_its_best_another_seed(compared):
+    found = results(compared / "out")
+    for method in ("cola", "galore-full-rank"):
+        sweep = {factor: found[f"{method}/lr-x{factor}-seed-1"] for factor in ("0.5", "1")}
+        best = min(sweep, key=lambda factor: sweep[factor]["perplexity"])
+        assert found.pop(f"{method}/lr-x{best}-seed-2")["seed"] == 2
+        found = {name: result for name, result in found.items() if not name.startswith(method)}
+    assert not found
+    results_ = results(compared / "out")
+    assert results_["cola/lr-x0.5-seed-1"]["learning_rates"] == [0.005]
+    assert results_["galore-full-rank/lr-x0.5-seed-1"]["learning_rates"] == [0.005]  # both of its optimizers'
+    assert results_["cola/lr-x1-seed-1"]["tokens"] == 6 * 4 * 31
+    assert [point[:2] for point in results_["cola/lr-x1-seed-1"]["curve"]] == [[n, n * 124] for n in range(1, 7)]
+    assert not list((compared / "out").rglob("*.ckpt"))
+
+
+def test_the_report_has_what_was_counted_and_measured(compared):
+    report = compared / "out" / "report"
+    rows = {row["method"]: row for row in json.loads((report / "results.json").read_text())["methods"]}
+    cola, galore = rows["CoLA"], rows["GaLore, full rank"]
+    d, f, layers, rank = 32, 48, 2, 4
+    shared = 2 * 300 * d + 5 * d
+    assert cola["parameters_m"] * 1e6 == pytest.approx(shared + layers * rank * (11 * d + 3 * f))
+    assert cola["optimizer_mb"] * 1e6 == pytest.approx(8 * cola["parameters_m"] * 1e6, rel=0.01)  # two float32 moments
+    assert galore["parameters_m"] * 1e6 == pytest.approx(shared + layers * (4 * d * d + 3 * d * f))
+    assert galore["mflops_per_token"] > cola["mflops_per_token"] > 0
+    assert galore["tflops"] == pytest.approx(galore["mflops_per_token"] * 6 * 4 * 32 / 1e6)
+    kept = [result["perplexity"] for name, result in results(compared / "out").items() if name.startswith("cola")]
+    assert cola["perplexity"] == pytest.approx(sum(cola["perplexities"]) / 2)
+    assert set(cola["perplexities"]) <= set(kept)
+    assert min(cola["sweep"].values()) in cola["perplexities"]
+    text = (report / "table.md").read_text()
+    assert "Each method was tried with the same 2 learning rates, its own times 0.5, 1" in text
+    assert "2 of 2" in text
+    assert len(list(csv.DictReader((report / "results.csv").open()))) == 2
+    for name in ("loss_tokens", "loss_flops", "perplexity_memory"):
+        assert (report / f"{name}.png").stat().st_size > 10_000
+
+
+def test_what_has_finished_is_kept(compared, capsys):
+    before = {file: file.stat().st_mtime_ns for file in (compared / "out").rglob("result.json")}
+    main(["compare", f"--config={compared / 'plan.yaml'}", f"--folder={compared / 'out'}"])
+    assert capsys.readouterr().out.count("finished before") == 6
+    assert before == {file: file.stat().st_mtime_ns for file in (compared / "out").rglob("result.json")}
+
+
+def test_another_plan_in_the_same_folder_is_refused(compared, run_file, capsys, tmp_path):
+    flags = write_plan(tmp_path, run_file, flags={"trainer.max_steps": 7})
+    with pytest.raises(SystemExit, match="2"):
+        main([*flags[:2], f"--folder={compared / 'out'}"])
+    assert "was begun with another trainer.max_steps than the plan has now" in capsys.readouterr().err
+
+
+def test_single_cells_and_one_that_fails(run_file, tmp_path, capsys):
+    """The second method's width does not fit its heads; the first is carried out all the same."""
+    methods = {"good": {}, "bad": {"flags": {"model.num_attention_heads": 5}}}
+    flags = write_plan(tmp_path, run_file, methods=methods, learning_rates=[1])
+    with pytest.raises(SystemExit, match="2"):
+        main([*flags, "--cell=2"])
+    assert "cell 2 is good at its best learning rate; run cell 0 first" in capsys.readouterr().err
+    for cell in (0, 1, 2):
+        main([*flags, f"--cell={cell}"])
+    assert "bad, learning rate x 1, seed 1: failed, see" in capsys.readouterr().out
+    main([*flags, "--jobs=0"])
+    text = (tmp_path / "out" / "report" / "table.md").read_text()
+    assert "| bad | failed |" in text
+    assert len(results(tmp_path / "out")) == 2
+    assert "does not divide hidden_size 32" in (tmp_path / "out" / "bad" / "lr-x1-seed-1" / "failed.txt").read_text()
+
+
+def test_killed_for_real_it_goes_on_from_its_checkpoint(run_file, tmp_path):
+    steps = {"trainer.max_steps": 150, "trainer.val_check_interval": 150, "checkpoint.every_n_train_steps": 5}
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    plans = {
+        name: write_plan(tmp_path / name, run_file, methods={"CoLA": {}}, learning_rates=[1], seeds=[1], flags=steps)
+        for name in ("whole", "broken")
+    }
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    folder = tmp_path / "broken" / "out" / "cola" / "lr-x1-seed-1"
+    last = folder / "checkpoints" / "last.ckpt"
+    with subprocess.Popen([sys.executable, "-m", "cola_lightning", *plans["broken"]], env=environment) as process:
+        until = time.monotonic() + 240
+        while not last.exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    time.sleep(1)
+    reached = torch.load(last, weights_only=True)["global_step"]
+    time.sleep(1)
+    assert reached == torch.load(last, weights_only=True)["global_step"] < 150  # the run ended with its parent
+    assert not results(tmp_path / "broken")
+    for plan in plans.values():
+        main(plan)
+    assert f"{last}" in (folder / "output.log").read_text()
+    whole, broken = (next(iter(results(tmp_path / name).values())) for name in ("whole", "broken"))
+    assert broken["curve"] == whole["curve"]
+    assert broken["perplexity"] == whole["perplexity"]
+
+
+def make(**changes) -> Plan:
+    arguments = {"configs": [], "flags": {}, "methods": {"a": Method(), "b": Method()}, "learning_rates": [3, 1],
+                 "seeds": [1, 2, 3], "resolve": lambda flags: {}}  # fmt: skip
+    return Plan(**(arguments | changes))
+
+
+def test_cells_are_numbered_sweep_first():
+    cells = [(cell.number, cell.method, cell.factor, cell.seed) for cell in make().cells]
+    assert cells == [
+        (0, "a", 1, 1), (1, "a", 3, 1), (2, "b", 1, 1), (3, "b", 3, 1),
+        (4, "a", None, 2), (5, "a", None, 3), (6, "b", None, 2), (7, "b", None, 3),
+    ]  # fmt: skip
+
+
+def test_learning_rates_are_scaled_wherever_they_stand():
+    optimizer = {"init_args": {"matrices": {"init_args": {"lr": 0.02, "rank": 4}}, "rest": {"init_args": {"lr": 0.01}}}}
+    plan = make(resolve=lambda flags: {"model": {"optimizer": optimizer}})
+    made = plan.configuration("a", 0.5, 7, Path("x"))
+    parts = made["model"]["optimizer"]["init_args"]
+    assert parts == {"matrices": {"init_args": {"lr": 0.01, "rank": 4}}, "rest": {"init_args": {"lr": 0.005}}}
+    assert (made["seed_everything"], made["run_dir"]) == (7, "x")
+    assert plan.configuration("a", 1, 7, Path("x"))["model"]["optimizer"] == optimizer
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": {}}, r"methods is \[\]; it must name at least one"),
+        ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; it must name at least one, and none twice"),
+        ({"learning_rates": [0, 1]}, "each must be above 0"),
+        ({"methods": {"A b": Method(), "a-B": Method()}}, "would share a folder"),
+        ({"configs": ["gone.yaml"]}, "gone.yaml does not exist"),
+    ],
+)
+def test_bad_plans_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        make(**changes)

@@ -1,0 +1,69 @@
+"""Ten steps with each optimizer of whole matrices; as a program, on two ranks: ``ranks_run.py FILE``.
+
+Writes the losses, and whether any weight differs between ranks, to FILE.
+"""
+
+import json
+import os
+import socket
+import sys
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch.optim import AdamW, Muon
+
+from cola_lightning.module import LanguageModel
+from cola_lightning.optim import APOLLO, Fira, GaLore, MatricesAndRest, WarmupCosine
+from tests.parity_run import Curve, Data
+
+MATRICES = {
+    "GaLore": partial(GaLore, lr=0.05, rank=4, refresh_every=3),
+    "Fira": partial(Fira, lr=0.01, rank=4, refresh_every=3),
+    "APOLLO": partial(APOLLO, lr=0.01, rank=4, refresh_every=3),
+    "Muon": partial(Muon, lr=0.02),
+}
+
+
+def train(name: str, devices: int) -> dict:
+    curve = Curve()
+    trainer = L.Trainer(
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=10, max_epochs=1,
+        log_every_n_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[curve],
+    )  # fmt: skip
+    L.seed_everything(0)
+    model = LanguageModel(
+        64, 32, 48, 2, 4,
+        optimizer=partial(MatricesAndRest, matrices=MATRICES[name], rest=partial(AdamW, lr=0.01)),
+        schedule=partial(WarmupCosine, warmup_steps=2),
+    )  # fmt: skip
+    trainer.fit(model, datamodule=Data())
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    theirs = weights.clone()
+    if devices > 1:
+        dist.broadcast(theirs, 0)
+        differ = torch.tensor(float(not torch.equal(weights, theirs)))
+        dist.all_reduce(differ)
+        return {"losses": curve.losses, "ranks_differ": bool(differ)}
+    return {"losses": curve.losses, "ranks_differ": False}
+
+
+def main(file: str) -> None:
+    """One fork is rank 1, so that the libraries are imported once."""
+    torch.set_num_threads(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
+    child = os.fork()
+    os.environ["LOCAL_RANK"] = "0" if child else "1"
+    results = {name: train(name, 2) for name in MATRICES}
+    if child:
+        Path(file).write_text(json.dumps(results))
+        os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
