@@ -15,6 +15,18 @@ def accumulate(trainer: L.Trainer, global_batch_size: int, batch_size: int) -> N
         InputError: If that is no whole number of micro-batches on each device; names the nearest sizes that are.
     """
     replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+    micro_batches = count_micro_batches(global_batch_size, batch_size, replicas)
+    if isinstance(trainer.val_check_interval, int):
+        trainer.val_check_interval = trainer.val_check_interval // trainer.accumulate_grad_batches * micro_batches
+    trainer.accumulate_grad_batches = micro_batches
+
+
+def count_micro_batches(global_batch_size: int, batch_size: int, replicas: int) -> int:
+    """Micro-batches of ``batch_size`` rows that each of ``replicas`` devices adds to an optimizer step.
+
+    Raises:
+        InputError: As :func:`accumulate`.
+    """
     together = batch_size * replicas
     micro_batches, left = divmod(global_batch_size, together)
     if left or not micro_batches:
@@ -23,6 +35,4 @@ def accumulate(trainer: L.Trainer, global_batch_size: int, batch_size: int) -> N
             f"--data.global_batch_size {global_batch_size} is no multiple of --data.batch_size {batch_size} x "
             f"{replicas} devices; the nearest that are: {' and '.join(map(str, sizes))}; or change --data.batch_size"
         )
-    if isinstance(trainer.val_check_interval, int):
-        trainer.val_check_interval = trainer.val_check_interval // trainer.accumulate_grad_batches * micro_batches
-    trainer.accumulate_grad_batches = micro_batches
+    return micro_batches

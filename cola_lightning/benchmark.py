@@ -1,67 +1,20 @@
 """What a training step costs, measured: FLOPs counted by operation, bytes by what stays alive, time by the clock."""
 
-import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from cola_lightning.callbacks import CoLAM
+from cola_lightning.costs.counters import count_flops, kept_bytes
 from cola_lightning.models.llama import Rotary, rotary_table
 from cola_lightning.module import LanguageModel
-
-aten = torch.ops.aten
-# The counter knows every attention kernel but the CPU's. As for the others, causality is not taken off.
-CPU_ATTENTION = {
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(
-        q, k, v
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda g, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(g, q, k, v)
-    ),
-}
-
-
-def count_flops(run: Callable[[], Any]) -> int:
-    """FLOPs of the matrix products and attention in ``run()``; a multiply-add counts as two."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def kept_bytes(run: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
-    """Bytes that are alive after ``run()`` because of it, besides its result and the storages of ``known``."""
-    with _Allocations() as allocations:
-        result = run()
-    gc.collect()
-    excluded = {tensor.untyped_storage()._cdata for tensor in (result, *known)}
-    return sum(size for key, (ref, size) in allocations.seen.items() if key not in excluded and not ref.expired())
-
-
-class _Allocations(TorchDispatchMode):
-    """Every storage that an operation returns, and its size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return out
 
 
 def benchmark(

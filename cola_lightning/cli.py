@@ -9,25 +9,40 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 # Imported so that their classes can be named without a path.
 import cola_lightning.data
 import cola_lightning.methods  # noqa: F401
-from cola_lightning import benchmark, completion
-from cola_lightning.callbacks import Dashboard, HyperParameters, Ledger, Memory, Predictions, Progress, Throughput
+from cola_lightning import benchmark, completion, estimate
+from cola_lightning.callbacks import (
+    Checkpoints,
+    Dashboard,
+    HyperParameters,
+    Ledger,
+    Memory,
+    OutOfMemoryAdvice,
+    Predictions,
+    Progress,
+    Throughput,
+)
+from cola_lightning.checkpoints import damage, read_state, refuse_code
+from cola_lightning.checkpoints.newest import newest_whole
 from cola_lightning.config_files import ConfigFile
 from cola_lightning.data import prepare
 from cola_lightning.errors import InputError
 from cola_lightning.module import LanguageModel
+from cola_lightning.precision import refuse_precision
+from cola_lightning.strategies import refuse_mismatch
 
 USAGE = "[--config FILE] [--NAME VALUE ...]"
 MORE_VERBS = (
-    "Besides: 'prepare' tokenises a data set beforehand, 'benchmark --config FILE [--json FILE]' measures a training "
-    "step, 'schema' prints a JSON schema of the run files, and 'completion SHELL' a completion script."
+    "Besides: 'prepare' tokenises a data set beforehand, 'estimate --config FILE [--gpus N] [--gpu NAME]' tells what a "
+    "run will cost, 'benchmark --config FILE [--json FILE]' measures a training step, 'schema' prints a JSON schema of "
+    "the run files, and 'completion SHELL' a completion script."
 )
 
 
@@ -50,7 +65,15 @@ class CLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
-                "callbacks": [Throughput(), Memory(), Ledger(), Predictions(), HyperParameters(), Dashboard()],
+                "callbacks": [
+                    Throughput(),
+                    Memory(),
+                    Ledger(),
+                    Predictions(),
+                    OutOfMemoryAdvice(),
+                    HyperParameters(),
+                    Dashboard(),
+                ],
                 "max_epochs": -1,  # runs are counted in steps; an epoch is what is left of the run
                 "enable_model_summary": False,  # the module tells the network's size; the metrics have none
             },
@@ -79,8 +102,7 @@ class CLI(LightningCLI):
             default=None,
             help="Directory of the run: its events, checkpoints and configuration. Without it, runs/version_0, 1, …",
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True})
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.typed = args
@@ -96,22 +118,51 @@ class CLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
-        """Take from a checkpoint file what the command line and its files are silent about.
+        """Find the checkpoint that is meant, look whether it can be trusted, and take from it what the command line and
+        its files are silent about.
 
-        Lightning's own way is the reverse: there, what the checkpoint holds replaces what was typed.
+        Lightning's own way with the last is the reverse: there, what the checkpoint holds replaces what was typed.
         """
-        path = self.config.get("subcommand") and self.config[self.config.subcommand].get("ckpt_path")
-        if not path or not Path(path).is_file():
+        config = self.config.get("subcommand") and self.config[self.config.subcommand]
+        if not config or not config.get("ckpt_path"):
             return
-        stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True).get("hyper_parameters", {})
+        path = self._find_checkpoint(config)
+        config["ckpt_path"] = path and str(path)
+        if path is None:
+            return
+        stored = read_state(path).get("hyper_parameters", {})
         stored = {key: value for key, value in stored.items() if not key.startswith("_")}
         verb = self.typed.index(self.config.subcommand) + 1
         below = ["--config", yaml.safe_dump({"model": stored})]
         self.config = self.parser.parse_args([*self.typed[:verb], *below, *self.typed[verb:]])
+        self.config[self.config.subcommand]["ckpt_path"] = str(path)
         model = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.config.subcommand]["model"]
         for key, old in stored.items():
             if model.get(key) != old:
                 rank_zero_warn(f"--model.{key} is {model.get(key)} now; in {path} it was {old}")
+
+    def _find_checkpoint(self, config: Any) -> Path | None:
+        """The checkpoint that ``--ckpt_path`` means; None where a run is to go on from its last and has none yet."""
+        if config.ckpt_path != "last":
+            path = Path(config.ckpt_path)
+            refuse_code(path)
+            if problem := damage(path):
+                raise InputError(
+                    f"--ckpt_path {path} is damaged: {problem}; name another, or take the newest that is whole by "
+                    "--ckpt_path last"
+                )
+            return path
+        folder = config.checkpoint.dirpath or (config.run_dir and Path(config.run_dir, "checkpoints"))
+        if folder is None:
+            raise InputError("--ckpt_path last needs to know of which run; set --run_dir, or name the checkpoint")
+        path = newest_whole(Path(folder))
+        if path:
+            refuse_code(path)
+        elif self.config.subcommand != "fit":
+            raise InputError(f"--ckpt_path last finds no checkpoint in {folder}; train first, or set --run_dir")
+        else:
+            rank_zero_info(f"No checkpoint in {folder} yet: the run begins")
+        return path
 
     # -- what is made of it -------------------------------------------------------------------------------------------
 
@@ -134,7 +185,8 @@ class CLI(LightningCLI):
         resumes = self._get(self.config_init, "ckpt_path")
         if self.subcommand == "fit" and run_dir and not resumes and list(Path(checkpoint.dirpath).glob("*.ckpt")):
             raise InputError(
-                f"{run_dir} holds a run already; go on with it by --ckpt_path last, or choose another --run_dir"
+                f"{run_dir} holds a run already; go on with it by --ckpt_path last (if that finds all its checkpoints "
+                "damaged, move them away), or choose another --run_dir"
             )
         if trainer["logger"] in (None, True):
             kwargs["logger"] = TensorBoardLogger(
@@ -143,7 +195,29 @@ class CLI(LightningCLI):
         callbacks = trainer["callbacks"] or []
         if trainer["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             kwargs["callbacks"] = [*callbacks, Progress()]
-        return super().instantiate_trainer(**kwargs)
+        refuse_precision(trainer["precision"], trainer["accelerator"])
+        trainer = super().instantiate_trainer(**kwargs)
+        if resumes:
+            refuse_mismatch(trainer.strategy, Path(resumes), trainer.world_size)
+        return trainer
+
+
+class Settings(CLI):
+    """The settings of a run that is not made: a trainer would ask for the devices that they name."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return self._get(self.config_init, "trainer")
+
+
+def predict_costs(args: list[str]) -> None:
+    """The verb ``estimate``: options of its own, then those of ``fit``."""
+    options, rest = estimate.parser().parse_known_args(args)
+    flags = [[f"--config={file}", *rest] for file in options.models] or [rest]
+    plans = [
+        estimate.plan(cli.model, cli.datamodule, cli.trainer, options.gpus)
+        for cli in (Settings(each, run=False) for each in flags)
+    ]
+    estimate.report(plans, options)
 
 
 def measure(args: list[str]) -> None:
@@ -165,6 +239,8 @@ def main(args: list[str] | None = None) -> None:
         match args:
             case ["benchmark", *rest]:
                 measure(rest)
+            case ["estimate", *rest]:
+                predict_costs(rest)
             case ["prepare", *rest]:
                 prepare.main(rest)
             case _:
@@ -172,3 +248,8 @@ def main(args: list[str] | None = None) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        if not getattr(error, "__notes__", None):
+            raise
+        print(f"error: {str(error).split('. ')[0]}", *error.__notes__, sep="\n", file=sys.stderr)
+        sys.exit(1)

@@ -1,13 +1,15 @@
 """The LightningModule: loss, measures and optimizer around a network that ``configure_model`` builds."""
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -18,7 +20,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.metrics import Perplexity, PublishedPerplexity, TokenLoss
 from cola_lightning.models import FullRank, Llama, MakeProjection
 from cola_lightning.optim import WarmupCosine
-from cola_lightning.strategies import clip_gradients, shard
+from cola_lightning.strategies import builds_lazily, clip_gradients, shard
 
 MakeOptimizer = Callable[[Iterable], Optimizer]
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]
@@ -31,6 +33,14 @@ clipping (none under DeepSpeed, which knows it only afterwards)."""
 def at_log_step(trainer: L.Trainer) -> bool:
     """Whether an optimizer step that the trainer will log has just been made."""
     return not trainer.fit_loop._should_accumulate() and trainer.global_step % trainer.log_every_n_steps == 0
+
+
+def next_token_losses(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Next-token losses in nats (B, T-1), zero where ignored, and where they were not (B, T-1)."""
+    logits = network(batch["input_ids"], batch.get("document_ids"))[:, :-1]
+    labels = batch["labels"][:, 1:]
+    losses = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses.view_as(labels), labels != IGNORE
 
 
 class LanguageModel(L.LightningModule):
@@ -83,7 +93,8 @@ class LanguageModel(L.LightningModule):
         # everything is: there Lightning stores what was typed. From Python the three factories are code.
         for name in [name for name, value in self.hparams.items() if callable(value)]:
             del self.hparams[name]
-        self.build = lambda: Llama(
+        self.build = partial(
+            Llama,
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
@@ -132,13 +143,15 @@ class LanguageModel(L.LightningModule):
         if hasattr(self, "network"):
             return
         rank_zero_info(f"Building a network of {self.parameter_count:,} parameters")
-        self.network = self.build()
+        strategy = self.trainer.strategy if self._trainer else None
+        with torch.device("meta") if builds_lazily(strategy) else nullcontext():
+            self.network = self.build()
         for transform in self.transforms:
             transform(self.network)
         if self.compile_layers:
             for layer in self.network.model.layers:
                 layer.compile()
-        shard(self.network, self.trainer.strategy if self._trainer else None)
+        shard(self.network, strategy)
 
     def _check_data(self) -> None:
         data = getattr(self.trainer, "datamodule", None)
@@ -171,7 +184,7 @@ class LanguageModel(L.LightningModule):
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        losses, kept = self._losses(batch)
+        losses, kept = next_token_losses(self, batch)
         loss_sum, tokens = losses.sum(), kept.sum()
         self.train_loss.update(loss_sum.detach(), tokens)
         return loss_sum / tokens.clamp(min=1)
@@ -195,23 +208,16 @@ class LanguageModel(L.LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Per row: the summed loss in nats and the number of predicted tokens, each (B,)."""
-        losses, kept = self._losses(batch)
+        losses, kept = next_token_losses(self, batch)
         return {"loss_sum": losses.sum(dim=1), "tokens": kept.sum(dim=1)}
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
-        losses, kept = self._losses(batch)
+        losses, kept = next_token_losses(self, batch)
         loss_sum, tokens = losses.sum(), kept.sum()
         self.perplexity.update(loss_sum, tokens)
         self.published_perplexity.update(loss_sum, tokens)
         self.log(f"{stage}/perplexity", self.perplexity, on_epoch=True, prog_bar=True)
         self.log(f"{stage}/perplexity_as_published", self.published_perplexity, on_epoch=True)
-
-    def _losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Next-token losses in nats (B, T-1), zero where ignored, and where they were not (B, T-1)."""
-        logits = self(batch["input_ids"], batch.get("document_ids"))[:, :-1]
-        labels = batch["labels"][:, 1:]
-        losses = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-        return losses.view_as(labels), labels != IGNORE
 
     # -- optimizer ----------------------------------------------------------------------------------------------------
 

@@ -40,11 +40,16 @@ def tiny_trainer(*callbacks, steps: int, vocab_size: int = 50, **trainer) -> tup
     batches = []
     for ids in torch.randint(1, vocab_size, (6, 3, 8)):
         batches.append({"input_ids": ids, "labels": ids.where(torch.rand(3, 8) < 0.8, -100)})
-    settings = {"logger": False, "log_every_n_steps": 1} | trainer
+    settings = {
+        "logger": False,
+        "log_every_n_steps": 1,
+        "enable_checkpointing": False,
+        "limit_train_batches": steps,
+        "devices": 1,
+    }
     run = L.Trainer(
-        accelerator="cpu", max_steps=steps, max_epochs=1, limit_train_batches=steps, num_sanity_val_steps=0,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=list(callbacks), **settings,
+        accelerator="cpu", max_steps=steps, max_epochs=1, num_sanity_val_steps=0, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=list(callbacks), **(settings | trainer),
     )  # fmt: skip
     return run, model, batches
 

@@ -1,12 +1,9 @@
-"""Twenty steps under one strategy, as a program: ``parity_run.py STRATEGY DEVICES OUT KEEP...``.
+"""Twenty steps under one strategy, as the ranks of ``tests.processes`` run them.
 
-Global batch, seed and data are the same whatever the strategy. For each way of checkpointing (CoLA-M's ``keep``, or
-none), the losses and the gradient norms before clipping are written to OUT as JSON.
+Global batch, seed and data are the same whatever the strategy.
 """
 
 import json
-import os
-import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -16,16 +13,18 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import Dataset
 
-from cola_lightning.callbacks import CoLAM
+from cola_lightning.callbacks import Checkpoints, CoLAM
 from cola_lightning.data.loader import TrainLoader
-from cola_lightning.methods import CoLA
+from cola_lightning.methods import CoLA, LoRA, SLTrain
 from cola_lightning.module import LanguageModel
 from cola_lightning.optim import WarmupCosine
+from cola_lightning.strategies import FSDP2Strategy, ZeROStrategy, refuse_mismatch
 
 STEPS, GLOBAL_BATCH, CLIP = 20, 8, 0.5
+METHODS = {"lora": partial(LoRA, rank=8, dropout=0), "sltrain": partial(SLTrain, rank=8, sparsity=0.1)}
 
 
-class DeepSpeedOnCPU(DeepSpeedStrategy):
+class DeepSpeedOnCPU(ZeROStrategy):
     """Lightning admits DeepSpeed on CUDA only, though it runs on the CPU: its checks of the device are left out."""
 
     def setup_environment(self):
@@ -60,10 +59,22 @@ class Rows(Dataset):
 
 
 class Data(L.LightningDataModule):
+    def state_dict(self):
+        return {"position": self.loader.position}
+
+    def load_state_dict(self, state_dict):
+        self.position = state_dict["position"]
+
+    position = 0
+
     def train_dataloader(self):
         ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
         replicas = ranks["num_replicas"]
-        return TrainLoader(Rows(), GLOBAL_BATCH // replicas, STEPS, seed=1, replicas=replicas, rank=ranks["rank"])
+        self.loader = TrainLoader(
+            Rows(), GLOBAL_BATCH // replicas, STEPS, seed=1, position=self.position, replicas=replicas,
+            rank=ranks["rank"],
+        )  # fmt: skip
+        return self.loader
 
 
 class Curve(L.Callback):
@@ -78,39 +89,49 @@ class Curve(L.Callback):
 
     def note(self, trainer):
         """The values of the step before, which are logged when it has ended."""
-        if trainer.global_step:
+        if "train/loss" in trainer.callback_metrics:
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
             self.norms.append(float(trainer.callback_metrics["train/gradient_norm"]))
 
 
-def train(strategy: str, devices: int, keep: str) -> Curve:
-    if strategy.startswith("deepspeed"):
-        strategy = DeepSpeedOnCPU(
-            stage=int(strategy[-1]), process_group_backend="gloo", logging_batch_size_per_gpu=GLOBAL_BATCH // devices
-        )
+def strategy_named(name: str, ranks: int) -> object:
+    match name.split("_"):
+        case ["fsdp2", "sharded"]:
+            return FSDP2Strategy(save_distributed_checkpoint=True)
+        case ["deepspeed", stage, *offload]:
+            return DeepSpeedOnCPU(
+                stage=int(stage), process_group_backend="gloo", logging_batch_size_per_gpu=GLOBAL_BATCH // ranks,
+                offload_optimizer=bool(offload), offload_parameters=bool(offload) and stage == "3", pin_memory=False,
+            )  # fmt: skip
+        case _:
+            return name
+
+
+def train(strategy: str, ranks: int, out: str, keep: str = "none", resume: str | None = None) -> None:
+    """Write the losses and the gradient norms before clipping to OUT/curve.json, and checkpoints at steps 10 and 20."""
+    torch.set_num_threads(1)
     curve = Curve()
     trainer = L.Trainer(
-        accelerator="cpu", devices=devices, strategy=strategy, max_steps=STEPS, max_epochs=1, log_every_n_steps=1,
-        gradient_clip_val=CLIP, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[curve, *([] if keep == "none" else [CoLAM(keep)])],
+        accelerator="cpu", devices=ranks, strategy=strategy_named(strategy, ranks), max_steps=STEPS, max_epochs=1,
+        log_every_n_steps=1, gradient_clip_val=CLIP, logger=False, enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[curve, Checkpoints(10, dirpath=out), *([] if keep in ("none", *METHODS) else [CoLAM(keep)])],
     )  # fmt: skip
+    if resume:
+        refuse_mismatch(trainer.strategy, Path(resume), trainer.world_size)
     L.seed_everything(0)
     model = LanguageModel(
         64, 32, 48, 3, 4,
-        projection=partial(CoLA, rank=8),
+        projection=METHODS.get(keep, partial(CoLA, rank=8)),
         optimizer=partial(torch.optim.AdamW, lr=0.01),
         schedule=partial(WarmupCosine, warmup_steps=5),
     )  # fmt: skip
-    trainer.fit(model, datamodule=Data())
-    return curve
+    trainer.fit(model, datamodule=Data(), ckpt_path=resume, weights_only=True)
+    if trainer.is_global_zero:
+        Path(out, "curve.json").write_text(json.dumps([curve.losses, curve.norms]))
 
 
-def main(strategy: str, devices: str, out: str, *keeps: str) -> None:
-    torch.set_num_threads(1)
-    curves = {keep: train(strategy, int(devices), keep) for keep in keeps}
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        Path(out).write_text(json.dumps({keep: [curve.losses, curve.norms] for keep, curve in curves.items()}))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def train_each(strategy: str, ranks: int, out: str, keeps: list[str]) -> None:
+    """One run after another, in OUT/KEEP, for each way of checkpointing (CoLA-M's ``keep``, or none) or method."""
+    for keep in keeps:
+        train(strategy, ranks, f"{out}/{keep}", keep)

@@ -1,72 +1,189 @@
-"""The same curve under every strategy, in two real processes that talk by gloo, with CoLA-M and without.
+"""The same curve under every strategy, in two real processes that talk by gloo, with CoLA-M and without; the rest of it
+from the middle, bit for bit; and the same weights out of each strategy's checkpoint.
 
 FSDP of the first generation runs on GPUs only.
 """
 
+import ctypes
 import json
-import os
-import subprocess
-import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+from torch.distributed.fsdp.wrap import enable_wrap
 
-from cola_lightning.models.llama import Block
-from tests.parity_run import CLIP, STEPS
+from cola_lightning.callbacks import Checkpoints
+from cola_lightning.checkpoints import damage, read
+from cola_lightning.errors import InputError
+from cola_lightning.methods import CoLA
+from cola_lightning.module import LanguageModel
+from cola_lightning.strategies import shard
+from tests.conftest import loader, tiny_llama, tiny_trainer
+from tests.parity_run import CLIP, METHODS, STEPS, Data, DeepSpeedOnCPU, strategy_named, train, train_each
+from tests.processes import Run
 
-PROGRAM = Path(__file__).parent / "parity_run.py"
 KEEPS = ["none", "residual_and_latents", "latents"]
+EVERY = ["ddp", "fsdp2", "deepspeed_1", "deepspeed_2", "deepspeed_3"]
+VARIANTS = ["fsdp2_sharded", "deepspeed_2_offload", "deepspeed_3_offload"]
 
 
-@cache
-def curves(strategy: str, devices: int) -> dict[str, list[list[float]]]:
-    """For each way of checkpointing, the losses and the gradient norms."""
-    with TemporaryDirectory() as folder:
-        out = Path(folder) / "curves.json"
-        command = [sys.executable, str(PROGRAM), strategy, str(devices), str(out), *KEEPS]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-        environment["PYTHONPATH"] = str(PROGRAM.parent.parent)
-        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(out.read_text())
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Where a strategy's runs lie; they are made when first asked for."""
+
+    @cache
+    def run(strategy: str) -> Path:
+        out = tmp_path_factory.mktemp(strategy)
+        ranks = 1 if strategy == "auto" else 2
+        keeps = ["none"] if strategy in VARIANTS else [*METHODS, "none"] if strategy == "auto" else [*KEEPS, *METHODS]
+        Run(train_each, strategy, ranks, str(out), keeps, ranks=ranks, folder=out).done()
+        return out
+
+    return run
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_1", "deepspeed_2", "deepspeed_3"])
-def test_two_processes_give_the_curve_of_one(strategy, keep):
-    losses, norms = curves(strategy, 2)[keep]
-    expected_losses, expected_norms = curves("auto", 1)["none"]
+def curve(folder: Path) -> tuple[list[float], list[float]]:
+    """Losses, and gradient norms before clipping."""
+    return json.loads((folder / "curve.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "keep"),
+    [(name, keep) for name in EVERY for keep in (*KEEPS, *METHODS)] + [(name, "none") for name in VARIANTS],
+)
+def test_two_processes_give_the_curve_of_one(trained, strategy, keep):
+    losses, norms = curve(trained(strategy) / keep)
+    expected_losses, expected_norms = curve(trained("auto") / (keep if keep in METHODS else "none"))
     assert len(losses) == STEPS
     assert losses == pytest.approx(expected_losses, abs=1e-5)
     assert norms == pytest.approx(expected_norms, rel=1e-5, abs=1e-5)
 
 
-def test_clipping_is_at_work_and_the_model_learns():
-    losses, norms = curves("auto", 1)["none"]
+def test_clipping_is_at_work_and_the_model_learns(trained):
+    losses, norms = curve(trained("auto") / "none")
     assert sum(norm > CLIP for norm in norms) >= STEPS / 2
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_bare_fsdp_wraps_decoder_layers():
-    strategy = StrategyRegistry.get("fsdp")
-    assert isinstance(strategy, FSDPStrategy)
-    assert set(strategy.kwargs["auto_wrap_policy"]._module_classes) == {Block}
+@pytest.mark.parametrize("strategy", ["auto", *EVERY, *VARIANTS])
+def test_a_resumed_run_goes_on_bit_for_bit_and_any_checkpoint_gives_its_weights(trained, tmp_path, strategy):
+    whole = trained(strategy) / "none"
+    assert damage(whole / "step_00000010.ckpt") is None
+    ranks = 1 if strategy == "auto" else 2
+    resume = str(whole / "step_00000010.ckpt")
+    Run(train, strategy, ranks, str(tmp_path), "none", resume, ranks=ranks, folder=tmp_path).done()
+    assert [values[10:] for values in curve(whole)] == list(curve(tmp_path))
+
+    end, resumed = read(whole / "step_00000020.ckpt"), read(tmp_path / "last.ckpt")
+    assert end.step == resumed.step == STEPS
+    alone = read(trained("auto") / "none" / "last.ckpt")
+    assert end.weights.keys() == resumed.weights.keys() == alone.weights.keys()
+    for name, weight in end.weights.items():
+        assert torch.equal(weight, resumed.weights[name]), name
+        torch.testing.assert_close(weight, alone.weights[name], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("first", "then"), [("ddp", "fsdp2"), ("fsdp2", "auto")])
+def test_one_file_goes_on_under_another_strategy(trained, tmp_path, first, then):
+    """Weights and optimizer states: without the latter the first step would already be another."""
+    resume = trained(first) / "none" / "step_00000010.ckpt"
+    ranks = 1 if then == "auto" else 2
+    Run(train, then, ranks, str(tmp_path), "none", str(resume), ranks=ranks, folder=tmp_path).done()
+    losses, norms = curve(tmp_path)
+    expected_losses, expected_norms = curve(trained("auto") / "none")
+    assert losses == pytest.approx(expected_losses[10:], abs=1e-5)
+    assert norms == pytest.approx(expected_norms[10:], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        ("fsdp2_sharded", "auto", r"is in shards, which SingleDeviceStrategy cannot go on from"),
+        ("deepspeed_2", "ddp", r"is DeepSpeed's folder, which .* cannot go on from.*export"),
+        ("ddp", "deepspeed_1", r"is one file, which DeepSpeedOnCPU cannot go on from"),
+        ("deepspeed_2", "deepspeed_1", r"ZeRO-2 on 2 devices, which ZeRO-1 on 1 cannot go on from"),
+    ],
+)
+def test_what_cannot_go_on_is_refused_before_anything_is_built(trained, tmp_path, first, then, message):
+    with pytest.raises(InputError, match=message):
+        train(then, 1, str(tmp_path), resume=str(trained(first) / "none" / "step_00000010.ckpt"))
+
+
+class Wrapped(nn.Module):
+    """Stands for FSDP of the first generation, which does not run on a CPU."""
+
+    def __init__(self, module, **settings):
+        super().__init__()
+        self.module = module
+
+
+def test_bare_fsdp_fills_and_wraps_layer_by_layer():
+    strategy = FSDPStrategy(parallel_devices=[torch.device("cpu")])
+    with torch.device("meta"):
+        network = tiny_llama()
+    torch.manual_seed(3)
+    with enable_wrap(wrapper_cls=Wrapped):
+        shard(network, strategy)
+    assert all(isinstance(layer, Wrapped) for layer in network.model.layers)
+    whole = tiny_llama(seed=3).state_dict()
+    filled = {name.replace(".module.", "."): value for name, value in network.state_dict().items()}
+    assert filled.keys() == whole.keys()
+    for name, value in filled.items():
+        assert torch.equal(value, whole[name]), name
+
+
+def build(strategy: str, ranks: int, out: str) -> None:
+    """Build a network of 240 MB, and write how much more memory that took at its peak, in parts of the whole."""
+
+    def peak() -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+
+    class Measured(LanguageModel):
+        def configure_model(self):
+            ctypes.CDLL(None).mallopt(-3, 1 << 20)  # memory of a megabyte goes back when it is freed
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            before = peak()
+            super().configure_model()
+            share = (peak() - before) / (4 * self.parameter_count)
+            Path(out, f"peak{self.global_rank}").write_text(str(share))
+            raise SystemExit
+
+    trainer = L.Trainer(
+        accelerator="cpu", devices=ranks, strategy=strategy_named(strategy, ranks), max_steps=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False,
+    )  # fmt: skip
+    trainer.fit(Measured(64, 1024, 2736, 6, 8, projection=partial(CoLA, rank=512)), datamodule=Data())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_3"])
+def test_no_rank_holds_the_whole_network_where_it_is_sharded(tmp_path, strategy):
+    run = Run(build, strategy, 2, str(tmp_path), ranks=2, folder=tmp_path)
+    run.done()
+    for rank in range(2):
+        share = float((tmp_path / f"peak{rank}").read_text())
+        assert share > 0.95 if strategy == "ddp" else 0.45 < share < 0.75, run.output()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP needs a GPU")
-def test_fsdp_trains_and_clips_on_a_gpu(tmp_path):
-    import lightning as L
+def test_fsdp_trains_clips_and_resumes_on_a_gpu(tmp_path):
+    def fit(steps, **resume):
+        _, model, batches = tiny_trainer(steps=steps)
+        trainer = L.Trainer(
+            accelerator="gpu", devices=1, strategy="fsdp", max_steps=steps, max_epochs=1, gradient_clip_val=0.5,
+            logger=False, log_every_n_steps=1, callbacks=[Checkpoints(3, dirpath=str(tmp_path))],
+        )  # fmt: skip
+        trainer.fit(model, loader(batches), **resume)
+        return trainer
 
-    from tests.conftest import loader, tiny_trainer
+    assert fit(3).callback_metrics["train/gradient_norm"] > 0
+    assert fit(6, ckpt_path="last").global_step == 6
+    assert len(read(tmp_path / "last.ckpt").weights) > 0
 
-    _, model, batches = tiny_trainer(steps=3)
-    trainer = L.Trainer(
-        accelerator="gpu", devices=1, strategy="fsdp", max_steps=3, max_epochs=1, gradient_clip_val=0.5, logger=False,
-        enable_checkpointing=False, log_every_n_steps=1,
-    )  # fmt: skip
-    trainer.fit(model, loader(batches))
-    assert trainer.callback_metrics["train/gradient_norm"] > 0
+
+def test_offload_needs_no_optimizer_of_deepspeeds_own():
+    assert DeepSpeedOnCPU(stage=2, offload_optimizer=True).config["zero_force_ds_cpu_optimizer"] is False

@@ -1,6 +1,7 @@
 """One concern per file, each with its own state."""
 
 from cola_lightning.callbacks.activation_spectrum import ActivationSpectrum
+from cola_lightning.callbacks.checkpoints import Checkpoints
 from cola_lightning.callbacks.cola_m import CoLAM
 from cola_lightning.callbacks.dashboard import Dashboard
 from cola_lightning.callbacks.gradient_norms import GradientNorms
@@ -8,14 +9,17 @@ from cola_lightning.callbacks.hyper_parameters import HyperParameters
 from cola_lightning.callbacks.ledger import Ledger
 from cola_lightning.callbacks.loss_guard import LossGuard
 from cola_lightning.callbacks.memory import Memory
+from cola_lightning.callbacks.out_of_memory import OutOfMemoryAdvice
 from cola_lightning.callbacks.predictions import Predictions
 from cola_lightning.callbacks.progress import Progress
 from cola_lightning.callbacks.samples import Samples
+from cola_lightning.callbacks.step_seed import StepSeed
 from cola_lightning.callbacks.throughput import Throughput
 from cola_lightning.callbacks.yardsticks import Yardsticks
 
 __all__ = [
     "ActivationSpectrum",
+    "Checkpoints",
     "CoLAM",
     "Dashboard",
     "GradientNorms",
@@ -23,9 +27,11 @@ __all__ = [
     "Ledger",
     "LossGuard",
     "Memory",
+    "OutOfMemoryAdvice",
     "Predictions",
     "Progress",
     "Samples",
+    "StepSeed",
     "Throughput",
     "Yardsticks",
 ]

@@ -4,6 +4,7 @@ from typing import Literal
 
 import lightning as L
 from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
 
 from cola_lightning.errors import InputError
 from cola_lightning.methods.cola_m import Selective
@@ -62,7 +63,8 @@ class CoLAM(L.Callback):
         if self.keep == "latents":
             Reversible(self.latents_dtype == "float8", self.keep_attention).attach(network)
             return
-        policy = Selective(latents=self.keep == "residual_and_latents", attention=self.keep_attention)
+        dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
+        policy = Selective(self.keep == "residual_and_latents", self.keep_attention, dropout)
         for block in network.model.layers:
             block.checkpoint = policy
 

@@ -14,3 +14,7 @@ class CoLA(LowRank):
 
     def expand(self, z: Tensor) -> Tensor:
         return self.B(silu(z))
+
+    def dense(self) -> None:
+        """None: there is no such matrix, for the map is not linear."""
+        return None

@@ -35,17 +35,19 @@ class Selective:
     Args:
         latents: Keep the seven latents. Then only nonlinearities, up-projections and attention are done again.
         attention: Keep the attention's output and its log-sum-exp, so that attention is not done again either.
+        dropout: Something in the layer draws at random, and has to draw the same again.
     """
 
-    def __init__(self, latents: bool, attention: bool) -> None:
+    def __init__(self, latents: bool, attention: bool, dropout: bool = False) -> None:
         # Plain functions, not methods of this object: torch.compile loses the object.
         policy = partial(_policy, latents, attention)
         self.contexts = partial(create_selective_checkpoint_contexts, policy)
+        self.dropout = dropout
 
     def __call__(self, block: Block, x: Tensor, rotary: Rotary) -> Tensor:
-        # preserve_rng_state: there is no dropout, and reading the generator's state makes a device wait.
+        # preserve_rng_state only where it is needed: reading the generator's state makes a device wait.
         return checkpoint(
-            block.body, x, rotary, use_reentrant=False, preserve_rng_state=False, context_fn=self.contexts
+            block.body, x, rotary, use_reentrant=False, preserve_rng_state=self.dropout, context_fn=self.contexts
         )
 
 

@@ -10,6 +10,16 @@ LATENT = {"cola_lightning": "latent"}
 """Mark of the operations that make a latent. Set in eager execution and carried through ``torch.compile``."""
 
 
+def check_rank(in_features: int, out_features: int, rank: int) -> None:
+    """Refuse a rank that is not between 1 and the smaller side of the matrix."""
+    smaller = min(in_features, out_features)
+    if not 1 <= rank <= smaller:
+        raise InputError(
+            f"rank {rank} does not fit a projection of {in_features} to {out_features} features; "
+            f"choose one from 1 to {smaller} (the papers use about a quarter of hidden_size)"
+        )
+
+
 class LowRank(Projection):
     """``B A x`` with A: in -> R and B: R -> out, both trained, in place of a dense in x out matrix.
 
@@ -28,12 +38,7 @@ class LowRank(Projection):
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
-        smaller = min(in_features, out_features)
-        if not 1 <= rank <= smaller:
-            raise InputError(
-                f"rank {rank} does not fit a projection of {in_features} to {out_features} features; "
-                f"choose one from 1 to {smaller} (the papers use about a quarter of hidden_size)"
-            )
+        check_rank(in_features, out_features, rank)
         std = (rank * (in_features + out_features)) ** -0.25
         self.A = NormalLinear(in_features, rank, std)
         self.B = NormalLinear(rank, out_features, std)
@@ -49,3 +54,7 @@ class LowRank(Projection):
     def expand(self, z: Tensor) -> Tensor:
         """From the latent (…, R) to the output (…, out)."""
         return self.B(z)
+
+    def dense(self) -> Tensor | None:
+        """``B A``, (out, in)."""
+        return self.B.weight @ self.A.weight

@@ -7,7 +7,7 @@ materialises a network piece by piece (FSDP and ZeRO-3 do) then gets the same di
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class NormalLinear(nn.Linear):
@@ -25,6 +25,11 @@ class Projection(nn.Module):
     """Base of what may stand for one of a layer's seven dense matrices: (…, in_features) -> (…, out_features), without
     bias. A subclass takes the two sizes first, and arguments of its own after them."""
 
+    def dense(self) -> Tensor | None:
+        """The matrix (out_features, in_features) that does the same, for a projection that is a linear map; it says so
+        by overriding this. None for one that is not."""
+        return None
+
 
 MakeProjection = Callable[[int, int], Projection]
 """``f(in_features, out_features)`` makes a projection."""
@@ -35,6 +40,9 @@ class FullRank(NormalLinear, Projection):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
+
+    def dense(self) -> Tensor:
+        return self.weight
 
 
 class TokenEmbedding(nn.Embedding):

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from cola_lightning.errors import InputError
-from cola_lightning.optim import WarmupCosine
+from cola_lightning.optim import WarmupCosine, WarmupCosineRestarts
 
 
-def rates(steps: int, **settings) -> list[float]:
+def rates(steps: int, make=WarmupCosine, **settings) -> list[float]:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    schedule = WarmupCosine(optimizer, **settings)
+    schedule = make(optimizer, **settings)
     result = []
     for _ in range(steps):
         result.append(optimizer.param_groups[0]["lr"])
@@ -39,3 +39,33 @@ def test_a_run_shorter_than_the_warm_up_ends_within_it():
 def test_refuses_what_makes_no_sense(settings):
     with pytest.raises(InputError, match=r"it must"):
         rates(1, total_steps=10, **settings)
+
+
+def test_restarts_dip_to_zero_and_rise_to_the_cosine():
+    settings = {"total_steps": 100, "warmup_steps": 10}
+    plain = rates(100, **settings)
+    lr = rates(100, WarmupCosineRestarts, cycle_steps=25, restart_warmup_steps=4, **settings)
+
+    def cosine(step):
+        return 2 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - 10) / 90)) / 2)
+
+    for start in (25, 50, 75):
+        assert lr[start : start + 5] == pytest.approx([share / 4 * cosine(start + 4) for share in range(5)])
+        assert lr[start + 4 : start + 25] == plain[start + 4 : start + 25]
+    assert lr[:25] == plain[:25]
+
+
+def test_a_restart_within_the_first_rise_and_none_at_all():
+    settings = {"total_steps": 40, "warmup_steps": 20, "cycle_steps": 10}
+    lr = rates(14, WarmupCosineRestarts, restart_warmup_steps=2, **settings)
+    assert lr[9:14] == pytest.approx([0.9, 0, 0.6, 1.2, 1.3])
+    settings["cycle_steps"] = 100
+    assert rates(40, WarmupCosineRestarts, restart_warmup_steps=2, **settings) == rates(
+        40, total_steps=40, warmup_steps=20
+    )
+
+
+@pytest.mark.parametrize("settings", [{"restart_warmup_steps": 10}, {"restart_warmup_steps": -1}, {"min_ratio": 2.0}])
+def test_restarts_refuse_what_makes_no_sense(settings):
+    with pytest.raises(InputError, match="it must"):
+        rates(1, WarmupCosineRestarts, total_steps=40, cycle_steps=10, **settings)

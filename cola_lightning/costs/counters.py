@@ -1,0 +1,95 @@
+"""Counting what operations do while they run, on real tensors or on fake ones that have a shape and no content."""
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+    shape_wrapper,
+)
+
+aten = torch.ops.aten
+# The counter knows every attention kernel but the CPU's. As for the others, causality is not taken off.
+CPU_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(
+        q, k, v
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda g, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(g, q, k, v)
+    ),
+}
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """FLOPs of the matrix products and attention in ``run()``; a multiply-add counts as two."""
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def kept_bytes(run: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
+    """Bytes that are alive after ``run()`` because of it, besides its result and the storages of ``known``."""
+    known = list(known)
+    with Recorder(known) as recorder:
+        result = run()
+    gc.collect()
+    return recorder.live([result])
+
+
+FORMULAS = {**flop_registry, **{op: shape_wrapper(formula) for op, formula in CPU_ATTENTION.items()}}
+
+
+class Recorder(TorchDispatchMode):
+    """What operations compute and allocate. PyTorch's own counter follows modules too, and so keeps alive what a
+    checkpointed layer makes again: it cannot be used where memory is watched.
+
+    Args:
+        known: Tensors that were there before and do not count.
+
+    Attributes:
+        flops: FLOPs by operation, from PyTorch's formulas.
+        peak: The most bytes that were alive at once since it was last set to zero. What an operation needs inside
+            itself is not seen.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.flops: Counter[str] = Counter()
+        self.peak = self._bound = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops[str(func._overloadpacket)] += formula(*args, **(kwargs or {}), out_val=out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                key = storage._cdata
+                if key in self.known or (key in self.seen and not self.seen[key][0].expired()):
+                    continue
+                self.seen[key] = (StorageWeakRef(storage), storage.nbytes())
+                self._bound += storage.nbytes()
+        # Asking every storage whether it lives is slow; it is needed only where a new peak is possible.
+        if self._bound > self.peak:
+            self.peak = max(self.peak, self.live())
+        return out
+
+    def live(self, besides: Iterable[Tensor] = ()) -> int:
+        """Bytes that are alive now, those of ``besides`` left out."""
+        excluded = {tensor.untyped_storage()._cdata for tensor in besides}
+        self.seen = {key: (ref, size) for key, (ref, size) in self.seen.items() if not ref.expired()}
+        self._bound = sum(size for _, size in self.seen.values())
+        return self._bound - sum(size for key, (_, size) in self.seen.items() if key in excluded)

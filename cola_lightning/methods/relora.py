@@ -1,0 +1,139 @@
+"""ReLoRA (arXiv 2307.05695): LoRA whose branch is merged into the frozen weight again and again, and started afresh.
+
+``y = W x + s B A x``, s = α / R. Every ``merge_every`` steps, in :class:`ReLoRAMerge`:
+
+    W <- W + s B A,    A <- U(±1/√in),    B <- 0,    and most of the optimizer's moments of A and B are set to zero.
+
+The learning rate has to restart with it, from zero up to the underlying cosine
+(:class:`~cola_lightning.optim.WarmupCosineRestarts`): without that, resetting the moments diverges in the paper's
+ablation. Numbers and behaviour are those of the reference implementation (Guitaricet/relora). Different here:
+
+- In the reference, where the original weights are kept, A starts at zero like B. Neither then gets a gradient before
+  the first merge. Here A starts at random; ``initial_a: zero`` is the reference's way.
+- The reference's trained scale is set to zero at a merge, where B is zero too. Neither then gets a gradient ever again.
+  Here it goes back to its first value.
+- The reference merges one step later, after a step at learning rate zero; here before it. Weights come out the same.
+- The reference starts from a network that was trained in full for some thousand steps. The tables that GaLore's paper
+  began, and this repository, start from scratch.
+
+A merge rounds once, to the dtype of W. With ``precision: bf16-true`` that loses what of ``s B A`` is below 2⁻⁹ of an
+entry of W.
+"""
+
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cola_lightning.errors import InputError
+from cola_lightning.methods.between_steps import BetweenSteps, generator
+from cola_lightning.methods.lora import LoRA
+
+
+class ReLoRA(LoRA):
+    """``W x + s B A dropout(x)``; to be used with the callback :class:`ReLoRAMerge`.
+
+    Args:
+        in_features: Size of the last dimension of the input.
+        out_features: Size of the last dimension of the output.
+        rank: Width R of the trained branch.
+        alpha: s = alpha / R.
+        dropout: Share of the inputs of the trained branch that a training step drops. With the callback ``StepSeed``
+            the drawing is the same when a run is resumed.
+        trainable_scale: s = tanh(t) with one trained t for each matrix, which starts at 1, in place of alpha / R.
+        initial_a: ``kaiming`` starts A as U(±1/√in), as after each merge. ``zero`` is what the reference does: the
+            branch then learns nothing before the first merge.
+
+    Raises:
+        InputError: If the rank or the dropout is out of range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float = 32.0,
+        dropout: float = 0.1,
+        trainable_scale: bool = False,
+        initial_a: Literal["kaiming", "zero"] = "kaiming",
+    ) -> None:
+        self.initial_a = initial_a
+        super().__init__(in_features, out_features, rank, alpha, dropout, trainable_scale)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.initial_a == "zero":
+            nn.init.zeros_(self.A)
+
+    @torch.no_grad()
+    def merge(self, draw: torch.Generator) -> None:
+        """Add the branch to W and start it afresh, with ``draw`` on the CPU; the function stays what it was."""
+        self.weight.addmm_(self.B * self.scale(), self.A)
+        bound = self.A.shape[1] ** -0.5
+        self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=draw))
+        self.B.zero_()
+        if self.trained_scale is not None:
+            self.trained_scale.fill_(1)
+
+
+class ReLoRAMerge(BetweenSteps):
+    """Merges, and resets the moments of A and B.
+
+    Args:
+        merge_every: Optimizer steps between merges. Set the schedule's ``cycle_steps`` to ``reset_every``.
+        reset_every: Optimizer steps between resets of the moments; ``merge_every`` if not given.
+        reset: Which entries of each moment are set to zero: a ``random`` share, drawn for each moment apart; by
+            ``magnitude`` the share that is smallest in absolute value; or ``none``. All of them at prune_ratio 1.
+        prune_ratio: That share, from 0 to 1. The reference: 0.999 where it speaks of a reset; 0.8 to 0.99 else.
+        seed: Of what is drawn; that of the run if not given.
+
+    Raises:
+        InputError: If an argument is out of range; before training starts, under a strategy that shards weights.
+    """
+
+    kind = ReLoRA
+
+    def __init__(
+        self,
+        merge_every: int = 1000,
+        reset_every: int | None = None,
+        reset: Literal["random", "magnitude", "none"] = "random",
+        prune_ratio: float = 0.999,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(seed)
+        for name, value in (("merge_every", merge_every), ("reset_every", reset_every)):
+            if value is not None and value < 1:
+                raise InputError(f"ReLoRAMerge: {name} is {value}; it must be at least 1")
+        if not 0 <= prune_ratio <= 1:
+            raise InputError(f"ReLoRAMerge: prune_ratio is {prune_ratio}; it must lie between 0 and 1")
+        self.merge_every, self.reset_every = merge_every, reset_every or merge_every
+        self.reset, self.prune_ratio = reset, prune_ratio
+
+    def after_step(self, trainer: L.Trainer, step: int) -> None:
+        for index, projection in enumerate(self.projections):
+            draw = generator(self.seed, step, index)
+            if step % self.merge_every == 0:
+                projection.merge(draw)
+            if step % self.reset_every == 0 and self.reset != "none":
+                for factor in (projection.A, projection.B):
+                    for moment in moments(self.optimizer, factor):
+                        prune(moment, self.prune_ratio, draw if self.reset == "random" else None)
+
+
+def moments(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:
+    """What the optimizer keeps for a parameter entry by entry: Adam's two moments, for instance."""
+    state: dict[str, Any] = optimizer.state.get(parameter, {})
+    return [value for value in state.values() if isinstance(value, Tensor) and value.shape == parameter.shape]
+
+
+def prune(moment: Tensor, ratio: float, draw: torch.Generator | None) -> None:
+    """Set a share of the entries to zero: at random by ``draw``, or without it those of the smallest magnitude."""
+    if draw is not None:
+        moment.mul_((torch.rand(moment.shape, generator=draw) >= ratio).to(moment.device))
+    elif (count := round(ratio * moment.numel())) > 0:
+        magnitude = moment.abs().flatten()
+        moment.view(-1)[magnitude.topk(count, largest=False).indices] = 0

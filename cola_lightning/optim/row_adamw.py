@@ -1,0 +1,106 @@
+"""AdamW that counts the steps of every row of a parameter for itself."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cola_lightning.errors import InputError
+
+
+class RowAdamW(Optimizer):
+    """AdamW (arXiv 1711.05101) in which each row, an entry along a parameter's first dimension, has a step counter of
+    its own, so that a row can be started afresh and held for some steps; SwitchLoRA needs both.
+
+    As long as :meth:`restart` is not called it does what ``torch.optim.AdamW`` does. Counters live on the parameters'
+    device and are read there alone: no step waits for the device.
+
+    Args:
+        params: Parameters, or groups of them.
+        lr: Learning rate.
+        betas: Decay of the first and second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled; the parameter loses lr * weight_decay of itself at each step.
+
+    Raises:
+        InputError: If an argument is negative or a beta is not below 1.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if min(lr, eps, weight_decay, *betas) < 0 or max(betas) >= 1:
+            raise InputError(
+                f"RowAdamW: lr {lr}, betas {betas}, eps {eps} and weight_decay {weight_decay} must not be negative, "
+                f"and the betas must be below 1"
+            )
+        # With "capturable", load_state_dict leaves "step" in float32 and takes it to the parameter's device.
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "capturable": True}
+        super().__init__(params, settings)
+
+    @torch.no_grad()
+    def restart(self, parameter: Tensor, rows: Tensor, hold: int = 0) -> None:
+        """Set moments and counters of some rows to zero, and leave these rows as they are for the next ``hold`` steps.
+
+        While a row is held its counter goes on, as in SwitchLoRA's reference implementation: its first steps
+        afterwards are shorter than those of a new row.
+
+        Args:
+            parameter: One of the parameters.
+            rows: Which rows, int64, on the parameter's device.
+            hold: Steps.
+        """
+        for value in self._state(parameter).values():
+            value[rows] = 0
+        self.state[parameter]["held"][rows] = hold
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make a step; ``closure``, if given, computes loss and gradients first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self._update(parameters, group)
+        return loss
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            rows = (*parameter.shape[:1], *(1,) * (parameter.dim() - 1))
+            state["step"] = torch.zeros(rows, device=parameter.device)
+            state["held"] = torch.zeros(rows, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        states = [self._state(parameter) for parameter in parameters]
+        steps, held, first, second = ([state[k] for state in states] for k in ("step", "held", "exp_avg", "exp_avg_sq"))
+        moving = [(h == 0).to(p.dtype) for h, p in zip(held, parameters, strict=True)]
+        grads = [parameter.grad * m for parameter, m in zip(parameters, moving, strict=True)]
+        torch._foreach_add_(steps, 1)
+        torch._foreach_sub_(held, 1)
+        torch._foreach_clamp_min_(held, 0)
+        torch._foreach_lerp_(first, grads, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+        if group["weight_decay"]:
+            for parameter, m in zip(parameters, moving, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"] * m)
+        roots = torch._foreach_sqrt(second)
+        for parameter, step, m, root in zip(parameters, steps, first, roots, strict=True):
+            # A held row has moments of zero and moves by nothing.
+            root = root.div((1 - beta2**step).sqrt()).add_(group["eps"])
+            parameter.addcdiv_(m / (1 - beta1**step), root, value=-group["lr"])

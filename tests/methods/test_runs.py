@@ -1,0 +1,126 @@
+"""Whole runs of the methods: they learn, go on where they were stopped, and do the same on two processes."""
+
+import math
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+
+from cola_lightning.errors import InputError
+from cola_lightning.methods import ReLoRAMerge, SSTRounds, SwitchLoRASwitch
+from cola_lightning.strategies import FSDP2Strategy
+from tests.methods import runs
+from tests.methods.runs import CYCLE, METHODS, STEPS, train
+
+DETERMINISTIC = [name for name in METHODS if "dropout" not in name]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def whole(method: str) -> tuple[runs.Result, dict[int, bytes]]:
+    """A run in one process, and its checkpoints just before, at and after the first merge or re-sampling, and of the
+    second, which for SST decomposes."""
+    with TemporaryDirectory() as folder:
+        result = train(method, callbacks=[ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)])
+        steps = (CYCLE - 1, CYCLE, CYCLE + 1, 2 * CYCLE)
+        return result, {step: (Path(folder) / f"step={step}.ckpt").read_bytes() for step in steps}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_learns_more_than_how_often_tokens_occur(method):
+    losses = whole(method)[0].losses
+    assert len(losses) == STEPS
+    assert losses[-1] < math.log(63) - 0.8  # all 63 tokens are equally frequent
+
+
+# Without a callback one step is like another.
+STOPS = [(m, step) for m in METHODS for step in (CYCLE - 1, CYCLE, CYCLE + 1, 2 * CYCLE)]
+STOPS = [(m, step) for m, step in STOPS if METHODS[m].callbacks is not list or step == CYCLE]
+
+
+@pytest.mark.parametrize(("method", "step"), [stop for stop in STOPS if stop[0] != "lora"])
+def test_a_stopped_run_goes_on_bit_by_bit(method, step, tmp_path):
+    result, checkpoints = whole(method)
+    file = tmp_path / "stopped.ckpt"
+    file.write_bytes(checkpoints[step])
+    resumed = train(method, resume=file)
+    assert resumed.trainer.global_step == STEPS
+    assert resumed.losses[-(STEPS - step) :] == result.losses[step:]
+    for name, tensor in result.weights.items():
+        assert torch.equal(resumed.weights[name], tensor), name
+
+
+def processes(strategy: str, methods: list[str], folder: str) -> None:
+    command = [sys.executable, runs.__file__, strategy, "2", folder, *methods]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent.parent)
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    """What each of two processes had in the end, by strategy, method and rank."""
+
+    @cache
+    def result(strategy: str) -> dict[tuple[str, int], dict]:
+        folder = tmp_path_factory.mktemp(strategy)
+        processes(strategy, DETERMINISTIC, str(folder))
+        return {(m, rank): torch.load(folder / f"{m}_{rank}.pt") for m in DETERMINISTIC for rank in range(2)}
+
+    return result
+
+
+@pytest.mark.parametrize("method", DETERMINISTIC)
+def test_two_processes_have_equal_weights_and_the_losses_of_one(method, on_two):
+    first, second = (on_two("ddp")[method, rank] for rank in range(2))
+    expected = train(method, steps=METHODS[method].comparable_steps)
+    assert first["losses"] == pytest.approx(expected.losses, abs=1e-5)
+    for name in expected.weights:
+        assert torch.equal(first["weights"][name], second["weights"][name]), name
+
+
+@pytest.mark.parametrize("callback", [ReLoRAMerge, SwitchLoRASwitch, SSTRounds])
+@pytest.mark.parametrize("strategy", [FSDPStrategy, FSDP2Strategy, DeepSpeedStrategy])
+def test_surgery_is_refused_under_strategies_that_shard(callback, strategy):
+    trainer = SimpleNamespace(strategy=object.__new__(strategy))
+    message = f"{callback.__name__} changes weights and optimizer state in place, which {strategy.__name__} shards or"
+    with pytest.raises(InputError, match=message):
+        callback().setup(trainer, None, "fit")
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("method", DETERMINISTIC)
+def test_precisions(method, precision):
+    result = train(method, precision=precision)
+    assert result.losses[-1] < math.log(63) - 0.6
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    for name, parameter in result.model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name.endswith("sigma") else dtype), name
+
+
+@pytest.mark.parametrize("method", DETERMINISTIC)
+def test_accumulated_gradients_give_the_same_run(method):
+    """Two batches of four rows a step, which are the eight of the others."""
+    steps = METHODS[method].comparable_steps
+    halves, expected = (
+        train(method, steps=steps, **how) for how in ({"accumulate_grad_batches": 2, "batch_size": 4}, {})
+    )
+    assert halves.trainer.global_step == steps
+    ids = torch.arange(60).view(2, 30)
+    torch.testing.assert_close(halves.model.eval()(ids), expected.model.eval()(ids), atol=1e-5, rtol=0)

@@ -1,0 +1,73 @@
+"""The ranks of a run as real processes, started quickly: a server imports everything once and forks for each."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.parity_run", "cola_lightning.cli"])
+
+
+class Run:
+    """``target(*arguments)`` on so many ranks, in processes of their own, with what torchrun would tell them."""
+
+    def __init__(self, target: Callable, *arguments: Any, ranks: int, folder: Path, **environment: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("PYTHONPATH", str(Path(__file__).parent.parent))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            told = {
+                "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1,
+            }  # fmt: skip
+            told = {name: str(value) for name, value in told.items()} if ranks > 1 else {"OMP_NUM_THREADS": "1"}
+            self.processes.append(_SERVER.Process(target=_rank, args=(target, arguments, told | environment, log)))
+        for process in self.processes:
+            process.start()
+
+    def wait(self, timeout: float = 240) -> list[int]:
+        """Exit statuses, as a shell would have them negated for signals."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        alive = [process for process in self.processes if process.is_alive()]
+        self.kill(signal.SIGKILL)
+        assert not alive, f"{len(alive)} ranks were still running after {timeout} s:\n{self.output()}"
+        return [process.exitcode for process in self.processes]
+
+    def done(self) -> None:
+        """Wait for a good end."""
+        assert self.wait() == [0] * len(self.processes), self.output()
+
+    def kill(self, number: int) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+        if number == signal.SIGKILL:
+            for process in self.processes:
+                process.join()
+
+    def output(self) -> str:
+        return "\n".join(f"{log.name}:\n{log.read_text()[-3000:]}" for log in self.logs if log.exists())
+
+
+def _rank(target: Callable, arguments: tuple, environment: dict[str, str], log: Path) -> None:
+    for name in [name for name in os.environ if name.startswith(("PYTEST", "SLURM"))]:
+        del os.environ[name]
+    os.environ.update(environment)
+    with log.open("a") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    target(*arguments)

@@ -1,0 +1,123 @@
+"""The cluster recipes, run here: SLURM's script under stand-ins for ``srun`` and ``scontrol``, and torchrun itself."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cola_lightning.checkpoints import read
+from tests.conftest import REPOSITORY
+from tests.test_preemption import slow, steps
+
+# Starts the tasks of one node as SLURM would, each with its number; the signal goes to the tasks, as SLURM's does.
+SRUN = """#!/bin/bash
+for task in $(seq 0 $((SLURM_NTASKS - 1))); do
+  SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 "$@" &
+  echo $! >> "$TASKS"
+  pids="$pids $!"
+done
+status=0
+for pid in $pids; do wait $pid || status=$?; done
+exit $status
+"""
+SCONTROL = '#!/bin/bash\necho "$@" >> "$REQUEUED"\n'
+
+
+@pytest.fixture
+def flags(tiny_run):
+    return [
+        *tiny_run, "--data.tokenizer=null", "--trainer.precision=32-true", "--trainer.strategy=ddp",
+        "--trainer.devices=2", "--trainer.num_nodes=1", "--trainer.max_steps=40", "--trainer.val_check_interval=null",
+        "--trainer.limit_val_batches=0", "--checkpoint.every_n_train_steps=5",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def environment(tmp_path):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "SLURM"))}
+    path = f"{Path(sys.executable).parent}:{kept['PATH']}"
+    return kept | {"PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+def await_steps(process, life, wanted):
+    deadline = time.monotonic() + 180
+    while steps(life) < wanted:
+        assert process.poll() is None, process.communicate()[0][:9000]
+        assert time.monotonic() < deadline, "nothing happens"
+        time.sleep(0.05)
+
+
+def assert_same_end(tmp_path, *names):
+    first, second = (read(tmp_path / name / "checkpoints" / "last.ckpt") for name in names)
+    assert first.step == second.step == 40
+    assert all(torch.equal(weight, second.weights[name]) for name, weight in first.weights.items())
+
+
+def test_a_slurm_job_is_requeued_before_its_time_limit_and_goes_on(tmp_path, flags, environment):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(text)
+        program.chmod(0o755)
+    life, tasks = tmp_path / "life", tmp_path / "tasks"
+    environment |= {
+        "PATH": f"{tmp_path / 'bin'}:{environment['PATH']}",
+        "TASKS": str(tasks),
+        "REQUEUED": str(tmp_path / "requeued"),
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "cola",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_NODELIST": "localhost",
+        "SLURM_CPUS_PER_TASK": "1",
+    }
+
+    def job(name, *more):
+        command = ["bash", "recipes/cluster/slurm.sh", *flags, f"--run_dir={tmp_path / name}", *more]
+        return subprocess.Popen(
+            command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    first = job("requeued_run", *slow(life))
+    await_steps(first, life, 4)
+    for task in tasks.read_text().split():
+        os.kill(int(task), signal.SIGUSR1)
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 128 + signal.SIGUSR1, output[-3000:]
+    assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
+    stopped = int(re.search(r"Stopping after step (\d+)", output)[1])
+    assert stopped < 40
+
+    for name in ("requeued_run", "whole_run"):
+        process = job(name)
+        output, _ = process.communicate(timeout=180)
+        assert process.returncode == 0, output[-3000:]
+        assert (f"step_{stopped:08}.ckpt" in output) == (name == "requeued_run")
+    assert_same_end(tmp_path, "requeued_run", "whole_run")
+
+
+def test_torchrun_starts_a_run_again_whose_process_was_killed(tmp_path, flags, environment):
+    life = tmp_path / "life"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
+        "-m", "cola_lightning", "fit", *flags, "--ckpt_path=last",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [*command, f"--run_dir={tmp_path / 'killed'}", *slow(life)], env=environment, cwd=REPOSITORY,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    await_steps(process, life, 20)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output[-3000:]
+    subprocess.run([*command, f"--run_dir={tmp_path / 'whole'}"], env=environment, cwd=REPOSITORY, check=True)
+    assert_same_end(tmp_path, "killed", "whole")
