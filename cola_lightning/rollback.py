@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from cola_lightning.checkpoints.formats import read_state
+from cola_lightning.checkpoints.integrity import damage
+from cola_lightning.checkpoints.newest import written
 from cola_lightning.errors import InputError
 
 
 def find_checkpoint(trainer: L.Trainer, step: int) -> Path:
-    """The newest checkpoint of this run that can be read and is not after ``step``; if all are, the oldest of them.
+    """The newest checkpoint of this run that is whole and not after ``step``; if all are after it, the oldest of them.
 
     Rank 0 looks, all ranks take part and get the same answer.
 
@@ -34,24 +36,27 @@ def _look(trainer: L.Trainer, step: int) -> Path | None:
     callback: Any = trainer.checkpoint_callback
     if callback is None:
         return None
-    named = [Path(path) for path in (callback.last_model_path, callback.best_model_path) if path]
-    folder = [Path(callback.dirpath)] if callback.dirpath else []
-    paths = {path.resolve() for path in [*named, *(path for each in folder for path in each.glob("*.ckpt"))]}
+    paths = {Path(path).resolve() for path in (callback.last_model_path, callback.best_model_path) if path}
+    if callback.dirpath:
+        paths |= {path.resolve() for path in written(Path(callback.dirpath))}
     steps = {path: made for path in paths if (made := _step(path)) is not None}
-    before = [path for path in steps if steps[path] <= step]
-    return max(before, key=steps.__getitem__) if before else min(steps, key=steps.__getitem__, default=None)
+    before = sorted((path for path in steps if steps[path] <= step), key=steps.__getitem__, reverse=True)
+    after = sorted((path for path in steps if steps[path] > step), key=steps.__getitem__)
+    for path in before + after:
+        if (problem := damage(path)) is None:
+            return path
+        rank_zero_warn(f"{path} is damaged ({problem}), and passed over")
+    return None
 
 
 def _step(path: Path) -> int | None:
     """The optimizer steps behind a checkpoint, None where one cannot go on from it."""
     try:
-        state = torch.load(
-            path / "meta.pt" if path.is_dir() else path, map_location="cpu", mmap=True, weights_only=True
-        )
-        return state["global_step"] if "loops" in state and "lr_schedulers" in state else None
-    except Exception as error:  # of many kinds: cut short, altered, gone since
-        rank_zero_warn(f"{path} cannot be gone back to: {error}")
+        state = read_state(path)
+    except InputError as error:
+        rank_zero_warn(str(error))
         return None
+    return state["global_step"] if "loops" in state and "lr_schedulers" in state else None
 
 
 def go_back(trainer: L.Trainer, path: Path, kept: type[Callback]) -> None:

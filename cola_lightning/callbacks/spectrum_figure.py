@@ -37,18 +37,22 @@ def draw(
         first = first or axes
         for layer, (values, rank) in enumerate(zip(decays[name], ranks[name], strict=True)):
             colour = colours(layer / max(1, layers - 1) * 0.9)
-            place = [(i + 1) / len(values) for i in range(len(values))]
-            axes.plot(place, values.tolist(), color=colour, linewidth=1.2, label=f"layer {layer}")
-            axes.plot(place[rank - 1], float(values[rank - 1]), "o", color=colour, markersize=4)
+            name_of_ends = f"layer {layer}" if layer in (0, layers - 1) else None
+            axes.plot(range(1, len(values) + 1), values.tolist(), color=colour, linewidth=1.2, label=name_of_ends)
+            axes.plot(rank, float(values[rank - 1]), "o", color=colour, markersize=4)
         axes.set_yscale("log")
-        axes.set_xlim(0, 1)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set_xlim(1, len(decays[name][0]))
         axes.set_ylim(1e-3, 1.3)
-        axes.set_title(f"{name} ({len(decays[name][0])} values)", fontsize=9)
+        axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.3)
         if index % columns == 0:
             axes.set_ylabel("σᵢ / σ₁")
         if index // columns == rows - 1:
-            axes.set_xlabel("i / number of values; dot: effective rank")
+            axes.set_xlabel("i (dot: effective rank)")
+        if index == 0:
+            axes.legend(fontsize=8, frameon=False)
     axes = figure.add_subplot(grid[rows, :])
     for name, values in ranks.items():
         axes.plot(range(len(values)), values, marker="o", markersize=4, linewidth=1.2, label=name)
@@ -65,7 +69,9 @@ def draw(
             f"bottleneck R = {bottleneck}", (0.005, bottleneck), xycoords=("axes fraction", "data"), va="bottom",
             fontsize=8, color="firebrick",
         )  # fmt: skip
-    axes.set_ylim(0, 1.12 * max([*widths, bottleneck or 0]))
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.set_ylim(0.9, 1.6 * max([*widths, bottleneck or 0]))
     axes.set_xticks(range(layers))
     axes.set_xlabel("layer")
     axes.set_ylabel(f"effective rank r({share:g})")

@@ -5,9 +5,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cola_lightning.costs import Flops, Run, gpu_reported
 from cola_lightning.data.rows import IGNORE
 from cola_lightning.module import LanguageModel, at_log_step
 
@@ -29,8 +28,8 @@ class Throughput(L.Callback):
     Validation is outside the clock.
 
     Args:
-        peak_tflops: Peak of one device in the run's precision, in TFLOP/s, dense. If not given, it is looked up for
-            NVIDIA GPUs; for a CPU there is none to look up.
+        peak_tflops: Peak of one device in TFLOP/s. If not given, it is the dense bf16 peak of the GPU in the table of
+            ``estimate``, whatever the run's precision; a CPU is not in it.
     """
 
     def __init__(self, peak_tflops: float | None = None) -> None:
@@ -40,7 +39,7 @@ class Throughput(L.Callback):
         self._positions = 0
         self._started = self._paused = 0.0
         self._fetches: _Fetches | None = None
-        self._flops: tuple[float, float] | None = None
+        self._flops: Flops | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"tokens": self.tokens, "since": int(self._since)}
@@ -50,7 +49,7 @@ class Throughput(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.profiler = self._fetches = _Fetches(trainer.profiler)
-        self._peak = self.peak_tflops * 1e12 if self.peak_tflops else peak_flops(trainer)
+        self._peak = self.peak_tflops * 1e12 if self.peak_tflops else peak_flops(trainer.strategy.root_device)
         self._started = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -86,10 +85,10 @@ class Throughput(L.Callback):
             if self._flops is None:
                 self._flops = flops_per_token(pl_module, batch["input_ids"].shape[1])
                 now = time.perf_counter()  # counting takes a moment
-            model, hardware = (flops * positions / seconds / trainer.world_size for flops in self._flops)
-            pl_module.log("train/tflops_per_device", model / 1e12)
-            pl_module.log("train/mfu", model / self._peak)
-            pl_module.log("train/hfu", hardware / self._peak)
+            rate = positions / seconds / trainer.world_size
+            pl_module.log("train/tflops_per_device", self._flops.model * rate / 1e12)
+            pl_module.log("train/mfu", self._flops.model * rate / self._peak)
+            pl_module.log("train/hfu", self._flops.hardware * rate / self._peak)
         self._since, self._positions, self._started = 0, 0, now
 
 
@@ -118,35 +117,15 @@ class _Fetches:
         return seconds
 
 
-def flops_per_token(module: LanguageModel, sequence_length: int) -> tuple[float, float]:
-    """FLOPs of a training step for one token of a row of ``sequence_length``: what the network needs, and what is
-    carried out with the module's ``transforms`` (checkpointing). Counted on tensors without content, on one layer and
-    on two; attention counts as if it were not causal."""
-    return _count(module, sequence_length, transformed=False), _count(module, sequence_length, transformed=True)
+def flops_per_token(module: LanguageModel, sequence_length: int) -> Flops:
+    """FLOPs of a training step for one token of a row of ``sequence_length``, with the module's checkpointing."""
+    layers = module.build.keywords["num_hidden_layers"]
+    run = Run(module.build, layers, module.make_optimizer, 1, sequence_length, tuple(module.transforms))
+    row = run.flops
+    return Flops(row.forward / sequence_length, row.backward / sequence_length, row.recomputed / sequence_length)
 
 
-def _count(module: LanguageModel, sequence_length: int, transformed: bool) -> float:
-    from cola_lightning.benchmark import count_flops  # which imports the callbacks
-
-    def step(layers: int) -> float:
-        with FakeTensorMode():
-            network = module.build()
-            count = len(network.model.layers)
-            network.model.layers = network.model.layers[:layers]
-            for transform in module.transforms if transformed else []:
-                transform(network)
-            ids = torch.zeros(1, sequence_length, dtype=torch.long)
-            counted = count_flops(lambda: network(ids).sum().backward())
-        return counted, count
-
-    (one, count), (two, _) = step(1), step(2)
-    return (one + (count - 1) * (two - one)) / sequence_length
-
-
-def peak_flops(trainer: L.Trainer) -> float | None:
-    """Peak of the device in the run's precision, in FLOP/s; None where it is not known."""
-    device = trainer.strategy.root_device
-    if device.type != "cuda":
-        return None
-    half = trainer.precision.startswith(("bf16", "16"))
-    return get_available_flops(device, torch.bfloat16 if half else torch.float32)
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of a device in dense bf16, in FLOP/s; None where it is not known."""
+    gpu = gpu_reported(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return gpu.peak * 1e12 if gpu else None

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import ConstantLR
 
-from cola_lightning.callbacks import ActivationSpectrum, GradientNorms, LossGuard
+from cola_lightning.callbacks import ActivationSpectrum, Checkpoints, GradientNorms, LossGuard
 from cola_lightning.callbacks.loss_guard import TrainingDivergedError
 from cola_lightning.methods import CoLA
 from cola_lightning.module import LanguageModel
@@ -86,7 +85,7 @@ def run(strategy, devices, folder, scenario):
         64, 32, 48, 2, 4, pad_token_id=None,
         projection=partial(CoLA, rank=8), optimizer=partial(torch.optim.AdamW, lr=0.01), schedule=schedule,
     )  # fmt: skip
-    checkpoint = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    checkpoint = Checkpoints(every_n_train_steps=4, keep=3, dirpath=str(folder / "checkpoints"))
     steps = len(order) // settings.get("accumulate_grad_batches", 1) if len(order) <= STEPS else STEPS
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy=strategy, max_steps=steps, max_epochs=-1, log_every_n_steps=1,

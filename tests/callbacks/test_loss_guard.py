@@ -91,7 +91,7 @@ def test_after_three_in_a_row_it_goes_back_and_passes_over_them(kind):
         assert poisoned[name] == clean[name]
     assert poisoned["step"] == poisoned["schedule"] == 12
     assert poisoned["position"] == 4 + 5 + 8
-    checkpoint = run_of(kind, "back") / "checkpoints" / "step=4.ckpt"
+    checkpoint = run_of(kind, "back") / "checkpoints" / "step_00000004.ckpt"
     back = {"event": "rolled back", "step": 9, "batch": 9, "to_step": 4, "checkpoint": str(checkpoint), "times": 1}
     assert events(kind, "back") == [skip(7, 1), skip(8, 2), skip(9, 3), back]
 

@@ -4,9 +4,9 @@ import lightning as L
 import pytest
 import torch
 
-from cola_lightning.benchmark import count_flops
 from cola_lightning.callbacks import CoLAM, Throughput
 from cola_lightning.callbacks.throughput import flops_per_token
+from cola_lightning.costs.counters import count_flops
 from cola_lightning.methods import CoLA
 from cola_lightning.module import LanguageModel
 from tests.conftest import loader, tiny_trainer
@@ -115,22 +115,24 @@ def test_mfu_and_hfu_are_counted_flops_over_the_peak(monkeypatch):
         Throughput(peak_tflops=1e-6), CoLAM(), Clock(), seen, steps=4, accumulate_grad_batches=2
     )
     run.fit(model, loader(batches))
-    needed, done = flops_per_token(model, 8)
+    flops = flops_per_token(model, 8)
+    assert flops.recomputed > 0
     positions = 2 * 3 * 8  # padding is computed too
-    assert seen.values[-1]["train/mfu"] == pytest.approx(needed * positions / 4.0 / 1e6)
-    assert seen.values[-1]["train/hfu"] == pytest.approx(done * positions / 4.0 / 1e6)
-    assert seen.values[-1]["train/tflops_per_device"] == pytest.approx(needed * positions / 4.0 / 1e12)
+    assert seen.values[-1]["train/mfu"] == pytest.approx(flops.model * positions / 4.0 / 1e6)
+    assert seen.values[-1]["train/hfu"] == pytest.approx(flops.hardware * positions / 4.0 / 1e6)
+    assert seen.values[-1]["train/tflops_per_device"] == pytest.approx(flops.model * positions / 4.0 / 1e12)
 
 
 @pytest.mark.parametrize("keep", ["residual_and_latents", "latents", "block_input"])
 def test_flops_of_a_token_are_those_of_a_real_step(keep):
-    model = LanguageModel(64, 32, 48, 3, 4, projection=lambda i, o: CoLA(i, o, rank=8))
+    layers, hidden, length = 3, 32, 16
+    model = LanguageModel(64, hidden, 48, layers, 4, projection=lambda i, o: CoLA(i, o, rank=8))
     callback = CoLAM(keep)
     model.transforms.append(callback.apply)
-    needed, done = flops_per_token(model, 16)
-    ids = torch.ones(2, 16, dtype=torch.long)
-    plain, checkpointed = model.build(), model.build()
+    flops = flops_per_token(model, length)
+    ids = torch.ones(2, length, dtype=torch.long)
+    checkpointed = model.build()
     callback.apply(checkpointed)
-    for network, expected in ((plain, needed), (checkpointed, done)):
-        assert count_flops(lambda network=network: network(ids).sum().backward()) == expected * ids.numel()
-    assert done > needed
+    assert count_flops(lambda: checkpointed(ids).sum().backward()) == flops.hardware * ids.numel()
+    numbers = sum(p.numel() for name, p in checkpointed.named_parameters() if p.dim() > 1 and "embed" not in name)
+    assert flops.model == 6 * numbers + 12 * layers * length * hidden
