@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 # Imported so that their classes can be named without a path.
 import cola_lightning.data
 import cola_lightning.methods  # noqa: F401
-from cola_lightning import benchmark, compare, completion, estimate
+from cola_lightning import benchmark, compare, completion, estimate, evaluate, factorise, generate
 from cola_lightning.callbacks import (
     Checkpoints,
     Dashboard,
@@ -36,25 +36,31 @@ from cola_lightning.checkpoints.newest import newest_whole
 from cola_lightning.config_files import ConfigFile
 from cola_lightning.data import prepare
 from cola_lightning.errors import InputError
+from cola_lightning.hub import export
 from cola_lightning.module import LanguageModel
 from cola_lightning.precision import refuse_precision
+from cola_lightning.provenance import write_provenance
 from cola_lightning.strategies import refuse_mismatch
 
 USAGE = "[--config FILE] [--NAME VALUE ...]"
 MORE_VERBS = (
     "Besides: 'prepare' tokenises a data set beforehand, 'estimate --config FILE [--gpus N] [--gpu NAME]' tells what a "
     "run will cost, 'benchmark --config FILE [--json FILE]' measures a training step, 'compare --config FILE' trains "
-    "several methods side by side, 'schema' prints a JSON schema of the run files, and 'completion SHELL' a completion "
-    "script."
+    "several methods side by side, 'export', 'generate', 'evaluate' and 'factorise' use what was trained (each has a "
+    "--help), 'schema' prints a JSON schema of the run files, and 'completion SHELL' a completion script."
 )
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the whole configuration into the directory of a training run, also of one that is resumed there."""
+    """Writes the whole configuration into the directory of a training run, also of one that is resumed there, and what
+    else it takes to use and describe its checkpoints."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        write_provenance(trainer, Path(trainer.log_dir))
 
 
 class CLI(LightningCLI):
@@ -201,6 +207,7 @@ class CLI(LightningCLI):
         refuse_precision(trainer["precision"], trainer["accelerator"])
         trainer = super().instantiate_trainer(**kwargs)
         if resumes:
+            self.model.initial_weights = None  # the checkpoint's count, and the folder may be gone by now
             refuse_mismatch(trainer.strategy, Path(resumes), trainer.world_size)
         return trainer
 
@@ -259,6 +266,14 @@ def main(args: list[str] | None = None) -> None:
                 prepare.main(rest)
             case ["compare", *rest]:
                 compare.main(rest, resolve)
+            case ["export", *rest]:
+                export.main(rest)
+            case ["generate", *rest]:
+                generate.main(rest)
+            case ["evaluate", *rest]:
+                evaluate.main(rest)
+            case ["factorise", *rest]:
+                factorise.main(rest)
             case _:
                 CLI(args)
     except InputError as error:

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from cola_lightning.batching import accumulate
 from cola_lightning.data.rows import IGNORE
 from cola_lightning.errors import InputError
+from cola_lightning.initial import begin_with
 from cola_lightning.metrics import Perplexity, PublishedPerplexity, TokenLoss
 from cola_lightning.models import FullRank, Llama, MakeProjection
 from cola_lightning.optim import MakeOptimizer, Parameters, WarmupCosine
@@ -62,6 +63,8 @@ class LanguageModel(L.LightningModule):
         optimizer: Makes the optimizer from the parameters.
         schedule: Makes the learning-rate schedule from the optimizer and the number of steps of the run.
         compile: Compile each decoder layer with ``torch.compile``.
+        initial_weights: Folder with weights to begin with in place of drawn ones, as ``export`` and ``factorise`` write
+            it. Where the command line names a checkpoint, that one's weights count.
 
     Raises:
         InputError: Where the sizes do not fit together; the message names the value and the fix.
@@ -86,6 +89,7 @@ class LanguageModel(L.LightningModule):
         optimizer: MakeOptimizer = AdamW,
         schedule: MakeSchedule = WarmupCosine,
         compile: bool = False,
+        initial_weights: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -111,6 +115,7 @@ class LanguageModel(L.LightningModule):
         with torch.device("meta"):
             network = self.build()  # refuses impossible sizes now rather than after the data is prepared
         self.parameter_count = sum(parameter.numel() for parameter in network.parameters())
+        self.initial_weights = initial_weights
         self.make_optimizer, self.make_schedule, self.compile_layers = optimizer, schedule, compile
         self.vocab_size, self.max_position_embeddings, self.pad_token_id = (
             vocab_size,
@@ -146,6 +151,8 @@ class LanguageModel(L.LightningModule):
         strategy = self.trainer.strategy if self._trainer else None
         with torch.device("meta") if builds_lazily(strategy) else nullcontext():
             self.network = self.build()
+        if self.initial_weights:
+            begin_with(self.network, self.initial_weights)
         for transform in self.transforms:
             transform(self.network)
         if self.compile_layers:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from cola_lightning.cli import main
 from cola_lightning.methods import CoLA
 from cola_lightning.models import Llama
 from cola_lightning.models.layers import MakeProjection
@@ -117,3 +118,11 @@ def tiny_run(corpus, tmp_path_factory) -> list[str]:
         "data.cache_dir": str(cache),
     }
     return [f"--{name}={value}" for name, value in flags.items()]
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny_run, tmp_path_factory) -> Path:
+    """The directory of such a run when it is over."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    main(["fit", *tiny_run, f"--run_dir={folder}"])
+    return folder

@@ -17,6 +17,7 @@ OVERLAYS = [
     *sorted(file for folder in ("data", "method", "strategy") for file in (REPOSITORY / "configs" / folder).iterdir()),
 ]
 PREPARATIONS = sorted((REPOSITORY / "configs" / "prepare").iterdir())
+USES = ("export", "generate", "evaluate", "factorise")  # need a model: tests/test_use.py runs them
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "recipes").rglob("*.md"))]
 
 # In millions: embeddings, head and norms at full size, seven projections a layer
@@ -33,7 +34,7 @@ def named_commands() -> list[tuple[str, list[str]]]:
         for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 found = re.search(r"python -m cola_lightning (\w+) ?(.*)", line)
-                if found and found[1] not in ("schema", "completion"):
+                if found and found[1] not in ("schema", "completion", *USES) and "models/" not in line:
                     commands.append((found[1], shlex.split(found[2].split(" > ")[0], comments=True)))
     return commands
 

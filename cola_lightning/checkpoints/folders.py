@@ -1,4 +1,4 @@
-"""Networks out of folders that others wrote: Hugging Face's LLaMA, and the reference implementation's CoLA and CoLA-M.
+"""Networks out of folders: Hugging Face's LLaMA, what ``export`` writes, and the reference's CoLA and CoLA-M.
 
 Only safetensors and JSON are read; nothing is unpickled.
 """
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cola_lightning.errors import InputError
-from cola_lightning.methods import CoLA
-from cola_lightning.models import FullRank, Llama
+from cola_lightning.methods import CoLA, LowRank
+from cola_lightning.models import FullRank, Llama, MakeProjection
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -36,8 +36,8 @@ _NEXT_LAYER = re.compile(r"layers\.(\d+)\.last_layer_post_mlp\.post_down_proj\."
 def load_model(folder: str | Path) -> Llama:
     """The network of a folder with ``config.json`` and safetensors, in eval mode and in the dtype of the file.
 
-    Understands Hugging Face's ``LlamaForCausalLM``, and ``ColaForCausalLM`` and ``ColaMForCausalLM`` of the reference
-    implementation (which stores the factors transposed).
+    Understands Hugging Face's ``LlamaForCausalLM``, what ``export`` writes, and ``ColaForCausalLM`` and
+    ``ColaMForCausalLM`` of the reference implementation (which stores the factors transposed).
 
     Returns:
         A network that maps token ids (B, T) int64 to logits (B, T, V).
@@ -52,16 +52,24 @@ def load_model(folder: str | Path) -> Llama:
         network = _network(config, folder)
     if config.get("tie_word_embeddings"):
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    check_shapes(network, weights, f"{folder} does not fit its config.json")
+    network.load_state_dict(weights, assign=True)
+    return network.eval()
+
+
+def check_shapes(network: nn.Module, weights: dict[str, Tensor], trouble: str) -> None:
+    """Compare weights with those that a network has.
+
+    Raises:
+        InputError: For the first that differs; the message begins with ``trouble``.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise InputError(
-                f"{folder} does not fit its config.json: {name} should have shape {expected.get(name)}, "
-                f"the file has {found.get(name)}"
+                f"{trouble}: {name} should have shape {expected.get(name)}, the file has {found.get(name)}"
             )
-    network.load_state_dict(weights, assign=True)
-    return network.eval()
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -102,12 +110,15 @@ def _translate(name: str, tensor: Tensor) -> tuple[str, Tensor]:
 
 def _network(config: dict[str, Any], folder: Path) -> Llama:
     kind = config.get("model_type")
-    if kind not in ("llama", "cola"):
-        raise InputError(f"{folder / 'config.json'} describes a {kind!r} model; llama and cola can be loaded")
+    if kind not in ("llama", "cola_llama", "cola"):
+        raise InputError(
+            f"{folder / 'config.json'} describes a {kind!r} model; llama, cola_llama and cola can be loaded"
+        )
     hidden_size, heads = config["hidden_size"], config["num_attention_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     different = {
-        "hidden_act": config.get("hidden_act", "silu") != "silu",
+        "hidden_act": config.get("hidden_act", "silu") not in (("silu",) if kind == "cola" else ("silu", "linear")),
+        "latent_act": config.get("latent_act", "silu") not in ("silu", "linear"),
         "attention_bias": config.get("attention_bias", False),
         "mlp_bias": config.get("mlp_bias", False),
         "rope_scaling": rope.get("rope_type", "default") != "default",
@@ -116,7 +127,13 @@ def _network(config: dict[str, Any], folder: Path) -> Llama:
     for key, differs in different.items():
         if differs:
             raise InputError(f"{folder / 'config.json'} sets {key} to {config.get(key, rope)}, which is not supported")
-    cola = kind == "cola"
+    gate_silu = config.get("hidden_act", "silu") == "silu"
+    projection: MakeProjection = FullRank
+    if kind != "llama":
+        method = LowRank if config.get("latent_act") == "linear" else CoLA
+        projection = partial(method, rank=config.get("rank", hidden_size // 4))
+    if kind == "cola":
+        gate_silu = not config.get("only_lr_act", True)
     return Llama(
         vocab_size=config["vocab_size"],
         hidden_size=hidden_size,
@@ -127,8 +144,8 @@ def _network(config: dict[str, Any], folder: Path) -> Llama:
         max_position_embeddings=config.get("max_position_embeddings", 2048),
         rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
         rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-        gate_silu=not (cola and config.get("only_lr_act", True)),
+        gate_silu=gate_silu,
         # Hugging Face's LLaMA writes -1 for none in this lineage's configurations
         pad_token_id=None if config.get("pad_token_id") in (None, -1) else config["pad_token_id"],
-        projection=partial(CoLA, rank=config.get("rank", hidden_size // 4)) if cola else FullRank,
+        projection=projection,
     )

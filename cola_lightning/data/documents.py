@@ -1,8 +1,10 @@
-"""Documents out of a user's files: .txt, .jsonl and .parquet, each optionally in folders."""
+"""Documents out of a user's files: .txt, .jsonl, .parquet and C4's .json.gz, each optionally in folders."""
 
 import glob
+import gzip
 import importlib.util
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pyarrow.parquet as pq
 
 from cola_lightning.errors import InputError
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".json.gz")
 
 
 def find_files(paths: list[str]) -> list[Path]:
@@ -27,20 +29,20 @@ def find_files(paths: list[str]) -> list[Path]:
             raise InputError(f"no {', '.join(SUFFIXES)} file at {entry!r}; name a file, a folder or a pattern")
         files.update(found)
     if not files:
-        raise InputError("no text is named; set --data.paths to files or folders of .txt, .jsonl or .parquet")
+        raise InputError(f"no text is named; set --data.paths to files or folders of {', '.join(SUFFIXES)}")
     return sorted(files)
 
 
 def _expand(entry: str) -> list[Path]:
     root = _in_package(entry) if entry.startswith("package:") else Path(entry).expanduser()
     if root.is_dir():
-        return [path.resolve() for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()]
+        return [path.resolve() for path in root.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file()]
     if root.is_file():
-        if root.suffix not in SUFFIXES:
+        if not root.name.endswith(SUFFIXES):
             raise InputError(f"{root} is not one of {', '.join(SUFFIXES)}; convert it or rename it")
         return [root.resolve()]
     matches = (Path(match) for match in glob.glob(str(root), recursive=True))
-    return [path.resolve() for path in matches if path.suffix in SUFFIXES and path.is_file()]
+    return [path.resolve() for path in matches if path.name.endswith(SUFFIXES) and path.is_file()]
 
 
 def _in_package(entry: str) -> Path:
@@ -57,8 +59,8 @@ def read_documents(files: list[Path], text_column: str = "text", separator: str 
     """Yield the documents of the files in order, empty ones left out.
 
     Args:
-        files: A .txt file is one document, or several where ``separator`` is given; a .jsonl file has one JSON object a
-            line, a .parquet file one row a document.
+        files: A .txt file is one document, or several where ``separator`` is given; a .jsonl, .jsonl.gz
+            or .json.gz file has one JSON object a line, a .parquet file one row a document.
         text_column: Key or column that holds the text in .jsonl and .parquet.
         separator: String between the documents of a .txt file.
 
@@ -70,10 +72,10 @@ def read_documents(files: list[Path], text_column: str = "text", separator: str 
             if file.suffix == ".txt":
                 text = file.read_text(encoding="utf-8")
                 documents: Iterator[str] = iter(text.split(separator) if separator else [text])
-            elif file.suffix == ".jsonl":
-                documents = _read_jsonl(file, text_column)
-            else:
+            elif file.suffix == ".parquet":
                 documents = _read_parquet(file, text_column)
+            else:
+                documents = _read_jsonl(file, text_column)
             for document in documents:
                 if document.strip():
                     yield document
@@ -82,12 +84,12 @@ def read_documents(files: list[Path], text_column: str = "text", separator: str 
                 f"{file} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; convert it, for "
                 f"instance with: iconv -f latin1 -t utf8"
             ) from error
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
             raise InputError(f"{file} cannot be read: {error}") from error
 
 
 def _read_jsonl(file: Path, column: str) -> Iterator[str]:
-    with file.open("rb") as lines:
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

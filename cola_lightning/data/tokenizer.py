@@ -49,6 +49,18 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return str(self.fast.decode(ids, skip_special_tokens=True))
 
+    def check_fits(self, vocab_size: int) -> None:
+        """Refuse a network with fewer rows in its embedding than this tokenizer has ids.
+
+        Raises:
+            InputError: If it has.
+        """
+        if self.vocab_size > vocab_size:
+            raise InputError(
+                f"tokenizer {self.name} has {self.vocab_size} ids, but the network only {vocab_size}; name the "
+                f"tokenizer that it was trained with by --tokenizer"
+            )
+
     def fingerprint(self) -> str:
         """Equal for tokenizers that make the same ids of every text."""
         return hashlib.sha256(f"{self.fast.to_str()}{self.eos_id}".encode()).hexdigest()

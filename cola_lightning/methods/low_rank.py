@@ -1,5 +1,6 @@
 """Plain low rank, ``y = B A x`` (Kamalakara et al., arXiv 2209.13569): what CoLA adds a nonlinearity to."""
 
+import torch
 from torch import Tensor
 from torch.fx.traceback import annotate
 
@@ -55,6 +56,17 @@ class LowRank(Projection):
         """From the latent (…, R) to the output (…, out)."""
         return self.B(z)
 
+    @torch.no_grad()
+    def approximate(self, weight: Tensor) -> None:
+        """Begin at the best approximation of rank R of a dense matrix (out, in), which its truncated singular value
+        decomposition is (Eckart and Young, 1936), the singular values shared evenly between the factors."""
+        exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        u, s, v = torch.linalg.svd(exact, full_matrices=False)
+        root = s[: self.A.out_features].sqrt()
+        self.A.weight.copy_(root[:, None] * v[: len(root)])
+        self.B.weight.copy_(u[:, : len(root)] * root)
+
     def dense(self) -> Tensor | None:
-        """``B A``, (out, in)."""
-        return self.B.weight @ self.A.weight
+        """``B A``, (out, in), multiplied in float32."""
+        product = self.B.weight.detach().float() @ self.A.weight.detach().float()
+        return product.to(self.B.weight.dtype)

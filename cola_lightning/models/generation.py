@@ -1,48 +1,99 @@
-"""Continue a prompt with a network that maps ids (B, T) to logits (B, T, V)."""
+"""Continue prompts with a network that maps ids (B, T) to logits (B, T, V)."""
+
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from cola_lightning.models.cache import Cache
+from cola_lightning.models.llama import Llama
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Prompts of different lengths as the rows of one batch: ids (B, T), and how many of each row are padding (B,)."""
+    longest = max(map(len, prompts))
+    padding = torch.tensor([longest - len(ids) for ids in prompts])
+    rows = [[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts]
+    return torch.tensor(rows), padding
 
 
 @torch.no_grad()
-def generate(
-    network: nn.Module,
+def stream(
+    network: Llama,
     ids: Tensor,
     max_new_tokens: int,
     *,
+    padding: Tensor | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float | None = None,
     stop_id: int | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """Sample a continuation of each row.
+) -> Iterator[Tensor]:
+    """Sample a continuation of each row, token by token.
 
     Args:
-        network: Ids (B, T) -> logits (B, T, V); accepts at most ``network.max_position_embeddings`` tokens, beyond
-            which it is shown the last so many.
+        network: Reads each token once, and keeps keys and values. A row that has outgrown its
+            ``max_position_embeddings`` is shown its last so many tokens, anew for each next one.
         ids: Prompts (B, T), T at least 1.
         max_new_tokens: Tokens to add at most.
+        padding: How many ids at the beginning of each row are no part of the prompt (B,); none, if not given.
         temperature: Divides the logits; 0 takes the likeliest token.
         top_k: Sample among the k likeliest only.
+        top_p: Sample among the likeliest that together have this probability (nucleus sampling, arXiv 1904.09751).
         stop_id: End once every row has produced this id; a row that has is filled up with it.
         generator: Source of randomness.
 
-    Returns:
-        Prompts and continuations (B, T + at most ``max_new_tokens``).
+    Yields:
+        The next token of each row (B, 1).
     """
+    limit = network.max_position_embeddings
+    cache = Cache(len(network.model.layers), min(limit, ids.shape[1] + max_new_tokens))
+    documents = None
+    if padding is not None and bool(padding.any()):
+        # Padding is a document of its own. Only distances count for rotary positions, so it shifts nothing.
+        places = torch.arange(ids.shape[1] + max_new_tokens, device=ids.device)
+        documents = (places >= padding.to(ids.device)[:, None]).long()
     done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
     for _ in range(max_new_tokens):
-        logits = network(ids[:, -network.max_position_embeddings :])[:, -1].float()
-        if temperature == 0:
-            token = logits.argmax(-1, keepdim=True)
-        else:
-            if top_k is not None and top_k < logits.shape[-1]:
-                logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        length = ids.shape[1]
+        with torch.compiler.set_stance("force_eager"):  # a graph for each length would cost more than it saves
+            if length <= limit:
+                seen = documents[:, :length] if documents is not None else None
+                logits = network(ids[:, cache.length :], seen, cache)
+            else:
+                seen = documents[:, length - limit : length] if documents is not None else None
+                logits = network(ids[:, -limit:], seen)
+        token = sample(logits[:, -1].float(), temperature, top_k, top_p, generator)
         if stop_id is not None:
             token = token.masked_fill(done, stop_id)
             done = done | (token == stop_id)
         ids = torch.cat((ids, token), dim=1)
+        yield token
         if stop_id is not None and bool(done.all()):
-            break
-    return ids
+            return
+
+
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one id (B, 1) of each row of logits (B, V); arguments as for :func:`stream`."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+    if top_p is not None and top_p < 1:
+        ordered, places = logits.softmax(-1).sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # the one that reaches top_p is still in
+        logits = logits.masked_fill(beyond.scatter(-1, places, beyond), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+def generate(network: Llama, ids: Tensor, max_new_tokens: int, **options) -> Tensor:
+    """Prompts (B, T) and continuations (B, T + at most ``max_new_tokens``); options as for :func:`stream`."""
+    return torch.cat((ids, *stream(network, ids, max_new_tokens, **options)), dim=1)

@@ -72,7 +72,7 @@ class FullRank(NormalLinear, Projection):
         super().__init__(in_features, out_features)
 
     def dense(self) -> Tensor:
-        return self.weight
+        return self.weight.detach()
 
 
 class Scalar(nn.Module):

@@ -6,18 +6,26 @@ V vocabulary, H attention heads (K key/value heads), E = D / H head dimension.
 Parameter names are those of Hugging Face's ``LlamaForCausalLM``, so its weights load without renaming.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from cola_lightning.errors import InputError
+from cola_lightning.models.cache import Cache, LayerCache
 from cola_lightning.models.layers import FullRank, MakeProjection, NormalLinear, Projection, Relay, TokenEmbedding
 
-Rotary = tuple[Tensor, ...]
-"""Cosine and sine of the rotary angles, each (T, E), and where the documents of a row are kept apart the mask of
-:func:`apart`."""
+
+class Rotary(NamedTuple):
+    """Where the tokens stand: cosine and sine of the rotary angles, each (T, E); who attends to whom, where causality
+    alone does not say it, as the mask (B or 1, 1, T, tokens so far); and in generation what a layer has seen."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None = None
+    cache: LayerCache | None = None
 
 
 Call = Callable[[Projection, Tensor], Tensor]
@@ -29,31 +37,32 @@ def apply(projection: Projection, x: Tensor) -> Tensor:
     return projection(x)
 
 
-def rotary_table(length: int, head_dim: int, theta: float, *, like: Tensor) -> Rotary:
-    """Cosine and sine (T, E) of the rotary angles (RoFormer, arXiv 2104.09864), in dtype and on device of ``like``.
+def rotary_table(length: int, head_dim: int, theta: float, *, like: Tensor, start: int = 0) -> Rotary:
+    """Cosine and sine (T, E) of the rotary angles (RoFormer, arXiv 2104.09864) of positions ``start``, ``start + 1``, …
+    in dtype and on device of ``like``.
 
     Angles are formed in float32 at each call rather than kept in a buffer: a buffer would be rounded together with the
     weights under a pure bf16 precision, and would need filling after a start on the meta device.
     """
     exponents = torch.arange(0, head_dim, 2, device=like.device, dtype=torch.float32) / head_dim
-    positions = torch.arange(length, device=like.device, dtype=torch.float32)
+    positions = torch.arange(start, start + length, device=like.device, dtype=torch.float32)
     angles = torch.outer(positions, theta**-exponents)
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    return Rotary(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn (B, H, T, E) by the rotary angles, in the half-split layout of Hugging Face's LLaMA."""
-    cos, sin = rotary[:2]
     left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    return x * rotary.cos + torch.cat((-right, left), dim=-1) * rotary.sin
 
 
-def apart(document_ids: Tensor) -> Tensor:
-    """Which token may attend to which, (B, 1, T, T) bool, where each attends to its own document alone: to those before
-    it with the same number in ``document_ids`` (B, T). Rotary positions need no restart, for only distances count."""
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    return same.tril()
+def apart(document_ids: Tensor, seen: int = 0) -> Tensor:
+    """Which token may attend to which, (B, 1, T, seen + T) bool, where each attends to its own document alone: to those
+    before it with the same number in ``document_ids`` (B, seen + T). Rotary positions need no restart, for only
+    distances count."""
+    same = document_ids[:, None, seen:, None] == document_ids[:, None, None, :]
+    return same.tril(seen)
 
 
 class Attention(nn.Module):
@@ -76,10 +85,12 @@ class Attention(nn.Module):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
         """Attention itself: q (B, T, D), k and v (B, T, K * E) -> (B, T, D)."""
         q, k, v = rotate(self._heads(q), rotary), rotate(self._heads(k), rotary), self._heads(v)
-        # No mask: rows are padded on the right and padding is not in the loss, so causality alone gives the same loss
-        # and leaves the fast kernels open.
-        mask = rotary[2] if len(rotary) > 2 else None
-        y = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
+        if rotary.cache is not None:
+            k, v = rotary.cache.extend(k, v)
+        # No mask in training: rows are padded on the right and padding is not in the loss, so causality alone gives the
+        # same loss and leaves the fast kernels open. A single token, with all that it may attend to, needs neither.
+        causal = rotary.mask is None and q.shape[2] > 1
+        y = scaled_dot_product_attention(q, k, v, rotary.mask, is_causal=causal, enable_gqa=self.grouped)
         return y.transpose(1, 2).flatten(2)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -147,11 +158,14 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), call)
 
 
-def through(layers: Iterable[nn.Module], x: Tensor, rotary: Rotary) -> Tensor:
-    """The residual stream after these layers, each handed what the one before handed on."""
+def through(
+    layers: Iterable[nn.Module], x: Tensor, rotary: Rotary, caches: Sequence[LayerCache] | None = None
+) -> Tensor:
+    """The residual stream after these layers, each handed what the one before handed on; in generation each with what
+    it has seen."""
     received: tuple[Tensor, ...] = ()
-    for layer in layers:
-        out = layer(x, rotary, *received)
+    for index, layer in enumerate(layers):
+        out = layer(x, rotary if caches is None else rotary._replace(cache=caches[index]), *received)
         x, *received = out if isinstance(out, tuple) else (out,)
     return x
 
@@ -177,12 +191,15 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(make_block(index) for index in range(num_hidden_layers))
         self.norm = nn.RMSNorm(hidden_size, rms_norm_eps)
 
-    def forward(self, ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, document_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         x = self.embed_tokens(ids)
-        rotary = rotary_table(ids.shape[1], self.head_dim, self.rope_theta, like=x)
+        seen = 0 if cache is None else cache.length
+        if seen and ids.shape[1] > 1 and document_ids is None:
+            document_ids = ids.new_zeros(1, seen + ids.shape[1])  # all one document
+        rotary = rotary_table(ids.shape[1], self.head_dim, self.rope_theta, like=x, start=seen)
         if document_ids is not None:
-            rotary = (*rotary, apart(document_ids))
-        x = through(self.layers, x, rotary)
+            rotary = rotary._replace(mask=apart(document_ids, seen))
+        x = through(self.layers, x, rotary, None if cache is None else cache.layers)
         return self.norm(x.to(self.norm.weight.dtype))  # a checkpointing policy may run the stream in float32
 
 
@@ -279,14 +296,16 @@ class Llama(nn.Module):
         )
         self.lm_head = NormalLinear(hidden_size, vocab_size)
 
-    def forward(self, ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """``document_ids`` (B, T) number the documents of each row, where attention is to keep to its own."""
-        if ids.shape[1] > self.max_position_embeddings:
+    def forward(self, ids: Tensor, document_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """``document_ids`` (B, T) number the documents of each row, where attention is to keep to its own. With a
+        ``cache``, ids are those that follow what it holds, and ``document_ids`` number both."""
+        length = ids.shape[1] + (0 if cache is None else cache.length)
+        if length > self.max_position_embeddings:
             raise InputError(
-                f"a sequence of {ids.shape[1]} tokens is beyond max_position_embeddings "
+                f"a sequence of {length} tokens is beyond max_position_embeddings "
                 f"{self.max_position_embeddings}; shorten it or raise max_position_embeddings"
             )
-        return self.lm_head(self.model(ids, document_ids))
+        return self.lm_head(self.model(ids, document_ids, cache))
 
 
 def _nearest_divisor(n: int, wanted: int) -> int:

@@ -100,7 +100,7 @@ def folder(tmp_path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, r"describes a 'gpt2' model; llama and cola can be loaded"),
+        ({"model_type": "gpt2"}, r"describes a 'gpt2' model; llama, cola_llama and cola can be loaded"),
         ({"attention_bias": True}, r"sets attention_bias to True, which is not supported"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, r"sets rope_scaling"),
         ({"head_dim": 32}, r"sets head_dim to 32"),

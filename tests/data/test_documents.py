@@ -27,7 +27,7 @@ def test_finds_files_folders_patterns_and_packages(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("nowhere", r"no \.txt, \.jsonl, \.parquet file at 'nowhere'"),
+        ("nowhere", r"no \.txt, \.jsonl, \.parquet, \.jsonl\.gz, \.json\.gz file at 'nowhere'"),
         ("package:no_such_package/texts", r"'no_such_package', which is not installed; run: pip install"),
     ],
 )

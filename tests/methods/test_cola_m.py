@@ -64,7 +64,7 @@ def flops(setting: str) -> int:
 def kept(setting: str, layers: int) -> float:
     """In bf16 hidden states per token."""
     stack = Stack(setting, torch.bfloat16, layers)
-    size = kept_bytes(stack.forward, [stack.x, *stack.parameters, *stack.rotary])
+    size = kept_bytes(stack.forward, [stack.x, *stack.parameters, *stack.rotary[:2]])
     return size / (4 * 256 * 512 * 2)
 
 

@@ -1,0 +1,249 @@
+"""The verb ``evaluate``: perplexity on any text, and the tasks of lm-eval."""
+
+import importlib.util
+import json
+import math
+from argparse import ArgumentParser
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from cola_lightning.data.documents import find_files, read_documents
+from cola_lightning.data.rows import IGNORE
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.errors import InputError
+from cola_lightning.hub import write_folder
+from cola_lightning.models import Llama
+from cola_lightning.trained import Trained, open_model, pick_device
+
+ENCODED_TOGETHER = 64
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
+    """Tuples of ``size``, the last of what is left; ``itertools.batched``, which Python 3.11 has not."""
+    iterator = iter(items)
+    while some := tuple(islice(iterator, size)):
+        yield some
+
+
+def main(args: list[str]) -> None:
+    """Measure a model: perplexity and bits per byte on text, and tasks of lm-eval."""
+    parser = ArgumentParser("cola_lightning evaluate", allow_abbrev=False, description=main.__doc__)
+    parser.add_argument("model", help="checkpoint, directory of a run, or folder in Hugging Face's layout")
+    parser.add_argument(
+        "--text", nargs="+", default=[], help="files or folders of .txt, .jsonl(.gz), .json.gz, .parquet"
+    )
+    parser.add_argument("--text_column", default="text", help="key or column that holds the text")
+    parser.add_argument("--sequence_length", type=int, help="tokens of a window; those of the run if not given")
+    parser.add_argument("--stride", type=int, help="tokens from one window to the next; sequence_length if not given")
+    parser.add_argument("--tasks", help="names of lm-eval tasks, with commas between them")
+    parser.add_argument("--include_path", help="folder with task files of your own")
+    parser.add_argument("--limit", type=int, help="examples of each task; all if not given")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows at a time")
+    parser.add_argument("--tokenizer", help="folder, tokenizer.json or hub repository; the model's if not given")
+    parser.add_argument("--device", help="cuda, cpu, …; what there is if not given")
+    parser.add_argument("--json", metavar="FILE", help="write the result there too")
+    options = parser.parse_args(args)
+    if not options.text and not options.tasks:
+        raise InputError("there is nothing to evaluate on; give --text FILE_OR_FOLDER, or --tasks NAME,NAME")
+    if options.batch_size < 1:
+        raise InputError(f"--batch_size is {options.batch_size}; it must be at least 1")
+    files = find_files(options.text) if options.text else []
+    if options.tasks:
+        _check_lm_eval()
+    trained = open_model(options.model)
+    tokenizer, device = trained.tokenizer(options.tokenizer), pick_device(options.device)
+    result: dict[str, Any] = {}
+    if files:
+        result["text"] = evaluate_text(
+            trained.network.to(device), tokenizer, files, options.text_column,
+            options.sequence_length or trained.sequence_length(), options.stride,
+            options.batch_size,
+        )  # fmt: skip
+    if options.tasks:
+        names = options.tasks.split(",")
+        result["tasks"] = evaluate_tasks(
+            trained, tokenizer, names, options.include_path, options.limit, options.batch_size, device
+        )
+    text = json.dumps(result, indent=2)
+    print(text)
+    if options.json:
+        Path(options.json).write_text(text + "\n", encoding="utf-8")
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_text(
+    network: Llama,
+    tokenizer: Tokenizer,
+    files: list[Path],
+    text_column: str = "text",
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, float]:
+    """Loss on the documents of files. Each document stands by itself, and ends with the end-of-document id.
+
+    Every token but a document's first is predicted once, from the tokens of its window that come before it.
+
+    Args:
+        network: The network, on the device to use.
+        tokenizer: Its tokenizer.
+        files: As for :func:`cola_lightning.data.documents.read_documents`.
+        text_column: Likewise.
+        sequence_length: Tokens that the network sees at once (T); all that it accepts if not given.
+        stride: Tokens by which a window is further on than the one before. Less than ``sequence_length`` gives each
+            token more context, and costs as many times more.
+        batch_size: Windows at a time (B).
+
+    Returns:
+        ``perplexity`` and ``loss`` (nats), per predicted token; ``tokens``, how many those were; ``documents``,
+        ``bytes``; ``bits_per_byte``, the loss over all tokens, those that begin documents included, per byte of UTF-8
+        (The Pile, arXiv 2101.00027).
+
+    Raises:
+        InputError: If there is no text, or sizes cannot work.
+    """
+    longest = network.max_position_embeddings
+    length = min(longest, 2048) if sequence_length is None else sequence_length
+    step = length if stride is None else stride
+    if not 1 <= length <= longest:
+        raise InputError(f"--sequence_length is {length}; this model takes from 1 to {longest} tokens")
+    if not 1 <= step <= length:
+        raise InputError(f"--stride is {step}; it must lie between 1 and the sequence_length, {length}")
+    tokenizer.check_fits(network.model.embed_tokens.num_embeddings)
+    total = sum(len(text.encode()) for text in read_documents(files, text_column))  # also looks through all files first
+    if not total:
+        raise InputError(f"{', '.join(map(str, files[:3]))} holds no text; every document is empty")
+    counts = {"documents": 0, "bytes": 0, "tokens": 0, "predicted": 0}
+    nats = 0.0
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("evaluating", total=total)
+        windows = _windows(read_documents(files, text_column), tokenizer, length, step, counts)
+        for batch in batched(windows, batch_size):
+            loss_sum, predicted = _loss(network, batch)
+            nats += loss_sum
+            counts["predicted"] += predicted
+            mean = nats / max(counts["predicted"], 1)
+            description = f"{counts['predicted']:,} tokens, perplexity {math.exp(mean):,.2f}"
+            progress.update(task, completed=counts["bytes"], description=description)
+    if not counts["predicted"]:
+        raise InputError("no document has two tokens, so there is nothing to predict")
+    mean = nats / counts["predicted"]
+    return {
+        "perplexity": math.exp(mean),
+        "loss": mean,
+        "bits_per_byte": mean / math.log(2) * counts["tokens"] / counts["bytes"],
+        "tokens": counts["predicted"],
+        "documents": counts["documents"],
+        "bytes": counts["bytes"],
+        "sequence_length": length,
+        "stride": step,
+    }
+
+
+Window = tuple[list[int], list[int]]
+"""Ids that are shown, and of the same number what is to be predicted after each, IGNORE where that was done before."""
+
+
+def _windows(
+    documents: Iterable[str], tokenizer: Tokenizer, length: int, step: int, counts: dict[str, int]
+) -> Iterator[Window]:
+    for texts in batched(documents, ENCODED_TOGETHER):
+        for text, ids in zip(texts, tokenizer.encode(list(texts)), strict=True):
+            counts["documents"] += 1
+            counts["bytes"] += len(text.encode())
+            counts["tokens"] += len(ids)
+            done = 0
+            for begin in range(0, len(ids) - 1, step):
+                shown, labels = ids[begin : begin + length], ids[begin + 1 : begin + length + 1]
+                shown = shown[: len(labels)]
+                yield shown, [IGNORE] * (done - begin) + labels[done - begin :]
+                done = begin + len(labels)
+                if done == len(ids) - 1:
+                    break
+
+
+@torch.no_grad()
+def _loss(network: Llama, windows: tuple[Window, ...]) -> tuple[float, int]:
+    """Summed loss in nats, and how many tokens were predicted."""
+    longest = max(len(shown) for shown, _ in windows)
+    device = network.lm_head.weight.device
+    # Padded on the right, where by causality it changes nothing.
+    ids = torch.tensor([shown + [0] * (longest - len(shown)) for shown, _ in windows], device=device)
+    labels = torch.tensor([row + [IGNORE] * (longest - len(row)) for _, row in windows], device=device)
+    logits: Tensor = network(ids)
+    loss = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    return loss.item(), int((labels != IGNORE).sum())
+
+
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_tasks(
+    trained: Trained,
+    tokenizer: Tokenizer,
+    tasks: list[str],
+    include_path: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: torch.device | None = None,
+) -> dict[str, dict[str, float]]:
+    """Scores of lm-eval's tasks, through its Hugging Face model class on a folder exported for the purpose.
+
+    Args:
+        trained: The model.
+        tokenizer: Its tokenizer.
+        tasks: Names.
+        include_path: Folder with task files besides those that lm-eval brings.
+        limit: Examples of each task.
+        batch_size: Examples at a time.
+        device: Where to.
+
+    Raises:
+        InputError: If lm-eval is not installed, or knows no such task.
+    """
+    _check_lm_eval()
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    # Lm-eval's own tasks are thousands of files to look through; not where all that are named are the user's.
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not all(manager.match_tasks([name]) for name in tasks):
+        manager = TaskManager(include_path=include_path)
+    if missing := [name for name in tasks if not manager.match_tasks([name])]:
+        raise InputError(f"lm-eval knows no task {', '.join(missing)}; set --include_path for task files of your own")
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        # Written anew from tensors, so that no code is run but that of this package.
+        write_folder(trained.network, folder, tokenizer, lambda config: "")
+        result = simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(folder), "trust_remote_code": True, "dtype": "auto"},
+            tasks=tasks,
+            task_manager=manager,
+            limit=limit,
+            batch_size=batch_size,
+            device=str(device or "cpu"),
+        )
+    # Keys are "acc,none": the measure and the filter of the answers.
+    return {
+        task: {key.removesuffix(",none"): value for key, value in scores.items() if isinstance(value, int | float)}
+        for task, scores in result["results"].items()
+    }
+
+
+def _check_lm_eval() -> None:
+    for module in ("lm_eval", "transformers"):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(f"--tasks needs {module}, which is not installed; run: pip install 'cola-lightning[eval]'")

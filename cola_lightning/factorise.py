@@ -1,0 +1,135 @@
+"""The verb ``factorise``: from a dense LLaMA to a low-rank one, by truncated SVD."""
+
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.progress import track
+
+from cola_lightning.data.documents import find_files
+from cola_lightning.errors import InputError
+from cola_lightning.evaluate import evaluate_text
+from cola_lightning.hub import write_folder
+from cola_lightning.hub.card import model_card
+from cola_lightning.methods import CoLA, LowRank
+from cola_lightning.models import Llama, MakeProjection
+from cola_lightning.trained import Trained, open_model, pick_device
+
+RUN_FILE = "model.yaml"
+
+
+def factorise(
+    model: str,
+    folder: str,
+    projection: MakeProjection = CoLA,
+    text: str | list[str] | None = None,
+    tokenizer: str | None = None,
+    sequence_length: int | None = None,
+    device: str | None = None,
+) -> None:
+    """Write a low-rank model whose projections begin at the best approximation of a dense model's.
+
+    Beside the weights lies a run file, model.yaml, by which 'fit' goes on from there. With CoLA a nonlinearity stands
+    between the factors, so that it is a beginning and no compression.
+
+    Args:
+        model: Folder of a Hugging Face LLaMA, or a full-rank checkpoint.
+        folder: Where to; must not exist, or be empty.
+        projection: Low-rank method and its rank: --projection CoLA --projection.rank 128.
+        text: File, folder or a list of them with text on which the loss before and after is measured.
+        tokenizer: Folder, tokenizer.json or repository on the hub; that of the model if not given.
+        sequence_length: Tokens of a window in that measurement; what the model takes if not given.
+        device: Where to compute; a GPU if there is one.
+
+    Raises:
+        InputError: If the model is not dense, or the projection not low-rank.
+    """
+    files = find_files([text] if isinstance(text, str) else text) if text else []
+    dense, where = open_model(model), pick_device(device)
+    vocabulary, target = dense.tokenizer(tokenizer), Path(folder).expanduser()
+    network = low_rank(dense.network, projection, where)
+    method = type(network.model.layers[0].self_attn.q_proj)
+    if files:
+        candidates = {"dense": dense.network}
+        if method is not LowRank:
+            rank = network.model.layers[0].self_attn.q_proj.A.out_features
+            candidates["LowRank"] = low_rank(dense.network, partial(LowRank, rank=rank), where)
+        candidates[method.__name__] = network
+        for name, candidate in candidates.items():
+            result = evaluate_text(candidate.to(where), vocabulary, files, sequence_length=sequence_length)
+            print(f"{name:<10} loss {result['loss']:7.4f}   perplexity {result['perplexity']:,.2f}")
+            candidate.cpu()
+    card = partial(model_card, Trained(network, dense.path), target.resolve().name)
+    write_folder(network, target, vocabulary, card)
+    (target / RUN_FILE).write_text(_run_file(network, target), encoding="utf-8")
+    print(f"wrote {target}; go on with: fit --config … --config {target / RUN_FILE}")
+
+
+def main(args: list[str]) -> None:
+    """The verb ``factorise``: the arguments of :func:`factorise`."""
+    auto_cli(factorise, args=args, prog="cola_lightning factorise")
+
+
+def low_rank(dense: Llama, projection: MakeProjection, device: torch.device) -> Llama:
+    """The same network with each projection replaced by one that begins at its best approximation.
+
+    Args:
+        dense: Network whose projections are linear maps.
+        projection: Makes a low-rank one.
+        device: Where the singular value decompositions are done.
+
+    Returns:
+        A network that shares everything but the projections with ``dense``, in its dtype, in eval mode.
+
+    Raises:
+        InputError: If a projection is no linear map already, or the new one not low-rank.
+    """
+    network = _shallow(dense)
+    parts = [part for block in network.model.layers for part in (block.self_attn, block.mlp)]
+    for part in track(parts, "factorising", console=Console(stderr=True)):
+        for name, old in list(part.named_children()):
+            weight = old.dense()
+            if weight is None:
+                raise InputError(f"{name} is {type(old).__name__}, which is not dense; start from a full-rank model")
+            new = projection(weight.shape[1], weight.shape[0]).to(weight.dtype)
+            if not isinstance(new, LowRank):
+                raise InputError(
+                    f"--projection {type(new).__name__} is not low-rank; name LowRank or CoLA, with a rank"
+                )
+            new.approximate(weight.to(device))
+            setattr(part, name, new)
+    return network.eval()
+
+
+def _shallow(network: Llama) -> Llama:
+    """A copy whose modules are its own and whose tensors are shared."""
+    return deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+
+
+def _run_file(network: Llama, folder: Path) -> str:
+    decoder, first = network.model, network.model.layers[0]
+    method = type(first.self_attn.q_proj)
+    model = {
+        "initial_weights": str(folder.resolve()),
+        "vocab_size": decoder.embed_tokens.num_embeddings,
+        "hidden_size": decoder.embed_tokens.embedding_dim,
+        "intermediate_size": first.mlp.gate_proj.B.out_features,
+        "num_hidden_layers": len(decoder.layers),
+        "num_attention_heads": decoder.embed_tokens.embedding_dim // decoder.head_dim,
+        "num_key_value_heads": first.self_attn.k_proj.B.out_features // decoder.head_dim,
+        "max_position_embeddings": network.max_position_embeddings,
+        "rope_theta": decoder.rope_theta,
+        "rms_norm_eps": decoder.norm.eps,
+        "gate_silu": first.mlp.gate_silu,
+        "pad_token_id": decoder.embed_tokens.padding_idx,
+        "projection": {
+            "class_path": f"{method.__module__}.{method.__qualname__}",
+            "init_args": {"rank": first.self_attn.q_proj.A.out_features},
+        },
+    }
+    data = {"init_args": {"tokenizer": str(folder.resolve())}}
+    return yaml.safe_dump({"model": model, "data": data}, sort_keys=False)

@@ -1,0 +1,106 @@
+"""The model card: what a run knows of itself, for those who are given its model."""
+
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cola_lightning.provenance import libraries, read_provenance
+from cola_lightning.trained import Trained
+
+NOT_KNOWN = "not recorded"
+
+
+def model_card(trained: Trained, name: str, config: dict[str, Any]) -> str:
+    """``README.md`` of a folder, in the Hugging Face hub's layout.
+
+    Args:
+        trained: The model.
+        name: Title.
+        config: What stands in ``config.json``.
+    """
+    low_rank = "auto_map" in config  # loading it takes the modelling file
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts(trained).items())
+    remote = ", trust_remote_code=True" if low_rank else ""
+    reason = "\nThe small modelling file in this folder is why `trust_remote_code` is asked for.\n" if low_rank else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{"cola, low-rank" if low_rank else "llama"}]
+---
+
+# {name}
+
+A language model, pre-trained with cola_lightning.
+
+| | |
+|---|---|
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{remote})
+model = AutoModelForCausalLM.from_pretrained("FOLDER"{remote})
+ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=60)[0]))
+```
+{reason}
+The tokenizer adds no special id to a text. In training, each document ended with the end-of-document id.
+"""
+
+
+def facts(trained: Trained) -> dict[str, str]:
+    """What is known of the model, by name."""
+    projection = trained.network.model.layers[0].self_attn.q_proj
+    dtype = str(trained.network.lm_head.weight.dtype).removeprefix("torch.")
+    rank = f", rank {projection.A.out_features}" if hasattr(projection, "A") else ""
+    found = {
+        "method": f"{type(projection).__name__}{rank}",
+        "parameters": f"{sum(parameter.numel() for parameter in trained.network.parameters()):,}, {dtype}",
+    }
+    if trained.checkpoint is None:
+        return found | {"exported from": trained.path.name}
+    step, run = trained.checkpoint.step, read_provenance(trained.run_dir)
+    perplexity = NOT_KNOWN
+    if trained.run_dir and (last := _last_perplexity(trained.run_dir, step)):
+        perplexity = f"{last[1]:,.2f} per token" + ("" if last[0] == step else f", at step {last[0]:,}")
+    return found | {
+        "data": _data(trained.configuration().get("data") or {}),
+        "steps": f"{step:,}",
+        "tokens seen": _tokens(trained.checkpoint.state),
+        "validation perplexity": perplexity,
+        "trained with": ", ".join(f"{key} {value}" for key, value in run.get("libraries", {}).items()) or NOT_KNOWN,
+        "commit of cola_lightning": run.get("commit") or NOT_KNOWN,
+        "exported with": ", ".join(f"{key} {value}" for key, value in libraries().items()),
+    }
+
+
+def _data(data: dict[str, Any]) -> str:
+    arguments = data.get("init_args") or {}
+    sources = arguments.get("sources") or [arguments]
+    names = [
+        " ".join(filter(None, (source.get("path"), source.get("name"), source.get("revision")))) or source.get("paths")
+        for source in sources
+    ]
+    # Of files on somebody's machine only the name: the card is for others.
+    flat = [Path(str(part)).name if str(part).startswith(("/", "~", ".")) else str(part)
+            for entry in names for part in (entry if isinstance(entry, list) else [entry]) if part]  # fmt: skip
+    rows = f", rows of {arguments['sequence_length']} tokens" if "sequence_length" in arguments else ""
+    return ", ".join(flat) + rows if flat else NOT_KNOWN
+
+
+def _tokens(state: dict[str, Any]) -> str:
+    for name, kept in (state.get("callbacks") or {}).items():
+        if name.startswith("Throughput"):
+            return f"{kept['tokens']:,}"
+    return NOT_KNOWN
+
+
+def _last_perplexity(run_dir: Path, step: int) -> tuple[int, float] | None:
+    """The last validation up to ``step`` optimizer steps, as how many they were and the perplexity."""
+    events = EventAccumulator(str(run_dir), {"scalars": 0}).Reload()
+    if "val/perplexity" not in events.Tags()["scalars"]:
+        return None
+    seen = [(event.step + 1, event.value) for event in events.Scalars("val/perplexity") if event.step < step]
+    return seen[-1] if seen else None

@@ -1,0 +1,52 @@
+"""First weights that come from a folder instead of being drawn."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cola_lightning.checkpoints import load_model
+from cola_lightning.checkpoints.folders import check_shapes
+from cola_lightning.errors import InputError
+from cola_lightning.models import Llama
+
+
+def begin_with(network: Llama, folder: str) -> None:
+    """Let every module of a network begin with the weights of a folder, cast to the dtype that they are held in.
+
+    A module's ``reset_parameters`` alone decides its first values. Here it is replaced, until it was called once; so it
+    makes no difference whether the network holds memory already, or is filled in and sharded piece by piece later. What
+    holds memory is filled at once.
+
+    Args:
+        network: Built, but not compiled or sharded.
+        folder: What ``load_model`` reads.
+
+    Raises:
+        InputError: If the folder holds another network, or ZeRO-3 shards this one.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in network.parameters()):
+        raise InputError(
+            "--model.initial_weights cannot be filled into what ZeRO-3 has sharded already; begin under fsdp2 or "
+            "deepspeed_stage_2"
+        )
+    weights = load_model(Path(folder)).state_dict()
+    trouble = f"--model.initial_weights {folder} holds another network ('factorise' makes low rank of full rank)"
+    check_shapes(network, weights, trouble)
+    for name, module in network.named_modules():
+        prefix = f"{name}." if name else ""
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        values = {key: weights[prefix + key] for key, _ in own if prefix + key in weights}
+        if not values:
+            continue
+        module.reset_parameters = partial(_copy, module, values)
+        if not any(tensor.is_meta for _, tensor in own):
+            module.reset_parameters()
+
+
+@torch.no_grad()
+def _copy(module: nn.Module, values: dict[str, Tensor]) -> None:
+    for key, value in values.items():
+        getattr(module, key).copy_(value)
+    del module.reset_parameters

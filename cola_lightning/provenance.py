@@ -1,0 +1,56 @@
+"""What a run leaves beside its checkpoints, so that they can be used and described without it."""
+
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+RUN, TOKENIZER = "run.json", "tokenizer"
+LIBRARIES = ("cola-lightning", "torch", "lightning", "deepspeed", "tokenizers", "datasets")
+
+
+def write_provenance(trainer: L.Trainer, folder: Path) -> None:
+    """Write the tokenizer, and ``run.json`` with the commit and the versions of libraries."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.save(folder / TOKENIZER)
+    facts = {"commit": commit(), "devices": trainer.world_size, "libraries": libraries()}
+    (folder / RUN).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def libraries() -> dict[str, str]:
+    """Versions of Python and of the libraries that a result depends on, of those installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of this package's source, marked where files differ from it; None outside a git checkout of it."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=30)
+        return done.stdout.strip()
+
+    try:
+        if not git("ls-files", "--", Path(__file__).name):  # installed within some other repository
+            return None
+        return git("rev-parse", "HEAD") + (", with changes" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def read_provenance(run_dir: Path | None) -> dict[str, Any]:
+    """What ``run.json`` says; nothing where there is none."""
+    file = run_dir / RUN if run_dir else None
+    return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}

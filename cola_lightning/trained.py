@@ -1,0 +1,116 @@
+"""A trained model to use: a checkpoint of any strategy, the directory of a run, or a Hugging Face folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from cola_lightning.checkpoints import Checkpoint, load_model, read
+from cola_lightning.checkpoints.folders import check_shapes
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.errors import InputError
+from cola_lightning.models import Llama
+from cola_lightning.module import LanguageModel
+from cola_lightning.provenance import TOKENIZER
+
+NOT_BUILT = {"optimizer", "schedule", "compile", "initial_weights"}
+"""Arguments of the LightningModule that make no difference to its network."""
+
+
+@dataclass
+class Trained:
+    """A network with what is known of it.
+
+    Args:
+        network: In eval mode, on the CPU, in the dtype it was stored in.
+        path: The checkpoint or folder.
+        checkpoint: All that a checkpoint says; None for a folder in Hugging Face's layout.
+        run_dir: Directory of the run that the checkpoint lies in; None where there is none.
+    """
+
+    network: Llama
+    path: Path
+    checkpoint: Checkpoint | None = None
+    run_dir: Path | None = None
+
+    def tokenizer(self, name: str | None = None) -> Tokenizer:
+        """The one named, or that of the run or folder.
+
+        Raises:
+            InputError: If none is named and none is known.
+        """
+        if name is not None:
+            return Tokenizer.load(name)
+        for folder in (self.path, self.run_dir / TOKENIZER if self.run_dir else self.path):
+            if (folder / "tokenizer.json").is_file():
+                return Tokenizer.load(str(folder))
+        data = self.configuration().get("data") or {}
+        if named := (data.get("init_args") or {}).get("tokenizer"):
+            return Tokenizer.load(named)
+        raise InputError(f"{self.path} does not say which tokenizer it was trained with; name it by --tokenizer")
+
+    def sequence_length(self) -> int | None:
+        """Tokens of the rows that it was trained on; None where that is not known."""
+        return ((self.configuration().get("data") or {}).get("init_args") or {}).get("sequence_length")
+
+    def configuration(self) -> dict[str, Any]:
+        """What the run was started with; empty where that is not known."""
+        file = self.run_dir / "config.yaml" if self.run_dir else None
+        return yaml.safe_load(file.read_text(encoding="utf-8")) if file else {}
+
+
+def open_model(path: str | Path) -> Trained:
+    """Open a checkpoint of any strategy, the directory of a run (its last checkpoint), or a folder that ``load_model``
+    understands. Nothing in it is run.
+
+    Raises:
+        InputError: If it is none of these, or not whole.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return Trained(load_model(path), path)
+    last = path / "checkpoints" / "last.ckpt"
+    path = last if last.exists() else path
+    checkpoint = read(path)
+    run_dir = next((parent for parent in path.absolute().parents[:2] if (parent / "config.yaml").is_file()), None)
+    return Trained(build(checkpoint, path), path, checkpoint, run_dir)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device that is named, or a GPU where there is one.
+
+    Raises:
+        InputError: If there is no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def build(checkpoint: Checkpoint, path: Path) -> Llama:
+    """The network that a checkpoint's hyper-parameters describe, with its weights, in eval mode.
+
+    Raises:
+        InputError: If they describe none, or another than the weights are of.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    known = parser.add_class_arguments(LanguageModel, "model", skip=NOT_BUILT)
+    stored = checkpoint.hyper_parameters
+    names = {name.removeprefix("model.").split(".")[0] for name in known}
+    settings = {"model": {name: stored[name] for name in names if name in stored}}
+    try:
+        module = parser.instantiate(parser.parse_object(settings)).model
+    except ArgumentError as error:
+        raise InputError(f"{path} describes a model that cannot be built: {' '.join(str(error).split())}") from error
+    with torch.device("meta"):
+        network = module.build()
+    hint = "" if "projection" in stored else ", and does not name its projections, as a run from Python leaves them out"
+    check_shapes(network, checkpoint.weights, f"{path} holds other weights than its hyper-parameters describe{hint}")
+    network.load_state_dict(checkpoint.weights, assign=True)
+    return network.eval()

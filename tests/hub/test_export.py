@@ -1,0 +1,99 @@
+"""The verb, from a real run to a process that knows transformers alone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cola_lightning import load_model
+from cola_lightning.cli import main
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.models import generate
+from tests.conftest import GOLDEN
+
+FOREIGN = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = sys.argv[1]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+ids = tokenizer("the people of", return_tensors="pt").input_ids
+made = model.generate(ids, max_new_tokens=12, do_sample=False)
+assert "cola_lightning" not in sys.modules and not any("cola_lightning" in name for name in sys.modules)
+print(made[0].tolist(), tokenizer.decode(made[0]), sep="|")
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(trained_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    main(["export", str(trained_run), str(folder)])
+    return folder
+
+
+def test_the_checkpoint_comes_out_bit_for_bit(exported, trained_run):
+    stored = torch.load(trained_run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    written = load_model(exported).state_dict()
+    assert written.keys() == {name.removeprefix("network.") for name in stored}
+    assert all(torch.equal(written[name.removeprefix("network.")], tensor) for name, tensor in stored.items())
+
+
+def test_the_card_tells_what_the_run_knows(exported):
+    card = (exported / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for row in (
+        "| method | CoLA, rank 8 |",
+        "| parameters | 27,296, float32 |",
+        "rows of 32 tokens |",
+        "| steps | 6 |",
+        "| tokens seen | 744 |",  # 6 steps of 4 rows of 31 predicted tokens
+    ):
+        assert row in card
+    assert " per token |" in card
+    assert f"torch {torch.__version__}" in card
+    assert "/tmp" not in card
+
+
+def test_a_process_without_this_package_continues_the_same_text(exported, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTEST_CURRENT_TEST")}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FOREIGN, str(exported)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ids, text = done.stdout.strip().split("|", 1)
+    tokenizer = Tokenizer.load(str(exported))
+    prompt = torch.tensor([tokenizer.encode(["the people of"])[0][:-1]])
+    ours = generate(load_model(exported), prompt, 12, temperature=0, stop_id=tokenizer.eos_id)
+    assert ids == str(ours[0].tolist())
+    assert text.startswith("the people of")
+
+
+def test_the_references_folder_is_converted(exported, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", str(GOLDEN), str(tmp_path / "out")])
+    assert "does not say which tokenizer it was trained with; name it by --tokenizer" in capsys.readouterr().err
+    main(["export", str(GOLDEN), str(tmp_path / "out"), f"--tokenizer={exported}"])
+    ids = torch.randint(320, (1, 9))
+    assert torch.equal(load_model(tmp_path / "out")(ids), load_model(GOLDEN)(ids))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/gone", "{tmp}/out"], "gone does not exist; name a checkpoint"),
+        (["{run}", "{run}"], "holds something already; choose another folder"),
+        (["{run}", "{tmp}/out", "--merge=true"], "CoLA cannot be merged"),
+        (["{run}", "{tmp}/out", "--tokenizer={tmp}"], r"holds no tokenizer.json"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, message, trained_run, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", *[text.format(run=trained_run, tmp=tmp_path) for text in arguments]])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]

@@ -1,0 +1,99 @@
+"""The verb ``generate``, and what it decides beyond drawing tokens."""
+
+import re
+
+import pytest
+import torch
+
+from cola_lightning.cli import main
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.generate import continue_texts
+from tests.conftest import tiny_llama
+
+
+class Scripted(torch.nn.Module):
+    """A head whose likeliest next ids are those of a text, whatever came before."""
+
+    def __init__(self, network, scripts):
+        super().__init__()
+        self.weight, self.scripts, self.step = network.lm_head.weight, scripts, 0
+
+    def forward(self, x):
+        logits = torch.zeros(*x.shape[:2], 300)
+        for row, script in enumerate(self.scripts):
+            logits[row, -1, script[self.step]] = 1
+        self.step += 1
+        return logits
+
+
+@pytest.fixture(scope="module")
+def tokenizer(texts):
+    return Tokenizer.train(iter(texts), 300)
+
+
+def say(tokenizer, prompts, texts, stops=()):
+    """All that comes of prompts when the network is bent on going on with ``texts``."""
+    scripts = [tokenizer.encode([text])[0] for text in texts]
+    length = max(map(len, scripts))
+    network = tiny_llama(lambda i, o: torch.nn.Linear(i, o)).eval()
+    network.lm_head = Scripted(network, [ids + ids[-1:] * (length - len(ids)) for ids in scripts])
+    options = {"max_new_tokens": length, "temperature": 0}
+    return list(continue_texts(network, tokenizer, prompts, list(stops), **options))
+
+
+def test_a_document_ends_where_its_id_comes(tokenizer):
+    *_, texts = say(tokenizer, ["the people", "war"], [" of the nation", " upon"])
+    assert texts == [" of the nation", " upon"]
+
+
+def test_a_stop_ends_its_row_alone_and_is_left_out(tokenizer):
+    *_, texts = say(tokenizer, ["a", "b"], [" year. Next", " no end"], stops=[". ", "###"])
+    assert texts == [" year", " no end"]
+
+
+def test_one_prompt_is_written_as_it_comes_but_nothing_is_taken_back(tokenizer, monkeypatch, capsys, trained_run):
+    steps = say(tokenizer, ["a"], [" 漢#字##!"], stops=["##"])
+    assert any("\N{REPLACEMENT CHARACTER}" in texts[0] for texts in steps)  # a letter of which bytes are missing
+    monkeypatch.setattr("cola_lightning.generate.continue_texts", lambda *args, **options: iter(steps))
+    written = []
+    monkeypatch.setattr("builtins.print", lambda text, **_: written.append(text))
+    main(["generate", str(trained_run), "--prompt=a", "--stop=##"])
+    assert len([text for text in written if text]) > 4
+    assert "".join(written) == "a 漢#字"
+
+
+def test_from_run_and_folder_alike(trained_run, tmp_path, capsys):
+    prompts = ["--prompt=the people", "--prompt=congress upon the year"]
+    main(["export", str(trained_run), str(tmp_path / "folder")])
+    capsys.readouterr()
+    shown = []
+    for model in (trained_run, tmp_path / "folder"):
+        main(["generate", str(model), *prompts, "--max_new_tokens=8", "--seed=3", "--top_p=0.9", "--top_k=40"])
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert re.fullmatch(r"the people.+\n\ncongress upon the year.+\n", shown[0], re.DOTALL)
+    (tmp_path / "prompts.txt").write_text("the people\n\ncongress upon the year\n")
+    main(["generate", str(trained_run), f"--file={tmp_path / 'prompts.txt'}", "--max_new_tokens=8", "--seed=3",
+          "--top_p=0.9", "--top_k=40"])  # fmt: skip
+    assert capsys.readouterr().out == shown[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is no prompt; give --prompt TEXT, or --file with one on each line"),
+        (["--prompt="], "the prompt '' holds no token"),
+        (["--prompt=a", "--temperature=-1"], "--temperature is -1.0; it must be at least 0"),
+        (["--prompt=a", "--max_new_tokens=0"], "--max_new_tokens is 0"),
+        (["--prompt=a", "--top_k=0"], "--top_k is 0"),
+        (["--prompt=a", "--top_p=1.5"], "--top_p is 1.5; it must lie above 0 and not above 1"),
+        (["--file=gone.txt"], "--file gone.txt cannot be read"),
+        (["--prompt=a", "--device=abacus"], "--device abacus cannot be used"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, message, trained_run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", str(trained_run), *arguments])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
