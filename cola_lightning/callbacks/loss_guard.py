@@ -48,7 +48,8 @@ class LossGuard(L.Callback):
         loss_deviations: A loss is a spike if it lies more than so many robust standard deviations (1.4826 times the
             median absolute deviation, or 1 % of the median if that is more) above the median of those before it. Null
             looks for losses that are not finite only.
-        gradient_norm_deviations: The same for the gradient norm.
+        gradient_norm_deviations: The same for the gradient norm. Null by default: clipping already bounds what such a
+            step does, and the norm may double within a window while all is well, as in warm-up.
         window: How many good steps the medians are taken of; until there are so many, no spike is looked for.
 
     Raises:
@@ -61,7 +62,7 @@ class LossGuard(L.Callback):
         patience: int = 3,
         max_rollbacks: int = 3,
         loss_deviations: float | None = 10.0,
-        gradient_norm_deviations: float | None = 50.0,
+        gradient_norm_deviations: float | None = None,
         window: int = 100,
     ) -> None:
         for name, value, least in (
