@@ -3,7 +3,6 @@
 Nothing is frozen, merged or reset: both factors train under any optimizer from the first step.
 """
 
-import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -16,15 +15,6 @@ class CoLA(LowRank):
     def expand(self, z: Tensor) -> Tensor:
         return self.B(silu(z))
 
-    @torch.no_grad()
-    def approximate(self, weight: Tensor) -> None:
-        """Begin near a dense matrix: with ``B A`` at twice its best approximation of rank R.
-
-        ``silu(z) = z / 2 + z tanh(z / 2) / 2``, whose second term is even. Where z is spread evenly around zero, half
-        of z is therefore the linear map that silu is nearest to, and twice the product gives the linear part back.
-        """
-        super().approximate(2 * weight)
-
     def dense(self) -> None:
-        """None: there is no such matrix, for the map is not linear."""
+        """None: the nonlinearity stands between the factors."""
         return None
