@@ -14,11 +14,10 @@ LAYOUT = {
         "tokens per second": ["Multiline", ["train/tokens_per_second"]],
         "share of the peak (MFU, HFU)": ["Multiline", ["train/mfu", "train/hfu"]],
         "share of the time spent waiting for data": ["Multiline", ["train/data_wait"]],
-        "memory in GiB": ["Multiline", [r"memory/.*"]],
     },
     "Health": {
-        "gradient norm before clipping": ["Multiline", ["train/gradient_norm"]],
-        "gradient norm by group": ["Multiline", [r"gradient_norm/.*"]],
+        "gradient norm before clipping, whole and by group": ["Multiline", [r"(train/)?gradient_norm(/.*)?"]],
+        "memory in GiB": ["Multiline", [r"memory/.*"]],
         "skipped steps and rollbacks": ["Multiline", [r"guard/.*"]],
     },
     "Effective rank, a line a layer": {

@@ -54,7 +54,7 @@ class HyperParameters(L.Callback):
                 logger.experiment._get_file_writer().add_summary(hparams({}, {})[2])  # the run is complete
 
 
-def hyper_parameters(trainer: L.Trainer, module: LanguageModel) -> dict[str, bool | int | float | str]:
+def hyper_parameters(trainer: L.Trainer, module: LanguageModel) -> dict[str, int | float | str]:
     """What was typed of the model, by flat names (``projection``: CoLA, ``projection.rank``: 128), and what of trainer
     and data decides the result. Factories that Python code passed have no names, and are left out."""
     data = getattr(trainer, "datamodule", None)
@@ -88,5 +88,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _plain(value: Any) -> bool | int | float | str:
-    return value if isinstance(value, bool | int | float | str) else str(value)
+def _plain(value: Any) -> int | float | str:
+    if isinstance(value, bool):
+        return str(value).lower()  # TensorBoard would show a number
+    return value if isinstance(value, int | float | str) else str(value)

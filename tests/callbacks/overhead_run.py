@@ -31,7 +31,7 @@ from cola_lightning.callbacks import (
 from cola_lightning.methods import CoLA
 from cola_lightning.module import LanguageModel
 
-BLOCK, EVERY_N_STEPS, ROWS, LENGTH, VOCABULARY = 10, 1000, 2, 256, 8192
+BLOCK, EVERY_N_STEPS, ROWS, LENGTH, VOCABULARY, MICRO_BATCHES = 10, 1000, 4, 256, 8192, 4
 HOOKS = ("on_before_backward", "on_before_optimizer_step", "on_train_batch_start", "on_train_batch_end", "judge")
 
 
@@ -55,7 +55,7 @@ class Blocks(L.Callback):
         return call
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step % BLOCK == 0:
+        if trainer.global_step % BLOCK == 0 and batch_idx % MICRO_BATCHES == 0:
             self.note()
             self.on = bool(trainer.global_step // BLOCK % 2)
 
@@ -68,22 +68,23 @@ class Blocks(L.Callback):
 
 def main(pairs):
     torch.manual_seed(0)
-    spectrum = ActivationSpectrum(EVERY_N_STEPS, tokens=8 * ROWS * LENGTH)
+    spectrum = ActivationSpectrum(EVERY_N_STEPS, tokens=4 * ROWS * LENGTH)
     others = [Throughput(), Memory(), GradientNorms(), LossGuard(window=20)]
     blocks = Blocks(others)
     model = LanguageModel(VOCABULARY, 512, 1376, 2, 8, projection=partial(CoLA, rank=128))
-    ids = torch.randint(1, VOCABULARY, (8, ROWS, LENGTH))
+    ids = torch.randint(1, VOCABULARY, (8, ROWS, LENGTH))  # two steps, over and over
     batches = [{"input_ids": rows, "labels": rows} for rows in ids]
     steps = 2 * BLOCK * (pairs + 1)
     with TemporaryDirectory() as folder:
         trainer = L.Trainer(
             accelerator="cpu", max_steps=steps, max_epochs=-1, log_every_n_steps=BLOCK,
-            gradient_clip_val=0.5, logger=TensorBoardLogger(folder, name="", version=""), enable_checkpointing=False,
+            gradient_clip_val=0.5, accumulate_grad_batches=MICRO_BATCHES,
+            logger=TensorBoardLogger(folder, name="", version=""), enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False,
             callbacks=[blocks, *others, HyperParameters(), Dashboard()],
         )  # fmt: skip
         trainer.fit(model, DataLoader(batches, batch_size=None))
-        whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        whole = {name: torch.cat([batch[name] for batch in batches[:4]]) for name in batches[0]}
         spectra = []
         for _ in range(3):
             began = time.process_time()

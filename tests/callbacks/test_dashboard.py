@@ -48,7 +48,7 @@ def test_the_run_stands_in_the_hparams_tab_under_readable_names(board):
         "batch_size": 4, "sequence_length": 32, "schedule.warmup_steps": 2, "world_size": 1,
     }  # fmt: skip
     words = {"projection": "CoLA", "optimizer": "AdamW", "schedule": "WarmupCosine", "precision": "32-true",
-             "callbacks": "CoLAM", "data": "Text", "strategy": "SingleDevice"}  # fmt: skip
+             "callbacks": "CoLAM", "compile": "false", "data": "Text", "strategy": "SingleDevice"}  # fmt: skip
     assert {name: values[name].number_value for name in numbers} == pytest.approx(numbers)
     assert {name: values[name].string_value for name in words} == words
     assert not [name for name in values if "class_path" in name or "init_args" in name or name.startswith("_")]
