@@ -109,9 +109,10 @@ def run_all(bench: Bench, jobs: int) -> None:
             progress.print(f"{title(cell)}: {word}", markup=False, highlight=False)
 
         try:
+            run(cells[0])  # alone, for it may have data to prepare, which the others then find
             # The best learning rates are known when the sweep is over.
-            list(pool.map(run, [cell for cell in cells if cell.factor is not None]))
-            list(pool.map(run, [cell for cell in cells if cell.factor is None]))
+            list(pool.map(run, [cell for cell in cells[1:] if cell.factor is not None]))
+            list(pool.map(run, [cell for cell in cells[1:] if cell.factor is None]))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

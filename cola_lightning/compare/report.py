@@ -121,7 +121,7 @@ def markdown(bench: Bench, rows: list[dict[str, Any]]) -> str:
         "|" + "---|" * len(COLUMNS),
         *("| " + " | ".join(cell(row, name) for name in COLUMNS) + " |" for row in rows),
         "",
-        f"Each method was tried with the same {len(plan.learning_rates)} learning rates, its own times "
+        f"Trials for each method: {len(plan.learning_rates)} learning rates, its own times "
         f"{', '.join(f'{factor:g}' for factor in plan.learning_rates)}, with seed {plan.seeds[0]}; the best then with "
         f"{', '.join(f'seed {seed}' for seed in plan.seeds[1:]) or 'no other seed'} too. Perplexities are means over "
         f"these seeds, in brackets each. A * marks a best that is the lowest or the highest that was tried: a further "

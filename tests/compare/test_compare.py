@@ -89,7 +89,7 @@ def test_the_report_has_what_was_counted_and_measured(compared):
     assert set(cola["perplexities"]) <= set(kept)
     assert min(cola["sweep"].values()) in cola["perplexities"]
     text = (report / "table.md").read_text()
-    assert "Each method was tried with the same 2 learning rates, its own times 0.5, 1" in text
+    assert "Trials for each method: 2 learning rates, its own times 0.5, 1" in text
     assert "2 of 2" in text
     assert len(list(csv.DictReader((report / "results.csv").open()))) == 2
     for name in ("loss_tokens", "loss_flops", "perplexity_memory"):
