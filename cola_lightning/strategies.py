@@ -1,5 +1,6 @@
 """Strategies as they have to be for these networks, under the names that ``--trainer.strategy`` takes."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch.optim import Optimizer
 from cola_lightning.checkpoints import read_state, refuse_code
 from cola_lightning.checkpoints.formats import Format, format_of
 from cola_lightning.errors import InputError
+
+if not torch.accelerator.is_available():  # else DeepSpeed says on stdout that it found none, amid what is printed there
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 class FSDP2Strategy(ModelParallelStrategy):

@@ -1,6 +1,11 @@
+import os
 import random
 from functools import partial
 from pathlib import Path
+
+# Tests run in two processes (see pyproject.toml): each has one core, and compiles into a folder of its own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"/tmp/torchinductor-test-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
 
 import lightning as L
 import pytest

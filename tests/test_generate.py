@@ -8,6 +8,7 @@ import torch
 from cola_lightning.cli import main
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.generate import continue_texts
+from cola_lightning.models import FullRank
 from tests.conftest import tiny_llama
 
 
@@ -35,7 +36,7 @@ def say(tokenizer, prompts, texts, stops=()):
     """All that comes of prompts when the network is bent on going on with ``texts``."""
     scripts = [tokenizer.encode([text])[0] for text in texts]
     length = max(map(len, scripts))
-    network = tiny_llama(lambda i, o: torch.nn.Linear(i, o)).eval()
+    network = tiny_llama(FullRank).eval()
     network.lm_head = Scripted(network, [ids + ids[-1:] * (length - len(ids)) for ids in scripts])
     options = {"max_new_tokens": length, "temperature": 0}
     return list(continue_texts(network, tokenizer, prompts, list(stops), **options))

@@ -120,5 +120,5 @@ def test_what_cannot_work_is_refused_before_training(monkeypatch):
             run.fit(model, loader(batches))
     monkeypatch.setattr("cola_lightning.callbacks.activation_spectrum.find_spec", lambda name: None)
     run, model, batches = tiny_trainer(ActivationSpectrum(), steps=1)
-    with pytest.raises(InputError, match=r"pip install 'cola-lightning\[monitor\]'"):
+    with pytest.raises(InputError, match=r"pip install 'cola-lightning\[plots\]'"):
         run.fit(model, loader(batches))

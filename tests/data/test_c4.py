@@ -10,7 +10,7 @@ from cola_lightning.data import C4DataModule, Source
 from cola_lightning.data.rows import IGNORE
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
-from cola_lightning.module import LanguageModel
+from cola_lightning.module import LanguageModel, next_token_losses
 from tests.data.conftest import arguments, sentences, write_shard
 
 
@@ -186,7 +186,7 @@ def test_attention_that_keeps_to_its_document_gives_each_document_the_loss_it_ha
     packed = {"rows": "packed", "sequence_length": 512, "cross_document_attention": False}
     data = ready(C4DataModule(**arguments(c4, **packed)))
     for batch in (*take(data, 3), *data.val_dataloader()):
-        losses, kept = model._losses(batch)
+        losses, kept = next_token_losses(model.network, batch)
         for row in range(2):
             ids, numbers = batch["input_ids"][row], batch["document_ids"][row]
             for number in range(1, int(numbers.max())):
@@ -194,7 +194,7 @@ def test_attention_that_keeps_to_its_document_gives_each_document_the_loss_it_ha
                 if not (batch["labels"][row][own] != IGNORE).any():
                     continue
                 document = ids[own].unsqueeze(0)
-                alone, _ = model._losses({"input_ids": document, "labels": document})
+                alone, _ = next_token_losses(model.network, {"input_ids": document, "labels": document})
                 assert (losses[row][own[1:]][1:] - alone[0]).abs().max() < 1e-5
                 assert kept[row][own[1:]].tolist() == [False] + [True] * (document.shape[1] - 1)
 

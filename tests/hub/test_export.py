@@ -23,7 +23,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 ids = tokenizer("the people of", return_tensors="pt").input_ids
 made = model.generate(ids, max_new_tokens=12, do_sample=False)
-assert "cola_lightning" not in sys.modules and not any("cola_lightning" in name for name in sys.modules)
+assert "cola_lightning" not in {name.split(".")[0] for name in sys.modules}
 print(made[0].tolist(), tokenizer.decode(made[0]), sep="|")
 """
 

@@ -98,7 +98,7 @@ def test_a_broken_run_goes_on_bit_for_bit(overlay, precision, tiny_run, tmp_path
     monkeypatch.chdir(tmp_path)
     flags = [flag for flag in tiny_run if not flag.startswith(("--checkpoint", "--trainer.val_check"))]
     flags += [f"--config={REPOSITORY}/configs/method/{overlay}.yaml", f"--trainer.precision={precision}",
-              "--trainer.limit_val_batches=0", "--trainer.logger=false", "--checkpoint.save_top_k=1"]  # fmt: skip
+              "--trainer.limit_val_batches=0", "--trainer.logger=false"]  # fmt: skip
     if overlay != "muon":
         flags.append("--model.optimizer.init_args.matrices.init_args={refresh_every: 4, rank: 6}")
     flags.append("--checkpoint.every_n_train_steps=3")
