@@ -57,10 +57,11 @@ class SaveRunConfig(SaveConfigCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
+            self.folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        write_provenance(trainer, Path(trainer.log_dir))
+        write_provenance(trainer, self.folder)  # rank 0 alone is here
 
 
 class CLI(LightningCLI):
