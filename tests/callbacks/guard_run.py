@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import ConstantLR
 
-from cola_lightning.callbacks import ActivationSpectrum, Checkpoints, GradientNorms, LossGuard
+from cola_lightning.callbacks import ActivationSpectrum, Checkpoints, GradientNorms, LossGuard, Throughput
 from cola_lightning.callbacks.loss_guard import TrainingDivergedError
 from cola_lightning.methods import CoLA
 from cola_lightning.module import LanguageModel
@@ -87,11 +87,14 @@ def run(strategy, devices, folder, scenario):
     )  # fmt: skip
     checkpoint = Checkpoints(every_n_train_steps=4, keep=3, dirpath=str(folder / "checkpoints"))
     steps = len(order) // settings.get("accumulate_grad_batches", 1) if len(order) <= STEPS else STEPS
+    throughput = Throughput()
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy=strategy, max_steps=steps, max_epochs=-1, log_every_n_steps=1,
         gradient_clip_val=0.5, logger=TensorBoardLogger(folder, name="", version=""), enable_progress_bar=False,
         enable_model_summary=False, **settings,
-        callbacks=[LossGuard(max_rollbacks=2), GradientNorms(), ActivationSpectrum(every_n_steps=10), checkpoint],
+        callbacks=[
+            throughput, LossGuard(max_rollbacks=2), GradientNorms(), ActivationSpectrum(every_n_steps=10), checkpoint,
+        ],
     )  # fmt: skip
     error = None
     try:
@@ -105,6 +108,7 @@ def run(strategy, devices, folder, scenario):
         "updates": [float(state["step"]) for state in trainer.optimizers[0].state.values()],
         "step": trainer.global_step,
         "schedule": trainer.lr_scheduler_configs[0].scheduler.last_epoch,
+        "tokens": throughput.tokens,
         "position": trainer.train_dataloader.position,
         "error": error,
     }

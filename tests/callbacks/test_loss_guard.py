@@ -87,7 +87,7 @@ def test_after_three_in_a_row_it_goes_back_and_passes_over_them(kind):
     poisoned, clean = result(kind, "back"), result(kind, "went_on_after")
     assert poisoned["weights"] == clean["weights"]
     assert poisoned["moments"] == clean["moments"]
-    for name in ("updates", "step", "schedule"):
+    for name in ("updates", "step", "schedule", "tokens"):
         assert poisoned[name] == clean[name]
     assert poisoned["step"] == poisoned["schedule"] == 12
     assert poisoned["position"] == 4 + 5 + 8
