@@ -17,14 +17,20 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import Dataset
 
-from cola_lightning.callbacks import CoLAM
+from cola_lightning.callbacks import CoLAM, CRNetRecompute
 from cola_lightning.data.loader import TrainLoader
-from cola_lightning.methods import CoLA, LoRA, SLTrain
+from cola_lightning.methods import CoLA, CRNet, LaX, LoRA, SLTrain
 from cola_lightning.module import LanguageModel
 from cola_lightning.optim import WarmupCosine
 
 STEPS, GLOBAL_BATCH, CLIP = 20, 8, 0.5
-METHODS = {"lora": partial(LoRA, rank=8, dropout=0), "sltrain": partial(SLTrain, rank=8, sparsity=0.1)}
+METHODS = {
+    "lora": partial(LoRA, rank=8, dropout=0),
+    "sltrain": partial(SLTrain, rank=8, sparsity=0.1),
+    "lax": partial(LaX, rank=8, gate=1.0),
+    "cr_net": partial(CRNet, rank=8),
+}
+CALLBACKS = {"none": [], "cr_net": [CRNetRecompute(anchor_every=2)]}
 
 
 class DeepSpeedOnCPU(DeepSpeedStrategy):
@@ -94,7 +100,7 @@ def train(strategy: str, devices: int, keep: str) -> Curve:
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy=strategy, max_steps=STEPS, max_epochs=1, log_every_n_steps=1,
         gradient_clip_val=CLIP, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[curve, *([] if keep == "none" or keep in METHODS else [CoLAM(keep)])],
+        enable_model_summary=False, callbacks=[curve, *CALLBACKS.get(keep, [] if keep in METHODS else [CoLAM(keep)])],
     )  # fmt: skip
     L.seed_everything(0)
     model = LanguageModel(

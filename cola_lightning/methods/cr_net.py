@@ -13,9 +13,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from cola_lightning.errors import InputError
-from cola_lightning.methods.low_rank import LowRank
+from cola_lightning.methods.low_rank import check_rank
 from cola_lightning.methods.reversible import Known, weights_of
-from cola_lightning.models.layers import CrossLayer, FullRank, Projection, Relay, Scalar
+from cola_lightning.models.layers import CrossLayer, FullRank, NormalLinear, Projection, Relay, Scalar
 from cola_lightning.models.llama import Block, Llama, Rotary
 
 EPSILON = 1e-6
@@ -33,7 +33,7 @@ class CRNet(CrossLayer):
         rank: Width R of the bottleneck, between 1 and the smaller side.
         beta: Where β starts.
         start: ``zero`` starts B at zero, so that all layers begin with the first one's output times powers of β;
-            ``normal`` starts both factors as :class:`LowRank` does.
+            ``normal`` starts both factors as plain low rank does.
 
     Raises:
         InputError: If the rank is out of range.
@@ -48,11 +48,11 @@ class CRNet(CrossLayer):
         start: Literal["zero", "normal"] = "zero",
     ) -> None:
         super().__init__()
-        factors = LowRank(in_features, out_features, rank)
-        self.A, self.B, self.beta = factors.A, factors.B, Scalar(beta)
-        if start == "zero":
-            self.B.std = 0.0
-            self.B.reset_parameters()
+        check_rank(in_features, out_features, rank)
+        std = (rank * (in_features + out_features)) ** -0.25
+        self.A = NormalLinear(in_features, rank, std)
+        self.B = NormalLinear(rank, out_features, 0.0 if start == "zero" else std)
+        self.beta = Scalar(beta)
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, x: Tensor, received: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
