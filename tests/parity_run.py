@@ -13,15 +13,21 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import Dataset
 
-from cola_lightning.callbacks import Checkpoints, CoLAM
+from cola_lightning.callbacks import Checkpoints, CoLAM, CRNetRecompute
 from cola_lightning.data.loader import TrainLoader
-from cola_lightning.methods import CoLA, LoRA, SLTrain
+from cola_lightning.methods import CoLA, CRNet, LaX, LoRA, SLTrain
 from cola_lightning.module import LanguageModel
 from cola_lightning.optim import WarmupCosine
 from cola_lightning.strategies import FSDP2Strategy, ZeROStrategy, refuse_mismatch
 
 STEPS, GLOBAL_BATCH, CLIP = 20, 8, 0.5
-METHODS = {"lora": partial(LoRA, rank=8, dropout=0), "sltrain": partial(SLTrain, rank=8, sparsity=0.1)}
+METHODS = {
+    "lora": partial(LoRA, rank=8, dropout=0),
+    "sltrain": partial(SLTrain, rank=8, sparsity=0.1),
+    "lax": partial(LaX, rank=8, gate=1.0),
+    "cr_net": partial(CRNet, rank=8),
+}
+CALLBACKS = {"none": [], "cr_net": [CRNetRecompute(anchor_every=2)]}
 
 
 class DeepSpeedOnCPU(ZeROStrategy):
@@ -115,7 +121,9 @@ def train(strategy: str, ranks: int, out: str, keep: str = "none", resume: str |
         accelerator="cpu", devices=ranks, strategy=strategy_named(strategy, ranks), max_steps=STEPS, max_epochs=1,
         log_every_n_steps=1, gradient_clip_val=CLIP, logger=False, enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[curve, Checkpoints(10, dirpath=out), *([] if keep in ("none", *METHODS) else [CoLAM(keep)])],
+        callbacks=[
+            curve, Checkpoints(10, dirpath=out), *CALLBACKS.get(keep, [] if keep in METHODS else [CoLAM(keep)]),
+        ],
     )  # fmt: skip
     if resume:
         refuse_mismatch(trainer.strategy, Path(resume), trainer.world_size)

@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 
-from cola_lightning.cli import CLI, main
+from cola_lightning.cli import CLI, main, resolve
+from cola_lightning.compare.plan import Method, Plan, learning_rates
 from tests.conftest import REPOSITORY
 
 MONITOR = REPOSITORY / "configs" / "monitor.yaml"
@@ -88,7 +89,7 @@ def test_commands_on_the_pages_parse(verb, flags, capsys):
         verb, flags = "fit", flags[:at] + flags[at + 2 :]
     with pytest.raises(SystemExit, match="0"):
         main([verb, *flags, "--print_config"])
-    assert yaml.safe_load(capsys.readouterr().out)["source" if verb == "prepare" else "model"]
+    assert yaml.safe_load(capsys.readouterr().out)[{"prepare": "source", "compare": "methods"}.get(verb, "model")]
 
 
 @pytest.mark.parametrize("file", PREPARATIONS, ids=lambda file: file.name)
@@ -131,3 +132,14 @@ def test_cola_has_the_references_hyper_parameters(size, capsys):
     assert (optimizer["weight_decay"], optimizer["betas"], optimizer["eps"]) == (0.01, [0.9, 0.999], 1e-8)
     assert (data["sequence_length"], data["global_batch_size"], data["rows"]) == (256, 512, "padded")
     assert model["schedule"]["init_args"]["min_ratio"] == 0.1
+
+
+def test_every_method_of_the_comparison_parses():
+    plan = yaml.safe_load((REPOSITORY / "recipes" / "compare_methods" / "plan.yaml").read_text())
+    methods = {name: Method(**method) for name, method in plan["methods"].items()}
+    made = Plan(plan["configs"], {}, methods, plan["learning_rates"], plan["seeds"], resolve)
+    assert len(made.cells) == 64
+    for name in methods:
+        model = made.configuration(name, 2, 1, REPOSITORY)["model"]
+        assert model["hidden_size"] == 128
+        assert len(learning_rates(model["optimizer"])) >= 1
