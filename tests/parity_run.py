@@ -13,9 +13,9 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import Dataset
 
-from cola_lightning.callbacks import Checkpoints, CoLAM, CRNetRecompute
+from cola_lightning.callbacks import Checkpoints, CoLAM
 from cola_lightning.data.loader import TrainLoader
-from cola_lightning.methods import CoLA, CRNet, LaX, LoRA, SLTrain
+from cola_lightning.methods import CoLA, LaX, LoRA, SLTrain
 from cola_lightning.module import LanguageModel
 from cola_lightning.optim import WarmupCosine
 from cola_lightning.strategies import FSDP2Strategy, ZeROStrategy, refuse_mismatch
@@ -25,9 +25,7 @@ METHODS = {
     "lora": partial(LoRA, rank=8, dropout=0),
     "sltrain": partial(SLTrain, rank=8, sparsity=0.1),
     "lax": partial(LaX, rank=8, gate=1.0),
-    "cr_net": partial(CRNet, rank=8),
 }
-CALLBACKS = {"none": [], "cr_net": [CRNetRecompute(anchor_every=2)]}
 
 
 class DeepSpeedOnCPU(ZeROStrategy):
@@ -122,7 +120,7 @@ def train(strategy: str, ranks: int, out: str, keep: str = "none", resume: str |
         log_every_n_steps=1, gradient_clip_val=CLIP, logger=False, enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
-            curve, Checkpoints(10, dirpath=out), *CALLBACKS.get(keep, [] if keep in METHODS else [CoLAM(keep)]),
+            curve, Checkpoints(10, dirpath=out), *([] if keep in ("none", *METHODS) else [CoLAM(keep)]),
         ],
     )  # fmt: skip
     if resume:
