@@ -1,4 +1,4 @@
-"""The cluster recipes, run here: SLURM's script under stand-ins for ``srun`` and ``scontrol``, and torchrun itself."""
+"""The SLURM recipe, run here under stand-ins for ``srun`` and ``scontrol``."""
 
 import os
 import re
@@ -101,23 +101,3 @@ def test_a_slurm_job_is_requeued_before_its_time_limit_and_goes_on(tmp_path, fla
         assert process.returncode == 0, output[-3000:]
         assert (f"step_{stopped:08}.ckpt" in output) == (name == "requeued_run")
     assert_same_end(tmp_path, "requeued_run", "whole_run")
-
-
-def test_torchrun_starts_a_run_again_whose_process_was_killed(tmp_path, flags, environment):
-    life = tmp_path / "life"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
-        "-m", "cola_lightning", "fit", *flags, "--ckpt_path=last",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        [*command, f"--run_dir={tmp_path / 'killed'}", *slow(life)], env=environment, cwd=REPOSITORY,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    await_steps(process, life, 20)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    assert len(workers) == 2
-    os.kill(int(workers[1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output[-3000:]
-    subprocess.run([*command, f"--run_dir={tmp_path / 'whole'}"], env=environment, cwd=REPOSITORY, check=True)
-    assert_same_end(tmp_path, "killed", "whole")
