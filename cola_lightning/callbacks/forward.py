@@ -16,7 +16,7 @@ def looking(trainer: L.Trainer) -> Iterator[nn.Module]:
     Every rank has to run it as often, for where weights are sharded they are gathered for each run.
     """
     # The first FSDP gathers the weights outside the layers only where its own wrapper is called.
-    root = trainer.strategy.model if isinstance(trainer.strategy, FSDPStrategy) else trainer.lightning_module
+    root = trainer.strategy.model if isinstance(trainer.strategy, FSDPStrategy) else trainer.lightning_module.network
     # A compiled layer sees no hooks that were set later, and is compiled again for each new length.
     with torch.no_grad(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
         yield root

@@ -2,10 +2,12 @@
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from cola_lightning.callbacks.forward import looking
 from cola_lightning.callbacks.loggers import write_text
+from cola_lightning.errors import InputError
 from cola_lightning.models import generate
 
 
@@ -31,6 +33,10 @@ class Samples(L.Callback):
         self.prompts, self.max_new_tokens = prompts, max_new_tokens
         self.temperature, self.top_k, self.seed = temperature, top_k, seed
         self._texts: list[str] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise InputError("Samples does not go with --trainer.strategy fsdp; take fsdp2, or leave Samples out")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
