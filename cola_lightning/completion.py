@@ -8,7 +8,9 @@ fails on the metaclasses among them.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from inspect import signature
+from pydoc import locate
+from typing import Any, get_args, get_origin
 
 from jsonargparse import ArgumentParser, _completions, _completions_jsonschema
 from torch import Tensor, nn
@@ -45,19 +47,31 @@ def _takes_list(schema: dict[str, Any]) -> bool:
 
 def shell_script(parser: ArgumentParser, shell: str) -> str:
     """A completion script for ``bash``, ``zsh``, ``tcsh``, ``fish`` or ``powershell``."""
-    with _open_ended():
+    with _open_ended(nested=False):
         return parser.get_completion_script(f"shtab-{shell}")
 
 
+def _takes_maker_of(cls: type, candidate: Any) -> bool:
+    """Whether an argument of ``candidate`` is a function that makes a ``cls``."""
+    try:
+        annotations = [parameter.annotation for parameter in signature(candidate).parameters.values()]
+    except (TypeError, ValueError):  # not everything that is written in C tells its arguments
+        return False
+    return any(get_origin(each) is Callable and get_args(each)[-1:] == (cls,) for each in annotations)
+
+
 @contextmanager
-def _open_ended() -> Iterator[None]:
+def _open_ended(nested: bool = True) -> Iterator[None]:
+    """``nested``: whether classes are listed that are made of others of their own kind, as an optimizer of two
+    optimizers is. A schema refers to itself there; options, which name each level, would have no end."""
     modules = (_completions, _completions_jsonschema)
     original: Callable = _completions.get_all_subclass_paths
 
     def bounded(cls: Any, *args: Any, **kwargs: Any) -> list[str]:
         if cls in (nn.Module, Tensor, object) or (isinstance(cls, type) and issubclass(cls, type)):
             return []
-        return original(cls, *args, **kwargs)
+        paths = original(cls, *args, **kwargs)
+        return paths if nested else [path for path in paths if not _takes_maker_of(cls, locate(path))]
 
     for module in modules:
         module.get_all_subclass_paths = bounded
