@@ -3,7 +3,6 @@
 import io
 import json
 import sys
-from argparse import ArgumentParser
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ from cola_lightning.strategies import refuse_mismatch
 USAGE = "[--config FILE] [--NAME VALUE ...]"
 MORE_VERBS = (
     "Besides: 'prepare' tokenises a data set beforehand, 'estimate --config FILE [--gpus N] [--gpu NAME]' tells what a "
-    "run will cost, 'benchmark --config FILE [--json FILE]' measures a training step, 'compare --config FILE' trains "
+    "run will cost, 'benchmark --config FILE [--against FILE]' measures training steps, 'compare --config FILE' trains "
     "several methods side by side, 'export', 'generate', 'evaluate' and 'factorise' use what was trained (each has a "
     "--help), 'schema' prints a JSON schema of the run files, and 'completion SHELL' a completion script."
 )
@@ -233,14 +232,15 @@ def predict_costs(args: list[str]) -> None:
 
 def measure(args: list[str]) -> None:
     """The verb ``benchmark``: options of its own, then those of ``fit``."""
-    parser = ArgumentParser("cola_lightning benchmark", allow_abbrev=False, description=benchmark.__doc__)
-    parser.add_argument("--json", metavar="FILE", help="write the result there too")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps")
-    options, rest = parser.parse_known_args(args)
-    cli = CLI(rest, run=False)
-    data = cli.datamodule
-    result = benchmark.benchmark(cli.trainer, cli.model, data.batch_size, data.sequence_length, options.steps)
-    benchmark.report(result, options.json)
+    options, flags = benchmark.parse(args)
+    runs = {name: CLI(each, run=False) for name, each in flags.items()}
+    own = [benchmark.Own(name, cli.trainer, cli.model, cli.datamodule) for name, cli in runs.items()]
+    if options.generate:
+        results = benchmark.measure_generation(own, options.warmup, options.rounds, options.generate)
+    else:
+        subjects = [*own, *(benchmark.Peer(path, own[0]) for path in options.peer)]
+        results = benchmark.measure_training(subjects, options.warmup, options.rounds, options.steps, options.profile)
+    benchmark.report(results, own[0], options.json)
 
 
 def resolve(flags: list[str]) -> dict[str, Any]:

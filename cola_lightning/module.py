@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import pad
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -36,12 +36,14 @@ def at_log_step(trainer: L.Trainer) -> bool:
     return not trainer.fit_loop._should_accumulate() and trainer.global_step % trainer.log_every_n_steps == 0
 
 
-def next_token_losses(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Next-token losses in nats (B, T-1), zero where ignored, and where they were not (B, T-1)."""
-    logits = network(batch["input_ids"], batch.get("document_ids"))[:, :-1]
-    labels = batch["labels"][:, 1:]
-    losses = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-    return losses.view_as(labels), labels != IGNORE
+def next_token_losses(
+    network: nn.Module, batch: dict[str, Tensor], reduction: Literal["none", "sum"] = "none"
+) -> tuple[Tensor, Tensor]:
+    """Next-token losses in nats (B, T), zero where ignored, or their sum; and where they were not ignored (B, T). The
+    last token of a row has none that follows, so it is ignored always."""
+    targets = pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+    losses = network(batch["input_ids"], batch.get("document_ids"), targets=targets, reduction=reduction)
+    return losses, targets != IGNORE
 
 
 class LanguageModel(L.LightningModule):
@@ -62,7 +64,11 @@ class LanguageModel(L.LightningModule):
         projection: Makes each of the seven projections of a layer from (in_features, out_features).
         optimizer: Makes the optimizer from the parameters.
         schedule: Makes the learning-rate schedule from the optimizer and the number of steps of the run.
-        compile: Compile each decoder layer with ``torch.compile``.
+        fused_projections: Make one product of the matrices of q, k and v, and of gate and up, which share their input.
+            Parameters keep their names. Cross-layer methods, and CoLA-M with ``keep: latents``, do without.
+        loss_chunk_size: Tokens whose logits exist at a time in training; null for all at once. Where the vocabulary is
+            large beside the hidden size, logits and their gradients take most of the memory.
+        compile: Compile each decoder layer, and head and loss, with ``torch.compile``.
         initial_weights: Folder with weights to begin with in place of drawn ones, as ``export`` and ``factorise`` write
             it. Where the command line names a checkpoint, that one's weights count.
 
@@ -88,6 +94,8 @@ class LanguageModel(L.LightningModule):
         projection: MakeProjection = FullRank,
         optimizer: MakeOptimizer = AdamW,
         schedule: MakeSchedule = WarmupCosine,
+        fused_projections: bool = False,
+        loss_chunk_size: int | None = None,
         compile: bool = False,
         initial_weights: str | None = None,
     ) -> None:
@@ -111,6 +119,8 @@ class LanguageModel(L.LightningModule):
             gate_silu=gate_silu,
             pad_token_id=pad_token_id,
             projection=projection,
+            fused_projections=fused_projections,
+            loss_chunk_size=loss_chunk_size,
         )
         with torch.device("meta"):
             network = self.build()  # refuses impossible sizes now rather than after the data is prepared
@@ -158,6 +168,7 @@ class LanguageModel(L.LightningModule):
         if self.compile_layers:
             for layer in self.network.model.layers:
                 layer.compile()
+            self.network.lm_head.compile()
         shard(self.network, strategy)
 
     def _check_data(self) -> None:
@@ -184,15 +195,15 @@ class LanguageModel(L.LightningModule):
                 f"{tokenizer.pad_id}; set --model.pad_token_id {fix}"
             )
 
-    def forward(self, ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Token ids (B, T) -> logits (B, T, V); attention keeps to its own document where their numbers are given."""
-        return self.network(ids, document_ids)
+    def forward(self, ids: Tensor, document_ids: Tensor | None = None, **options: Any) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, V); arguments as for :class:`~cola_lightning.models.Llama`."""
+        return self.network(ids, document_ids, **options)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        losses, kept = next_token_losses(self, batch)
-        loss_sum, tokens = losses.sum(), kept.sum()
+        loss_sum, kept = next_token_losses(self, batch, reduction="sum")
+        tokens = kept.sum()
         self.train_loss.update(loss_sum.detach(), tokens)
         return loss_sum / tokens.clamp(min=1)
 
@@ -219,8 +230,8 @@ class LanguageModel(L.LightningModule):
         return {"loss_sum": losses.sum(dim=1), "tokens": kept.sum(dim=1)}
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
-        losses, kept = next_token_losses(self, batch)
-        loss_sum, tokens = losses.sum(), kept.sum()
+        loss_sum, kept = next_token_losses(self, batch, reduction="sum")
+        tokens = kept.sum()
         self.perplexity.update(loss_sum, tokens)
         self.published_perplexity.update(loss_sum, tokens)
         self.log(f"{stage}/perplexity", self.perplexity, on_epoch=True, prog_bar=True)
@@ -245,6 +256,9 @@ class LanguageModel(L.LightningModule):
             raise InputError(
                 "--trainer.gradient_clip_algorithm value is not offered; clipping is by norm, as in the papers"
             )
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)  # 16-mixed leaves it to a fused optimizer, whose step comes after clipping
         norm = clip_gradients(self.trainer.strategy, list(self.parameters()), gradient_clip_val)
         if norm is not None:
             self.log("train/gradient_norm", norm)

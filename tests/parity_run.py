@@ -28,6 +28,9 @@ METHODS = {
 }
 
 
+FAST = {"fused_projections": True, "loss_chunk_size": 30}  # no divisor of the tokens of a batch
+
+
 class DeepSpeedOnCPU(ZeROStrategy):
     """Lightning admits DeepSpeed on CUDA only, though it runs on the CPU: its checks of the device are left out."""
 
@@ -120,7 +123,7 @@ def train(strategy: str, ranks: int, out: str, keep: str = "none", resume: str |
         log_every_n_steps=1, gradient_clip_val=CLIP, logger=False, enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
-            curve, Checkpoints(10, dirpath=out), *([] if keep in ("none", *METHODS) else [CoLAM(keep)]),
+            curve, Checkpoints(10, dirpath=out), *([] if keep in ("none", "fast", *METHODS) else [CoLAM(keep)]),
         ],
     )  # fmt: skip
     if resume:
@@ -131,6 +134,7 @@ def train(strategy: str, ranks: int, out: str, keep: str = "none", resume: str |
         projection=METHODS.get(keep, partial(CoLA, rank=8)),
         optimizer=partial(torch.optim.AdamW, lr=0.01),
         schedule=partial(WarmupCosine, warmup_steps=5),
+        **(FAST if keep == "fast" else {}),
     )  # fmt: skip
     trainer.fit(model, datamodule=Data(), ckpt_path=resume, weights_only=True)
     if trainer.is_global_zero:
@@ -138,6 +142,7 @@ def train(strategy: str, ranks: int, out: str, keep: str = "none", resume: str |
 
 
 def train_each(strategy: str, ranks: int, out: str, keeps: list[str]) -> None:
-    """One run after another, in OUT/KEEP, for each way of checkpointing (CoLA-M's ``keep``, or none) or method."""
+    """One run after another, in OUT/KEEP, for each way of checkpointing (CoLA-M's ``keep``, or none), method, or
+    with the fast paths."""
     for keep in keeps:
         train(strategy, ranks, f"{out}/{keep}", keep)

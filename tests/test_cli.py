@@ -214,16 +214,3 @@ def test_what_a_class_refuses_is_one_line_too(flags, message, tiny_run, capsys):
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
-
-
-def test_benchmark_measures_a_step(tiny_run, tmp_path, capsys):
-    flags = [flag for flag in tiny_run if "data.paths" not in flag]
-    main(["benchmark", "--json", str(tmp_path / "b.json"), "--steps=1", *flags, "--data.paths=[unused]",
-          "--trainer.precision=bf16-true", "--trainer.callbacks+=CoLAM"])  # fmt: skip
-    result = json.loads((tmp_path / "b.json").read_text())
-    assert json.loads(capsys.readouterr().out[-len(json.dumps(result, indent=2)) - 1 :]) == result
-    assert result["parameters"] == 300 * 32 * 2 + 5 * 32 + 2 * 8 * (11 * 32 + 3 * 48)
-    assert result["saved_hidden_states_per_layer"] == pytest.approx(1 + 7 * 8 / 32)
-    assert result["flops_step"] > 3 * result["flops_forward"]
-    assert result["tokens_per_second"] > 0
-    assert result["peak_memory_bytes"] is None

@@ -7,14 +7,15 @@ import pytest
 import torch
 import yaml
 
+from cola_lightning.benchmark.options import parse
 from cola_lightning.cli import CLI, main, resolve
 from cola_lightning.compare.plan import Method, Plan, learning_rates
 from tests.conftest import REPOSITORY
 
-MONITOR = REPOSITORY / "configs" / "monitor.yaml"
-RUN_FILES = sorted({*(REPOSITORY / "configs").glob("*.yaml")} - {MONITOR})
+OVER_ALL = [REPOSITORY / "configs" / name for name in ("fast.yaml", "monitor.yaml")]
+RUN_FILES = sorted({*(REPOSITORY / "configs").glob("*.yaml")} - {*OVER_ALL})
 OVERLAYS = [
-    MONITOR,
+    *OVER_ALL,
     *sorted(file for folder in ("data", "method", "strategy") for file in (REPOSITORY / "configs" / folder).iterdir()),
 ]
 PREPARATIONS = sorted((REPOSITORY / "configs" / "prepare").iterdir())
@@ -84,9 +85,10 @@ def test_every_overlay_goes_over_a_run_file(overlay, capsys):
 def test_commands_on_the_pages_parse(verb, flags, capsys):
     if verb == "estimate":
         pytest.skip("run as it is written, in test_estimate")
-    if verb == "benchmark":  # the flags of fit, and of its own the name of a file
-        at = flags.index("--json")
-        verb, flags = "fit", flags[:at] + flags[at + 2 :]
+    if verb == "benchmark":
+        for each in parse(flags)[1].values():
+            assert printed(capsys, *each)["model"]
+        return
     with pytest.raises(SystemExit, match="0"):
         main([verb, *flags, "--print_config"])
     assert yaml.safe_load(capsys.readouterr().out)[{"prepare": "source", "compare": "methods"}.get(verb, "model")]

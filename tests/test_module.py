@@ -5,11 +5,16 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+from cola_lightning.callbacks import CoLAM, Throughput
 from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA
 from cola_lightning.module import LanguageModel
+from tests.parity_run import Curve
 
 
 def tiny(**settings) -> LanguageModel:
@@ -98,6 +103,116 @@ def test_clips_by_global_norm_and_logs_the_norm_before():
     assert min(watch.logged) > 0.02
     assert watch.clipped == pytest.approx([0.01] * 3, rel=1e-3)
     assert {"train/loss", "train/learning_rate"} <= run.callback_metrics.keys()
+
+
+class Asked(L.Callback):
+    """How often a step that is not logged asks for a number, for which the device would have to finish first."""
+
+    def __init__(self):
+        self.mode = None
+        self.asked = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.mode = Questions()
+        self.mode.__enter__()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.mode.__exit__(None, None, None)
+        self.asked.append(self.mode.count)
+
+
+class Questions(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # A fused optimizer counts its steps on the device, and the host never looks.
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keep", [None, "residual_and_latents", "latents"])
+def test_a_step_that_is_not_logged_never_waits_for_the_device(keep, tmp_path):
+    asked = Asked()
+    checkpointing = [] if keep is None else [CoLAM(keep)]
+    run = L.Trainer(
+        accelerator="cpu", logger=CSVLogger(tmp_path), enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, log_every_n_steps=3, max_steps=6, max_epochs=1, gradient_clip_val=0.5,
+        accumulate_grad_batches=2, callbacks=[asked, Throughput(), *checkpointing],
+    )  # fmt: skip
+    model = tiny(optimizer=partial(torch.optim.AdamW, fused=True), fused_projections=True, loss_chunk_size=4)
+    run.fit(model, DataLoader([rows([[3, 4, 5, 6, 7]])] * 12, batch_size=None))
+    logged = [index for index, count in enumerate(asked.asked) if count]
+    assert set(logged) <= {5, 11}
+    assert len(asked.asked) == 12
+
+
+def test_a_logged_step_is_seen_to_ask(tmp_path):
+    """So that the test above can fail."""
+
+    class Curious(LanguageModel):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.last = loss.item()
+            return loss
+
+    asked = Asked()
+    run = trainer(max_steps=2, max_epochs=1, callbacks=[asked])
+    model = Curious(50, 16, 24, 1, 2, projection=partial(CoLA, rank=4))
+    run.fit(model, DataLoader([rows([[3, 4, 5, 6, 7]])] * 2, batch_size=None))
+    assert min(asked.asked) >= 1
+
+
+FAST = {
+    "fused_projections": {"fused_projections": True},
+    "loss_chunk_size": {"loss_chunk_size": 5},
+    "fused optimizer": {"optimizer": partial(torch.optim.AdamW, lr=0.01, fused=True)},
+    "compile": {"compile": True, "fused_projections": True},
+}
+
+
+def learn(settings, precision="32-true"):
+    """The losses of twenty steps."""
+    L.seed_everything(1)
+    watch = Curve()
+    batches = [rows(torch.randint(1, 50, (4, 12), generator=torch.Generator().manual_seed(n)).tolist()) for n in [0, 1]]
+    run = trainer(max_steps=20, max_epochs=1, gradient_clip_val=0.5, callbacks=[watch], precision=precision)
+    model = tiny(**({"optimizer": partial(torch.optim.AdamW, lr=0.01), "num_hidden_layers": 2} | settings))
+    run.fit(model, DataLoader(batches * 10, batch_size=None))
+    return watch.losses
+
+
+@pytest.fixture(scope="module")
+def plain_curves():
+    return {precision: learn({}, precision) for precision in ("32-true", "bf16-true")}
+
+
+@pytest.mark.parametrize("path", FAST)
+def test_each_fast_path_gives_the_same_curve(path, plain_curves):
+    assert learn(FAST[path]) == pytest.approx(plain_curves["32-true"], abs=1e-5)
+
+
+@pytest.mark.parametrize("path", FAST)
+def test_in_bf16_a_fast_path_is_no_further_from_float32_than_the_plain_one(path, plain_curves):
+    exact = torch.tensor(plain_curves["32-true"])
+    off, plain_off = (
+        (torch.tensor(curve) - exact).abs().max()
+        for curve in (learn(FAST[path], "bf16-true"), plain_curves["bf16-true"])
+    )
+    assert off < 1.5 * plain_off  # which of two roundings is nearer is chance
+
+
+def test_a_fused_optimizer_is_clipped_after_gradients_are_unscaled():
+    """Under 16-mixed. Lightning leaves unscaling to the step of such an optimizer, which comes after clipping."""
+    watch = Watch()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    run = trainer(max_steps=3, max_epochs=1, gradient_clip_val=0.01, callbacks=[watch], plugins=[plugin])
+    model = tiny(optimizer=partial(torch.optim.AdamW, fused=True))
+    run.fit(model, DataLoader([rows([[3, 4, 5, 6, 7]])] * 3, batch_size=None))
+    assert 0.02 < min(watch.logged) < max(watch.logged) < 20
+    assert watch.clipped == pytest.approx([0.01] * 2, rel=1e-2)
 
 
 def test_clipping_by_value_is_refused():

@@ -26,7 +26,7 @@ from tests.conftest import loader, tiny_llama, tiny_trainer
 from tests.parity_run import CLIP, METHODS, STEPS, Data, DeepSpeedOnCPU, strategy_named, train, train_each
 from tests.processes import Run
 
-KEEPS = ["none", "residual_and_latents", "latents"]
+KEEPS = ["none", "residual_and_latents", "latents", "fast"]
 EVERY = ["ddp", "fsdp2", "deepspeed_1", "deepspeed_2", "deepspeed_3"]
 VARIANTS = ["fsdp2_sharded", "deepspeed_2_offload", "deepspeed_3_offload"]
 

@@ -45,7 +45,8 @@ class Bench:
         return file.read_text(encoding="utf-8") if file.is_file() else None
 
     def costs(self, method: str) -> dict[str, Any] | None:
-        return read(self.root / folder_name(method) / COSTS)
+        measured = read(self.root / folder_name(method) / COSTS)
+        return measured and measured["subjects"][0]
 
     def sweep(self, method: str) -> dict[float, dict[str, Any]]:
         """The finished runs of the sweep, by factor."""
@@ -110,7 +111,14 @@ class Bench:
         """Count FLOPs and bytes of a method; where that fails the table has gaps, and the log says why."""
         folder = self.root / folder_name(method)
         folder.mkdir(parents=True, exist_ok=True)
-        benchmark = ["benchmark", f"--json={folder / COSTS}", "--steps=1", *self.plan.flags(method)]
+        benchmark = [
+            "benchmark",
+            f"--json={folder / COSTS}",
+            "--warmup=0",
+            "--rounds=1",
+            "--steps=1",
+            *self.plan.flags(method),
+        ]
         run([*benchmark, "--trainer.logger=false"], folder / "costs.log", self.threads)
 
 

@@ -198,9 +198,9 @@ def _step(network: Llama, batch: dict[str, Tensor], products: Any, layers: int, 
 
     handles = [module.register_forward_pre_hook(enter) for module in (*network.model.layers, network.model.norm)]
     with products:
-        losses, kept = next_token_losses(network, batch)
-        loss = losses.sum() / kept.sum().clamp(min=1)
-        del losses, kept
+        total, kept = next_token_losses(network, batch, reduction="sum")
+        loss = total / kept.sum().clamp(min=1)
+        del total, kept
         inside = recorder.live()
     for handle in handles:
         handle.remove()

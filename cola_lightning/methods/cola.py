@@ -12,8 +12,10 @@ from cola_lightning.methods.low_rank import LowRank
 class CoLA(LowRank):
     """``B silu(A x)`` in place of a dense in x out matrix; arguments, initialisation and errors as in LowRank."""
 
-    def expand(self, z: Tensor) -> Tensor:
-        return self.B(silu(z))
+    @staticmethod
+    def activate(z: Tensor) -> Tensor:
+        """σ."""
+        return silu(z)
 
     def dense(self) -> None:
         """None: the nonlinearity stands between the factors."""

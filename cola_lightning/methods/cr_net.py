@@ -119,7 +119,7 @@ class _Keep(Relay):
         super().__init__(received)
         self.latents: list[Tensor] = []
 
-    def __call__(self, projection: Projection, x: Tensor) -> Tensor:
+    def one(self, projection: Projection, x: Tensor) -> Tensor:
         if isinstance(projection, CRNet):
             z = projection.A(x)
             self.latents.append(z)
@@ -138,7 +138,7 @@ class _Recover(Relay):
         self.latents, self.outputs = latents, outputs
         self.below: list[Tensor] = []
 
-    def __call__(self, projection: Projection, x: Tensor) -> Tensor:
+    def one(self, projection: Projection, x: Tensor) -> Tensor:
         number = len(self.handed_on)
         known = self.outputs[number]
         if not isinstance(projection, CRNet):

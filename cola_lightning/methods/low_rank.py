@@ -1,8 +1,11 @@
 """Plain low rank, ``y = B A x`` (Kamalakara et al., arXiv 2209.13569): what CoLA adds a nonlinearity to."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.fx.traceback import annotate
+from torch.nn.functional import linear
 
 from cola_lightning.errors import InputError
 from cola_lightning.models.layers import NormalLinear, Projection
@@ -52,9 +55,24 @@ class LowRank(Projection):
         with annotate(LATENT):
             return self.A(x)
 
+    @staticmethod
+    def activate(z: Tensor) -> Tensor:
+        """What stands between the factors: here nothing."""
+        return z
+
     def expand(self, z: Tensor) -> Tensor:
         """From the latent (…, R) to the output (…, out)."""
-        return self.B(z)
+        return self.B(self.activate(z))
+
+    @classmethod
+    def together(cls, projections: Sequence["LowRank"], x: Tensor) -> Sequence[Tensor]:
+        """One down-projection to all their latents, then the up-projection of each."""
+        weights = [projection.A.weight for projection in projections]
+        stacked = torch.cat(weights)
+        with annotate(LATENT):
+            z = linear(x, stacked)
+        parts = cls.activate(z).split([len(weight) for weight in weights], dim=-1)
+        return [projection.B(part) for projection, part in zip(projections, parts, strict=True)]
 
     @torch.no_grad()
     def approximate(self, weight: Tensor) -> None:

@@ -4,10 +4,15 @@ A module that owns parameters directly has a ``reset_parameters`` that alone dec
 materialises a network piece by piece (FSDP and ZeRO-3 do) then gets the same distribution as whoever builds it whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
+
+from cola_lightning.errors import InputError
+from cola_lightning.models.loss import chunked_loss_sum
 
 
 class NormalLinear(nn.Linear):
@@ -29,6 +34,12 @@ class Projection(nn.Module):
         """What stands in the first layer in its place: itself, unless it needs the layer before."""
         return self
 
+    @classmethod
+    def together(cls, projections: Sequence["Projection"], x: Tensor) -> Sequence[Tensor]:
+        """What each of these, all of this class, makes of the same input. A subclass may make of their matrices one
+        larger product: the input is then read once, and the backward pass need not add up a gradient for each."""
+        return [projection(x) for projection in projections]
+
     def dense(self) -> Tensor | None:
         """The matrix (out_features, in_features) that does the same, for a projection that is a linear map; it says so
         by overriding this. None for one that is not."""
@@ -47,13 +58,22 @@ class Relay:
     Args:
         received: What the layer before handed on, in the order in which projections are called: q, k, v, o, gate, up,
             down. Empty in the first layer, and where projections hand nothing on.
+        fused: Whether those that share their input are called :meth:`~Projection.together`.
     """
 
-    def __init__(self, received: tuple[Tensor, ...] = ()) -> None:
-        self.received = received
+    def __init__(self, received: tuple[Tensor, ...] = (), fused: bool = False) -> None:
+        self.received, self.fused = received, fused
         self.handed_on: list[Tensor] = []
 
-    def __call__(self, projection: Projection, x: Tensor) -> Tensor:
+    def __call__(self, projections: Sequence[Projection], x: Tensor) -> Sequence[Tensor]:
+        """The outputs of projections that share the input ``x``."""
+        kind = type(projections[0])
+        if self.fused and len(projections) > 1 and not issubclass(kind, CrossLayer):
+            return kind.together(projections, x)
+        return [self.one(projection, x) for projection in projections]
+
+    def one(self, projection: Projection, x: Tensor) -> Tensor:
+        """The output of one projection."""
         if not isinstance(projection, CrossLayer):
             return projection(x)
         y, handed_on = projection(x, self.received[len(self.handed_on)] if self.received else None)
@@ -73,6 +93,11 @@ class FullRank(NormalLinear, Projection):
 
     def dense(self) -> Tensor:
         return self.weight.detach()
+
+    @classmethod
+    def together(cls, projections: Sequence["FullRank"], x: Tensor) -> Sequence[Tensor]:
+        weights = [projection.weight for projection in projections]
+        return linear(x, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
 
 
 class Scalar(nn.Module):
@@ -99,3 +124,34 @@ class TokenEmbedding(nn.Embedding):
         if self.padding_idx is not None:
             with torch.no_grad():
                 self.weight[self.padding_idx].zero_()
+
+
+class Head(NormalLinear):
+    """Hidden states (B, T, D) -> logits (B, T, V), or the losses of the tokens that should follow.
+
+    Args:
+        hidden_size: D.
+        vocab_size: V.
+        loss_chunk_size: Tokens whose logits exist at a time in training, see
+            :func:`~cola_lightning.models.loss.chunked_loss_sum`. None for all at once.
+
+    Raises:
+        InputError: If the number is not positive.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, loss_chunk_size: int | None = None) -> None:
+        super().__init__(hidden_size, vocab_size)
+        if loss_chunk_size is not None and loss_chunk_size < 1:
+            raise InputError(f"loss_chunk_size is {loss_chunk_size}; it must be at least 1, or null")
+        self.loss_chunk_size = loss_chunk_size
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, reduction: Literal["none", "sum"] = "none") -> Tensor:
+        """Logits; or with ``targets`` (B, T) losses in nats, for each token (B, T) or their sum, zero where a target is
+        -100."""
+        if targets is None:
+            return linear(x, self.weight)
+        x, flat = x.flatten(0, 1), targets.flatten()
+        if reduction == "sum" and self.loss_chunk_size is not None:
+            return chunked_loss_sum(x, self.weight, flat, self.loss_chunk_size)
+        losses = cross_entropy(linear(x, self.weight).float(), flat, reduction=reduction)
+        return losses if reduction == "sum" else losses.view_as(targets)

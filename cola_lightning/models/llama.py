@@ -7,7 +7,7 @@ Parameter names are those of Hugging Face's ``LlamaForCausalLM``, so its weights
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from cola_lightning.errors import InputError
 from cola_lightning.models.cache import Cache, LayerCache
-from cola_lightning.models.layers import FullRank, MakeProjection, NormalLinear, Projection, Relay, TokenEmbedding
+from cola_lightning.models.layers import FullRank, Head, MakeProjection, Projection, Relay, TokenEmbedding
 
 
 class Rotary(NamedTuple):
@@ -28,13 +28,8 @@ class Rotary(NamedTuple):
     cache: LayerCache | None = None
 
 
-Call = Callable[[Projection, Tensor], Tensor]
-"""``f(projection, x)`` is the projection's output for ``x``."""
-
-
-def apply(projection: Projection, x: Tensor) -> Tensor:
-    """The plain call."""
-    return projection(x)
+Call = Callable[[Sequence[Projection], Tensor], Sequence[Tensor]]
+"""``f(projections, x)`` are the outputs of projections that share the input ``x``."""
 
 
 def rotary_table(length: int, head_dim: int, theta: float, *, like: Tensor, start: int = 0) -> Rotary:
@@ -78,9 +73,10 @@ class Attention(nn.Module):
         self.v_proj = projection(hidden_size, key_value_size)
         self.o_proj = projection(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, rotary: Rotary, call: Call = apply) -> Tensor:
-        q, k, v = call(self.q_proj, x), call(self.k_proj, x), call(self.v_proj, x)
-        return call(self.o_proj, self.mix(q, k, v, rotary))
+    def forward(self, x: Tensor, rotary: Rotary, call: Call) -> Tensor:
+        q, k, v = call((self.q_proj, self.k_proj, self.v_proj), x)
+        (y,) = call((self.o_proj,), self.mix(q, k, v, rotary))
+        return y
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
         """Attention itself: q (B, T, D), k and v (B, T, K * E) -> (B, T, D)."""
@@ -109,8 +105,10 @@ class MLP(nn.Module):
         self.up_proj = projection(hidden_size, intermediate_size)
         self.down_proj = projection(intermediate_size, hidden_size)
 
-    def forward(self, x: Tensor, call: Call = apply) -> Tensor:
-        return call(self.down_proj, self.combine(call(self.gate_proj, x), call(self.up_proj, x)))
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        gate, up = call((self.gate_proj, self.up_proj), x)
+        (y,) = call((self.down_proj,), self.combine(gate, up))
+        return y
 
     def combine(self, gate: Tensor, up: Tensor) -> Tensor:
         """The gating itself, all (B, T, F)."""
@@ -123,6 +121,7 @@ class Block(nn.Module):
 
     ``checkpoint``, where it is set, runs the layer in training in place of a plain call: it is the seam by which an
     activation-checkpointing policy enters without a wrapper module, so that parameter names stay as they are.
+    ``fused`` makes one product, in training, of the matrices of projections that share their input.
     """
 
     def __init__(
@@ -134,8 +133,10 @@ class Block(nn.Module):
         rms_norm_eps: float,
         gate_silu: bool,
         projection: MakeProjection,
+        fused: bool,
     ) -> None:
         super().__init__()
+        self.fused = fused
         self.input_layernorm = nn.RMSNorm(hidden_size, rms_norm_eps)
         self.self_attn = Attention(hidden_size, num_heads, num_key_value_heads, projection)
         self.post_attention_layernorm = nn.RMSNorm(hidden_size, rms_norm_eps)
@@ -148,7 +149,8 @@ class Block(nn.Module):
         return self.body(x, rotary, *received)
 
     def body(self, x: Tensor, rotary: Rotary, *received: Tensor) -> Tensor | tuple[Tensor, ...]:
-        relay = Relay(received)
+        # To join matrices costs a copy of them: little beside a training step's products, much beside a single token's.
+        relay = Relay(received, self.fused and torch.is_grad_enabled())
         x = self.run(x, rotary, relay)
         return (x, *relay.handed_on) if relay.handed_on else x
 
@@ -220,6 +222,9 @@ class Llama(nn.Module):
             nonlinearity at 60M and 130M and drops it from 350M up (arXiv 2502.10940, ablation of σ's place).
         pad_token_id: Id whose embedding stays zero; None for no such row.
         projection: Makes each of the seven projections of a layer from (in_features, out_features).
+        fused_projections: Make one product of the matrices of q, k and v, and of gate and up, which share their input.
+            Parameters keep their names.
+        loss_chunk_size: Tokens whose logits exist at a time in training; see :class:`Head`.
 
     Raises:
         InputError: Where the sizes do not fit together; the message names the value and the fix.
@@ -239,6 +244,8 @@ class Llama(nn.Module):
         gate_silu: bool = True,
         pad_token_id: int | None = 0,
         projection: MakeProjection = FullRank,
+        fused_projections: bool = False,
+        loss_chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
@@ -292,20 +299,31 @@ class Llama(nn.Module):
                 rms_norm_eps,
                 gate_silu,
                 projection if index else lambda in_, out: projection(in_, out).in_first_layer(),
+                fused_projections,
             ),
         )
-        self.lm_head = NormalLinear(hidden_size, vocab_size)
+        self.lm_head = Head(hidden_size, vocab_size, loss_chunk_size)
 
-    def forward(self, ids: Tensor, document_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        targets: Tensor | None = None,
+        reduction: Literal["none", "sum"] = "none",
+    ) -> Tensor:
         """``document_ids`` (B, T) number the documents of each row, where attention is to keep to its own. With a
-        ``cache``, ids are those that follow what it holds, and ``document_ids`` number both."""
+        ``cache``, ids are those that follow what it holds, and ``document_ids`` number both. With ``targets`` (B, T),
+        the ids that should follow, the result is losses in place of logits, as from :class:`Head`."""
         length = ids.shape[1] + (0 if cache is None else cache.length)
         if length > self.max_position_embeddings:
             raise InputError(
                 f"a sequence of {length} tokens is beyond max_position_embeddings "
                 f"{self.max_position_embeddings}; shorten it or raise max_position_embeddings"
             )
-        return self.lm_head(self.model(ids, document_ids, cache))
+        hidden = self.model(ids, document_ids, cache)
+        return self.lm_head(hidden) if targets is None else self.lm_head(hidden, targets, reduction)
 
 
 def _nearest_divisor(n: int, wanted: int) -> int:

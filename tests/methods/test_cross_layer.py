@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from cola_lightning.benchmark import count_flops, kept_bytes
 from cola_lightning.callbacks import CoLAM, CRNetRecompute
+from cola_lightning.costs.counters import count_flops, kept_bytes
 from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA, CRNet, LaX
 from cola_lightning.methods.cr_net import Recompute, _Recover

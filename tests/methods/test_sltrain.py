@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from cola_lightning.benchmark import kept_bytes
+from cola_lightning.costs.counters import kept_bytes
 from cola_lightning.methods import SLTrain
 from tests.methods.test_projections import moved
 

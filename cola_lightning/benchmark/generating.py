@@ -1,0 +1,76 @@
+"""Timing generation."""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from cola_lightning.benchmark.subject import Own, eagerly
+from cola_lightning.benchmark.training import turns
+from cola_lightning.costs.counters import Recorder
+from cola_lightning.models.generation import stream
+
+
+def measure_generation(subjects: list[Own], warmup: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
+    """Time greedy continuations of random prompts, a micro-batch of them (B, T), keys and values kept.
+
+    Args:
+        warmup: Tokens that are not timed, of a continuation of their own.
+        rounds: Continuations of every subject.
+        tokens: Length of a continuation.
+
+    Returns:
+        Of each subject: ``tokens_per_second`` of each round, those added after the first, over all rows;
+        ``first_token_seconds``, the median, in which the prompt is read; ``parameter_bytes``; ``peak_memory_bytes`` of
+        the allocator on CUDA, and ``counted_peak_bytes``, the most that is alive, weights included.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    firsts: dict[str, list[float]] = {}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=rounds * len(subjects))
+        for number, subject in turns(subjects, rounds):
+            progress.update(task, description=subject.name)
+            if not number:
+                _generate(subject, warmup + 1)
+                weights = list(subject.network.parameters())
+                with eagerly(), Recorder([*weights, subject.batch]) as recorder:
+                    _generate(subject, tokens)
+                held = sum(weight.nbytes for weight in weights)
+                results[subject.name] = {
+                    "name": subject.name, "batch": list(subject.shape), "new_tokens": tokens, "tokens_per_second": [],
+                    "parameters": sum(weight.numel() for weight in weights), "parameter_bytes": held,
+                    "counted_peak_bytes": held + recorder.peak,
+                }  # fmt: skip
+                firsts[subject.name] = []
+                if subject.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(subject.device)
+            first, rest = _generate(subject, tokens)
+            firsts[subject.name].append(first)
+            result = results[subject.name]
+            result["tokens_per_second"].append(subject.shape[0] * (tokens - 1) / rest if tokens > 1 else 0.0)
+            result["first_token_seconds"] = statistics.median(firsts[subject.name])
+            on_gpu = subject.device.type == "cuda"
+            result["peak_memory_bytes"] = torch.cuda.max_memory_allocated(subject.device) if on_gpu else None
+            progress.advance(task)
+    return list(results.values())
+
+
+def _generate(subject: Own, tokens: int) -> tuple[float, float]:
+    """Seconds until the first token, and for the rest."""
+    wait = torch.cuda.synchronize if subject.device.type == "cuda" else lambda: None
+    ids = subject.batch.to(subject.device)
+    wait()
+    times = [time.perf_counter()]
+    with subject.autocast():
+        continuation = stream(subject.model.network, ids, tokens, temperature=0)
+        next(continuation)
+        wait()
+        times.append(time.perf_counter())
+        for _ in continuation:
+            pass
+    wait()
+    times.append(time.perf_counter())
+    return times[1] - times[0], times[2] - times[1]

@@ -1,0 +1,102 @@
+"""Timing training steps."""
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from cola_lightning.benchmark.clock import Clock
+from cola_lightning.benchmark.counting import count
+from cola_lightning.benchmark.subject import Subject
+
+PARTS = ("data", "forward", "backward", "optimizer")
+
+
+def turns(subjects: list[Subject], rounds: int) -> Iterator[tuple[int, Subject]]:
+    """Who is measured when, built by then: the number of the round, and the subject.
+
+    On a CPU, which may have other things to do, all take turns in every round, so that what disturbs one disturbs the
+    others. A GPU works for one program and keeps its pace; there each subject has it alone, for its memory to be seen.
+    """
+    if subjects[0].device.type == "cuda":
+        for subject in subjects:
+            subject.build()
+            yield from ((number, subject) for number in range(rounds))
+            subject.release()
+    else:
+        for subject in subjects:
+            subject.build()
+        yield from ((number, subject) for number in range(rounds) for subject in subjects)
+        for subject in subjects:
+            subject.release()
+
+
+def measure_training(
+    subjects: list[Subject], warmup: int, rounds: int, steps: int, folder: str | None = None
+) -> list[dict[str, Any]]:
+    """Time steps of every subject, after counting what they do.
+
+    Args:
+        warmup: Steps that are not timed, before a subject's first turn.
+        rounds: Turns of every subject.
+        steps: Timed steps of a turn.
+        folder: Where a trace of each subject's steps is written.
+
+    Returns:
+        Of each subject what :func:`count` returns, and: ``tokens_per_second`` of each round, its median step;
+        ``seconds``, the median of a step and of its parts (``data`` is the way of a batch from host memory to the
+        device); ``peak_memory_bytes`` of the allocator on CUDA, else None.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, dict[str, list[float]]] = {}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=rounds * len(subjects))
+        for number, subject in turns(subjects, rounds):
+            progress.update(task, description=subject.name)
+            if not number:
+                results[subject.name] = {"name": subject.name, "batch": list(subject.shape), "tokens_per_second": []}
+                results[subject.name] |= count(subject)
+                seconds[subject.name] = {part: [] for part in ("step", *PARTS)}
+                for _ in range(warmup):
+                    subject.step()
+                if subject.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(subject.device)
+            result, found = results[subject.name], _time(subject, steps)
+            for part, values in found.items():
+                seconds[subject.name][part] += values
+            tokens = subject.shape[0] * subject.shape[1]
+            result["tokens_per_second"].append(tokens / statistics.median(found["step"]))
+            if number == rounds - 1:
+                on_gpu = subject.device.type == "cuda"
+                result["peak_memory_bytes"] = torch.cuda.max_memory_allocated(subject.device) if on_gpu else None
+                result["seconds"] = {part: statistics.median(v) for part, v in seconds[subject.name].items()}
+                if folder:
+                    _trace(subject, Path(folder))
+            progress.advance(task)
+    return list(results.values())
+
+
+def _time(subject: Subject, steps: int) -> dict[str, list[float]]:
+    clock = Clock(subject.device)
+    clock.mark("")
+    for _ in range(steps):
+        subject.step(clock.mark)
+    times = clock.read()
+    found = {part: [value for name, value in times if name == part] for part in PARTS}
+    return found | {"step": [sum(each) for each in zip(*found.values(), strict=True)]}
+
+
+def _trace(subject: Subject, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (subject.device.type == "cuda")
+    with profile(activities=activities, profile_memory=True) as profiler:
+        for _ in range(2):
+            with record_function("step"):
+                subject.step()
+    name = "".join(letter if letter.isalnum() or letter in "+-_." else "_" for letter in subject.name)
+    profiler.export_chrome_trace(str(folder / f"{name}.pt.trace.json"))

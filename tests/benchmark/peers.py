@@ -1,0 +1,32 @@
+"""Networks of another's, for ``benchmark --peer``."""
+
+from functools import partial
+from types import SimpleNamespace
+
+from torch import nn
+
+from cola_lightning.methods import CoLA
+from cola_lightning.models import Llama
+
+
+def same() -> nn.Module:
+    """The network of ``conftest.tiny_run``."""
+    return Llama(300, 32, 48, 2, 4, projection=partial(CoLA, rank=8))
+
+
+class _Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = same()
+
+    def forward(self, ids):
+        return SimpleNamespace(logits=self.inner(ids))
+
+
+def wrapped() -> nn.Module:
+    """The same, with an output like those of transformers."""
+    return _Wrapped()
+
+
+def nothing() -> str:
+    return "no network"
