@@ -14,7 +14,9 @@ import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.fsdp.wrap import enable_wrap
+from torch.utils.data import DataLoader
 
 from cola_lightning.callbacks import Checkpoints
 from cola_lightning.checkpoints import damage, read
@@ -23,7 +25,7 @@ from cola_lightning.methods import CoLA
 from cola_lightning.module import LanguageModel
 from cola_lightning.sharding import shard
 from tests.conftest import loader, tiny_llama, tiny_trainer
-from tests.parity_run import CLIP, METHODS, STEPS, Data, DeepSpeedOnCPU, strategy_named, train, train_each
+from tests.parity_run import CLIP, METHODS, STEPS, Data, DeepSpeedOnCPU, Rows, strategy_named, train, train_each
 from tests.processes import Run
 
 KEEPS = ["none", "residual_and_latents", "latents", "fast"]
@@ -134,6 +136,35 @@ def test_bare_fsdp_fills_and_wraps_layer_by_layer():
     assert filled.keys() == whole.keys()
     for name, value in filled.items():
         assert torch.equal(value, whole[name]), name
+
+
+def accumulate_gradients(ranks: int, out: str) -> None:
+    """Two optimizer steps of four micro-batches each; write how often gradients were sent round."""
+    sent = []
+
+    def hook(state, bucket):
+        sent.append(bucket.index())
+        return default_hooks.allreduce_hook(state, bucket)
+
+    class Listen(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.strategy.model.register_comm_hook(None, hook)
+
+    trainer = L.Trainer(
+        accelerator="cpu", devices=ranks, strategy="ddp", max_steps=2, max_epochs=1, accumulate_grad_batches=4,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[Listen()],
+    )  # fmt: skip
+    model = LanguageModel(64, 32, 48, 1, 4, projection=partial(CoLA, rank=8))
+    trainer.fit(model, DataLoader([Rows()[index] for index in range(16)], batch_size=1))
+    Path(out, f"sent{trainer.global_rank}").write_text(json.dumps(sent))
+
+
+def test_gradients_are_sent_once_an_optimizer_step(tmp_path):
+    run = Run(accumulate_gradients, 2, str(tmp_path), ranks=2, folder=tmp_path)
+    run.done()
+    for rank in range(2):
+        assert json.loads((tmp_path / f"sent{rank}").read_text()) == [0, 0], run.output()
 
 
 def build(strategy: str, ranks: int, out: str) -> None:
