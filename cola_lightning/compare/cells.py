@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import statistics
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cola_lightning.compare.child import run
 from cola_lightning.compare.plan import Cell, Plan, folder_name, learning_rates
 from cola_lightning.errors import InputError
+from cola_lightning.provenance import commit
 
 RESULT, FAILED, COSTS, CONFIG, LOG = "result.json", "failed.txt", "costs.json", "cell.yaml", "output.log"
 
@@ -144,15 +144,6 @@ def outcome(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         "curve": [[step + 1, int(tokens[step]), loss[step]] for step in sorted(loss) if step in tokens],
         "commit": commit(),
     }
-
-
-def commit() -> str | None:
-    """Of the checkout that this package lies in, marked where it was changed; None without one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def read(file: Path) -> dict[str, Any] | None:
