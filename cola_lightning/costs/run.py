@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -136,7 +136,9 @@ class Run:
     @cached_property
     def flops(self) -> Flops:
         """Of a micro-batch on one GPU."""
-        plain = self._trace((), self.batch_size) if self.transforms else self.traced
+        plain = self.traced
+        if self.transforms or self.build.keywords.get("loss_chunk_size"):  # which forms gradients in the forward pass
+            plain = replace(self, build=partial(self.build, loss_chunk_size=None), transforms=()).traced
         # A backward pass of attention is five products, one of which is done in the forward pass too.
         model = plain.step_flops - plain.attention_backward_flops / 5
         forward = plain.forward_flops

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
@@ -60,9 +61,9 @@ def real_step(run: Run, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, 
 
     def step(autocast: torch.dtype | None = None) -> None:
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-            losses, kept = next_token_losses(network, {"input_ids": ids, "labels": ids})
-            loss = losses.sum() / kept.sum()
-        del losses, kept
+            total, kept = next_token_losses(network, {"input_ids": ids, "labels": ids}, reduction="sum")
+            loss = total / kept.sum()
+        del total, kept
         loss.backward()
 
     return network, step
@@ -73,6 +74,12 @@ def test_the_recorder_counts_as_pytorchs_counter_does():
     with Recorder() as recorder:
         step()
     assert recorder.flops.total() == count_flops(step)
+
+
+def test_the_fast_paths_do_what_the_plain_ones_do():
+    plain = run_of("small", "residual_and_latents", CoLA)
+    fast = replace(plain, build=partial(plain.build, fused_projections=True, loss_chunk_size=20))
+    assert fast.flops == plain.flops
 
 
 @cache

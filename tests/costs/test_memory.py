@@ -57,6 +57,20 @@ def test_a_step_takes_the_predicted_memory_and_flops(shape, setting, projection)
     assert working(run) == pytest.approx(highest(step), rel=0.05)
 
 
+@pytest.mark.parametrize("setting", ["none", "residual_and_latents"])
+@pytest.mark.parametrize(
+    "fast", [{"fused_projections": True}, {"loss_chunk_size": 64}], ids=lambda fast: next(iter(fast))
+)
+def test_a_step_with_a_fast_path_takes_the_predicted_memory_and_flops(fast, setting):
+    plain = run_of("small", setting, CoLA)
+    run = replace(plain, build=partial(plain.build, **fast))
+    _, step = real_step(run)
+    assert run.traced.step_flops == count_flops(step)
+    assert working(run) == pytest.approx(highest(step), rel=0.05)
+    if "loss_chunk_size" in fast:
+        assert run.memory.logits < plain.memory.logits
+
+
 @pytest.mark.parametrize(
     ("precision", "setting"),
     [
@@ -92,6 +106,7 @@ def test_activations_are_what_autograd_saves():
     [
         (torch.optim.AdamW, "32-true"),
         (torch.optim.AdamW, "bf16-true"),
+        (partial(torch.optim.AdamW, fused=True), "bf16-true"),
         (partial(torch.optim.SGD, momentum=0.9), "bf16-true"),
     ],
 )
