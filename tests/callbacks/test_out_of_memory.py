@@ -36,12 +36,14 @@ def test_a_run_that_runs_out_of_memory_ends_with_advice(tiny_run, tmp_path, caps
     assert "micro-batches of 4 x 32 tokens: activations" in message
     lines = [line for line in message.splitlines() if line.startswith("  ")]
     assert [line.split(":")[0].strip() for line in lines] == [
+        "--model.loss_chunk_size 32",
         "--data.batch_size 2 --trainer.accumulate_grad_batches 2",
         "--config configs/method/cola_m.yaml",
         "CoLAM with keep",
     ]
-    assert re.search(r"activations [\d.]+ MiB -> [\d.]+ MiB", lines[1])
-    assert re.search(r"the same result, at 1\.\d\d times the FLOPs$", lines[1])
+    assert re.search(r"logits and loss [\d.]+ MiB -> [\d.]+ MiB", lines[0])
+    assert re.search(r"activations [\d.]+ MiB -> [\d.]+ MiB", lines[2])
+    assert re.search(r"the same result, at 1\.\d\d times the FLOPs$", lines[2])
 
 
 def run_of(projection, **settings) -> Run:
@@ -59,19 +61,23 @@ def test_the_effect_is_the_one_that_is_predicted():
     lines = advice(run, 2**30).splitlines()
     assert " of 1.0 GiB on a device" in lines[0]
     total = lambda changed: f"in all {run.memory.total / 2**20:.2f} MiB -> {changed.memory.total / 2**20:.2f} MiB"  # noqa: E731
-    assert lines[1].startswith("  --data.batch_size 4: ")  # 24 rows on each device
-    assert total(replace(run, batch_size=4)) in lines[1]
-    assert lines[2].startswith("  --trainer.strategy fsdp2: ")
-    assert total(replace(run, strategy="fsdp2")) in lines[2]
-    assert lines[3].startswith("  --config configs/method/cola_m.yaml: ")
-    assert total(replace(run, transforms=(CoLAM().apply,))) in lines[3]
+    assert lines[1].startswith("  --model.loss_chunk_size 128: ")
+    assert total(replace(run, build=partial(run.build, loss_chunk_size=128))) in lines[1]
+    assert lines[2].startswith("  --data.batch_size 4: ")  # 24 rows on each device
+    assert total(replace(run, batch_size=4)) in lines[2]
+    assert lines[3].startswith("  --trainer.strategy fsdp2: ")
+    assert total(replace(run, strategy="fsdp2")) in lines[3]
+    assert lines[4].startswith("  --config configs/method/cola_m.yaml: ")
+    assert total(replace(run, transforms=(CoLAM().apply,))) in lines[4]
 
 
 def test_what_is_done_already_is_not_advised():
     checkpointed = run_of(partial(CoLA, rank=16), transforms=(CoLAM().apply,), batch_size=1)
+    checkpointed = replace(checkpointed, build=partial(checkpointed.build, loss_chunk_size=16))
     assert [line.split(": ")[0] for line in advice(checkpointed, None).splitlines()[1:]] in ([], ["  CoLAM with keep"])
     full = advice(run_of(FullRank), None)  # on one device, which has nothing to share with
     assert [line.split(": ")[0] for line in full.splitlines()[1:]] == [
+        "  --model.loss_chunk_size 128",
         "  --data.batch_size 4 --trainer.accumulate_grad_batches 2",
         "  --trainer.callbacks+=CoLAM --trainer.callbacks.keep=block_input",
     ]
