@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cola_lightning.checkpoints import damage, read
 from cola_lightning.cli import main
+from tests.parity_run import train
 from tests.processes import Run
 
 LENGTH = 12
@@ -117,20 +118,26 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(start, assert_n
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of a few megabytes."""
+    """Makes a small disk, of so many bytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True)
-    if made.returncode:
-        pytest.skip("mounting a small disk needs root; callbacks/test_checkpoints limits the size of files instead")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+    def made(size: int) -> Path:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("mounting a small disk needs root; callbacks/test_checkpoints limits the size of files instead")
+        return folder
+
+    yield made
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_full_disk_is_told_and_the_run_goes_on(start, assert_nothing_lost, tmp_path, disk):
     """With all that a run writes on it, not the checkpoints alone; some events are lost, the later ones are not."""
-    folder = disk / "run"
-    run = start(folder, f"--trainer.callbacks+={__name__}.Filling", f"--trainer.callbacks.disk={disk}")
+    place = disk(3 * 2**20)
+    folder = place / "run"
+    run = start(folder, f"--trainer.callbacks+={__name__}.Filling", f"--trainer.callbacks.disk={place}")
     run.done()
     shown = run.logs[0].read_text()
     assert "The disk is full" in shown
@@ -142,3 +149,17 @@ def test_a_full_disk_is_told_and_the_run_goes_on(start, assert_nothing_lost, tmp
     assert losses[-1].step == LENGTH - 1
     assert checkpoints(folder) == ["last.ckpt", "step_00000010.ckpt", "step_00000012.ckpt"]
     assert_nothing_lost(folder)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2_sharded", "deepspeed_2", "deepspeed_3"])
+def test_where_ranks_write_together_none_waits_for_one_that_could_not(tmp_path, disk, strategy):
+    """There is room for the checkpoint of step 10 on the disk, and not for that of step 20 beside it."""
+    Run(train, strategy, 2, str(tmp_path / "unbroken"), ranks=2, folder=tmp_path / "logs").done()
+    size = sum(file.stat().st_size for file in (tmp_path / "unbroken" / "step_00000010.ckpt").rglob("*"))
+    folder = disk(int(1.5 * size) + 2**16) / "run"
+    run = Run(train, strategy, 2, str(folder), ranks=2, folder=tmp_path / "full")
+    run.done()
+    assert "step_00000020.ckpt could not be written: " in run.logs[0].read_text()
+    assert sorted(path.name for path in folder.iterdir()) == ["curve.json", "last.ckpt", "step_00000010.ckpt"]
+    assert damage(folder / "last.ckpt") is None
+    assert (folder / "curve.json").read_text() == (tmp_path / "unbroken" / "curve.json").read_text()
