@@ -18,6 +18,7 @@ from tests.test_preemption import slow, steps
 
 # Starts the tasks of one node as SLURM would, each with its number; the signal goes to the tasks, as SLURM's does.
 SRUN = """#!/bin/bash
+while [[ "$1" == -* ]]; do shift; done
 for task in $(seq 0 $((SLURM_NTASKS - 1))); do
   SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 "$@" &
   echo $! >> "$TASKS"
