@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import yaml
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 # Imported so that their classes can be named without a path.
 import cola_lightning.data
 import cola_lightning.methods  # noqa: F401
 from cola_lightning import benchmark, compare, completion, estimate, evaluate, factorise, generate
+from cola_lightning.board import PatientLogger
 from cola_lightning.callbacks import (
     Checkpoints,
     Dashboard,
@@ -30,6 +29,7 @@ from cola_lightning.callbacks import (
     Progress,
     Throughput,
 )
+from cola_lightning.callbacks.out_of_memory import out_of_memory
 from cola_lightning.checkpoints import damage, read_state, refuse_code
 from cola_lightning.checkpoints.newest import newest_whole
 from cola_lightning.config_files import ConfigFile
@@ -198,7 +198,7 @@ class CLI(LightningCLI):
                 "damaged, move them away), or choose another --run_dir"
             )
         if trainer["logger"] in (None, True):
-            kwargs["logger"] = TensorBoardLogger(
+            kwargs["logger"] = PatientLogger(
                 run_dir or "runs", name="", version="" if run_dir else None, default_hp_metric=False
             )
         callbacks = trainer["callbacks"] or []
@@ -280,8 +280,9 @@ def main(args: list[str] | None = None) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        if not getattr(error, "__notes__", None):
+    except RuntimeError as error:
+        if not out_of_memory(error) or not getattr(error, "__notes__", None):
             raise
-        print(f"error: {str(error).split('. ')[0]}", *error.__notes__, sep="\n", file=sys.stderr)
+        what = str(error).rpartition("DefaultCPUAllocator: ")[2]
+        print(f"error: {what.split('. ')[0]}", *error.__notes__, sep="\n", file=sys.stderr)
         sys.exit(1)

@@ -1,6 +1,7 @@
 """Strategies as they have to be for these networks, under the names that ``--trainer.strategy`` takes."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ class FSDP2Strategy(ModelParallelStrategy):
 class ZeROStrategy(DeepSpeedStrategy):
     """DeepSpeed, with any optimizer also where its states are kept on the CPU.
 
+    What keeps this rank from writing its part of a checkpoint is kept in ``problem``: raised, it would leave the others
+    waiting, which hear of nothing.
+
     Arguments are those of Lightning's DeepSpeedStrategy.
     """
 
@@ -54,6 +58,32 @@ class ZeROStrategy(DeepSpeedStrategy):
         super().__init__(**kwargs)
         # Else DeepSpeed insists on an Adam of its own for offloading; --model.optimizer may still name that one.
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+        self.problem: str | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        self.problem = None
+        engine = self.deepspeed_engine
+        # Whatever writes a file between two collectives, but for the last file, written before the last of these.
+        writers = [(engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")]
+        for owner, name in writers:
+            setattr(owner, name, self._guarded(getattr(owner, name)))
+        try:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        except OSError as error:
+            self.problem = self.problem or str(error)
+            torch.distributed.barrier()
+        finally:
+            for owner, name in writers:
+                delattr(owner, name)
+
+    def _guarded(self, write: Callable[..., None]) -> Callable[..., None]:
+        def attempt(*arguments: Any, **named: Any) -> None:
+            try:
+                write(*arguments, **named)
+            except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+                self.problem = self.problem or str(error)
+
+        return attempt
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         refuse_code(Path(checkpoint_path))  # DeepSpeed itself unpickles

@@ -17,6 +17,7 @@ from cola_lightning.methods import CoLA
 from cola_lightning.models import Llama
 from cola_lightning.models.layers import MakeProjection
 from cola_lightning.module import LanguageModel
+from tests.processes import kill_all
 
 GOLDEN = Path(__file__).parent / "golden" / "cola_tiny"
 REPOSITORY = Path(__file__).parent.parent
@@ -58,6 +59,12 @@ def tiny_trainer(*callbacks, steps: int, vocab_size: int = 50, **trainer) -> tup
         enable_model_summary=False, callbacks=list(callbacks), **(settings | trainer),
     )  # fmt: skip
     return run, model, batches
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_behind():
+    yield
+    kill_all()
 
 
 @pytest.fixture(scope="session")

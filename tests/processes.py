@@ -1,6 +1,8 @@
 """The ranks of a run as real processes, started quickly: a server imports everything once and forks for each."""
 
+import atexit
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import socket
@@ -12,6 +14,14 @@ from typing import Any
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.parity_run", "cola_lightning.cli"])
+_RUNS: list["Run"] = []
+
+
+@atexit.register  # after multiprocessing.util registered, so called before that waits for every child
+def kill_all() -> None:
+    """End what a failed test has left: nobody would wait for it, and the test process not end before it."""
+    while _RUNS:
+        _RUNS.pop().kill(signal.SIGKILL)
 
 
 class Run:
@@ -32,6 +42,7 @@ class Run:
             }  # fmt: skip
             told = {name: str(value) for name, value in told.items()} if ranks > 1 else {"OMP_NUM_THREADS": "1"}
             self.processes.append(_SERVER.Process(target=_rank, args=(target, arguments, told | environment, log)))
+        _RUNS.append(self)
         for process in self.processes:
             process.start()
 
@@ -51,11 +62,12 @@ class Run:
 
     def kill(self, number: int) -> None:
         for process in self.processes:
-            if process.is_alive():
+            if process.pid is not None and process.is_alive():
                 os.kill(process.pid, number)
         if number == signal.SIGKILL:
             for process in self.processes:
-                process.join()
+                if process.pid is not None:
+                    process.join()
 
     def output(self) -> str:
         return "\n".join(f"{log.name}:\n{log.read_text()[-3000:]}" for log in self.logs if log.exists())

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.test_preemption import slow, steps
 
 # Starts the tasks of one node as SLURM would, each with its number; the signal goes to the tasks, as SLURM's does.
 SRUN = """#!/bin/bash
+while [[ "$1" == -* ]]; do shift; done
 for task in $(seq 0 $((SLURM_NTASKS - 1))); do
   SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 "$@" &
   echo $! >> "$TASKS"
@@ -45,6 +47,12 @@ def environment(tmp_path):
     return kept | {"PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
+def end_group(leader):
+    """A failed test leaves none of its tasks behind."""
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
 def await_steps(process, life, wanted):
     deadline = time.monotonic() + 300
     while steps(life) < wanted:
@@ -59,7 +67,7 @@ def assert_same_end(tmp_path, *names):
     assert all(torch.equal(weight, second.weights[name]) for name, weight in first.weights.items())
 
 
-def test_a_slurm_job_is_requeued_before_its_time_limit_and_goes_on(tmp_path, flags, environment):
+def test_a_slurm_job_is_requeued_before_its_time_limit_and_goes_on(tmp_path, flags, environment, request):
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)
@@ -81,9 +89,12 @@ def test_a_slurm_job_is_requeued_before_its_time_limit_and_goes_on(tmp_path, fla
 
     def job(name, *more):
         command = ["bash", "recipes/cluster/slurm.sh", *flags, f"--run_dir={tmp_path / name}", *more]
-        return subprocess.Popen(
-            command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        process = subprocess.Popen(
+            command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        request.addfinalizer(lambda: end_group(process.pid))
+        return process
 
     first = job("requeued_run", *slow(life))
     await_steps(first, life, 4)

@@ -11,6 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
+from torch.distributed.checkpoint import CheckpointException
 
 from cola_lightning.checkpoints.integrity import checksum, contents, seal, sync
 from cola_lightning.checkpoints.newest import LINK, PARTIAL, newest_whole, written
@@ -94,8 +95,9 @@ class Checkpoints(ModelCheckpoint):
             return
         path = Path(self.dirpath or "", f"step_{trainer.global_step:08}.ckpt")
         partial = path.with_name(path.name + PARTIAL)
-        trainer.save_checkpoint(partial)
-        if problem := trainer.strategy.broadcast(getattr(trainer.strategy.checkpoint_io, "problem", None)):
+        if problem := self._write(trainer, partial):
+            if trainer.is_global_zero and partial.exists():
+                _remove(partial)  # there may be room without it
             rank_zero_warn(
                 f"{path} could not be written: {problem}. The run goes on and tries again in "
                 f"{self._every_n_train_steps} steps; the newest checkpoint is {self.last_model_path or 'none'}"
@@ -107,6 +109,23 @@ class Checkpoints(ModelCheckpoint):
         trainer.strategy.barrier("checkpoint")
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = self.best_model_path = self.last_model_path = str(path)
+
+    def _write(self, trainer: L.Trainer, path: Path) -> str | None:
+        """Write it, and tell every rank what kept any of them from it."""
+        problem = None
+        try:
+            trainer.save_checkpoint(path)
+        except (OSError, RuntimeError, CheckpointException) as error:  # shards; of a disk, every rank hears there
+            causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
+            problem = str(causes[0])
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # where those that heard of nothing are waiting
+        for owner in (trainer.strategy.checkpoint_io, trainer.strategy):
+            problem = problem or getattr(owner, "problem", None)
+        problems = [problem]
+        if trainer.world_size > 1:
+            problems = [None] * trainer.world_size
+            distributed.all_gather_object(problems, problem, group=self.stop.group)
+        return next(filter(None, problems), None)
 
     def _checksums(self, trainer: L.Trainer, folder: Path) -> dict[str, int]:
         """Each rank reads its share of the files."""

@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from collections import deque
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -185,9 +186,10 @@ class LossGuard(L.Callback):
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = {"time": now, "event": event, "step": step, "batch": batch} | facts
         if trainer.is_global_zero:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with suppress(OSError):  # a full disk does not end the run; the warning below says what happened
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
         text = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in facts.items())
         rank_zero_warn(f"Step {step} {event} ({text})")
         write_text(trainer, "events", f"step {step} {event} ({text})")

@@ -23,7 +23,7 @@ class OutOfMemoryAdvice(L.Callback):
     """
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, torch.OutOfMemoryError):
+        if not out_of_memory(exception):
             return
         # Advice must never stand in the way of the error itself: what cannot be estimated gets none.
         with suppress(InputError, AttributeError):
@@ -38,6 +38,11 @@ class OutOfMemoryAdvice(L.Callback):
                 max_steps=trainer.max_steps,
             )
             exception.add_note(advice(run, _capacity(trainer.strategy.root_device)))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: of a device, or of the host, for which PyTorch has no class."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def advice(run: Run, capacity: float | None) -> str:

@@ -14,8 +14,8 @@
 
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
-# 'last' begins the run, and goes on with it after each requeue.
-srun python -m cola_lightning fit \
+# 'last' begins the run, and goes on with it after each requeue. One task that dies ends all, which would wait for it.
+srun --kill-on-bad-exit=1 python -m cola_lightning fit \
   --config configs/cola_m_7b.yaml \
   --config configs/strategy/fsdp2.yaml \
   --run_dir runs/cola_m_7b \

@@ -23,8 +23,9 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 ids = tokenizer("the people of", return_tensors="pt").input_ids
 made = model.generate(ids, max_new_tokens=12, do_sample=False)
+model.save_pretrained(sys.argv[2])
 assert "cola_lightning" not in {name.split(".")[0] for name in sys.modules}
-print(made[0].tolist(), tokenizer.decode(made[0]), sep="|")
+print(type(model).__name__, made[0].tolist(), tokenizer.decode(made[0]), sep="|")
 """
 
 
@@ -58,19 +59,45 @@ def test_the_card_tells_what_the_run_knows(exported):
     assert "/tmp" not in card
 
 
-def test_a_process_without_this_package_continues_the_same_text(exported, tmp_path):
+@pytest.fixture
+def model(request, exported, tiny_run, tmp_path):
+    """A folder of that kind."""
+    if request.param == "a run of CoLA":
+        return exported
+    source, folder = str(GOLDEN), tmp_path / "exported"
+    if request.param == "a run of full rank":
+        source = str(tmp_path / "run")
+        flags = [flag for flag in tiny_run if not flag.startswith("--model.projection.")]
+        main(["fit", *flags, "--model.projection=FullRank", f"--run_dir={source}"])
+    main(["export", source, str(folder), f"--tokenizer={exported}"])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        ("a run of CoLA", "CoLALlamaForCausalLM"),
+        ("a run of full rank", "LlamaForCausalLM"),
+        ("the reference's CoLA", "CoLALlamaForCausalLM"),
+    ],
+    indirect=["model"],
+)
+def test_a_process_without_this_package_continues_the_same_text_and_gives_the_weights_back(model, kind, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTEST_CURRENT_TEST")}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", FOREIGN, str(exported)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", FOREIGN, str(model), str(tmp_path / "saved")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    ids, text = done.stdout.strip().split("|", 1)
-    tokenizer = Tokenizer.load(str(exported))
+    name, ids, text = done.stdout.strip().split("|", 2)
+    assert name == kind
+    tokenizer, network = Tokenizer.load(str(model)), load_model(model)
     prompt = torch.tensor([tokenizer.encode(["the people of"])[0][:-1]])
-    ours = generate(load_model(exported), prompt, 12, temperature=0, stop_id=tokenizer.eos_id)
+    ours = generate(network, prompt, 12, temperature=0, stop_id=tokenizer.eos_id)
     assert ids == str(ours[0].tolist())
     assert text.startswith("the people of")
+    back = load_model(tmp_path / "saved").state_dict()
+    assert back.keys() == network.state_dict().keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_the_references_folder_is_converted(exported, tmp_path, capsys):

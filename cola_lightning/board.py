@@ -1,0 +1,58 @@
+"""TensorBoard's events, written by a run that a full disk must not end."""
+
+from collections.abc import Callable
+from contextlib import suppress
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_warn
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from torch.utils.tensorboard import SummaryWriter
+
+
+class PatientLogger(TensorBoardLogger):
+    """Lightning's logger, but where events cannot be written they are lost, with a warning, and the run goes on.
+
+    Arguments are those of Lightning's TensorBoardLogger.
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        fresh = self._experiment is None
+        writer = super().experiment
+        if fresh and isinstance(writer, SummaryWriter):
+            writer.file_writer.event_writer = PatientWriter(writer.file_writer.event_writer)
+        return writer
+
+
+class PatientWriter:
+    """Stands before TensorBoard's writer, which never writes again after an error: after each there is a new one, and
+    a new file in the same folder, which TensorBoard reads as the rest of the run."""
+
+    def __init__(self, writer: EventFileWriter) -> None:
+        self.writer, self.told = writer, False
+
+    def get_logdir(self) -> str:
+        return self.writer.get_logdir()
+
+    def add_event(self, event: Event) -> None:
+        self._try(lambda: self.writer.add_event(event))
+
+    def flush(self) -> None:
+        self._try(self.writer.flush)
+
+    def close(self) -> None:
+        self._try(self.writer.close)
+
+    def _try(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except OSError as error:
+            folder = self.writer.get_logdir()
+            if not self.told:
+                self.told = True
+                rank_zero_warn(f"TensorBoard's events of {folder} cannot be written ({error}); some are lost")
+            with suppress(OSError):  # the old one goes on failing then, and the next event tries anew
+                self.writer = EventFileWriter(folder)

@@ -1,0 +1,165 @@
+"""What goes wrong at night, done to real processes under the real command line: memory that runs out, a disk that is
+full, a checkpoint that is damaged. No more is lost than the steps since the last checkpoint, and nothing of the result.
+Signals and ranks that are gone: ``test_preemption``; crashes while writing: ``callbacks/test_checkpoints``."""
+
+import os
+import re
+import resource
+import subprocess
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cola_lightning.checkpoints import damage, read
+from cola_lightning.cli import main
+from tests.parity_run import train
+from tests.processes import Run
+
+LENGTH = 12
+
+
+class Greedy(L.Callback):
+    """From the sixth step on this process may have 500 MB more than it has, and its rows would want 60 GB."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 5:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + 500 * 2**20
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            for name in batch:
+                batch[name] = batch[name].repeat(20_000, 1)
+
+
+class Filling(L.Callback):
+    """Fills a disk after the third step, to the last byte, and makes room again after the ninth."""
+
+    def __init__(self, disk: str) -> None:
+        self.filler = Path(disk) / "filler"
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 3:
+            with self.filler.open("wb", buffering=0) as file:
+                try:
+                    while file.write(b"x" * 512):
+                        pass
+                except OSError:
+                    print("The disk is full", flush=True)
+        elif trainer.global_step == 9:
+            self.filler.unlink()
+        trainer.logger.experiment.add_text("long", "as a picture is " * 1000, trainer.global_step)
+        trainer.logger.experiment.flush()  # in two minutes it would be done anyway
+
+
+@pytest.fixture
+def start(tiny_run, tmp_path):
+    """Starts a run in a directory, which goes on from its last checkpoint, if there is one."""
+
+    def started(folder: Path, *flags: str) -> Run:
+        flags = (*tiny_run, f"--run_dir={folder}", "--ckpt_path=last", f"--trainer.max_steps={LENGTH}", *flags)
+        return Run(main, ["fit", *flags], ranks=1, folder=tmp_path / "logs")
+
+    return started
+
+
+@pytest.fixture
+def assert_nothing_lost(start, tmp_path):
+    """That a run has the weights of one that nothing happened to."""
+
+    def same(folder: Path) -> None:
+        start(tmp_path / "unbroken").done()
+        ends = [read(place / "checkpoints" / "last.ckpt") for place in (folder, tmp_path / "unbroken")]
+        assert [end.step for end in ends] == [LENGTH, LENGTH]
+        assert all(torch.equal(weight, ends[1].weights[name]) for name, weight in ends[0].weights.items())
+
+    return same
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_memory_that_runs_out_ends_a_run_with_advice_and_it_goes_on(start, assert_nothing_lost, tmp_path):
+    folder = tmp_path / "run"
+    run = start(folder, f"--trainer.callbacks+={__name__}.Greedy")
+    assert run.wait() == [1], run.output()
+    shown = run.logs[0].read_text()
+    assert "error: can't allocate memory: you tried to allocate" in shown
+    assert "Try, the cheapest first:\n  --data.batch_size 2" in shown
+    assert "Traceback" not in shown
+    assert checkpoints(folder) == ["last.ckpt", "step_00000002.ckpt", "step_00000004.ckpt"]
+    start(folder).done()
+    assert_nothing_lost(folder)
+
+
+@pytest.mark.parametrize("harm", ["cut short", "altered"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(start, assert_nothing_lost, tmp_path, harm):
+    folder = tmp_path / "run"
+    start(folder).done()
+    newest = folder / "checkpoints" / f"step_{LENGTH:08}.ckpt"
+    if harm == "cut short":
+        os.truncate(newest, newest.stat().st_size - 1000)
+    else:  # one bit of a weight
+        weight = read(newest).weights["model.layers.0.mlp.up_proj.A.weight"]
+        content = bytearray(newest.read_bytes())
+        content[content.index(weight.numpy().tobytes())] ^= 1
+        newest.write_bytes(content)
+    assert damage(newest) is not None
+    run = start(folder)
+    run.done()
+    shown = run.logs[0].read_text()
+    assert f"{newest.name} is damaged" in shown
+    assert re.search(rf"[Rr]estor.*step_{LENGTH - 2:08}\.ckpt", shown)
+    assert damage(newest) is None
+    assert_nothing_lost(folder)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Makes a small disk, of so many bytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def made(size: int) -> Path:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("mounting a small disk needs root; callbacks/test_checkpoints limits the size of files instead")
+        return folder
+
+    yield made
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on(start, assert_nothing_lost, tmp_path, disk):
+    """With all that a run writes on it, not the checkpoints alone; some events are lost, the later ones are not."""
+    place = disk(3 * 2**20)
+    folder = place / "run"
+    run = start(folder, f"--trainer.callbacks+={__name__}.Filling", f"--trainer.callbacks.disk={place}")
+    run.done()
+    shown = run.logs[0].read_text()
+    assert "The disk is full" in shown
+    assert "step_00000004.ckpt could not be written" in shown
+    assert "the newest checkpoint is" in shown
+    assert "No space left on device); some are lost" in shown
+    losses = EventAccumulator(str(folder)).Reload().Scalars("train/loss")
+    assert [event.step for event in losses][:3] == [0, 1, 2]
+    assert losses[-1].step == LENGTH - 1
+    assert checkpoints(folder) == ["last.ckpt", "step_00000010.ckpt", "step_00000012.ckpt"]
+    assert_nothing_lost(folder)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2_sharded", "deepspeed_2", "deepspeed_3"])
+def test_where_ranks_write_together_none_waits_for_one_that_could_not(tmp_path, disk, strategy):
+    """There is room for the checkpoint of step 10 on the disk, and not for that of step 20 beside it."""
+    Run(train, strategy, 2, str(tmp_path / "unbroken"), ranks=2, folder=tmp_path / "logs").done()
+    size = sum(file.stat().st_size for file in (tmp_path / "unbroken" / "step_00000010.ckpt").rglob("*"))
+    folder = disk(int(1.5 * size) + 2**16) / "run"
+    run = Run(train, strategy, 2, str(folder), ranks=2, folder=tmp_path / "full")
+    run.done()
+    assert "step_00000020.ckpt could not be written: " in run.logs[0].read_text()
+    assert sorted(path.name for path in folder.iterdir()) == ["curve.json", "last.ckpt", "step_00000010.ckpt"]
+    assert damage(folder / "last.ckpt") is None
+    assert (folder / "curve.json").read_text() == (tmp_path / "unbroken" / "curve.json").read_text()

@@ -1,0 +1,26 @@
+"""The tests' own processes: what a test leaves running is ended, and does not keep the test process from ending."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.conftest import REPOSITORY
+
+LEAVES_ONE = """
+import time
+from pathlib import Path
+from tests.processes import Run
+run = Run(time.sleep, 1000, ranks=1, folder=Path({folder!r}))
+print(run.processes[0].pid)
+"""
+
+
+def test_a_process_that_nobody_waits_for_ends_with_the_test_process(tmp_path):
+    program = LEAVES_ONE.format(folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    deadline = time.monotonic() + 10  # the server that forked it may take a moment to bury it
+    while Path("/proc", done.stdout.strip()).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
