@@ -87,7 +87,7 @@ def test_memory_that_runs_out_ends_a_run_with_advice_and_it_goes_on(start, asser
     assert run.wait() == [1], run.output()
     shown = run.logs[0].read_text()
     assert "error: can't allocate memory: you tried to allocate" in shown
-    assert "Try, the cheapest first:\n  --data.batch_size 2" in shown
+    assert "Try, the cheapest first:\n  --model.loss_chunk_size 32" in shown
     assert "Traceback" not in shown
     assert checkpoints(folder) == ["last.ckpt", "step_00000002.ckpt", "step_00000004.ckpt"]
     start(folder).done()
