@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from cola_lightning.batching import accumulate
+from cola_lightning.data import C4DataModule, TextDataModule
 from cola_lightning.errors import InputError
 
 
@@ -31,3 +32,16 @@ def test_refuses_an_inexact_division_and_names_the_nearest_sizes():
         accumulate(trainer(3), 500, 32)
     with pytest.raises(InputError, match=r"global_batch_size 8 .*nearest that are: 32"):
         accumulate(trainer(), 8, 32)
+
+
+@pytest.mark.parametrize("make", [C4DataModule, lambda **settings: TextDataModule(["unused"], **settings)])
+def test_a_batch_is_stated_in_rows_or_in_tokens(make):
+    assert make(sequence_length=256, global_batch_tokens=131_072).global_batch_size == 512
+    assert make(global_batch_size=512).global_batch_size == 512
+    assert make().global_batch_size is None
+    with pytest.raises(InputError, match=r"global_batch_tokens 1000 .*sequence_length 256; .*nearest.*: 768 and 1024"):
+        make(sequence_length=256, global_batch_tokens=1000)
+    with pytest.raises(InputError, match=r"global_batch_tokens 3 .*nearest that are: 256$"):
+        make(sequence_length=256, global_batch_tokens=3)
+    with pytest.raises(InputError, match=r"global_batch_size 512 and --data.global_batch_tokens 131072 both"):
+        make(global_batch_size=512, global_batch_tokens=131_072)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cola_lightning.compare.cells import Bench, write
 from cola_lightning.compare.plan import learning_rates
+from cola_lightning.data.base import rows_of_a_step
 
 COLUMNS = {
     "method": "method",
@@ -84,9 +85,8 @@ def spent(bench: Bench, method: str, config: dict[str, Any]) -> dict[str, Any]:
         return dict.fromkeys(names)
     data, trainer = config["data"]["init_args"], config["trainer"]
     tokens = data["batch_size"] * data["sequence_length"]  # of the micro-batch that was measured
-    accumulated = (data.get("global_batch_size") or data["batch_size"] * trainer["accumulate_grad_batches"]) / data[
-        "batch_size"
-    ]
+    stated = rows_of_a_step(data.get("global_batch_size"), data.get("global_batch_tokens"), data["sequence_length"])
+    accumulated = stated / data["batch_size"] if stated else trainer["accumulate_grad_batches"]
     step = accumulated * costs["flops_step"] + costs["flops_optimizer"]
     activations = costs["saved_bytes_per_token_per_layer"] * tokens * config["model"]["num_hidden_layers"]
     kept = costs["parameter_bytes"] + costs["gradient_bytes"] + costs["optimizer_state_bytes"]

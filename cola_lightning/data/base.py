@@ -7,6 +7,30 @@ from torch.utils.data import Dataset
 
 from cola_lightning.data.loader import EvalLoader
 from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.errors import InputError
+
+
+def rows_of_a_step(rows: int | None, tokens: int | None, sequence_length: int) -> int | None:
+    """Rows of an optimizer step, stated in rows or in tokens; None if in neither.
+
+    Raises:
+        InputError: If it is stated in both, or the tokens are no whole number of rows.
+    """
+    if tokens is None:
+        return rows
+    if rows is not None:
+        raise InputError(
+            f"--data.global_batch_size {rows} and --data.global_batch_tokens {tokens} both state the batch; set one of "
+            f"them to null"
+        )
+    rows, left = divmod(tokens, sequence_length)
+    if left or rows < 1:
+        nearest = [n * sequence_length for n in (rows, rows + 1) if n > 0]
+        raise InputError(
+            f"--data.global_batch_tokens {tokens} is no multiple of --data.sequence_length {sequence_length}; the "
+            f"nearest that are: {' and '.join(map(str, nearest))}"
+        )
+    return rows
 
 
 class TokenDataModule(L.LightningDataModule):

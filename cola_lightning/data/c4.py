@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 
-from cola_lightning.data.base import TokenDataModule
+from cola_lightning.data.base import TokenDataModule, rows_of_a_step
 from cola_lightning.data.cache import cache_folder
 from cola_lightning.data.lanes import MakeLanes, RowShape
 from cola_lightning.data.prepared import PreparedCorpus, is_prepared
@@ -51,6 +51,7 @@ class C4DataModule(TokenDataModule):
         batch_size: Rows of a micro-batch on one device (B).
         global_batch_size: Rows of an optimizer step over all devices; gradients are accumulated to it. If none is
             given, it is what the trainer's ``accumulate_grad_batches`` makes of ``batch_size``.
+        global_batch_tokens: The same in tokens, in place of it: rows times ``sequence_length``.
         rows: ``padded`` makes one document a row, cut and padded, as the paper's benchmark does; ``packed`` puts
             documents end to end.
         cross_document_attention: Whether tokens of packed rows attend to the documents before theirs in the row.
@@ -81,6 +82,7 @@ class C4DataModule(TokenDataModule):
         sequence_length: int = 256,
         batch_size: int = 16,
         global_batch_size: int | None = None,
+        global_batch_tokens: int | None = None,
         rows: Literal["padded", "packed"] = "padded",
         cross_document_attention: bool = True,
         shuffle_buffer: int = 1000,
@@ -111,7 +113,8 @@ class C4DataModule(TokenDataModule):
         if not cross_document_attention and rows == "padded":
             raise InputError("cross_document_attention is for packed rows; a padded row holds one document")
         self.tokenizer_name, self.sequence_length = tokenizer, sequence_length
-        self.batch_size, self.global_batch_size = batch_size, global_batch_size
+        self.batch_size = batch_size
+        self.global_batch_size = rows_of_a_step(global_batch_size, global_batch_tokens, sequence_length)
         self.row_type, self.cross_document_attention = rows, cross_document_attention
         self.shuffle_buffer, self.lanes, self.validation_tokens = shuffle_buffer, lanes, validation_tokens
         self.seed, self.num_workers, self.verify = seed, num_workers, verify

@@ -11,7 +11,7 @@ from typing import Literal
 from datasets import Dataset, Features, List, Value, load_from_disk
 from torch.utils.data import Dataset as Rows
 
-from cola_lightning.data.base import TokenDataModule
+from cola_lightning.data.base import TokenDataModule, rows_of_a_step
 from cola_lightning.data.cache import cache_folder
 from cola_lightning.data.documents import find_files, read_documents
 from cola_lightning.data.loader import TrainLoader
@@ -34,6 +34,7 @@ class TextDataModule(TokenDataModule):
         batch_size: Rows of a micro-batch on one device (B).
         global_batch_size: Rows of an optimizer step over all devices; gradients are accumulated to it. If none is
             given, it is what the trainer's ``accumulate_grad_batches`` makes of ``batch_size``.
+        global_batch_tokens: The same in tokens, in place of it: rows times ``sequence_length``.
         rows: ``packed`` puts documents end to end; ``padded`` makes one document a row, cut and padded, as the paper's
             benchmark does. Padding is never in the loss.
         validation_paths: Held-out text, as ``paths``. If none is named, ``validation_fraction`` of the documents is
@@ -57,6 +58,7 @@ class TextDataModule(TokenDataModule):
         sequence_length: int = 256,
         batch_size: int = 16,
         global_batch_size: int | None = None,
+        global_batch_tokens: int | None = None,
         rows: Literal["packed", "padded"] = "packed",
         validation_paths: list[str] | None = None,
         validation_fraction: float = 0.05,
@@ -77,7 +79,8 @@ class TextDataModule(TokenDataModule):
         self.tokenizer_name, self.vocab_size = tokenizer, vocab_size
         self.text_column, self.separator = text_column, separator
         self.sequence_length, self.row_type = sequence_length, rows
-        self.batch_size, self.global_batch_size = batch_size, global_batch_size
+        self.batch_size = batch_size
+        self.global_batch_size = rows_of_a_step(global_batch_size, global_batch_tokens, sequence_length)
         self.seed, self.num_workers = seed, num_workers
         self.cache_dir = cache_folder(cache_dir)
         self._train_loader: TrainLoader | None = None
