@@ -12,6 +12,7 @@ import yaml
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # Imported so that their classes can be named without a path.
 import cola_lightning.data
@@ -205,7 +206,10 @@ class CLI(LightningCLI):
         if trainer["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             kwargs["callbacks"] = [*callbacks, Progress()]
         refuse_precision(trainer["precision"], trainer["accelerator"])
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (ValueError, MisconfigurationException) as error:  # settings that do not go together
+            raise InputError(" ".join(str(error).split())) from error
         if resumes:
             self.model.initial_weights = None  # the checkpoint's count, and the folder may be gone by now
             refuse_mismatch(trainer.strategy, Path(resumes), trainer.world_size)

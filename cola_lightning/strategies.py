@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
@@ -59,6 +60,14 @@ class ZeROStrategy(DeepSpeedStrategy):
         # Else DeepSpeed insists on an Adam of its own for offloading; --model.optimizer may still name that one.
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         self.problem: str | None = None
+
+    def setup_environment(self) -> None:
+        if not isinstance(self.accelerator, CUDAAccelerator):
+            name = f"deepspeed_stage_{self.config['zero_optimization']['stage']}"
+            raise InputError(
+                f"--trainer.strategy {name} needs GPUs, for Lightning has it so; on CPUs choose ddp or fsdp2"
+            )
+        super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         self.problem = None

@@ -12,7 +12,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.fsdp.wrap import enable_wrap
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from cola_lightning.callbacks import Checkpoints
 from cola_lightning.checkpoints import damage, read
+from cola_lightning.cli import main
 from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA
 from cola_lightning.module import LanguageModel
@@ -28,7 +30,8 @@ from tests.conftest import loader, tiny_llama, tiny_trainer
 from tests.parity_run import CLIP, METHODS, STEPS, Data, DeepSpeedOnCPU, Rows, strategy_named, train, train_each
 from tests.processes import Run
 
-KEEPS = ["none", "residual_and_latents", "latents", "fast"]
+KEEPS = ["none", "residual_and_latents", "latents"]
+OTHERS = [*METHODS, "fast"]  # each has a curve of its own
 EVERY = ["ddp", "fsdp2", "deepspeed_1", "deepspeed_2", "deepspeed_3"]
 VARIANTS = ["fsdp2_sharded", "deepspeed_2_offload", "deepspeed_3_offload"]
 
@@ -41,7 +44,7 @@ def trained(tmp_path_factory):
     def run(strategy: str) -> Path:
         out = tmp_path_factory.mktemp(strategy)
         ranks = 1 if strategy == "auto" else 2
-        keeps = ["none"] if strategy in VARIANTS else [*METHODS, "none"] if strategy == "auto" else [*KEEPS, *METHODS]
+        keeps = ["none"] if strategy in VARIANTS else [*OTHERS, "none"] if strategy == "auto" else [*KEEPS, *OTHERS]
         Run(train_each, strategy, ranks, str(out), keeps, ranks=ranks, folder=out).done()
         return out
 
@@ -55,11 +58,11 @@ def curve(folder: Path) -> tuple[list[float], list[float]]:
 
 @pytest.mark.parametrize(
     ("strategy", "keep"),
-    [(name, keep) for name in EVERY for keep in (*KEEPS, *METHODS)] + [(name, "none") for name in VARIANTS],
+    [(name, keep) for name in EVERY for keep in (*KEEPS, *OTHERS)] + [(name, "none") for name in VARIANTS],
 )
 def test_two_processes_give_the_curve_of_one(trained, strategy, keep):
     losses, norms = curve(trained(strategy) / keep)
-    expected_losses, expected_norms = curve(trained("auto") / (keep if keep in METHODS else "none"))
+    expected_losses, expected_norms = curve(trained("auto") / (keep if keep in OTHERS else "none"))
     assert len(losses) == STEPS
     assert losses == pytest.approx(expected_losses, abs=1e-5)
     assert norms == pytest.approx(expected_norms, rel=1e-5, abs=1e-5)
@@ -136,6 +139,45 @@ def test_bare_fsdp_fills_and_wraps_layer_by_layer():
     assert filled.keys() == whole.keys()
     for name, value in filled.items():
         assert torch.equal(value, whole[name]), name
+
+
+def type_name(name: str, flags: list[str]) -> None:
+    """``fit`` with a strategy by its bare name. Under DeepSpeed's, what Lightning keeps from a CPU is let through."""
+    if name.startswith("deepspeed"):
+        settings = StrategyRegistry[name]["init_params"] | {"process_group_backend": "gloo", "pin_memory": False}
+        StrategyRegistry.register(name, DeepSpeedOnCPU, override=True, **settings)
+    main(["fit", *flags, f"--trainer.strategy={name}"])
+
+
+NAMES = ["ddp", "fsdp2", *(f"deepspeed_stage_{stage}" for stage in ("1", "2", "3", "2_offload", "3_offload"))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bare_name_on_the_command_line_trains_clips_and_logs_the_norm(name, tiny_run, tmp_path):
+    flags = [
+        *tiny_run, f"--run_dir={tmp_path / 'run'}", "--trainer.devices=2", "--trainer.gradient_clip_val=0.5",
+        "--trainer.max_steps=3", "--trainer.callbacks+=CoLAM",
+    ]  # fmt: skip
+    run = Run(type_name, name, flags, ranks=2, folder=tmp_path / "logs")
+    run.done()
+    scalars = {
+        tag: [event.value for event in EventAccumulator(str(tmp_path / "run")).Reload().Scalars(tag)]
+        for tag in ("train/loss", "train/gradient_norm", "val/perplexity")
+    }
+    assert len(scalars["train/loss"]) == 3
+    assert all(0 < norm < 100 for norm in scalars["train/gradient_norm"])
+    assert damage(tmp_path / "run" / "checkpoints" / "step_00000003.ckpt") is None
+    assert read(tmp_path / "run" / "checkpoints" / "last.ckpt").step == 3
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed_stage_2"])
+def test_what_needs_a_gpu_says_so_in_one_line(name, tiny_run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", *tiny_run, "--trainer.logger=false", f"--trainer.strategy={name}"])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert name in errors[0]
+    assert "GPU" in errors[0]
 
 
 def accumulate_gradients(ranks: int, out: str) -> None:
