@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 STYLES = ("-", "--", ":")
+MARKS = ("o", "s", "^")
 
 
 def write_plots(rows: list[dict[str, Any]], folder: Path) -> None:
@@ -20,10 +21,19 @@ def write_plots(rows: list[dict[str, Any]], folder: Path) -> None:
     _curves(counted, folder / "loss_flops.png", "TFLOPs", lambda row, step, tokens: per_step[row["method"]] * step)
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     for number, row in enumerate(counted):
-        axes.plot(row["training_mb"], row["perplexity"], "o", color=_color(number))
-        axes.annotate(row["method"], (row["training_mb"], row["perplexity"]), (4, 3), textcoords="offset points",
-                      fontsize=8)  # fmt: skip
-    axes.set(xlabel="weights, gradients, optimizer state and activations, MB", ylabel="perplexity")
+        memory, mark = row["training_mb"], MARKS[number // 10 % len(MARKS)]
+        axes.plot(memory, row["perplexity"], mark, color=_color(number), label=row["method"])
+        axes.plot([memory, memory], [min(row["perplexities"]), max(row["perplexities"])], color=_color(number), lw=1)
+    axes.set_yscale("log")
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks(lambda value, _: f"{value:g}")
+    axes.set(
+        xlabel="weights, gradients, optimizer state and activations, MB",
+        ylabel="perplexity: mean and range over seeds",
+    )
+    axes.grid(alpha=0.3, which="both")
+    if counted:
+        axes.legend(fontsize=7, ncols=2)
     _save(figure, folder / "perplexity_memory.png")
 
 
