@@ -60,10 +60,10 @@ def stream(
         with torch.compiler.set_stance("force_eager"):  # a graph for each length would cost more than it saves
             if length <= limit:
                 seen = documents[:, :length] if documents is not None else None
-                logits = network(ids[:, cache.length :], seen, cache)
+                logits = network(ids[:, cache.length :], seen, cache, last_only=True)
             else:
                 seen = documents[:, length - limit : length] if documents is not None else None
-                logits = network(ids[:, -limit:], seen)
+                logits = network(ids[:, -limit:], seen, last_only=True)
         token = sample(logits[:, -1].float(), temperature, top_k, top_p, generator)
         if stop_id is not None:
             token = token.masked_fill(done, stop_id)

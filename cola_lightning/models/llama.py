@@ -312,10 +312,12 @@ class Llama(nn.Module):
         *,
         targets: Tensor | None = None,
         reduction: Literal["none", "sum"] = "none",
+        last_only: bool = False,
     ) -> Tensor:
         """``document_ids`` (B, T) number the documents of each row, where attention is to keep to its own. With a
         ``cache``, ids are those that follow what it holds, and ``document_ids`` number both. With ``targets`` (B, T),
-        the ids that should follow, the result is losses in place of logits, as from :class:`Head`."""
+        the ids that should follow, the result is losses in place of logits, as from :class:`Head`. With ``last_only``
+        it is the logits of each row's last token, (B, 1, V), all that generation asks of a prompt."""
         length = ids.shape[1] + (0 if cache is None else cache.length)
         if length > self.max_position_embeddings:
             raise InputError(
@@ -323,6 +325,8 @@ class Llama(nn.Module):
                 f"{self.max_position_embeddings}; shorten it or raise max_position_embeddings"
             )
         hidden = self.model(ids, document_ids, cache)
+        if last_only:
+            hidden = hidden[:, -1:]
         return self.lm_head(hidden) if targets is None else self.lm_head(hidden, targets, reduction)
 
 

@@ -34,12 +34,14 @@ def test_logits_with_a_cache_are_those_without(pieces):
     torch.testing.assert_close(logits, network(ids), atol=1e-5, rtol=1e-5)
 
 
-def test_each_token_is_computed_once():
+def test_each_token_is_computed_once_and_only_the_last_has_logits():
     network = tiny_llama().eval()
-    widths = []
-    network.lm_head.register_forward_hook(lambda module, args, out: widths.append(out.shape[1]))
+    read, scored = [], []
+    network.model.norm.register_forward_hook(lambda module, args, out: read.append(out.shape[1]))
+    network.lm_head.register_forward_hook(lambda module, args, out: scored.append(out.shape[1]))
     generate(network, torch.randint(300, (2, 7)), 5)
-    assert widths == [7, 1, 1, 1, 1]
+    assert read == [7, 1, 1, 1, 1]
+    assert scored == [1] * 5
 
 
 def test_prompts_of_different_lengths_are_continued_as_each_alone():
