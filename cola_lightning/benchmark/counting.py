@@ -6,7 +6,8 @@ from torch import Tensor
 
 from cola_lightning.benchmark.subject import Own, Subject, eagerly
 from cola_lightning.costs.counters import Recorder, count_flops, kept_bytes
-from cola_lightning.models.llama import rotary_table, through
+from cola_lightning.models.llama import through
+from cola_lightning.models.positions import rotary_table
 
 
 def count(subject: Subject) -> dict[str, Any]:

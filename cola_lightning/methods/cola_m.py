@@ -18,7 +18,8 @@ from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cola_lightning.methods.low_rank import LATENT
-from cola_lightning.models.llama import Block, Rotary
+from cola_lightning.models.llama import Block
+from cola_lightning.models.positions import Rotary
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}

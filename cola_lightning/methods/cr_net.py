@@ -16,7 +16,8 @@ from cola_lightning.errors import InputError
 from cola_lightning.methods.low_rank import check_rank
 from cola_lightning.methods.reversible import Known, weights_of
 from cola_lightning.models.layers import CrossLayer, FullRank, NormalLinear, Projection, Relay, Scalar
-from cola_lightning.models.llama import Block, Llama, Rotary
+from cola_lightning.models.llama import Block, Llama
+from cola_lightning.models.positions import Rotary
 
 EPSILON = 1e-6
 

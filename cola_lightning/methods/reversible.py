@@ -19,7 +19,8 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from cola_lightning.errors import InputError
 from cola_lightning.methods.cola_m import ATTENTION
 from cola_lightning.methods.low_rank import LowRank
-from cola_lightning.models.llama import Block, Llama, Rotary
+from cola_lightning.models.llama import Block, Llama
+from cola_lightning.models.positions import Rotary
 
 MakeLatent = Callable[[LowRank, Tensor], Tensor]
 """``f(projection, x)`` is the latent (B, T, R) of ``projection`` for its input ``x``, made or remembered."""

@@ -11,7 +11,7 @@ from cola_lightning.callbacks import ActivationSpectrum, CoLAM
 from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA
 from cola_lightning.models import FullRank
-from cola_lightning.models.llama import rotary_table
+from cola_lightning.models.positions import rotary_table
 from cola_lightning.module import LanguageModel
 from cola_lightning.spectrum import effective_rank
 from tests.conftest import loader, tiny_trainer

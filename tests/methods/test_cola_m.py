@@ -12,7 +12,7 @@ from cola_lightning.callbacks import CoLAM
 from cola_lightning.costs.counters import count_flops, kept_bytes
 from cola_lightning.methods import CoLA
 from cola_lightning.models import Llama
-from cola_lightning.models.llama import rotary_table
+from cola_lightning.models.positions import rotary_table
 
 SETTINGS = {
     "none": None,

@@ -14,7 +14,8 @@ from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA, CRNet, LaX
 from cola_lightning.methods.cr_net import Recompute, _Recover
 from cola_lightning.models import Llama
-from cola_lightning.models.llama import rotary_table, through
+from cola_lightning.models.llama import through
+from cola_lightning.models.positions import rotary_table
 from tests.conftest import tiny_llama
 
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

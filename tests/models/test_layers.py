@@ -11,7 +11,7 @@ from cola_lightning.callbacks import CoLAM
 from cola_lightning.costs.counters import count_flops, kept_bytes
 from cola_lightning.methods import SST, CoLA, CRNet, LaX, LoRA, LowRank, SLTrain
 from cola_lightning.models import FullRank
-from cola_lightning.models.llama import rotary_table
+from cola_lightning.models.positions import rotary_table
 from tests.conftest import tiny_llama
 
 IDS = torch.randint(1, 300, (2, 20), generator=torch.Generator().manual_seed(0))
