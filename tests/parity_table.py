@@ -1,17 +1,12 @@
 """The largest differences that ``test_strategies`` bounds, as a table: ``python -m tests.parity_table``. The table of
 recipes/cluster comes from it."""
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tests.parity_run import CLIP, train_each
 from tests.processes import Run
-from tests.test_strategies import EVERY, KEEPS, VARIANTS
-
-
-def curve(folder: Path) -> tuple[list[float], list[float]]:
-    return json.loads((folder / "curve.json").read_text())
+from tests.test_strategies import EVERY, KEEPS, VARIANTS, curve
 
 
 def main(folder: Path) -> None:
