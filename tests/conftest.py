@@ -63,8 +63,13 @@ def tiny_trainer(*callbacks, steps: int, vocab_size: int = 50, **trainer) -> tup
 
 @pytest.fixture(autouse=True)
 def _nothing_stays_behind():
+    """No process, and none of the variables by which a launcher tells a process its rank: with LOCAL_RANK left there by
+    Lightning, the next run would take itself for one of several and wait for the others."""
+    before = dict(os.environ)
     yield
     kill_all()
+    for name in [name for name in os.environ if name not in before and not name.startswith("PYTEST")]:
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")
