@@ -207,16 +207,31 @@ class LanguageModel(L.LightningModule):
         self.train_loss.update(loss_sum.detach(), tokens)
         return loss_sum / tokens.clamp(min=1)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the mean over all tokens of all ranks since the last log; the device is asked no more often."""
-        if at_log_step(self.trainer):
-            loss = self.train_loss.compute()
-            self.log("train/loss", loss)
-            self.log("loss", loss, prog_bar=True, logger=False)
-            self.train_loss.reset()
-            if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # it clips in its own step
-                norm = self.trainer.strategy.model.get_global_grad_norm()
-                self.log("train/gradient_norm", norm if norm is not None else float("nan"))
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """Make the step, and where it is to be logged, log the mean over all tokens of all ranks since the last log;
+        the device is asked no more often. By the end of a batch, when a checkpoint may be written, it is logged."""
+        super().optimizer_step(*arguments, **options)
+        step = self.trainer.global_step + 1  # the trainer counts it when this returns
+        if self.trainer.fit_loop._should_accumulate() or step % self.trainer.log_every_n_steps:
+            return
+        loss = self.train_loss.compute()
+        self.log("train/loss", loss)
+        self.log("loss", loss, prog_bar=True, logger=False)
+        self.train_loss.reset()
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # it clips in its own step
+            norm = self.trainer.strategy.model.get_global_grad_norm()
+            self.log("train/gradient_norm", norm if norm is not None else float("nan"))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the next logged mean has so far, of all ranks."""
+        sums = torch.stack([self.train_loss.loss_sum, self.train_loss.tokens])
+        checkpoint["train_loss"] = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.train_loss.reset()
+        sums = torch.tensor(checkpoint.get("train_loss", (0.0, 0.0)), dtype=torch.float64)
+        if self._trainer and self.trainer.is_global_zero and sums.any():
+            self.train_loss.update(*sums)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val")

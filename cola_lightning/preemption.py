@@ -30,9 +30,9 @@ class Preempted(SystemExit):
 class StopSignal:
     """Notes a signal, and finds a step at which every rank knows of it.
 
-    Once an optimizer step, the ranks begin to exchange what they have noted, on the CPU and beside the training; the
-    answer is looked at one step later, when it is there. So nothing waits, and all stop after the same step, at most
-    two after the signal. A rank that is gone shows at the same place.
+    Once an optimizer step, or a batch of a validation, the ranks begin to exchange what they have noted, on the CPU and
+    beside the training; the answer is looked at one later, when it is there. So nothing waits, and all stop at the same
+    place, at most two after the signal. A rank that is gone shows there too.
 
     Args:
         timeout: How long a rank waits for one that is alive but silent.
@@ -58,7 +58,7 @@ class StopSignal:
         self.noted = number
 
     def agreed(self) -> int:
-        """The signal that all ranks are to stop for, or 0. Every rank calls this once after each optimizer step.
+        """The signal that all ranks are to stop for, or 0. Every rank calls this equally often.
 
         Raises:
             RuntimeError: If another rank is gone, or silent for longer than the timeout.

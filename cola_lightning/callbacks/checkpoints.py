@@ -2,8 +2,9 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from cola_lightning.checkpoints.integrity import checksum, contents, seal, sync
 from cola_lightning.checkpoints.newest import LINK, PARTIAL, newest_whole, written
+from cola_lightning.due_validation import note_validation, validate_if_due, validate_if_due_at_end
 from cola_lightning.errors import InputError
 from cola_lightning.preemption import Preempted, StopSignal, requeue
 
@@ -22,8 +24,9 @@ from cola_lightning.preemption import Preempted, StopSignal, requeue
 class Checkpoints(ModelCheckpoint):
     """Writes ``step_….ckpt`` every so many optimizer steps, at the end of a run, and on SIGTERM and SIGUSR1.
 
-    A checkpoint appears under its name when every byte of it is on the disk; a crash while writing leaves those before
-    it as they were. ``last.ckpt`` is a link to the newest. If the disk is full, the run says so and goes on.
+    A checkpoint appears under its name when every byte of it is on the disk, and after what its step logs; a crash
+    while writing leaves those before it as they were. ``last.ckpt`` is a link to the newest. If the disk is full, the
+    run says so and goes on.
 
     Args:
         every_n_train_steps: Optimizer steps between two checkpoints.
@@ -60,8 +63,13 @@ class Checkpoints(ModelCheckpoint):
             for leftover in Path(self.dirpath).glob(f"*{PARTIAL}"):
                 _remove(leftover)
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        validate_if_due_at_end(trainer)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.stop.install(trainer)
+        self._last_global_step_saved = trainer.global_step  # where the run goes on from, if it does
+        validate_if_due(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -73,19 +81,27 @@ class Checkpoints(ModelCheckpoint):
             self.save(trainer)
         if number := self.stop.agreed():
             self.save(trainer)
-            rank_zero_info(f"Stopping after step {trainer.global_step}, for signal {number} was received")
-            if trainer.is_global_zero:
-                requeue(number)
-            raise Preempted(number, trainer.global_rank)
+            self._end(trainer, number)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Wait for a validation's end only where its step has no checkpoint; one that is broken off is made up for."""
+        if trainer.global_step == self._last_global_step_saved and (number := self.stop.agreed()):
+            self._end(trainer, number)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        note_validation(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pass
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        pass
-
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pass
+
+    def _end(self, trainer: L.Trainer, number: int) -> NoReturn:
+        rank_zero_info(f"Stopping after step {trainer.global_step}, for signal {number} was received")
+        if trainer.is_global_zero:
+            requeue(number)
+        raise Preempted(number, trainer.global_rank)
 
     # -- how ----------------------------------------------------------------------------------------------------------
 
@@ -93,6 +109,7 @@ class Checkpoints(ModelCheckpoint):
         """Write a checkpoint of the step just made, unless there is one; all ranks take part."""
         if self._last_global_step_saved == trainer.global_step:
             return
+        _log_step(trainer)
         path = Path(self.dirpath or "", f"step_{trainer.global_step:08}.ckpt")
         partial = path.with_name(path.name + PARTIAL)
         if problem := self._write(trainer, partial):
@@ -114,7 +131,7 @@ class Checkpoints(ModelCheckpoint):
         """Write it, and tell every rank what kept any of them from it."""
         problem = None
         try:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
         except (OSError, RuntimeError, CheckpointException) as error:  # shards; of a disk, every rank hears there
             causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
             problem = str(causes[0])
@@ -190,6 +207,14 @@ class FileWriter(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
             self.problem = str(error)
             path.unlink(missing_ok=True)
+
+
+def _log_step(trainer: L.Trainer) -> None:
+    """Log the step now, for a run that goes on from its checkpoint will not, and not again when the batch ends."""
+    connector = trainer._logger_connector
+    connector.update_train_step_metrics()
+    name = "update_train_step_metrics"
+    vars(connector)[name] = partial(vars(connector).pop, name)  # in place of the next call, and gone with it
 
 
 def _remove(path: Path) -> None:

@@ -1,5 +1,6 @@
 """What every data module of this package does alike."""
 
+import warnings
 from typing import Any
 
 import lightning as L
@@ -55,6 +56,11 @@ class TokenDataModule(L.LightningDataModule):
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Begin at the position that ``state_dict`` of the subclass returned."""
+        # Lightning knows only loaders that keep one state for all ranks, and warns of any other.
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
 
     def _share(self) -> dict[str, int]:
         """Which part of the data this process takes."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -228,8 +227,7 @@ class C4DataModule(TokenDataModule):
         return state | {"identity": self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Lightning knows only loaders that keep one state for all ranks, and warns of any other.
-        warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
+        super().load_state_dict(state_dict)
         self._state = state_dict
 
     def on_exception(self, exception: BaseException) -> None:

@@ -197,6 +197,7 @@ class TextDataModule(TokenDataModule):
         return {"position": self._train_loader.position if self._train_loader else self._position}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        super().load_state_dict(state_dict)
         self._position = state_dict["position"]
 
 

@@ -1,0 +1,65 @@
+"""The validation that a run was stopped before, or in the middle of.
+
+The checkpoint of a step is written before its validation, so that nothing is lost if that fails, and a stop need not
+wait for its end. But Lightning, going on from there, takes it as made; and with the last step made it does nothing.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+
+NOTE = "validated"
+"""File beside the checkpoints: the last optimizer step whose validation came to its end."""
+
+
+def note_validation(trainer: L.Trainer) -> None:
+    """Write down that the validation of this step is over."""
+    file = _note(trainer)
+    if not file or not trainer.is_global_zero or trainer.sanity_checking or trainer.global_step == 0:
+        return
+    with suppress(OSError):  # a full disk does not end the run, which at worst validates the step again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{trainer.global_step}\n", encoding="utf-8")
+
+
+def validate_if_due(trainer: L.Trainer) -> None:
+    """Make it up, before the next step; all ranks take part."""
+    if not _is_due(trainer):
+        return
+    rank_zero_info(f"Validating step {trainer.global_step}, after which the run was stopped")
+    loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+    first = connector._first_loop_iter
+    trainer.validating = True
+    loop.restarting = False
+    loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first
+
+
+def validate_if_due_at_end(trainer: L.Trainer) -> None:
+    """Have it made up at the end of fitting, which with no step left to make is at once."""
+    loop = trainer.fit_loop
+
+    def run() -> None:
+        del vars(loop)["run"]
+        loop.run()
+        validate_if_due(trainer)
+
+    vars(loop)["run"] = run
+
+
+def _is_due(trainer: L.Trainer) -> bool:
+    loop, file = trainer.fit_loop, _note(trainer)
+    if not trainer.enable_validation or trainer.global_step == 0 or file is None:
+        return False
+    if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # of which it asks the type alone
+        return False
+    made = file.is_file() and file.read_text(encoding="utf-8").strip() == str(trainer.global_step)
+    return not trainer.strategy.broadcast(made)
+
+
+def _note(trainer: L.Trainer) -> Path | None:
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+    return Path(folder, NOTE) if folder and not trainer.fast_dev_run else None
