@@ -38,9 +38,10 @@ from cola_lightning.data import prepare
 from cola_lightning.errors import InputError
 from cola_lightning.hub import export
 from cola_lightning.module import LanguageModel
+from cola_lightning.parser import RunParser
 from cola_lightning.precision import refuse_precision
 from cola_lightning.provenance import write_provenance
-from cola_lightning.strategies import refuse_mismatch
+from cola_lightning.strategies import refuse_mismatch, refuse_unknown
 
 USAGE = "[--config FILE] [--NAME VALUE ...]"
 MORE_VERBS = (
@@ -98,7 +99,7 @@ class CLI(LightningCLI):
     # -- what can be typed --------------------------------------------------------------------------------------------
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = LightningArgumentParser(**kwargs)
+        parser = RunParser(**kwargs)
         parser.description = f"{parser.description or ''} {MORE_VERBS}".strip()
         parser.add_argument(
             "-c", "--config", action=ConfigFile, help="YAML file; may be given several times, later ones win."
@@ -206,9 +207,10 @@ class CLI(LightningCLI):
         if trainer["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             kwargs["callbacks"] = [*callbacks, Progress()]
         refuse_precision(trainer["precision"], trainer["accelerator"])
+        refuse_unknown(trainer["strategy"])
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (ValueError, MisconfigurationException) as error:  # settings that do not go together
+        except (TypeError, ValueError, MisconfigurationException) as error:  # settings that do not go together
             raise InputError(" ".join(str(error).split())) from error
         if resumes:
             self.model.initial_weights = None  # the checkpoint's count, and the folder may be gone by now

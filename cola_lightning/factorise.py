@@ -17,6 +17,7 @@ from cola_lightning.hub import write_folder
 from cola_lightning.hub.card import model_card
 from cola_lightning.methods import CoLA, LowRank
 from cola_lightning.models import Llama, MakeProjection
+from cola_lightning.parser import Parser
 from cola_lightning.trained import Trained, open_model, pick_device
 
 RUN_FILE = "model.yaml"
@@ -71,7 +72,7 @@ def factorise(
 
 def main(args: list[str]) -> None:
     """The verb ``factorise``: the arguments of :func:`factorise`."""
-    auto_cli(factorise, args=args, prog="cola_lightning factorise")
+    auto_cli(factorise, args=args, prog="cola_lightning factorise", parser_class=Parser)
 
 
 def low_rank(dense: Llama, projection: MakeProjection, device: torch.device) -> Llama:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from cola_lightning.checkpoints import read_state, refuse_code
 from cola_lightning.checkpoints.formats import Format, format_of
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, did_you_mean
 
 if not torch.accelerator.is_available():  # else DeepSpeed says on stdout that it found none, amid what is printed there
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -97,6 +97,20 @@ class ZeROStrategy(DeepSpeedStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         refuse_code(Path(checkpoint_path))  # DeepSpeed itself unpickles
         return super().load_checkpoint(checkpoint_path, weights_only=True)
+
+
+def refuse_unknown(strategy: object) -> None:
+    """Refuse a name that is none of Lightning's, nor of those below.
+
+    Raises:
+        InputError: Names the nearest.
+    """
+    known = StrategyRegistry.available_strategies()
+    if isinstance(strategy, str) and strategy not in ("auto", *known):
+        raise InputError(
+            f"--trainer.strategy {strategy} is unknown{did_you_mean(strategy, known)}; take auto, ddp, fsdp, fsdp2, "
+            "deepspeed_stage_1, 2 or 3, or deepspeed_stage_2_offload or 3_offload"
+        )
 
 
 # -- a step -----------------------------------------------------------------------------------------------------------

@@ -160,8 +160,8 @@ def test_files_build_on_files(tiny_run, tmp_path, capsys):
     [
         ("config: gone.yaml", "builds on gone.yaml, which is not in"),
         ("config: run.yaml", "run.yaml builds on itself"),
-        ("trainer: {max_stepz: 3}", "does not accept option 'trainer.max_stepz'"),
-        ("trainer: {max_steps: soon}", "trainer.max_steps.*Got value: soon"),
+        ("trainer: {max_stepz: 3}", "--trainer.max_stepz is no option"),
+        ("trainer: {max_steps: soon}", "--trainer.max_steps is soon; it must be a whole number"),
         ("trainer: [", "run.yaml is not YAML"),
         ("hello", "run.yaml holds no settings"),
     ],
@@ -171,7 +171,7 @@ def test_bad_files_are_named(content, message, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["fit", f"--config={tmp_path / 'run.yaml'}"])
     error = capsys.readouterr().err
-    assert len(error.splitlines()) < 25
+    assert len(error.splitlines()) == 1
     assert re.search(message, error, re.DOTALL)
 
 

@@ -5,18 +5,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-from jsonargparse import ArgumentParser
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cola_lightning.compare.cells import Bench
 from cola_lightning.compare.plan import Cell, Flag, Method, Plan, Resolve
 from cola_lightning.compare.report import write_report
 from cola_lightning.errors import InputError
+from cola_lightning.parser import Parser
 
 
 def main(args: list[str], resolve: Resolve) -> None:
     """The arguments of :func:`compare`, as flags or in a file named by ``--config``."""
-    parser = ArgumentParser(prog="cola_lightning compare")
+    parser = Parser(prog="cola_lightning compare")
     parser.add_argument("-c", "--config", action="config", help="The plan, a YAML file.")
     parser.add_function_arguments(compare, as_group=False, skip={"resolve"})
     options = parser.instantiate_classes(parser.parse_args(args))

@@ -21,6 +21,7 @@ from cola_lightning.data.sources import Source, TextCorpus
 from cola_lightning.data.stream import die_with
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
+from cola_lightning.parser import Parser
 
 
 def prepare(
@@ -59,7 +60,7 @@ def prepare(
 
 def main(args: list[str]) -> None:
     """The verb ``prepare``: the arguments of :func:`prepare`, as flags or in a file named by ``--config``."""
-    auto_cli(prepare, args=args, prog="cola_lightning prepare", as_positional=False)
+    auto_cli(prepare, args=args, prog="cola_lightning prepare", parser_class=Parser, as_positional=False)
 
 
 def _prepare_split(corpus: TextCorpus, folder: Path, num_workers: int) -> None:

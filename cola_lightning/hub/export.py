@@ -7,6 +7,7 @@ from jsonargparse import auto_cli
 
 from cola_lightning.hub.card import model_card
 from cola_lightning.hub.folder import write_folder
+from cola_lightning.parser import Parser
 from cola_lightning.trained import open_model
 
 
@@ -36,4 +37,4 @@ def export(
 
 def main(args: list[str]) -> None:
     """The verb ``export``: the arguments of :func:`export`."""
-    auto_cli(export, args=args, prog="cola_lightning export")
+    auto_cli(export, args=args, prog="cola_lightning export", parser_class=Parser)

@@ -1,0 +1,124 @@
+"""The parser of the command line, which says in one line what it did not understand."""
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from typing import NoReturn
+
+import lightning as L
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from cola_lightning.errors import did_you_mean
+from cola_lightning.models import Projection
+
+GIVEN = ("in_features", "out_features", "params", "optimizer", "total_steps")
+"""Arguments that come from the network and the run, not from the command line."""
+
+WORDS = {
+    "bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text", "list": "a list",
+    "dict": "a mapping", "NoneType": "null",
+}  # fmt: skip
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's messages spell out every type that was tried; one line with place, value and fix comes of them."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # a parser within another: it tries the next type
+            super().error(message, ex)
+        options = {option for parser in [self, *self._verbs().values()] for option in parser._option_string_actions}
+        print(f"error: {explain(message, options, self._verbs())}", file=sys.stderr)
+        sys.exit(2)
+
+    def _verbs(self) -> dict[str, ArgumentParser]:
+        action = self._subcommands_action
+        return dict(action._name_parser_map) if action else {}
+
+
+class RunParser(Parser, LightningArgumentParser):
+    """Of the verbs that are Lightning's."""
+
+
+def explain(message: str, options: Iterable[str] = (), verbs: Iterable[str] = ()) -> str:
+    """One line of what jsonargparse says in many; as it is, but for line breaks, where its kind is not known."""
+    if found := re.search(r"unrecognized arguments: ([^\s=]+)", message):
+        return _no_option(found[1], options)
+    if found := re.search(r"(?:Group '(\S+)'|Subcommand '\S+') does not accept option '(\S+)'", message):
+        return _no_option("--" + ".".join(filter(None, found.groups())), options)
+    if found := re.search(r"invalid choice: '(\S*)'", message):
+        return f"{found[1]} is none of the verbs{did_you_mean(found[1], verbs)}; --help lists them"
+    if 'expected "subcommand"' in message:
+        return "no verb is given; --help lists them"
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    if not keys:
+        return " ".join(message.split())
+    # The classes that a value may belong to are tried one after another; the first is the one that was typed.
+    tried = re.search(r"^( *)- (Problem with given class_path .*?)(?=\n\1\S|\n *Given value|\Z)", message, re.S | re.M)
+    first = message[: tried.start()] + tried[2] if tried else message
+    place = "--" + ".".join(re.findall(r'Parser key "([^"]+)"', first))
+    if found := re.search(r"Option '(\w+)' is not accepted", first):
+        return f"{place}.{found[1]}: {_lacks(_class_path(first), found[1])}"
+    if found := re.search(r"arguments are required: ([\w, ]+)", first):
+        missing, owner = (f"{place}.{name}" for name in found[1].split(", ")), _class_path(first).rpartition(".")[2]
+        return f"{' and '.join(missing)} must be given{f', for {owner} needs it' * bool(owner)}"
+    given = re.search(r"Given value: (.*?)(?:\. Got value: .*)?$", first, re.M) or re.search(r"Got value: (.*)", first)
+    name = re.search(r"dot import path string: ([\w.]+)|has no attribute '\w+'\. Got value: ([\w.]+)", first)
+    takes = _types(first)
+    if name and not set(takes) - {"true or false", "null"}:
+        path = name[1] or name[2]
+        return (
+            f"{place} is {path}, a class that cannot be found{did_you_mean(path.rpartition('.')[2], _class_names())}; "
+            "name one of those that --help lists, or any by its import path"
+        )
+    if given and takes:
+        return f"{place} is {given[1]}; it must be {', '.join(takes[:-1])}{' or ' if takes[1:] else ''}{takes[-1]}"
+    return f"{place}: " + " ".join(message.split(":", 1)[1].split())
+
+
+def _no_option(name: str, options: Iterable[str]) -> str:
+    if not name.startswith("-"):
+        return f"{name} stands where an option is expected"
+    return f"{name} is no option{did_you_mean(name, options)}; --help lists them"
+
+
+def _class_path(text: str) -> str:
+    found = re.search(r"class_path[ =]'([\w.]+)'", text)
+    return found[1] if found else ""
+
+
+def _lacks(class_path: str, name: str) -> str:
+    module, _, owner = class_path.rpartition(".")
+    try:
+        parameters = inspect.signature(getattr(importlib.import_module(module), owner)).parameters
+        accepted = [name for name in parameters if name not in GIVEN]
+    except (ImportError, AttributeError, ValueError, TypeError):
+        accepted = []
+    hint = did_you_mean(name, accepted) or f"; it has {', '.join(accepted)}" * bool(accepted)
+    return f"{owner or 'this class'} has no option {name}{hint}"
+
+
+def _types(text: str) -> list[str]:
+    """What could have been there, in words; classes are left out."""
+    words: list[str] = []
+    for kind in re.findall(r"Expected (?:an? )?(<class '[^']+'>|typing\.Literal\[[^\]]*\])", text):
+        if kind.startswith("typing.Literal"):
+            words += re.findall(r"[^\s\[\],']+", kind.removeprefix("typing.Literal"))
+        else:
+            words += [WORDS[name] for name in [kind.split("'")[1]] if name in WORDS]
+    return list(dict.fromkeys(words))
+
+
+def _class_names() -> set[str]:
+    names: set[str] = set()
+    classes = [L.Callback, L.LightningDataModule, Logger, Optimizer, LRScheduler, Projection]
+    while classes:
+        found = classes.pop()
+        names.add(found.__name__)
+        classes += found.__subclasses__()
+    return names
