@@ -35,7 +35,7 @@ def write_report(bench: Bench, folder: Path) -> None:
     rows = [row(bench, method) for method in bench.plan.methods]
     rows.sort(key=lambda r: r["perplexity"] if r["perplexity"] is not None else math.inf)
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "results.json", {"setting": setting(bench), "methods": rows})
+    write(folder / "results.json", _strict({"setting": setting(bench), "methods": rows}))
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         table.writeheader()
@@ -158,3 +158,12 @@ def cell(row: dict[str, Any], name: str) -> str:
     if value is None:
         return "–"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no nan and no infinity, and not every reader takes Python's: a run that ended so has a word there."""
+    if isinstance(value, dict):
+        return {key: _strict(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_strict(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

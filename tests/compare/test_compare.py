@@ -102,6 +102,23 @@ def test_what_has_finished_is_kept(compared, capsys):
     assert before == {file: file.stat().st_mtime_ns for file in (compared / "out").rglob("result.json")}
 
 
+def test_a_run_that_ended_without_a_number_is_reported_and_never_best(compared, tmp_path):
+    file = compared / "out" / "cola" / "lr-x0.5-seed-1" / "result.json"
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | {"perplexity": float("nan")}))
+    plan = [f"--config={compared / 'plan.yaml'}", f"--folder={compared / 'out'}"]
+    main(["compare", *plan, "--jobs=0", f"--report={tmp_path}"])
+    file.write_text(before)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    rows = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)["methods"]
+    cola = next(row for row in rows if row["method"] == "CoLA")
+    assert (cola["sweep"]["0.5"], cola["factor"]) == ("nan", 1.0)
+    assert "| CoLA | nan |" in (tmp_path / "table.md").read_text()
+
+
 def test_another_plan_in_the_same_folder_is_refused(compared, run_file, capsys, tmp_path):
     flags = write_plan(tmp_path, run_file, flags={"trainer.max_steps": 7})
     with pytest.raises(SystemExit, match="2"):
