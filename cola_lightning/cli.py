@@ -11,8 +11,11 @@ import lightning as L
 import yaml
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 # Imported so that their classes can be named without a path.
 import cola_lightning.data
@@ -37,8 +40,9 @@ from cola_lightning.config_files import ConfigFile
 from cola_lightning.data import prepare
 from cola_lightning.errors import InputError
 from cola_lightning.hub import export
+from cola_lightning.models import Projection
 from cola_lightning.module import LanguageModel
-from cola_lightning.parser import RunParser
+from cola_lightning.parser import Parser
 from cola_lightning.precision import refuse_precision
 from cola_lightning.provenance import write_provenance
 from cola_lightning.strategies import refuse_mismatch, refuse_unknown
@@ -63,6 +67,12 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         write_provenance(trainer, self.folder)  # rank 0 alone is here
+
+
+class RunParser(Parser, LightningArgumentParser):
+    """Of the verbs that are Lightning's."""
+
+    bases = (L.Callback, L.LightningDataModule, Logger, Optimizer, LRScheduler, Projection)
 
 
 class CLI(LightningCLI):

@@ -54,10 +54,9 @@ def _is_due(trainer: L.Trainer) -> bool:
     loop, file = trainer.fit_loop, _note(trainer)
     if not trainer.enable_validation or trainer.global_step == 0 or file is None:
         return False
-    if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # of which it asks the type alone
-        return False
+    due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # of which it asks the type alone
     made = file.is_file() and file.read_text(encoding="utf-8").strip() == str(trainer.global_step)
-    return not trainer.strategy.broadcast(made)
+    return trainer.strategy.broadcast(due and not made)  # by rank 0's clock, where validations go by time, and its disk
 
 
 def _note(trainer: L.Trainer) -> Path | None:

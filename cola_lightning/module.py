@@ -31,9 +31,11 @@ BeforeUpdate = Callable[["LanguageModel", Optimizer, Tensor | None], None]
 clipping (none under DeepSpeed, which knows it only afterwards)."""
 
 
-def at_log_step(trainer: L.Trainer) -> bool:
-    """Whether an optimizer step that the trainer will log has just been made."""
-    return not trainer.fit_loop._should_accumulate() and trainer.global_step % trainer.log_every_n_steps == 0
+def at_log_step(trainer: L.Trainer, uncounted: int = 0) -> bool:
+    """Whether an optimizer step that the trainer will log has just been made; ``uncounted`` is 1 where the trainer has
+    yet to count it."""
+    step = trainer.global_step + uncounted
+    return not trainer.fit_loop._should_accumulate() and step % trainer.log_every_n_steps == 0
 
 
 def next_token_losses(
@@ -211,8 +213,7 @@ class LanguageModel(L.LightningModule):
         """Make the step, and where it is to be logged, log the mean over all tokens of all ranks since the last log;
         the device is asked no more often. By the end of a batch, when a checkpoint may be written, it is logged."""
         super().optimizer_step(*arguments, **options)
-        step = self.trainer.global_step + 1  # the trainer counts it when this returns
-        if self.trainer.fit_loop._should_accumulate() or step % self.trainer.log_every_n_steps:
+        if not at_log_step(self.trainer, uncounted=1):  # it is counted when this returns
             return
         loss = self.train_loss.compute()
         self.log("train/loss", loss)

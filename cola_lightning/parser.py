@@ -7,15 +7,9 @@ import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
-import lightning as L
 from jsonargparse import ArgumentParser
-from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import Logger
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from cola_lightning.errors import did_you_mean
-from cola_lightning.models import Projection
 
 GIVEN = ("in_features", "out_features", "params", "optimizer", "total_steps")
 """Arguments that come from the network and the run, not from the command line."""
@@ -27,36 +21,34 @@ WORDS = {
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's messages spell out every type that was tried; one line with place, value and fix comes of them."""
+    """jsonargparse's messages spell out every type that was tried; one line with place, value and fix comes of them.
+
+    Attributes:
+        bases: Of the classes that can be named; a misspelt name is compared with those of their subclasses.
+    """
+
+    bases: tuple[type, ...] = ()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a parser within another: it tries the next type
             super().error(message, ex)
-        options = {option for parser in [self, *self._verbs().values()] for option in parser._option_string_actions}
-        print(f"error: {explain(message, options, self._verbs())}", file=sys.stderr)
+        verbs = self._subcommands_action._name_parser_map if self._subcommands_action else {}
+        options = {option for parser in (self, *verbs.values()) for option in parser._option_string_actions}
+        print(f"error: {explain(message, options, verbs, _names(self.bases))}", file=sys.stderr)
         sys.exit(2)
 
-    def _verbs(self) -> dict[str, ArgumentParser]:
-        action = self._subcommands_action
-        return dict(action._name_parser_map) if action else {}
 
-
-class RunParser(Parser, LightningArgumentParser):
-    """Of the verbs that are Lightning's."""
-
-
-def explain(message: str, options: Iterable[str] = (), verbs: Iterable[str] = ()) -> str:
+def explain(message: str, options: Iterable[str] = (), verbs: Iterable[str] = (), classes: Iterable[str] = ()) -> str:
     """One line of what jsonargparse says in many; as it is, but for line breaks, where its kind is not known."""
     if found := re.search(r"unrecognized arguments: ([^\s=]+)", message):
         return _no_option(found[1], options)
     if found := re.search(r"(?:Group '(\S+)'|Subcommand '\S+') does not accept option '(\S+)'", message):
         return _no_option("--" + ".".join(filter(None, found.groups())), options)
-    if found := re.search(r"invalid choice: '(\S*)'", message):
+    if found := re.search(r"argument subcommand: invalid choice: '(\S*)'", message):
         return f"{found[1]} is none of the verbs{did_you_mean(found[1], verbs)}; --help lists them"
     if 'expected "subcommand"' in message:
         return "no verb is given; --help lists them"
-    keys = re.findall(r'Parser key "([^"]+)"', message)
-    if not keys:
+    if 'Parser key "' not in message:
         return " ".join(message.split())
     # The classes that a value may belong to are tried one after another; the first is the one that was typed.
     tried = re.search(r"^( *)- (Problem with given class_path .*?)(?=\n\1\S|\n *Given value|\Z)", message, re.S | re.M)
@@ -73,7 +65,7 @@ def explain(message: str, options: Iterable[str] = (), verbs: Iterable[str] = ()
     if name and not set(takes) - {"true or false", "null"}:
         path = name[1] or name[2]
         return (
-            f"{place} is {path}, a class that cannot be found{did_you_mean(path.rpartition('.')[2], _class_names())}; "
+            f"{place} is {path}, a class that cannot be found{did_you_mean(path.rpartition('.')[2], classes)}; "
             "name one of those that --help lists, or any by its import path"
         )
     if given and takes:
@@ -114,11 +106,6 @@ def _types(text: str) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def _class_names() -> set[str]:
-    names: set[str] = set()
-    classes = [L.Callback, L.LightningDataModule, Logger, Optimizer, LRScheduler, Projection]
-    while classes:
-        found = classes.pop()
-        names.add(found.__name__)
-        classes += found.__subclasses__()
-    return names
+def _names(bases: Iterable[type]) -> set[str]:
+    """Of these classes and all that derive from them, as far as they are imported."""
+    return {base.__name__ for base in bases}.union(*(_names(base.__subclasses__()) for base in bases))

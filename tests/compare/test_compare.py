@@ -105,10 +105,12 @@ def test_what_has_finished_is_kept(compared, capsys):
 def test_a_run_that_ended_without_a_number_is_reported_and_never_best(compared, tmp_path):
     file = compared / "out" / "cola" / "lr-x0.5-seed-1" / "result.json"
     before = file.read_text()
-    file.write_text(json.dumps(json.loads(before) | {"perplexity": float("nan")}))
     plan = [f"--config={compared / 'plan.yaml'}", f"--folder={compared / 'out'}"]
-    main(["compare", *plan, "--jobs=0", f"--report={tmp_path}"])
-    file.write_text(before)
+    try:
+        file.write_text(json.dumps(json.loads(before) | {"perplexity": float("nan")}))
+        main(["compare", *plan, "--jobs=0", f"--report={tmp_path}"])
+    finally:
+        file.write_text(before)  # other tests look at it
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")

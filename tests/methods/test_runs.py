@@ -79,7 +79,9 @@ def on_two(tmp_path_factory):
     environment["PYTHONPATH"] = str(Path(__file__).parent.parent.parent)
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {(m, rank): torch.load(folder / f"{m}_{rank}.pt") for m in DETERMINISTIC for rank in range(2)}
+    return {
+        (m, rank): torch.load(folder / f"{m}_{rank}.pt", weights_only=True) for m in DETERMINISTIC for rank in range(2)
+    }
 
 
 @pytest.mark.parametrize("method", DETERMINISTIC)
