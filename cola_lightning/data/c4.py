@@ -152,8 +152,7 @@ class C4DataModule(TokenDataModule):
                 # A prepared source brings its tokenizer, so that it can be trained on without the hub.
                 if self.tokenizer_name in (None, corpus.index["tokenizer_name"]):
                     return corpus.tokenizer()
-        name = self.tokenizer_name or "t5-base"
-        return self.retry.call(lambda: Tokenizer.load(name), f"tokenizer {name}")
+        return Tokenizer.load(self.tokenizer_name or "t5-base", self.retry)
 
     def _open(self, source: Source, tokenizer: Tokenizer) -> Corpus:
         if not is_prepared(source):

@@ -52,7 +52,7 @@ def prepare(
     if num_workers < 1:
         raise InputError(f"num_workers is {num_workers}; it must be at least 1")
     retry = Retry(retries, retry_wait)
-    encoder = retry.call(lambda: Tokenizer.load(tokenizer), f"tokenizer {tokenizer}")
+    encoder = Tokenizer.load(tokenizer, retry)
     for split in splits or [source.split]:
         part = Source(**{**vars(source), "split": split})
         _prepare_split(TextCorpus(part, encoder, retry), Path(folder).expanduser() / split, num_workers)

@@ -16,7 +16,8 @@ from cola_lightning.data.cache import cache_folder
 from cola_lightning.data.documents import find_files, read_documents
 from cola_lightning.data.loader import TrainLoader
 from cola_lightning.data.rows import Documents, PackedRows, PaddedRows
-from cola_lightning.data.tokenizer import Tokenizer, tokenizer_file
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.data.tokenizer_files import tokenizer_file
 from cola_lightning.errors import InputError
 
 CACHE_FORMAT = 1

@@ -5,17 +5,22 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from cola_lightning.data.retry import Retry
+from cola_lightning.data.tokenizer_files import (
+    find_tokenizer_files,
+    read_model_config,
+    read_settings,
+    token_content,
+)
 from cola_lightning.errors import InputError
 
 PAD, EOS = "<pad>", "</s>"
 EOS_NAMES = (EOS, "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 class Tokenizer:
@@ -37,14 +42,42 @@ class Tokenizer:
         fast.no_truncation()
         self.fast, self.eos_id, self.pad_id, self.name = fast, eos_id, pad_id, name
         special = {i: token.content for i, token in fast.get_added_tokens_decoder().items() if token.special}
-        ids = set(fast.get_vocab().values()) - set(special) | {eos_id} | ({pad_id} - {None})
+        unknown = _unknown_id(fast)  # special, but what text becomes that the tokenizer cannot spell
+        ids = set(fast.get_vocab().values()) - set(special) | ({eos_id, pad_id, unknown} - {None})
         self.vocab_size = 1 + max(ids)
+        self._never_in_text = frozenset(special) - {unknown}
         self._special = re.compile("|".join(map(re.escape, special.values())) or r"(?!)")
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, ended by ``eos_id``."""
-        texts = [self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text) for text in texts]
-        return [[*item.ids, self.eos_id] for item in self.fast.encode_batch(texts, add_special_tokens=False)]
+        """Ids of each text, ended by ``eos_id``.
+
+        Raises:
+            InputError: If a text is no valid Unicode, or special tokens cannot be kept out of it.
+        """
+        texts = [self._broken_up(text) for text in texts]
+        try:
+            encodings = self.fast.encode_batch(texts, add_special_tokens=False)
+        except TypeError as error:  # what the library says of half a surrogate pair
+            raise InputError(f"a text is no valid Unicode: {_invalid(texts)}; repair it") from error
+        return [
+            [*(item.ids if self._never_in_text.isdisjoint(item.ids) else self._encode_normalized(text)), self.eos_id]
+            for text, item in zip(texts, encodings, strict=True)
+        ]
+
+    def _broken_up(self, text: str) -> str:
+        """Put a space into each special token that the text contains."""
+        return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+
+    def _encode_normalized(self, text: str) -> list[int]:
+        """Ids of a text that contains a special token only once it is normalized, as full-width ``＜/s＞`` does."""
+        text = self._broken_up(self.fast.normalizer.normalize_str(text) if self.fast.normalizer else text)
+        ids = self.fast.encode(text, add_special_tokens=False).ids
+        if found := self._never_in_text.intersection(ids):
+            raise InputError(
+                f"tokenizer {self.name} makes its special token {self.fast.id_to_token(min(found))!r} out of text; "
+                f"choose another tokenizer, or take that token out of the text"
+            )
+        return list(ids)
 
     def decode(self, ids: list[int]) -> str:
         return str(self.fast.decode(ids, skip_special_tokens=True))
@@ -62,8 +95,12 @@ class Tokenizer:
             )
 
     def fingerprint(self) -> str:
-        """Equal for tokenizers that make the same ids of every text."""
-        return hashlib.sha256(f"{self.fast.to_str()}{self.eos_id}".encode()).hexdigest()
+        """Equal for tokenizers that make the same ids of every text.
+
+        Settings that are off are left out, so that a release of the library that adds one changes nothing.
+        """
+        content = json.dumps([_without_defaults(json.loads(self.fast.to_str())), self.eos_id], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, as Hugging Face lays them out."""
@@ -75,22 +112,37 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
     @classmethod
-    def load(cls, name: str) -> "Tokenizer":
-        """From a folder that holds ``tokenizer.json``, such a file itself, or the name of a repository on the hub.
+    def load(cls, name: str, retry: Retry | None = None) -> "Tokenizer":
+        """Load from a folder that holds ``tokenizer.json``, such a file itself, or a repository on the hub.
+
+        The end-of-document token is the one that the settings files beside it name, else the one that the model's
+        config.json names, else the first of ``EOS_NAMES`` that is in the vocabulary.
+
+        Args:
+            name: Which.
+            retry: How often a download that fails is tried again.
 
         Raises:
-            InputError: If there is none, or it names no end-of-document token.
+            InputError: If there is none, it names no end-of-document token, or one that is not in its vocabulary.
         """
-        file, settings = (_local if Path(name).exists() else _from_hub)(name)
+        find = find_tokenizer_files(name, retry or Retry())
+        file = find("tokenizer.json")
         try:
             fast = FastTokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{file} is not a tokenizer.json of the tokenizers library: {error}") from error
-        names = [_token(settings, "eos_token") or EOS, *EOS_NAMES]
-        eos_id = next((i for i in map(fast.token_to_id, names) if i is not None), None)
+        settings = read_settings(find)
+        eos_id, pad_id = (_named_id(fast, settings, key, name) for key in ("eos_token", "pad_token"))
+        if eos_id is None:
+            config = read_model_config(find)
+            eos_id = _configured_id(fast, config, "eos_token_id", name)
+            if pad_id is None and eos_id is not None:
+                pad_id = _configured_id(fast, config, "pad_token_id", name)
+        if eos_id is None:
+            eos_id = next((i for i in map(fast.token_to_id, EOS_NAMES) if i is not None), None)
         if eos_id is None:
             raise InputError(f"tokenizer {name} names no eos_token; add it to the tokenizer_config.json beside {file}")
-        return cls(fast, eos_id, fast.token_to_id(_token(settings, "pad_token") or PAD), name)
+        return cls(fast, eos_id, fast.token_to_id(PAD) if pad_id is None else pad_id, name)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -114,42 +166,56 @@ class Tokenizer:
         return cls(fast, eos_id=1, pad_id=0, name=f"byte-level BPE of {vocab_size} trained on the corpus")
 
 
-def _token(settings: dict, key: str) -> str | None:
-    value = settings.get(key)
-    return value["content"] if isinstance(value, dict) else value
-
-
-def tokenizer_file(name: str) -> Path:
-    """The tokenizer.json that a folder holds, or that is named itself.
-
-    Raises:
-        InputError: If there is none.
-    """
-    path = Path(name)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
+def _named_id(fast: FastTokenizer, settings: dict[str, Any], key: str, name: str) -> int | None:
+    """The id of a special token that the settings name; None if they name none."""
+    token = token_content(settings, key)
+    if token is None:
+        return None
+    found = fast.token_to_id(token)
+    if found is None:
         raise InputError(
-            f"{path} holds no tokenizer.json; name a folder that does, the file itself, or a hub repository"
+            f"tokenizer {name} names {key} {token!r}, which is not in its vocabulary; correct it in its "
+            f"tokenizer_config.json or special_tokens_map.json"
         )
-    return file
+    return int(found)
 
 
-def _local(name: str) -> tuple[Path, dict]:
-    file = tokenizer_file(name)
-    settings: dict = {}
-    for beside in (file.parent / other for other in SETTINGS):
-        if beside.is_file():
-            settings = json.loads(beside.read_text(encoding="utf-8")) | settings
-    return file, settings
-
-
-def _from_hub(name: str) -> tuple[Path, dict]:
-    try:
-        file = Path(hf_hub_download(name, "tokenizer.json"))
-        return file, json.loads(Path(hf_hub_download(name, SETTINGS[0])).read_text(encoding="utf-8"))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+def _configured_id(fast: FastTokenizer, config: dict[str, Any], key: str, name: str) -> int | None:
+    """The id that a model's config.json states; the first of several; None if it states none."""
+    value = config.get(key)
+    value = value[0] if isinstance(value, list) and value else value
+    if value is None:
+        return None
+    if not isinstance(value, int) or fast.id_to_token(value) is None:
         raise InputError(
-            f"tokenizer {name!r} is neither a folder here nor to be had from the Hugging Face hub ({reason}); "
-            f"name a folder with a tokenizer.json"
-        ) from error
+            f"tokenizer {name} comes with a config.json whose {key} is {value!r}, which is not in its vocabulary; name "
+            f"the token in a tokenizer_config.json"
+        )
+    return value
+
+
+def _unknown_id(fast: FastTokenizer) -> int | None:
+    """The id of what the tokenizer cannot spell; None if it can spell everything."""
+    model = fast.model
+    if isinstance(model, models.Unigram):
+        unknown = json.loads(fast.to_str())["model"]["unk_id"]
+        return None if unknown is None else int(unknown)
+    token = getattr(model, "unk_token", None)
+    return None if token is None else fast.token_to_id(token)
+
+
+def _without_defaults(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_defaults(value) for key, value in content.items() if value not in (None, False)}
+    if isinstance(content, list) and content and isinstance(content[0], dict):  # not a vocabulary, which is long
+        return [_without_defaults(value) for value in content]
+    return content
+
+
+def _invalid(texts: list[str]) -> str:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"{text[error.start]!r} after {text[max(0, error.start - 20) : error.start]!r}"
+    return "it is not text"

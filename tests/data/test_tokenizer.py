@@ -2,7 +2,7 @@ import json
 
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.models import Unigram
+from tokenizers.models import Unigram, WordLevel
 from tokenizers.pre_tokenizers import Metaspace
 
 from cola_lightning.data.tokenizer import Tokenizer
@@ -48,6 +48,38 @@ def test_sentinels_count_neither_in_the_vocabulary_nor_in_text(tmp_path):
     assert max(ids) < tokenizer.vocab_size
     assert ids.count(tokenizer.eos_id) == 1
     assert ids[-1] == tokenizer.eos_id
+
+
+def test_text_that_becomes_a_special_token_by_normalization_gives_no_special_id(tmp_path):
+    """t5-base turns full-width letters into plain ones, and has its special tokens in the vocabulary."""
+    folder = t5_like(tmp_path / "t5")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "NFKC"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer.load(str(folder))
+    plain, wide = tokenizer.encode(["a <extra_id_0> b </s> c", "a ＜extra_id_0＞ b ＜/s＞ c"])
+    assert wide == plain
+    assert max(wide) < tokenizer.vocab_size
+    assert wide.count(tokenizer.eos_id) == 1
+
+
+def test_the_unknown_token_counts_in_the_vocabulary_where_it_has_the_highest_id(tmp_path):
+    fast = FastTokenizer(WordLevel({"</s>": 0, "a": 1, "<unk>": 2}, unk_token="<unk>"))
+    fast.add_special_tokens(["</s>", "<unk>"])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(str(tmp_path))
+    assert tokenizer.encode(["z"]) == [[2, 0]]
+    assert tokenizer.vocab_size == 3
+    FastTokenizer(Unigram([("</s>", 0.0), ("a", -1.0), ("<unk>", 0.0)], unk_id=2)).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    assert Tokenizer.load(str(tmp_path)).vocab_size == 3
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path):
+    tokenizer = Tokenizer.train(["a b"], 258)
+    with pytest.raises(InputError, match=r"no valid Unicode: '\\ud83d' after 'so '"):
+        tokenizer.encode(["fine", "so \ud83d"])
 
 
 def test_a_vocabulary_too_small_for_bytes_is_refused(texts):

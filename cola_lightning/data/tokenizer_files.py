@@ -1,0 +1,162 @@
+"""Find the files of a tokenizer, in a folder or on the Hugging Face hub, and read its settings in one way."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from cola_lightning.data.retry import Retry
+from cola_lightning.errors import InputError
+
+TOKENIZER, SETTINGS, SPECIAL_TOKENS, MODEL = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "config.json",
+)
+
+FindFile = Callable[[str], Path | None]
+"""``f(name)`` brings the file of that name, or None if the tokenizer comes without it."""
+
+
+def find_tokenizer_files(name: str, retry: Retry) -> FindFile:
+    """Say where the files of a tokenizer come from.
+
+    Args:
+        name: A folder, a tokenizer.json, or a repository on the hub.
+        retry: How often a download that fails is tried again.
+
+    Raises:
+        InputError: If there is no tokenizer.json, or the repository is gated, private or does not exist.
+    """
+    local = Path(name).expanduser()
+    if not local.exists():
+        return _HubFiles(name, retry)
+    file = tokenizer_file(name)
+    return lambda other: file if other == TOKENIZER else _if_file(file.parent / other)
+
+
+def tokenizer_file(name: str) -> Path:
+    """Name the tokenizer.json that a folder holds, or that is named itself.
+
+    Raises:
+        InputError: If there is none.
+    """
+    path = Path(name).expanduser()
+    file = path / TOKENIZER if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(
+            f"{path} holds no tokenizer.json; name a folder that does, the file itself, or a hub repository"
+        )
+    return file
+
+
+def read_settings(find: FindFile) -> dict[str, Any]:
+    """Merge the settings files as transformers does: special_tokens_map.json counts where tokenizer_config.json has no
+    ``added_tokens_decoder``, as files from before that key existed.
+
+    Raises:
+        InputError: If a file is not a JSON object.
+    """
+    settings, special = (_read_object(find(name)) for name in (SETTINGS, SPECIAL_TOKENS))
+    return special | settings if "added_tokens_decoder" in settings else settings | special
+
+
+def read_model_config(find: FindFile) -> dict[str, Any]:
+    """Read the config.json of the model that the tokenizer came with; empty if there is none.
+
+    Raises:
+        InputError: If it is not a JSON object.
+    """
+    return _read_object(find(MODEL))
+
+
+def token_content(settings: dict[str, Any], key: str) -> str | None:
+    """Look up the text of a special token, which stands there as text or as an object with ``content``.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    value = settings.get(key)
+    content = value.get("content") if isinstance(value, dict) else value
+    if content is not None and not isinstance(content, str):
+        raise InputError(f"a tokenizer's {key} is {content!r}; it must be the text of a token")
+    return content
+
+
+def _read_object(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def _if_file(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+class _HubFiles:
+    """Downloads the files of one commit of a repository, unless the hub's cache holds them."""
+
+    def __init__(self, name: str, retry: Retry) -> None:
+        self.name, self.retry = name, retry
+        file = self._call(TOKENIZER, revision=None)
+        if file is None:
+            raise InputError(
+                f"{name} on the Hugging Face hub has no tokenizer.json; name another, or write one there by "
+                f"transformers: AutoTokenizer.from_pretrained({name!r}).save_pretrained(FOLDER)"
+            )
+        self.file = file
+        self.commit = file.parent.name  # the cache is laid out as snapshots/COMMIT/FILE
+
+    def __call__(self, file: str) -> Path | None:
+        return self.file if file == TOKENIZER else self._call(file, self.commit)
+
+    def _call(self, file: str, revision: str | None) -> Path | None:
+        return self.retry.call(lambda: self._download(file, revision), f"tokenizer {self.name} ({file})")
+
+    def _download(self, file: str, revision: str | None) -> Path | None:
+        try:
+            return Path(hf_hub_download(self.name, file, revision=revision))
+        except LocalEntryNotFoundError as error:
+            cause = error.__cause__
+            if cause is not None and not isinstance(cause, OfflineModeIsEnabled):
+                raise cause from None  # the failed request itself, which may be worth another try
+            if revision:  # the tokenizer.json is in the cache, and this file is not
+                return None
+            raise InputError(
+                f"tokenizer {self.name!r} is neither a folder here nor in the Hugging Face cache, and HF_HUB_OFFLINE "
+                f"is set; unset it, or name a folder with a tokenizer.json"
+            ) from error
+        except EntryNotFoundError:
+            return None
+        except GatedRepoError as error:
+            raise InputError(
+                f"tokenizer {self.name!r} is gated: ask for access on its page of the Hugging Face hub, then log in "
+                f"with 'hf auth login' or set HF_TOKEN"
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise InputError(
+                f"tokenizer {self.name!r} is neither a folder here nor a repository on the Hugging Face hub that you "
+                f"may read; name a folder with a tokenizer.json, or log in with 'hf auth login' if it is private"
+            ) from error
+        except HFValidationError as error:
+            raise InputError(
+                f"tokenizer {self.name!r} is neither a folder or file here nor the name of a repository on the "
+                f"Hugging Face hub; name a folder with a tokenizer.json"
+            ) from error
