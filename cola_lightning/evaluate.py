@@ -39,7 +39,10 @@ def main(args: list[str]) -> None:
     parser = ArgumentParser("cola_lightning evaluate", allow_abbrev=False, description=main.__doc__)
     parser.add_argument("model", help="checkpoint, directory of a run, or folder in Hugging Face's layout")
     parser.add_argument(
-        "--text", nargs="+", default=[], help="files or folders of .txt, .jsonl(.gz), .json.gz, .parquet"
+        "--text",
+        nargs="+",
+        default=[],
+        help="files or folders of .txt, .jsonl, .parquet; JSON lines may be compressed (.gz, .zst)",
     )
     parser.add_argument("--text_column", default="text", help="key or column that holds the text")
     parser.add_argument("--sequence_length", type=int, help="tokens of a window; those of the run if not given")

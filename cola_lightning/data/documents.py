@@ -1,19 +1,17 @@
 """Documents out of a user's files: .txt, .jsonl, .parquet and C4's .json.gz, each optionally in folders."""
 
 import glob
-import gzip
 import importlib.util
-import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cola_lightning.data.readers import cell_text, decode_text, json_text, read_lines
 from cola_lightning.errors import InputError
 
-SUFFIXES = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".json.gz")
+SUFFIXES = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 
 
 def find_files(paths: list[str]) -> list[Path]:
@@ -59,8 +57,8 @@ def read_documents(files: list[Path], text_column: str = "text", separator: str 
     """Yield the documents of the files in order, empty ones left out.
 
     Args:
-        files: A .txt file is one document, or several where ``separator`` is given; a .jsonl, .jsonl.gz
-            or .json.gz file has one JSON object a line, a .parquet file one row a document.
+        files: A .txt file is one document, or several where ``separator`` is given; a .jsonl file, which may be
+            compressed, has one JSON object a line, a .parquet file one row a document.
         text_column: Key or column that holds the text in .jsonl and .parquet.
         separator: String between the documents of a .txt file.
 
@@ -70,7 +68,7 @@ def read_documents(files: list[Path], text_column: str = "text", separator: str 
     for file in files:
         try:
             if file.suffix == ".txt":
-                text = file.read_text(encoding="utf-8")
+                text = decode_text(file.read_bytes(), str(file))
                 documents: Iterator[str] = iter(text.split(separator) if separator else [text])
             elif file.suffix == ".parquet":
                 documents = _read_parquet(file, text_column)
@@ -79,32 +77,14 @@ def read_documents(files: list[Path], text_column: str = "text", separator: str 
             for document in documents:
                 if document.strip():
                     yield document
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{file} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; convert it, for "
-                f"instance with: iconv -f latin1 -t utf8"
-            ) from error
-        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException) as error:
             raise InputError(f"{file} cannot be read: {error}") from error
 
 
 def _read_jsonl(file: Path, column: str) -> Iterator[str]:
-    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except json.JSONDecodeError as error:
-                raise InputError(f"{file} line {number} is not JSON: {error.msg} at column {error.colno}") from error
-            except UnicodeDecodeError as error:
-                raise InputError(f"{file} line {number} is not UTF-8; convert the file to UTF-8") from error
-            if not isinstance(row, dict) or not isinstance(row.get(column), str):
-                keys = f"keys {sorted(row)}" if isinstance(row, dict) else type(row).__name__
-                raise InputError(
-                    f"{file} line {number} has no text under {column!r} ({keys}); set --data.text_column to its key"
-                )
-            yield row[column]
+    for number, line in enumerate(read_lines(str(file)), 1):
+        if line.strip():
+            yield _given(json_text(line, column, f"{file} line {number}"), f"{file} line {number}", column)
 
 
 def _read_parquet(file: Path, column: str) -> Iterator[str]:
@@ -116,8 +96,12 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
             )
         row = 0
         for batch in table.iter_batches(columns=[column]):
-            for value in batch.column(0).to_pylist():
-                if not isinstance(value, str):
-                    raise InputError(f"{file} row {row} holds {type(value).__name__} under {column!r}, not text")
-                yield value
+            for value in batch.column(0):
+                yield _given(cell_text(value, f"{file} row {row}", column), f"{file} row {row}", column)
                 row += 1
+
+
+def _given(text: str | None, place: str, column: str) -> str:
+    if text is None:
+        raise InputError(f"{place} holds null under {column!r}, not text; leave it out, or write an empty text")
+    return text

@@ -5,7 +5,6 @@ with an odd line once more from the start after half of it was handed out, and i
 connection that is dead. What else it can stream comes through :func:`read_table`.
 """
 
-import json
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
@@ -13,10 +12,11 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.exceptions import DatasetsError
 
+from cola_lightning.data.readers import COMPRESSED, cell_text, json_text, read_lines
 from cola_lightning.errors import InputError
 
-COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 TABLE_ROWS = 256
 
 Row = tuple[int, str]
@@ -47,30 +47,9 @@ def read_file(name: str, column: str, start: int, part: int, parts: int) -> Iter
 
 def _json_lines(name: str, column: str, start: int, part: int, parts: int) -> Iterator[Row]:
     """A row is a line, so that what is skipped is not parsed; an empty line is a row without text."""
-    try:
-        opened = fsspec.open(name, "rb", compression="infer")
-    except ValueError as error:  # a compression whose package is not installed
-        raise InputError(f"{name} cannot be opened: {error}") from error
-    with opened as lines:
-        for number, line in enumerate(lines):
-            if number < start or number % parts != part:
-                continue
-            if not line.strip():
-                yield number, ""
-                continue
-            place = f"{name} line {number + 1}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"{place} is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
-                ) from error
-            except UnicodeDecodeError as error:
-                raise InputError(f"{place} is not UTF-8; convert the file to UTF-8") from error
-            if not isinstance(row, dict) or column not in row:
-                found = f"its keys are {sorted(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
-                raise InputError(f"{place} has no {column!r} ({found}); set text_column to the key of its text")
-            yield number, _text(row[column], place, column)
+    for number, line in enumerate(read_lines(name)):
+        if number >= start and number % parts == part:
+            yield number, (json_text(line, column, f"{name} line {number + 1}") or "") if line.strip() else ""
 
 
 def _parquet(name: str, column: str, start: int, part: int, parts: int) -> Iterator[Row]:
@@ -97,9 +76,12 @@ def read_table(table: Any, name: str, column: str, start: int, part: int, parts:
         InputError: As there.
     """
     numbers = count()
-    for batch in table.with_format("arrow").iter(batch_size=TABLE_ROWS):
-        _check_column(batch.column_names, name, column)
-        yield from _rows(batch.column(column), numbers, name, column, start, part, parts)
+    try:
+        for batch in table.with_format("arrow").iter(batch_size=TABLE_ROWS):
+            _check_column(batch.column_names, name, column)
+            yield from _rows(batch.column(column), numbers, name, column, start, part, parts)
+    except (UnicodeDecodeError, pa.ArrowInvalid, DatasetsError) as error:
+        raise InputError(f"{name} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _rows(
@@ -107,17 +89,9 @@ def _rows(
 ) -> Iterator[Row]:
     for value, number in zip(values, numbers, strict=False):
         if number >= start and number % parts == part:
-            yield number, _text(value.as_py(), f"{name} row {number}", column)
+            yield number, cell_text(value, f"{name} row {number}", column) or ""
 
 
 def _check_column(columns: list[str], name: str, column: str) -> None:
     if column not in columns:
         raise InputError(f"{name} has no column {column!r} (it has {columns}); set text_column to the right one")
-
-
-def _text(value: Any, place: str, column: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise InputError(f"{place} holds {type(value).__name__} under {column!r}, not text")
-    return value

@@ -110,6 +110,13 @@ def _resolve(source: Source) -> DatasetBuilder:
             return load_dataset_builder(
                 source.path, source.name, revision=source.revision, data_files=source.data_files
             )
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise InputError(
+            f"data set {source.title} is a script, and no code of a data set is run; read its text from files: the hub "
+            f"keeps those of many under --data.revision refs/convert/parquet"
+        ) from error
     except (DatasetsError, FileNotFoundError, ValueError) as error:
         if "Unable to find 'http" in str(error):  # which is also what it says of a server that is busy
             raise ConnectionError(str(error)) from error

@@ -27,7 +27,7 @@ def test_finds_files_folders_patterns_and_packages(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("nowhere", r"no \.txt, \.jsonl, \.parquet, \.jsonl\.gz, \.json\.gz file at 'nowhere'"),
+        ("nowhere", r"no \.txt, \.jsonl, \.parquet, .*, \.jsonl\.zst, \.json\.zst file at 'nowhere'"),
         ("package:no_such_package/texts", r"'no_such_package', which is not installed; run: pip install"),
     ],
 )
@@ -57,8 +57,8 @@ def test_bad_files_are_named_with_the_place(tmp_path):
         "latin.txt": ("café".encode("latin1"), r"latin\.txt is not UTF-8: byte 0xe9 at offset 3"),
         "broken.jsonl": (b'{"text": "a"}\n{"text": ', r"broken\.jsonl line 2 is not JSON"),
         "latin.jsonl": ('{"text": "café"}'.encode("latin1"), r"latin\.jsonl line 1 is not UTF-8"),
-        "key.jsonl": (b'{"body": "a"}', r"key\.jsonl line 1 has no text under 'text' \(keys \['body'\]\)"),
-        "number.jsonl": (b"3", r"number\.jsonl line 1 has no text under 'text' \(int\)"),
+        "key.jsonl": (b'{"body": "a"}', r"key\.jsonl line 1 has no 'text' \(its keys are \['body'\]\)"),
+        "number.jsonl": (b"3", r"number\.jsonl line 1 has no 'text' \(it is a int\)"),
         "not.parquet": (b"hello", r"not\.parquet cannot be read"),
     }
     for name, (content, message) in cases.items():
@@ -69,7 +69,7 @@ def test_bad_files_are_named_with_the_place(tmp_path):
     with pytest.raises(InputError, match=r"column\.parquet has no column 'text' \(it has \['body'\]\)"):
         list(read_documents([tmp_path / "column.parquet"]))
     pq.write_table(pa.table({"text": ["five", None]}), tmp_path / "null.parquet")
-    with pytest.raises(InputError, match=r"null\.parquet row 1 holds NoneType"):
+    with pytest.raises(InputError, match=r"null\.parquet row 1 holds null"):
         list(read_documents([tmp_path / "null.parquet"]))
     with pytest.raises(InputError, match=r"gone\.txt cannot be read"):
         list(read_documents([tmp_path / "gone.txt"]))
