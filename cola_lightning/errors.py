@@ -1,12 +1,27 @@
 """The one exception for what a user can mend, and what helps to mend it."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+_SECRETS = re.compile(
+    r"(?<=://)[^/\s'\"]+(?=@)"  # user and password before the host
+    r"|(?<=[?&])(?P<name>[\w-]*(?:token|signature|credential|password|secret|key)|sig)=[^&\s'\"#]+",
+    re.IGNORECASE,
+)
 
 
 class InputError(ValueError):
     """Input or settings that cannot work. The message is one line that names the value, the place and the fix; the
-    command line prints it without a traceback."""
+    command line prints it without a traceback. Secrets in addresses are hidden in it."""
+
+    def __init__(self, *messages: object) -> None:
+        super().__init__(*(hide_secrets(message) if isinstance(message, str) else message for message in messages))
+
+
+def hide_secrets(text: str) -> str:
+    """Replace user and password of each address, and values of its query that grant access, by ``***``."""
+    return _SECRETS.sub(lambda found: f"{found['name']}=***" if found["name"] else "***", text)
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from jsonargparse import ArgumentParser
 
-from cola_lightning.errors import did_you_mean
+from cola_lightning.errors import did_you_mean, hide_secrets
 
 GIVEN = ("in_features", "out_features", "params", "optimizer", "total_steps")
 """Arguments that come from the network and the run, not from the command line."""
@@ -34,7 +34,7 @@ class Parser(ArgumentParser):
             super().error(message, ex)
         verbs = self._subcommands_action._name_parser_map if self._subcommands_action else {}
         options = {option for parser in (self, *verbs.values()) for option in parser._option_string_actions}
-        print(f"error: {explain(message, options, verbs, _names(self.bases))}", file=sys.stderr)
+        print(f"error: {hide_secrets(explain(message, options, verbs, _names(self.bases)))}", file=sys.stderr)
         sys.exit(2)
 
 

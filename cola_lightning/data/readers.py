@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import fsspec
 
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, hide_secrets
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 BOM = b"\xef\xbb\xbf"
@@ -54,7 +54,8 @@ def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
     path = name.split("?")[0].split("#")[0]
     suffix = next((suffix for suffix in COMPRESSED if path.endswith(suffix)), None)
     if suffix is None:
-        return file
+        # fsspec's own lines cost a seek each, which a server that sends a file as one stream does not offer.
+        return file if is_local(name) else io.BufferedReader(_Pieces(file), _CHUNK)
     if suffix == ".zst":
         return _open_zstd(file, name)
     return fsspec.compression.compr[{".gz": "gzip", ".xz": "xz", ".bz2": "bz2"}[suffix]](file, mode="rb")
@@ -76,6 +77,21 @@ def _open_zstd(file: IO[bytes], name: str) -> IO[bytes]:
             f"{name} is compressed with zstd, which needs one more package; run: pip install 'cola-lightning[zstd]'"
         ) from None
     return io.BufferedReader(_ZstdFrames(file, ZstdDecompressor()), _CHUNK)
+
+
+class _Pieces(io.RawIOBase):
+    """Reads a file of fsspec from beginning to end."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self.file.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
 
 
 class _ZstdFrames(io.RawIOBase):
@@ -196,11 +212,11 @@ def checked_text(value: Any, place: str, column: str) -> str | None:
         file = place.rpartition(" line ")[0] or place
         if file not in _repaired:
             _repaired.add(file)
-            warnings.warn(
+            message = (
                 f"{place} holds half of a surrogate pair ({value[error.start]!r}), which is no valid text; here and "
-                f"further on in this file U+FFFD takes its place",
-                stacklevel=2,
+                f"further on in this file U+FFFD takes its place"
             )
+            warnings.warn(hide_secrets(message), stacklevel=2)
         return _SURROGATES.sub("\ufffd", value)
     return value
 

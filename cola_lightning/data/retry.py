@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, hide_secrets
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -79,5 +79,6 @@ class Retry:
             raise InputError(f"{name} could not be read in {failures} tries: {reason}") from error
         # Spread out, so that workers that failed together do not come back together.
         pause = self.wait * 2 ** (failures - 1) * random.uniform(1, 1.25)
-        warnings.warn(f"{name}: {reason}; try {failures} of {self.times} in {pause:.1f} s", stacklevel=3)
+        message = hide_secrets(f"{name}: {reason}; try {failures} of {self.times} in {pause:.1f} s")
+        warnings.warn(message, stacklevel=3)
         time.sleep(pause)

@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetsError
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.shards import Row, read_file, read_table
 from cola_lightning.data.tokenizer import Tokenizer
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, hide_secrets
 
 DataFiles = str | list[str] | dict[str, str | list[str]] | None
 
@@ -44,7 +44,7 @@ class Source:
     @property
     def title(self) -> str:
         """What it is called in logs and messages."""
-        return "/".join(part for part in (self.path.rstrip("/"), self.name) if part)
+        return hide_secrets("/".join(part for part in (self.path.rstrip("/"), self.name) if part))
 
 
 class TextCorpus:

@@ -5,6 +5,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cola_lightning.errors import hide_secrets
 from cola_lightning.provenance import libraries, read_provenance
 from cola_lightning.trained import Trained
 
@@ -87,7 +88,7 @@ def _data(data: dict[str, Any]) -> str:
     flat = [Path(str(part)).name if str(part).startswith(("/", "~", ".")) else str(part)
             for entry in names for part in (entry if isinstance(entry, list) else [entry]) if part]  # fmt: skip
     rows = f", rows of {arguments['sequence_length']} tokens" if "sequence_length" in arguments else ""
-    return ", ".join(flat) + rows if flat else NOT_KNOWN
+    return hide_secrets(", ".join(flat)) + rows if flat else NOT_KNOWN
 
 
 def _tokens(state: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from cola_lightning.data.retry import Retry
 from cola_lightning.data.shards import read_file
 from cola_lightning.data.sources import Source, TextCorpus
 from cola_lightning.errors import InputError
+from tests.data.server import Server
 
 READ = {
     "files": lambda file: list(read_documents([file])),
@@ -52,6 +53,19 @@ def test_a_compressed_file_that_is_cut_short_or_none_is_said_at_once(read, end, 
     file.write_bytes(b"".join(LINES))
     with pytest.raises(InputError, match=rf"a\.jsonl\.{end} is not compressed as its name says .*; rename it"):
         read(file)
+
+
+@pytest.mark.parametrize("ranges", ["none", "bytes"])
+@pytest.mark.parametrize(
+    ("end", "pack"), [("", bytes), (".gz", gzip.compress), (".zst", zstandard.ZstdCompressor().compress)]
+)
+def test_lines_from_a_server(ranges, end, pack, tmp_path):
+    (tmp_path / f"a.jsonl{end}").write_bytes(pack(b"".join(LINES)))
+    server = Server(tmp_path)
+    server.ranges = ranges
+    found = READ["shards"](f"{server.url}/a.jsonl{end}")
+    server.close()
+    assert found == [f"document {number}" for number in range(2000)]
 
 
 @pytest.mark.parametrize(("end", "pack"), [("xz", lzma.compress), ("bz2", bz2.compress)])
