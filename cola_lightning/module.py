@@ -14,7 +14,14 @@ from torch.nn.functional import pad
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cola_lightning.batching import accumulate
+from cola_lightning.batching import (
+    accumulate,
+    check_last_group,
+    loss_scale,
+    rescale_progress,
+    step_tokens_of_all_ranks,
+    tell_step_tokens,
+)
 from cola_lightning.data.rows import IGNORE
 from cola_lightning.errors import InputError
 from cola_lightning.initial import begin_with
@@ -71,6 +78,9 @@ class LanguageModel(L.LightningModule):
         loss_chunk_size: Tokens whose logits exist at a time in training; null for all at once. Where the vocabulary is
             large beside the hidden size, logits and their gradients take most of the memory.
         compile: Compile each decoder layer, and head and loss, with ``torch.compile``.
+        mean_of_micro_batches: Average the mean losses of micro-batches, as the published scripts do. Rows differ in
+            length, so the gradient then depends on how the batch is cut into micro-batches and ranks. Without it, every
+            token of the global batch counts alike.
         initial_weights: Folder with weights to begin with in place of drawn ones, as ``export`` and ``factorise`` write
             it. Where the command line names a checkpoint, that one's weights count.
 
@@ -99,6 +109,7 @@ class LanguageModel(L.LightningModule):
         fused_projections: bool = False,
         loss_chunk_size: int | None = None,
         compile: bool = False,
+        mean_of_micro_batches: bool = False,
         initial_weights: str | None = None,
     ) -> None:
         super().__init__()
@@ -127,7 +138,8 @@ class LanguageModel(L.LightningModule):
         with torch.device("meta"):
             network = self.build()  # refuses impossible sizes now rather than after the data is prepared
         self.parameter_count = sum(parameter.numel() for parameter in network.parameters())
-        self.initial_weights = initial_weights
+        self.initial_weights, self.mean_of_micro_batches = initial_weights, mean_of_micro_batches
+        self._step_tokens: Tensor | None = None  # of all ranks; known from a step's first micro-batch to its last
         self.make_optimizer, self.make_schedule, self.compile_layers = optimizer, schedule, compile
         self.vocab_size, self.max_position_embeddings, self.pad_token_id = (
             vocab_size,
@@ -153,6 +165,7 @@ class LanguageModel(L.LightningModule):
         data = self.trainer.datamodule
         if getattr(data, "global_batch_size", None):
             accumulate(self.trainer, data.global_batch_size, data.batch_size)
+        tell_step_tokens(self.trainer)
 
     def configure_model(self) -> None:
         """The one place where the network comes to be: build, transform (checkpointing), compile, shard; DDP, FSDP
@@ -203,16 +216,28 @@ class LanguageModel(L.LightningModule):
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
+    def on_train_start(self) -> None:
+        check_last_group(self.trainer)
+        self._step_tokens = None
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The share of this micro-batch in the loss of its optimizer step: the sum of its losses, divided by the tokens
+        of the whole global batch. Summed over micro-batches and ranks, that is the mean over all tokens."""
         loss_sum, kept = next_token_losses(self, batch, reduction="sum")
         tokens = kept.sum()
         self.train_loss.update(loss_sum.detach(), tokens)
-        return loss_sum / tokens.clamp(min=1)
+        if self.mean_of_micro_batches:
+            return loss_sum / tokens.clamp(min=1)
+        if self._step_tokens is None:
+            self._step_tokens = step_tokens_of_all_ranks(self.trainer, batch)
+        return loss_sum * loss_scale(self.trainer) / self._step_tokens
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Make the step, and where it is to be logged, log the mean over all tokens of all ranks since the last log;
         the device is asked no more often. By the end of a batch, when a checkpoint may be written, it is logged."""
         super().optimizer_step(*arguments, **options)
+        if not self.trainer.fit_loop._should_accumulate():  # DeepSpeed comes here for every micro-batch
+            self._step_tokens = None
         if not at_log_step(self.trainer, uncounted=1):  # it is counted when this returns
             return
         loss = self.train_loss.compute()
@@ -227,8 +252,12 @@ class LanguageModel(L.LightningModule):
         """Keep what the next logged mean has so far, of all ranks."""
         sums = torch.stack([self.train_loss.loss_sum, self.train_loss.tokens])
         checkpoint["train_loss"] = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer and "micro_batches" in checkpoint and "loops" in checkpoint:
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            rescale_progress(progress, checkpoint["micro_batches"], self.trainer.accumulate_grad_batches)
         self.train_loss.reset()
         sums = torch.tensor(checkpoint.get("train_loss", (0.0, 0.0)), dtype=torch.float64)
         if self._trainer and self.trainer.is_global_zero and sums.any():

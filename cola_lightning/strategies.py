@@ -69,6 +69,10 @@ class ZeROStrategy(DeepSpeedStrategy):
             )
         super().setup_environment()
 
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        # Lightning divides the loss by the micro-batches of a step, and by default DeepSpeed would divide it again.
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         self.problem = None
         engine = self.deepspeed_engine

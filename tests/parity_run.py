@@ -1,6 +1,8 @@
 """Twenty steps under one strategy, as the ranks of ``tests.processes`` run them.
 
-Global batch, seed and data are the same whatever the strategy.
+Global batch, seed and data are the same whatever the strategy. Rows differ in length, so that a loss which depends on
+how a batch is cut shows. All run in float64 but DeepSpeed, which has no float64: there 1e-9 tells a difference in what
+is computed from rounding, on any processor.
 """
 
 import json
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
 from torch.utils.data import Dataset
 
 from cola_lightning.callbacks import Checkpoints, CoLAM
@@ -20,7 +22,7 @@ from cola_lightning.module import LanguageModel
 from cola_lightning.optim import WarmupCosine
 from cola_lightning.strategies import FSDP2Strategy, ZeROStrategy, refuse_mismatch
 
-STEPS, GLOBAL_BATCH, CLIP = 20, 8, 0.5
+STEPS, GLOBAL_BATCH, MICRO_BATCH, CLIP = 20, 8, 2, 0.5
 METHODS = {
     "lora": partial(LoRA, rank=8, dropout=0),
     "sltrain": partial(SLTrain, rank=8, sparsity=0.1),
@@ -29,6 +31,10 @@ METHODS = {
 
 
 FAST = {"fused_projections": True, "loss_chunk_size": 30}  # no divisor of the tokens of a batch
+
+
+# By name, because Lightning refuses float64 with an object of this class, not with its name.
+StrategyRegistry.register("fsdp2_sharded", FSDP2Strategy, override=True, save_distributed_checkpoint=True)
 
 
 class DeepSpeedOnCPU(ZeROStrategy):
@@ -62,7 +68,7 @@ class Rows(Dataset):
 
     def __getitem__(self, index):
         ids = 1 + (7 * index + torch.arange(24) * (1 + index % 3)) % 63
-        return {"input_ids": ids, "labels": ids}
+        return {"input_ids": ids, "labels": ids.where(torch.arange(24) < 2 + 5 * index % 23, -100)}
 
 
 class Data(L.LightningDataModule):
@@ -72,14 +78,17 @@ class Data(L.LightningDataModule):
     def load_state_dict(self, state_dict):
         self.position = state_dict["position"]
 
-    position = 0
+    def __init__(self, batch_size):
+        super().__init__()
+        self.batch_size, self.position = batch_size, 0
 
     def train_dataloader(self):
         ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
         replicas = ranks["num_replicas"]
+        window = self.trainer.accumulate_grad_batches
         self.loader = TrainLoader(
-            Rows(), GLOBAL_BATCH // replicas, STEPS, seed=1, position=self.position, replicas=replicas,
-            rank=ranks["rank"],
+            Rows(), self.batch_size, STEPS * window, seed=1, position=self.position, replicas=replicas,
+            rank=ranks["rank"], window=window,
         )  # fmt: skip
         return self.loader
 
@@ -88,8 +97,13 @@ class Curve(L.Callback):
     def __init__(self):
         self.losses, self.norms = [], []
 
+    def on_train_start(self, trainer, pl_module):
+        self.step = trainer.global_step
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.note(trainer)
+        if trainer.global_step > self.step:
+            self.step = trainer.global_step
+            self.note(trainer)
 
     def on_train_end(self, trainer, pl_module):
         self.note(trainer)
@@ -101,27 +115,35 @@ class Curve(L.Callback):
             self.norms.append(float(trainer.callback_metrics["train/gradient_norm"]))
 
 
-def strategy_named(name: str, ranks: int) -> object:
+def strategy_named(name: str, micro_batch: int) -> object:
     match name.split("_"):
-        case ["fsdp2", "sharded"]:
-            return FSDP2Strategy(save_distributed_checkpoint=True)
+        case ["auto", *_]:
+            return "auto"
         case ["deepspeed", stage, *offload]:
             return DeepSpeedOnCPU(
-                stage=int(stage), process_group_backend="gloo", logging_batch_size_per_gpu=GLOBAL_BATCH // ranks,
+                stage=int(stage), process_group_backend="gloo", logging_batch_size_per_gpu=micro_batch,
                 offload_optimizer=bool(offload), offload_parameters=bool(offload) and stage == "3", pin_memory=False,
             )  # fmt: skip
         case _:
             return name
 
 
-def train(strategy: str, ranks: int, out: str, keep: str = "none", resume: str | None = None) -> None:
+def train(
+    strategy: str,
+    ranks: int,
+    out: str,
+    keep: str = "none",
+    resume: str | None = None,
+    micro_batch: int = MICRO_BATCH,
+) -> None:
     """Write the losses and the gradient norms before clipping to OUT/curve.json, and checkpoints at steps 10 and 20."""
     torch.set_num_threads(1)
     curve = Curve()
     trainer = L.Trainer(
-        accelerator="cpu", devices=ranks, strategy=strategy_named(strategy, ranks), max_steps=STEPS, max_epochs=1,
-        log_every_n_steps=1, gradient_clip_val=CLIP, logger=False, enable_progress_bar=False,
-        enable_model_summary=False,
+        accelerator="cpu", devices=ranks, strategy=strategy_named(strategy, micro_batch), max_steps=STEPS,
+        max_epochs=1, accumulate_grad_batches=GLOBAL_BATCH // (ranks * micro_batch), log_every_n_steps=1,
+        precision="32-true" if strategy.startswith(("deepspeed", "auto_32")) else "64-true", gradient_clip_val=CLIP,
+        logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[
             curve, Checkpoints(10, dirpath=out), *([] if keep in ("none", "fast", *METHODS) else [CoLAM(keep)]),
         ],
@@ -136,13 +158,13 @@ def train(strategy: str, ranks: int, out: str, keep: str = "none", resume: str |
         schedule=partial(WarmupCosine, warmup_steps=5),
         **(FAST if keep == "fast" else {}),
     )  # fmt: skip
-    trainer.fit(model, datamodule=Data(), ckpt_path=resume, weights_only=True)
+    trainer.fit(model, datamodule=Data(micro_batch), ckpt_path=resume, weights_only=True)
     if trainer.is_global_zero:
         Path(out, "curve.json").write_text(json.dumps([curve.losses, curve.norms]))
 
 
-def train_each(strategy: str, ranks: int, out: str, keeps: list[str]) -> None:
+def train_each(strategy: str, ranks: int, out: str, keeps: list[str], micro_batch: int = MICRO_BATCH) -> None:
     """One run after another, in OUT/KEEP, for each way of checkpointing (CoLA-M's ``keep``, or none), method, or
     with the fast paths."""
     for keep in keeps:
-        train(strategy, ranks, f"{out}/{keep}", keep)
+        train(strategy, ranks, f"{out}/{keep}", keep, micro_batch=micro_batch)

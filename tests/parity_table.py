@@ -4,32 +4,32 @@ recipes/cluster comes from it."""
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.parity_run import CLIP, train_each
+from tests.parity_run import CLIP, GLOBAL_BATCH, MICRO_BATCH, train_each
 from tests.processes import Run
-from tests.test_strategies import EVERY, KEEPS, VARIANTS, curve
+from tests.test_strategies import EVERY, KEEPS, VARIANTS, curve, distance
 
 COLUMNS = [*KEEPS, "fast"]
 
 
 def main(folder: Path) -> None:
     seen = {}
-    for strategy in ("auto", *EVERY, *VARIANTS):
-        ranks, out = 1 if strategy == "auto" else 2, folder / strategy
-        Run(train_each, strategy, ranks, str(out), COLUMNS, ranks=ranks, folder=out).done()
-        seen[strategy] = [curve(out / keep) for keep in COLUMNS]
-    losses, norms = seen["auto"][0]
+    pieces = [("auto", GLOBAL_BATCH), ("auto", 1), ("auto_32", GLOBAL_BATCH), ("auto_32", 1)]
+    for strategy, micro_batch in [*pieces, *((name, MICRO_BATCH) for name in (*EVERY, *VARIANTS))]:
+        ranks, out = 1 if strategy.startswith("auto") else 2, folder / f"{strategy}_{micro_batch}"
+        Run(train_each, strategy, ranks, str(out), COLUMNS, micro_batch, ranks=ranks, folder=out).done()
+        seen[strategy, micro_batch] = [curve(out / keep) for keep in COLUMNS]
+    losses, norms = seen["auto", GLOBAL_BATCH][0]
     clipped = min(sum(norm > CLIP for norm in norms) for curves in seen.values() for _, norms in curves)
     print(
         f"loss from {losses[0]:.4f} to {losses[-1]:.4f}; at least {clipped} of {len(norms)} steps clipped in each run"
     )
-    print(f"| | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
-    for strategy, curves in seen.items():
-        cells = []
-        for own_losses, own_norms in curves:
-            loss = max(abs(own - one) for own, one in zip(own_losses, losses, strict=True))
-            norm = max(abs(own / one - 1) for own, one in zip(own_norms, norms, strict=True))
-            cells.append(f"{loss:.1e}, {norm:.1e}")
-        print(f"| {strategy} | {' | '.join(cells)} |", flush=True)
+    print(f"| | precision | {' | '.join(COLUMNS)} |\n|---|---|{'---|' * len(COLUMNS)}")
+    for (strategy, micro_batch), curves in seen.items():
+        single = strategy.startswith("deepspeed") or strategy == "auto_32"
+        whole = seen["auto_32" if single else "auto", GLOBAL_BATCH][0]
+        cells = (f"{distance(own[0], whole[0]):.1e}, {distance(own[1], whole[1]):.1e}" for own in curves)
+        precision = "float32" if single else "float64"
+        print(f"| {strategy}, micro-batches of {micro_batch} | {precision} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

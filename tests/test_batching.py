@@ -1,10 +1,15 @@
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
 
-from cola_lightning.batching import accumulate
+from cola_lightning.batching import accumulate, rescale_progress
 from cola_lightning.data import C4DataModule, TextDataModule
 from cola_lightning.errors import InputError
+from tests.accumulation_run import expected_gradients, gradients, model, rows
+from tests.processes import Run
 
 
 def trainer(replicas=None, interval=100):
@@ -45,3 +50,96 @@ def test_a_batch_is_stated_in_rows_or_in_tokens(make):
         make(sequence_length=256, global_batch_tokens=3)
     with pytest.raises(InputError, match=r"global_batch_size 512 and --data.global_batch_tokens 131072 both"):
         make(global_batch_size=512, global_batch_tokens=131_072)
+
+
+# -- the loss of a step -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [4, 2, 1])
+def test_gradients_are_those_of_the_mean_over_the_tokens_of_the_step_however_it_is_cut(tmp_path, batch_size):
+    """Of a last step with fewer micro-batches too. One row has nothing to learn, so one micro-batch has not either."""
+    gradients(1, str(tmp_path), batch_size)
+    found = torch.load(tmp_path / "0.pt", weights_only=True)
+    torch.testing.assert_close(found, expected_gradients(), rtol=1e-10, atol=1e-14)
+
+
+def test_two_ranks_have_the_gradients_of_one(tmp_path):
+    Run(gradients, 2, str(tmp_path), 1, ranks=2, folder=tmp_path).done()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found, expected_gradients(), rtol=1e-10, atol=1e-14)
+
+
+def test_the_published_mean_of_means_is_there_by_name(tmp_path):
+    """It depends on how the batch is cut, and on nothing else."""
+    gradients(1, str(tmp_path), 2, mean_of_micro_batches=True)
+    found = torch.load(tmp_path / "0.pt", weights_only=True)[:2]  # the last step has one micro-batch, of two in a step
+    torch.testing.assert_close(found, expected_gradients(micro_batch=2)[:2], rtol=1e-10, atol=1e-14)
+    assert (found - expected_gradients()[:2]).norm() > 0.01 * found.norm()
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(rows())
+
+
+def seen_by_training_step(loader, **settings) -> list[list[int]]:
+    """``step_tokens`` of each micro-batch, by epoch."""
+    epochs: list[list[int]] = []
+
+    class Note(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            epochs.append([])
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            (number,) = batch["step_tokens"].unique().tolist()
+            epochs[-1].append(number)
+
+    L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, max_steps=100, callbacks=[Note(), *settings.pop("callbacks", [])], **settings,
+    ).fit(model(), loader)  # fmt: skip
+    return epochs
+
+
+FOURS = [8 + 1 + 2 + 0] * 4 + [15 + 3 + 7 + 1] * 4 + [4 + 11] * 2  # of ten rows, four to a step
+
+
+@pytest.mark.parametrize("dataset", [rows(), Stream()], ids=["with a length", "without"])
+def test_a_step_knows_its_tokens_at_its_first_micro_batch_in_every_epoch(dataset):
+    """A loader without a length is fetched one batch ahead by Lightning."""
+    loader = DataLoader(dataset, batch_size=1)
+    assert seen_by_training_step(loader, accumulate_grad_batches=4, max_epochs=2) == [FOURS, FOURS]
+    cut = [8 + 1 + 2 + 0] * 4 + [15 + 3] * 2
+    assert seen_by_training_step(loader, accumulate_grad_batches=4, max_epochs=1, limit_train_batches=6) == [cut]
+
+
+def test_a_batch_that_grows_during_the_run_is_counted_as_it_is_trained_on():
+    grows = L.pytorch.callbacks.GradientAccumulationScheduler({0: 2, 1: 4})
+    pairs = [9] * 2 + [2] * 2 + [18] * 2 + [8] * 2 + [15] * 2
+    assert seen_by_training_step(DataLoader(rows(), batch_size=1), max_epochs=2, callbacks=[grows]) == [pairs, FOURS]
+
+
+def test_a_loader_set_to_other_steps_than_the_trainer_is_counted_by_the_trainers():
+    loader = DataLoader(rows(), batch_size=1)
+    loader.window = 3
+    assert seen_by_training_step(loader, accumulate_grad_batches=4, max_epochs=1) == [FOURS]
+
+
+def test_an_epoch_that_ends_amid_a_step_is_refused_where_the_loader_fetches_whole_steps(corpus, tmp_path):
+    data = TextDataModule([str(corpus)], vocab_size=300, sequence_length=32, batch_size=2, cache_dir=str(tmp_path))
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=6, accumulate_grad_batches=4, limit_train_batches=10, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="an epoch of 10 batches is no multiple of the 4 that an optimizer step"):
+        trainer.fit(model(vocab_size=300), datamodule=data)
+
+
+def test_progress_counts_in_the_micro_batches_of_now():
+    """Three steps of two micro-batches, saved in the hook before the last was counted as completed."""
+    counts = {"ready": 6, "started": 6, "processed": 6, "completed": 5}
+    progress = {"current": dict(counts), "total": dict(counts), "is_last_batch": False}
+    rescale_progress(progress, before=2, now=4)
+    assert progress["current"] == {"ready": 12, "started": 12, "processed": 12, "completed": 11}
+    assert progress["total"] == progress["current"]

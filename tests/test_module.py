@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from cola_lightning.callbacks import CoLAM, Throughput
+from cola_lightning.data.rows import add_step_tokens
 from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA
 from cola_lightning.module import LanguageModel
@@ -46,7 +47,8 @@ def test_loss_is_the_mean_over_kept_tokens_shifted_by_one():
     batch = rows([[3, 4, 5, -100], [6, 7, -100, -100]])
     log_probabilities = model(batch["input_ids"]).log_softmax(-1)
     picked = [log_probabilities[0, 0, 4], log_probabilities[0, 1, 5], log_probabilities[1, 0, 7]]
-    torch.testing.assert_close(model.training_step(batch, 0), -sum(picked) / 3)
+    model.trainer = trainer()
+    torch.testing.assert_close(model.training_step(add_step_tokens([batch])[0], 0), -sum(picked) / 3)
     scores = model.predict_step(batch, 0)
     torch.testing.assert_close(scores["loss_sum"], -torch.stack([picked[0] + picked[1], picked[2]]))
     assert scores["tokens"].tolist() == [2, 1]
@@ -55,7 +57,8 @@ def test_loss_is_the_mean_over_kept_tokens_shifted_by_one():
 def test_a_batch_with_nothing_to_learn_gives_zero_and_no_nan():
     model = tiny()
     model.configure_model()
-    loss = model.training_step(rows([[-100, -100, -100]]), 0)
+    model.trainer = trainer()
+    loss = model.training_step(add_step_tokens([rows([[-100, -100, -100]])])[0], 0)
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -18,7 +18,7 @@ from cola_lightning.callbacks import CoLAM, CRNetRecompute
 from cola_lightning.callbacks.throughput import flops_per_token
 from cola_lightning.costs.counters import count_flops
 from cola_lightning.errors import InputError
-from cola_lightning.module import LanguageModel
+from cola_lightning.module import LanguageModel, next_token_losses
 from cola_lightning.optim import Parameters
 
 Mark = Callable[[str], Any]
@@ -122,7 +122,8 @@ class Own(Subject):
         return self.model.make_optimizer(Parameters(self.model.network))
 
     def loss(self, ids: Tensor) -> Tensor:
-        return self.model.training_step({"input_ids": ids, "labels": ids}, 0)
+        losses, learnt = next_token_losses(self.model, {"input_ids": ids, "labels": ids}, reduction="sum")
+        return losses / learnt.sum()
 
     def model_flops(self) -> float:
         return flops_per_token(self.model, self.shape[1]).model * self.shape[0] * self.shape[1]

@@ -6,12 +6,13 @@ fetches a batch ahead, nor restores one rank's position on all ranks.
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cola_lightning.data.rows import IGNORE, Row
+from cola_lightning.data.rows import IGNORE, Row, add_step_tokens
 
 Batch = dict[str, Tensor]
 
@@ -31,6 +32,7 @@ class TrainLoader:
         replicas: Number of ranks that share the data.
         rank: This one among them.
         workers: Processes that read ahead; 0 for none.
+        window: Batches of an optimizer step. They are fetched together, so that each knows the step's tokens.
     """
 
     def __init__(
@@ -44,19 +46,23 @@ class TrainLoader:
         replicas: int = 1,
         rank: int = 0,
         workers: int = 0,
+        window: int = 1,
     ) -> None:
         self.rows, self.batch_size, self.batches, self.seed = rows, batch_size, batches, seed
         self.position, self.replicas, self.rank, self.workers = position, replicas, rank, workers
+        self.window = window
         self._permutation = lru_cache(maxsize=2)(self._shuffled)
 
     def __len__(self) -> int:
         return self.batches
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in _loader(self.rows, self._indices(), self.workers):
-            # Counted as it is handed over, so that a checkpoint taken after this batch goes on at the next.
-            self.position += self.batch_size * self.replicas
-            yield batch
+        batches = iter(_loader(self.rows, self._indices(), self.workers))
+        while True:
+            for batch in add_step_tokens(list(islice(batches, self.window))):
+                # Counted as it is handed over, so that a checkpoint taken after this batch goes on at the next.
+                self.position += self.batch_size * self.replicas
+                yield batch
 
     def _indices(self) -> Iterator[list[int]]:
         start = self.position + self.rank * self.batch_size

@@ -15,6 +15,27 @@ IGNORE = -100
 Row = dict[str, Tensor]
 
 
+def count_learnt(labels: Tensor) -> Tensor:
+    """Count the labels (B, T) that are predicted, as an int64 scalar: no label predicts the first token of a row."""
+    return (labels[:, 1:] != IGNORE).sum()
+
+
+def add_step_tokens(micro_batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Tell each micro-batch of an optimizer step how many tokens this rank learns from in the whole step.
+
+    The loss of a step is a sum over its tokens divided by their number, so the number must be known when the first
+    micro-batch is trained on. It is counted here, where the batches are still in the memory of the host.
+
+    Args:
+        micro_batches: All those of this rank in one optimizer step.
+
+    Returns:
+        The same, each with ``step_tokens`` (B,) int64, the number repeated for every row.
+    """
+    tokens = sum(count_learnt(batch["labels"]) for batch in micro_batches)
+    return [batch | {"step_tokens": tokens.expand(len(batch["labels"]))} for batch in micro_batches]
+
+
 class Documents:
     """Token ids of many documents, end to end in one array, with where each begins.
 

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from cola_lightning.data.lanes import Batch, Lane
+from cola_lightning.data.rows import add_step_tokens
 from cola_lightning.errors import InputError
 
 MakeLane = Callable[[int, dict[str, Any] | None], Lane]
@@ -59,8 +60,8 @@ class StreamLoader:
         replicas: Number of ranks that share the data.
         rank: This one among them.
         workers: Processes that read ahead; 0 for none.
-        window: Batches of an optimizer step. They are fetched together, so that data that fails does so between
-            two steps, where a checkpoint is whole.
+        window: Batches of an optimizer step. They are fetched together, so that each knows the step's tokens, and so
+            that data that fails does so between two steps, where a checkpoint is whole.
         all_well: Given whether this rank has its batches, says whether every rank has; all ranks call it.
 
     Raises:
@@ -107,11 +108,12 @@ class StreamLoader:
         try:
             while failure is None:
                 window, failure = self._window(items)
-                for made in window:
+                batches = add_step_tokens([made.batch for made in window])
+                for made, batch in zip(window, batches, strict=True):
                     # Counted as it is handed over, so that a checkpoint taken after this batch goes on at the next.
                     self.position += self.replicas
                     self.states[str(made.lane)] = made.state
-                    yield made.batch
+                    yield batch
         finally:
             del items  # so that the workers end now, though a traceback may keep this frame
         raise failure

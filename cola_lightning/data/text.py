@@ -185,6 +185,7 @@ class TextDataModule(TokenDataModule):
             self.train_rows,
             self.batch_size,
             batches=trainer.max_steps * trainer.accumulate_grad_batches,
+            window=trainer.accumulate_grad_batches,
             seed=self.seed,
             position=self._position,
             workers=self.num_workers,

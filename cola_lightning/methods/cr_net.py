@@ -17,6 +17,7 @@ from cola_lightning.methods.low_rank import check_rank
 from cola_lightning.methods.reversible import Known, weights_of
 from cola_lightning.models.layers import CrossLayer, FullRank, NormalLinear, Projection, Relay, Scalar
 from cola_lightning.models.llama import Block, Llama
+from cola_lightning.models.loss import at_least_float32
 from cola_lightning.models.positions import Rotary
 
 EPSILON = 1e-6
@@ -127,7 +128,7 @@ class _Keep(Relay):
             y, handed_on = projection.join(z, self.received[len(self.handed_on)])
         else:
             y, handed_on = projection(x, None)
-        self.handed_on.append(handed_on.float())
+        self.handed_on.append(at_least_float32(handed_on))
         return y
 
 
@@ -144,7 +145,7 @@ class _Recover(Relay):
         known = self.outputs[number]
         if not isinstance(projection, CRNet):
             y = Known.apply(x, projection.weight, known.to(x.dtype))
-            self.handed_on.append(y.float())
+            self.handed_on.append(at_least_float32(y))
             return y
         added = projection.B(Known.apply(x, projection.A.weight, self.latents[number]))
         scale = projection.scale()

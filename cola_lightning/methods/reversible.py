@@ -20,6 +20,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.methods.cola_m import ATTENTION
 from cola_lightning.methods.low_rank import LowRank
 from cola_lightning.models.llama import Block, Llama
+from cola_lightning.models.loss import at_least_float32
 from cola_lightning.models.positions import Rotary
 
 MakeLatent = Callable[[LowRank, Tensor], Tensor]
@@ -54,12 +55,12 @@ class Reversible:
     def __call__(self, block: Block, x: Tensor, rotary: Rotary) -> Tensor:
         if block is self.first:
             self.stream = Stream()  # one for each pass, should several be under way before the first goes backwards
-        elif x.dtype != torch.float32:
+        elif x.dtype not in (torch.float32, torch.float64):
             raise InputError(
                 f"CoLAM with keep: latents needs a float32 residual stream, but the strategy casts it to {x.dtype} "
                 f"between layers; set keep: residual_and_latents, or let the strategy leave the layers' inputs alone"
             )
-        return _Run.apply(self, block, x.float(), rotary, *weights_of(block))
+        return _Run.apply(self, block, at_least_float32(x), rotary, *weights_of(block))
 
 
 def attention_latent(block: Block, x: Tensor, rotary: Rotary, latent: MakeLatent, mix_context: Any) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from cola_lightning.errors import InputError
-from cola_lightning.models.loss import chunked_loss_sum
+from cola_lightning.models.loss import at_least_float32, chunked_loss_sum
 
 
 class NormalLinear(nn.Linear):
@@ -153,5 +153,5 @@ class Head(NormalLinear):
         x, flat = x.flatten(0, 1), targets.flatten()
         if reduction == "sum" and self.loss_chunk_size is not None:
             return chunked_loss_sum(x, self.weight, flat, self.loss_chunk_size)
-        losses = cross_entropy(linear(x, self.weight).float(), flat, reduction=reduction)
+        losses = cross_entropy(at_least_float32(linear(x, self.weight)), flat, reduction=reduction)
         return losses if reduction == "sum" else losses.view_as(targets)

@@ -13,8 +13,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, log_softmax, nll_loss
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Widen a tensor of 16 bits to float32; leave float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def chunked_loss_sum(x: Tensor, weight: Tensor, targets: Tensor, size: int) -> Tensor:
-    """Sum of the losses in nats, in float32, of hidden states x (N, D) under a head's weight (V, D).
+    """Sum of the losses in nats of hidden states x (N, D) under a head's weight (V, D), in float32 or wider.
 
     Logits exist for ``size`` of the N tokens at a time. The gradients are formed with them, in the forward pass, so
     that no product is made twice; the weight's is added up in float32.
@@ -31,12 +36,13 @@ def chunked_loss_sum(x: Tensor, weight: Tensor, targets: Tensor, size: int) -> T
 class _Sum(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, size: int) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=x.device)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for begin in range(0, len(x), size):
             part, wanted = x[begin : begin + size], targets[begin : begin + size]
-            scores = log_softmax(linear(part, weight).float(), dim=-1)
+            scores = log_softmax(at_least_float32(linear(part, weight)), dim=-1)
             total += nll_loss(scores, wanted, reduction="sum")
             if grad_x is None and grad_weight is None:
                 continue
