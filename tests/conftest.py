@@ -55,8 +55,8 @@ def tiny_trainer(*callbacks, steps: int, vocab_size: int = 50, **trainer) -> tup
         "devices": 1,
     }
     run = L.Trainer(
-        accelerator="cpu", max_steps=steps, max_epochs=1, num_sanity_val_steps=0, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=list(callbacks), **(settings | trainer),
+        accelerator="cpu", max_steps=steps, max_epochs=1, num_sanity_val_steps=0, enable_model_summary=False,
+        callbacks=list(callbacks), **({"enable_progress_bar": False} | settings | trainer),
     )  # fmt: skip
     return run, model, batches
 

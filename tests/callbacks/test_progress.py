@@ -1,0 +1,28 @@
+import lightning as L
+import pytest
+
+from cola_lightning.callbacks import Progress
+from tests.conftest import loader, tiny_trainer
+
+
+class Bar(L.Callback):
+    """What the bar shows after each batch: steps made and steps in all."""
+
+    def __init__(self, progress):
+        self.progress, self.shown = progress, []
+
+    def on_train_batch_end(self, trainer, *_):
+        task = self.progress.progress.tasks[self.progress.train_progress_bar_id]
+        self.shown.append((task.completed, task.total))
+
+
+@pytest.mark.parametrize(("accumulated", "shown"), [(1, [1, 2, 3, 4, 5, 6]), (2, [0, 1, 1, 2, 2, 3])])
+def test_the_bar_counts_optimizer_steps_of_all_steps(accumulated, shown):
+    progress = Progress()
+    bar = Bar(progress)
+    run, model, batches = tiny_trainer(
+        progress, bar, steps=6 // accumulated, limit_train_batches=6, accumulate_grad_batches=accumulated,
+        enable_progress_bar=True,
+    )  # fmt: skip
+    run.fit(model, loader(batches))
+    assert bar.shown == [(steps, 6 // accumulated) for steps in shown]
