@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -12,6 +13,9 @@ from torch import Tensor, distributed
 from cola_lightning.data.rows import add_step_tokens
 from cola_lightning.errors import InputError
 
+_SCALED: WeakKeyDictionary[L.Trainer, int] = WeakKeyDictionary()
+"""How many micro-batches a step has in the trainers that :func:`accumulate` set; it is called once per ``fit``."""
+
 
 def accumulate(trainer: L.Trainer, global_batch_size: int, batch_size: int) -> None:
     """Let ``trainer`` accumulate gradients so that an optimizer step sees ``global_batch_size`` rows over all devices.
@@ -20,13 +24,26 @@ def accumulate(trainer: L.Trainer, global_batch_size: int, batch_size: int) -> N
     a run validates at the same steps on any number of devices.
 
     Raises:
-        InputError: If that is no whole number of micro-batches on each device; names the nearest sizes that are.
+        InputError: If that is no whole number of micro-batches on each device; names the nearest sizes that are. If
+            the trainer was given another number of micro-batches, or a schedule of them.
     """
     replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
     micro_batches = count_micro_batches(global_batch_size, batch_size, replicas)
+    if trainer not in _SCALED and trainer.accumulate_grad_batches not in (1, micro_batches):
+        raise InputError(
+            f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} does not go with "
+            f"--data.global_batch_size {global_batch_size}, which is {micro_batches} x --data.batch_size {batch_size} "
+            f"x {replicas} devices; leave --trainer.accumulate_grad_batches out"
+        )
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+        raise InputError(
+            f"GradientAccumulationScheduler changes the batch that --data.global_batch_size {global_batch_size} "
+            "states; leave one of them out"
+        )
     if isinstance(trainer.val_check_interval, int):
-        trainer.val_check_interval = trainer.val_check_interval // trainer.accumulate_grad_batches * micro_batches
-    trainer.accumulate_grad_batches = micro_batches
+        # What was stated counts optimizer steps, whether or not the accumulation was stated beside the global batch.
+        trainer.val_check_interval = trainer.val_check_interval // _SCALED.get(trainer, 1) * micro_batches
+    trainer.accumulate_grad_batches = _SCALED[trainer] = micro_batches
 
 
 def count_micro_batches(global_batch_size: int, batch_size: int, replicas: int) -> int:

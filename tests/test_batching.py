@@ -1,42 +1,77 @@
-from types import SimpleNamespace
-
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 from cola_lightning.batching import accumulate, rescale_progress
 from cola_lightning.data import C4DataModule, TextDataModule
 from cola_lightning.errors import InputError
 from tests.accumulation_run import expected_gradients, gradients, model, rows
+from tests.conftest import loader, tiny_trainer
 from tests.processes import Run
 
 
-def trainer(replicas=None, interval=100):
-    kwargs = replicas and {"num_replicas": replicas, "rank": 0}
-    return SimpleNamespace(distributed_sampler_kwargs=kwargs, val_check_interval=interval, accumulate_grad_batches=1)
+class Trainer:
+    """What is asked of a trainer."""
+
+    def __init__(self, replicas=None, interval=100, accumulate_grad_batches=1, callbacks=()):
+        self.distributed_sampler_kwargs = replicas and {"num_replicas": replicas, "rank": 0}
+        self.val_check_interval, self.accumulate_grad_batches = interval, accumulate_grad_batches
+        self.callbacks = list(callbacks)
 
 
 @pytest.mark.parametrize(("replicas", "micro_batches"), [(None, 16), (1, 16), (8, 2), (16, 1)])
 def test_accumulates_to_the_stated_batch_and_validates_at_the_stated_steps(replicas, micro_batches):
-    run = trainer(replicas)
+    run = Trainer(replicas)
     for _ in range(2):  # a second stage changes nothing
         accumulate(run, 512, 32)
         assert run.accumulate_grad_batches == micro_batches
         assert run.val_check_interval == 100 * micro_batches
 
 
+def test_both_stated_and_equal_validate_at_the_stated_steps():
+    run = Trainer(interval=4, accumulate_grad_batches=2)
+    for _ in range(2):
+        accumulate(run, 8, 4)
+        assert (run.accumulate_grad_batches, run.val_check_interval) == (2, 8)
+
+
+def test_both_stated_and_different_are_refused():
+    with pytest.raises(
+        InputError, match=r"accumulate_grad_batches 4 .*global_batch_size 8, which is 2 x .*batch_size 4"
+    ):
+        accumulate(Trainer(accumulate_grad_batches=4), 8, 4)
+    with pytest.raises(InputError, match="GradientAccumulationScheduler changes the batch"):
+        accumulate(Trainer(callbacks=[GradientAccumulationScheduler({0: 1, 4: 2})]), 8, 4)
+
+
+def test_validations_of_a_real_run_come_at_the_stated_steps():
+    """Against Lightning's own loop: 8 optimizer steps of 2 micro-batches, a validation every 4 steps."""
+    run, model, batches = tiny_trainer(
+        steps=8, limit_train_batches=16, val_check_interval=4, check_val_every_n_epoch=None, accumulate_grad_batches=2
+    )
+    data = L.LightningDataModule()
+    data.global_batch_size, data.batch_size = 6, 3
+    data.train_dataloader = lambda: loader(batches * 3)
+    validated = []
+    data.val_dataloader = lambda: loader(batches[:1])
+    model.on_validation_end = lambda: validated.append(run.global_step)
+    run.fit(model, datamodule=data)
+    assert validated == [4, 8]
+
+
 def test_a_validation_interval_as_a_share_of_the_run_is_left_alone():
-    run = trainer(interval=0.25)
+    run = Trainer(interval=0.25)
     accumulate(run, 64, 32)
     assert run.val_check_interval == 0.25
 
 
 def test_refuses_an_inexact_division_and_names_the_nearest_sizes():
     with pytest.raises(InputError, match=r"global_batch_size 500 .*batch_size 32 x 3 devices.*480 and 576"):
-        accumulate(trainer(3), 500, 32)
+        accumulate(Trainer(3), 500, 32)
     with pytest.raises(InputError, match=r"global_batch_size 8 .*nearest that are: 32"):
-        accumulate(trainer(), 8, 32)
+        accumulate(Trainer(), 8, 32)
 
 
 @pytest.mark.parametrize("make", [C4DataModule, lambda **settings: TextDataModule(["unused"], **settings)])
