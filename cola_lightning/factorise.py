@@ -57,7 +57,7 @@ def factorise(
     if files:
         candidates = {"dense": dense.network}
         if method is not LowRank:
-            rank = network.model.layers[0].self_attn.q_proj.A.out_features
+            rank = network.model.layers[0].self_attn.q_proj.rank
             candidates["LowRank"] = low_rank(dense.network, partial(LowRank, rank=rank), where)
         candidates[method.__name__] = network
         for name, candidate in candidates.items():
@@ -118,18 +118,19 @@ def _run_file(network: Llama, folder: Path) -> str:
         "initial_weights": str(folder.resolve()),
         "vocab_size": decoder.embed_tokens.num_embeddings,
         "hidden_size": decoder.embed_tokens.embedding_dim,
-        "intermediate_size": first.mlp.gate_proj.B.out_features,
+        "intermediate_size": first.mlp.intermediate_size,
         "num_hidden_layers": len(decoder.layers),
         "num_attention_heads": decoder.embed_tokens.embedding_dim // decoder.head_dim,
-        "num_key_value_heads": first.self_attn.k_proj.B.out_features // decoder.head_dim,
+        "num_key_value_heads": first.self_attn.num_key_value_heads,
         "max_position_embeddings": network.max_position_embeddings,
         "rope_theta": decoder.rope_theta,
+        "rope_scaling": decoder.rope_scaling,
         "rms_norm_eps": decoder.norm.eps,
         "gate_silu": first.mlp.gate_silu,
         "pad_token_id": decoder.embed_tokens.padding_idx,
         "projection": {
             "class_path": f"{method.__module__}.{method.__qualname__}",
-            "init_args": {"rank": first.self_attn.q_proj.A.out_features},
+            "init_args": {"rank": first.self_attn.q_proj.rank},
         },
     }
     data = {"init_args": {"tokenizer": str(folder.resolve())}}

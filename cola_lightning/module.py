@@ -67,6 +67,8 @@ class LanguageModel(L.LightningModule):
         num_key_value_heads: Key and value heads; as many as query heads if not given.
         max_position_embeddings: Longest sequence that is accepted, in tokens.
         rope_theta: Base of the rotary frequencies.
+        rope_scaling: How they are stretched to longer texts: ``rope_type`` (linear, dynamic, yarn or llama3) and its
+            settings, by Hugging Face's names; null for not at all.
         rms_norm_eps: Epsilon inside RMSNorm.
         gate_silu: Keep LLaMA's SiLU on the MLP's gate; the CoLA paper drops it from 350M up.
         pad_token_id: Id whose embedding stays zero; null where the tokenizer has no padding id.
@@ -100,6 +102,7 @@ class LanguageModel(L.LightningModule):
         num_key_value_heads: int | None = None,
         max_position_embeddings: int = 2048,
         rope_theta: float = 10000.0,
+        rope_scaling: dict[str, bool | int | float | str | None] | None = None,
         rms_norm_eps: float = 1e-6,
         gate_silu: bool = True,
         pad_token_id: int | None = 0,
@@ -128,6 +131,7 @@ class LanguageModel(L.LightningModule):
             num_key_value_heads=num_key_value_heads,
             max_position_embeddings=max_position_embeddings,
             rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
             rms_norm_eps=rms_norm_eps,
             gate_silu=gate_silu,
             pad_token_id=pad_token_id,

@@ -50,7 +50,7 @@ def _layers(subject: Own) -> dict[str, Any]:
     decoder = subject.model.network.model
     layers, length = decoder.layers, subject.shape[1]
     hidden = decoder.embed_tokens(subject.batch.to(subject.device)).detach().requires_grad_()
-    rotary = rotary_table(length, decoder.head_dim, decoder.rope_theta, like=hidden)
+    rotary = rotary_table(length, decoder.head_dim, decoder.rope_theta, like=hidden, scaling=decoder.rope_scaling)
 
     def first(count: int) -> Tensor:
         with subject.autocast():

@@ -3,22 +3,22 @@
 Only safetensors and JSON are read; nothing is unpickled.
 """
 
-import json
 import re
-from functools import partial
+from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cola_lightning.checkpoints.folder_config import network_arguments, read_json, read_key
 from cola_lightning.errors import InputError
-from cola_lightning.methods import CoLA, LowRank
-from cola_lightning.models import FullRank, Llama, MakeProjection
+from cola_lightning.models import Llama
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # The reference's CoLA-M cuts each layer into regions and owns the two factors of a projection in different ones; B of a
 # layer's down-projection even belongs to the next layer.
@@ -37,24 +37,60 @@ def load_model(folder: str | Path) -> Llama:
     """The network of a folder with ``config.json`` and safetensors, in eval mode and in the dtype of the file.
 
     Understands Hugging Face's ``LlamaForCausalLM``, what ``export`` writes, and ``ColaForCausalLM`` and
-    ``ColaMForCausalLM`` of the reference implementation (which stores the factors transposed).
+    ``ColaMForCausalLM`` of the reference implementation (which stores the factors transposed). Where a file mixes
+    dtypes, the widest is taken for all.
 
     Returns:
-        A network that maps token ids (B, T) int64 to logits (B, T, V).
+        A network that maps token ids (B, T) int64 to logits (B, T, V). Embedding and head are one parameter where the
+        folder ties them.
 
     Raises:
         InputError: If the folder is incomplete, or describes a network that is not one of these.
     """
     folder = Path(folder)
-    config = _read_json(folder / "config.json")
-    weights = dict(_translate(name, tensor) for name, tensor in _read_weights(folder).items())
+    if (folder / ADAPTER).is_file():
+        raise InputError(
+            f"{folder} has an adapter beside its weights ({ADAPTER}), which is not read; merge it into them first "
+            "(peft: merge_and_unload, then save_pretrained)"
+        )
+    file = folder / "config.json"
+    config = read_json(file)
+    arguments = network_arguments(config, file)
+    weights = _one_dtype(dict(_translate(name, tensor) for name, tensor in _read_weights(folder).items()), folder)
+    if (layers := arguments["num_hidden_layers"]) > len(weights):  # before so many are built
+        raise InputError(f"{file} sets num_hidden_layers to {layers}, but the weights are only {len(weights)} tensors")
     with torch.device("meta"):
-        network = _network(config, folder)
-    if config.get("tie_word_embeddings"):
-        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+        network = Llama(**arguments)
+    tied = read_key(config, file, "tie_word_embeddings", bool, False) and _tie(weights)
     check_shapes(network, weights, f"{folder} does not fit its config.json")
     network.load_state_dict(weights, assign=True)
+    if tied:
+        network.lm_head.weight = network.model.embed_tokens.weight
     return network.eval()
+
+
+def _tie(weights: dict[str, Tensor]) -> bool:
+    """Fill in the one of embedding and head that is missing; say whether they are the same. As in transformers, two
+    that differ stay what they are."""
+    embedding, head = (weights.get(name) for name in (EMBEDDING, HEAD))
+    if embedding is not None and head is not None:
+        return torch.equal(embedding, head)
+    for name, other in ((EMBEDDING, head), (HEAD, embedding)):
+        if other is not None:
+            weights.setdefault(name, other)
+    return True
+
+
+def _one_dtype(weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Cast to the widest dtype among the tensors, so that nothing is lost."""
+    for name, tensor in weights.items():
+        if tensor.dtype not in DTYPES:
+            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise InputError(f"{folder} holds {name} as {tensor.dtype}, which is not supported; {kinds} are")
+    if not weights:
+        raise InputError(f"{folder} holds no tensors")
+    widest = reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()})
+    return {name: tensor.to(widest) for name, tensor in weights.items()}
 
 
 def check_shapes(network: nn.Module, weights: dict[str, Tensor], trouble: str) -> None:
@@ -72,19 +108,11 @@ def check_shapes(network: nn.Module, weights: dict[str, Tensor], trouble: str) -
             )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file} does not exist; name a folder with {file.name} and {WEIGHTS}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from error
-
-
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     files = [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        files = [folder / name for name in sorted(set(_read_json(folder / INDEX)["weight_map"].values()))]
+    # As in transformers, a single file counts before the index of several, which may be older.
+    if not files[0].is_file() and (folder / INDEX).is_file():
+        files = [folder / name for name in _parts(folder / INDEX)]
     weights: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -94,7 +122,16 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             raise InputError(f"{file} does not exist{hint if list(folder.glob('*.bin')) else ''}") from None
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is not a whole safetensors file: {error}") from error
-    return weights
+    # Files of older versions keep the rotary frequencies, which config.json decides.
+    return {name: tensor for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _parts(index: Path) -> list[str]:
+    """The files that an index names."""
+    parts = read_key(read_json(index), index, "weight_map", dict)
+    if not parts or not all(isinstance(name, str) for name in parts.values()):
+        raise InputError(f"{index} names no files under weight_map; it must say for each tensor which file holds it")
+    return sorted(set(parts.values()))
 
 
 def _translate(name: str, tensor: Tensor) -> tuple[str, Tensor]:
@@ -106,46 +143,3 @@ def _translate(name: str, tensor: Tensor) -> tuple[str, Tensor]:
         if name.endswith(theirs):
             return name.removesuffix(theirs) + ours, tensor.T.contiguous()
     return name, tensor
-
-
-def _network(config: dict[str, Any], folder: Path) -> Llama:
-    kind = config.get("model_type")
-    if kind not in ("llama", "cola_llama", "cola"):
-        raise InputError(
-            f"{folder / 'config.json'} describes a {kind!r} model; llama, cola_llama and cola can be loaded"
-        )
-    hidden_size, heads = config["hidden_size"], config["num_attention_heads"]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    different = {
-        "hidden_act": config.get("hidden_act", "silu") not in (("silu",) if kind == "cola" else ("silu", "linear")),
-        "latent_act": config.get("latent_act", "silu") not in ("silu", "linear"),
-        "attention_bias": config.get("attention_bias", False),
-        "mlp_bias": config.get("mlp_bias", False),
-        "rope_scaling": rope.get("rope_type", "default") != "default",
-        "head_dim": config.get("head_dim") not in (None, hidden_size // heads),
-    }
-    for key, differs in different.items():
-        if differs:
-            raise InputError(f"{folder / 'config.json'} sets {key} to {config.get(key, rope)}, which is not supported")
-    gate_silu = config.get("hidden_act", "silu") == "silu"
-    projection: MakeProjection = FullRank
-    if kind != "llama":
-        method = LowRank if config.get("latent_act") == "linear" else CoLA
-        projection = partial(method, rank=config.get("rank", hidden_size // 4))
-    if kind == "cola":
-        gate_silu = not config.get("only_lr_act", True)
-    return Llama(
-        vocab_size=config["vocab_size"],
-        hidden_size=hidden_size,
-        intermediate_size=config["intermediate_size"],
-        num_hidden_layers=config["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=config.get("num_key_value_heads"),
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
-        rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-        gate_silu=gate_silu,
-        # Hugging Face's LLaMA writes -1 for none in this lineage's configurations
-        pad_token_id=None if config.get("pad_token_id") in (None, -1) else config["pad_token_id"],
-        projection=projection,
-    )

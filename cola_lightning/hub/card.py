@@ -21,6 +21,11 @@ def model_card(trained: Trained, name: str, config: dict[str, Any]) -> str:
         config: What stands in ``config.json``.
     """
     low_rank = "auto_map" in config  # loading it takes the modelling file
+    origin = (
+        f"converted by cola_lightning from {trained.path.name}"
+        if trained.checkpoint is None
+        else "pre-trained with cola_lightning"
+    )
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts(trained).items())
     remote = ", trust_remote_code=True" if low_rank else ""
     reason = "\nThe small modelling file in this folder is why `trust_remote_code` is asked for.\n" if low_rank else ""
@@ -32,7 +37,7 @@ tags: [{"cola, low-rank" if low_rank else "llama"}]
 
 # {name}
 
-A language model, pre-trained with cola_lightning.
+A language model, {origin}.
 
 | | |
 |---|---|
@@ -53,9 +58,9 @@ The tokenizer adds no special id to a text. In training, each document ended wit
 
 def facts(trained: Trained) -> dict[str, str]:
     """What is known of the model, by name."""
-    projection = trained.network.model.layers[0].self_attn.q_proj
+    projection = trained.network.model.layers[-1].self_attn.q_proj  # in the first layer another may stand in its place
     dtype = str(trained.network.lm_head.weight.dtype).removeprefix("torch.")
-    rank = f", rank {projection.A.out_features}" if hasattr(projection, "A") else ""
+    rank = "" if projection.rank is None else f", rank {projection.rank}"
     found = {
         "method": f"{type(projection).__name__}{rank}",
         "parameters": f"{sum(parameter.numel() for parameter in trained.network.parameters()):,}, {dtype}",

@@ -3,20 +3,21 @@
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
+from cola_lightning.checkpoints.folder_config import rope_keys
+from cola_lightning.checkpoints.folders import HEAD, load_model
+from cola_lightning.checkpoints.layouts import LAYOUTS, Layout, layout_of
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
-from cola_lightning.methods import CoLA, LowRank
-from cola_lightning.models import FullRank, Llama
-
-MODELLING = Path(__file__).parent / "modeling_cola_llama.py"
-LATENT_ACT = {LowRank: "linear", CoLA: "silu"}
+from cola_lightning.models import FullRank, Llama, Projection
 
 
 def write_folder(
@@ -45,19 +46,23 @@ def write_folder(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} holds something already; choose another folder")
-    weights, low_rank = _weights(network, merge)
+    weights, layout = _weights(network, merge)
+    _check_finite(weights)
+    if _tied(network):
+        del weights[HEAD]
     tokenizer.check_fits(network.model.embed_tokens.num_embeddings)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        config = _config(network, weights, low_rank, tokenizer)
+        config = _config(network, weights, layout, tokenizer)
         _write(scratch / "config.json", config)
         generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": _pad_id(tokenizer), "do_sample": True}
         _write(scratch / "generation_config.json", generation)
         _save_tokenizer(tokenizer, scratch, network.max_position_embeddings)
         save_torch_state_dict(weights, scratch, max_shard_size=max_shard_size)
-        if low_rank:
-            shutil.copy(MODELLING, scratch)
+        _read_back(network, weights, scratch, folder.name)
+        if layout is not None:
+            shutil.copy(Path(__file__).parent / layout.modelling_file, scratch)
         (scratch / "README.md").write_text(card(config), encoding="utf-8")
         scratch.chmod(0o755)
         if folder.exists():
@@ -67,87 +72,140 @@ def write_folder(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _weights(network: Llama, merge: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights by Hugging Face's names, and what its configuration says of low-rank projections, if there are any."""
+def _weights(network: Llama, merge: bool) -> tuple[dict[str, Tensor], Layout | None]:
+    """Weights by Hugging Face's names, and how the projections are written that are no dense matrices, if any are."""
     if type(network) is not Llama:
         raise InputError(f"a {type(network).__name__} is not LLaMA, and cannot be written as a Hugging Face folder")
     weights = dict(network.state_dict())
-    kinds = {}
+    example = network.model.layers[-1].self_attn.q_proj  # in the first layer another may stand in its place
+    layout = layout_of(example)
+    if layout is not None and merge:
+        if _dense(example) is None:
+            raise InputError(
+                f"{type(example).__name__} cannot be merged into dense matrices, because it is not linear in its input"
+            )
+        layout = None
     for index, block in enumerate(network.model.layers):
         for part, module in (("self_attn", block.self_attn), ("mlp", block.mlp)):
             for name, projection in module.named_children():
-                prefix = f"model.layers.{index}.{part}.{name}."
-                act = LATENT_ACT.get(type(projection))
-                if act and not (merge and act == "linear"):
-                    kinds[prefix] = {"rank": projection.A.out_features, "latent_act": act}
+                place = f"model.layers.{index}.{part}.{name}"
+                if layout is not None:
+                    if not _is_like(projection, example, layout, index):
+                        raise InputError(
+                            f"{place} is {_kind(projection)}, and the last layer's q_proj {_kind(example)}; in such a "
+                            "folder all projections are of one kind"
+                        )
                     continue
-                kinds[prefix] = {}
-                if type(projection) is not FullRank:
-                    for key in [key for key in weights if key.startswith(prefix)]:
-                        del weights[key]
-                    weights[f"{prefix}weight"] = _dense(projection)
-    first = next(iter(kinds))
-    for prefix, kind in kinds.items():
-        if kind != kinds[first]:
-            raise InputError(
-                f"{prefix[:-1]} is {kind or 'dense'} and {first[:-1]} {kinds[first] or 'dense'}; in such a folder all "
-                f"projections are of one kind"
-            )
-    if merge and kinds[first]:
-        raise InputError("CoLA cannot be merged into dense matrices, for a nonlinearity lies between its factors")
-    return {name: tensor.detach().contiguous() for name, tensor in weights.items()}, kinds[first]
+                dense = _dense(projection)
+                if dense is None:
+                    known = ", ".join(layout.projection.__name__ for layout in LAYOUTS)
+                    raise InputError(
+                        f"{place} is {_kind(projection)}, which can be written neither as a dense matrix nor by a "
+                        f"modelling file; those that can are {known}"
+                    )
+                for key in [key for key in weights if key.startswith(f"{place}.")]:
+                    del weights[key]
+                weights[f"{place}.weight"] = dense
+    dtype = network.lm_head.weight.dtype
+    return {name: tensor.detach().to(dtype).contiguous() for name, tensor in weights.items()}, layout
 
 
-def _dense(projection: Any) -> Tensor:
-    dense = projection.dense()
-    if dense is None:
-        raise InputError(
-            f"{type(projection).__name__} can be written neither as a dense matrix nor as low-rank factors; "
-            f"LLaMA and CoLA folders hold nothing else"
-        )
-    return dense
+def _is_like(projection: Projection, example: Projection, layout: Layout, index: int) -> bool:
+    if index == 0 and type(projection) is layout.first:
+        return True
+    return type(projection) is layout.projection and layout.describe(projection) == layout.describe(example)
 
 
-def _config(network: Llama, weights: dict[str, Tensor], low_rank: dict, tokenizer: Tokenizer) -> dict[str, Any]:
+def _kind(projection: Projection) -> str:
+    return type(projection).__name__ + ("" if projection.rank is None else f" of rank {projection.rank}")
+
+
+@torch.no_grad()
+def _dense(projection: Projection) -> Tensor | None:
+    """The matrix of a projection that is linear in its input, formed in float32 at least and rounded once."""
+    if isinstance(projection, FullRank):
+        return projection.dense()
+    dtype = torch.promote_types(next(projection.parameters()).dtype, torch.float32)
+    return deepcopy(projection).to(dtype).dense()
+
+
+def _config(network: Llama, weights: dict[str, Tensor], layout: Layout | None, tokenizer: Tokenizer) -> dict[str, Any]:
     decoder = network.model
-    last = "B.weight" if low_rank else "weight"
-    hidden_size = decoder.embed_tokens.embedding_dim
+    hidden_size, attention = decoder.embed_tokens.embedding_dim, decoder.layers[0].self_attn
     dtype = str(network.lm_head.weight.dtype).removeprefix("torch.")
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": decoder.embed_tokens.num_embeddings,
         "hidden_size": hidden_size,
-        "intermediate_size": len(weights[f"model.layers.0.mlp.gate_proj.{last}"]),
+        "intermediate_size": decoder.layers[0].mlp.intermediate_size,
         "num_hidden_layers": len(decoder.layers),
         "num_attention_heads": hidden_size // decoder.head_dim,
-        "num_key_value_heads": len(weights[f"model.layers.0.self_attn.k_proj.{last}"]) // decoder.head_dim,
+        "num_key_value_heads": attention.num_key_value_heads,
         "head_dim": decoder.head_dim,
         "hidden_act": "silu" if decoder.layers[0].mlp.gate_silu else "linear",
-        "max_position_embeddings": network.max_position_embeddings,
         "rms_norm_eps": decoder.norm.eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rope_theta},
-        "rope_theta": decoder.rope_theta,  # where transformers 4 looks for it
+        **rope_keys(decoder.rope_theta, decoder.rope_scaling, network.max_position_embeddings),
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": HEAD not in weights,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": decoder.embed_tokens.padding_idx,
         "dtype": dtype,
-        "torch_dtype": dtype,  # likewise
+        "torch_dtype": dtype,  # where transformers 4 looks for it
     }
-    if low_rank:
-        here = MODELLING.stem
-        config |= low_rank | {
-            "architectures": ["CoLALlamaForCausalLM"],
-            "model_type": "cola_llama",
+    if layout is not None:
+        module = layout.modelling_file.removesuffix(".py")
+        config |= layout.describe(network.model.layers[-1].self_attn.q_proj) | {
+            "architectures": [f"{layout.name}ForCausalLM"],
+            "model_type": layout.model_type,
             "auto_map": {
-                "AutoConfig": f"{here}.CoLALlamaConfig",
-                "AutoModelForCausalLM": f"{here}.CoLALlamaForCausalLM",
+                "AutoConfig": f"{module}.{layout.name}Config",
+                "AutoModelForCausalLM": f"{module}.{layout.name}ForCausalLM",
             },
         }
     return config
+
+
+def _tied(network: Llama) -> bool:
+    embedding, head = network.model.embed_tokens.weight, network.lm_head.weight
+    return embedding is head or (head.data_ptr() == embedding.data_ptr() and head.shape == embedding.shape)
+
+
+def _check_finite(weights: dict[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(
+                f"{name} holds NaN or infinity, so that the model cannot be used; export an earlier checkpoint"
+            )
+
+
+@torch.no_grad()
+def _read_back(network: Llama, weights: dict[str, Tensor], folder: Path, name: str) -> None:
+    """Read what was written, and compare it with what was to be written: every weight bit for bit, and the logits of a
+    few ids, which tell whether ``config.json`` says all that the network does.
+
+    Raises:
+        InputError: If something differs.
+    """
+    again = load_model(folder)
+    found = again.state_dict()
+    for key, tensor in weights.items():
+        if not torch.equal(found[key], tensor.cpu()):
+            raise InputError(f"{name} was not written: read back, {key} has other values")
+    length = min(16, network.max_position_embeddings)
+    ids = torch.arange(length)[None] * 7919 % network.model.embed_tokens.num_embeddings
+    was_training = network.training
+    wanted = network.eval()(ids.to(network.lm_head.weight.device)).float().cpu()
+    network.train(was_training)
+    # Matrices that were multiplied out, and other devices, round otherwise; another formula differs by far more.
+    allowed = 1e-4 if network.lm_head.weight.dtype.itemsize > 2 else 0.05
+    if not (off := float((again(ids).float() - wanted).norm() / wanted.norm().clamp(min=1e-30))) <= allowed:
+        raise InputError(
+            f"{name} was not written: read back, its logits are off by {off:.2g} of their size, and rounding explains "
+            f"{allowed:.2g}; config.json cannot say all that this network does"
+        )
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:

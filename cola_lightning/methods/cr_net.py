@@ -51,6 +51,7 @@ class CRNet(CrossLayer):
     ) -> None:
         super().__init__()
         check_rank(in_features, out_features, rank)
+        self.rank = rank
         std = (rank * (in_features + out_features)) ** -0.25
         self.A = NormalLinear(in_features, rank, std)
         self.B = NormalLinear(rank, out_features, 0.0 if start == "zero" else std)

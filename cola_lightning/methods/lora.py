@@ -46,6 +46,7 @@ class LoRA(Projection):
     ) -> None:
         super().__init__()
         check_rank(in_features, out_features, rank)
+        self.rank = rank
         if not 0 <= dropout < 1:
             raise InputError(f"dropout is {dropout}; it must be a share from 0 to below 1")
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)

@@ -43,6 +43,7 @@ class LowRank(Projection):
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
         check_rank(in_features, out_features, rank)
+        self.rank = rank
         std = (rank * (in_features + out_features)) ** -0.25
         self.A = NormalLinear(in_features, rank, std)
         self.B = NormalLinear(rank, out_features, std)

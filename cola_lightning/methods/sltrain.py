@@ -55,6 +55,7 @@ class SLTrain(Projection):
     ) -> None:
         super().__init__()
         check_rank(in_features, out_features, rank)
+        self.rank = rank
         entries = in_features * out_features
         count = math.floor(sparsity * entries)
         if not 1 <= count <= entries:

@@ -54,6 +54,7 @@ class SST(Projection):
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
         check_rank(in_features, out_features, rank)
+        self.rank = rank
         size = min(in_features, out_features)
         self.U = nn.Parameter(torch.empty(size, out_features), requires_grad=False)
         self.V = nn.Parameter(torch.empty(size, in_features), requires_grad=False)

@@ -63,6 +63,7 @@ class SwitchLoRA(Projection):
     ) -> None:
         super().__init__()
         check_rank(in_features, out_features, rank)
+        self.rank = rank
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.A = nn.Parameter(torch.empty(rank, in_features))
         self.B = nn.Parameter(torch.empty(rank, out_features))

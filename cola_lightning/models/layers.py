@@ -28,7 +28,13 @@ class NormalLinear(nn.Linear):
 
 class Projection(nn.Module):
     """Base of what may stand for one of a layer's seven dense matrices: (…, in_features) -> (…, out_features), without
-    bias. A subclass takes the two sizes first, and arguments of its own after them."""
+    bias. A subclass takes the two sizes first, and arguments of its own after them.
+
+    Attributes:
+        rank: Width R of its bottleneck or trained branch; None where it has none.
+    """
+
+    rank: int | None = None
 
     def in_first_layer(self) -> "Projection":
         """What stands in the first layer in its place: itself, unless it needs the layer before."""

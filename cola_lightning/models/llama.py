@@ -17,6 +17,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.models.cache import Cache, LayerCache
 from cola_lightning.models.layers import FullRank, Head, MakeProjection, Projection, Relay, TokenEmbedding
 from cola_lightning.models.positions import Rotary, apart, rotary_table, rotate
+from cola_lightning.models.rope_scaling import Scaling, check_scaling
 
 Call = Callable[[Sequence[Projection], Tensor], Sequence[Tensor]]
 """``f(projections, x)`` are the outputs of projections that share the input ``x``."""
@@ -28,6 +29,7 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, num_key_value_heads: int, projection: MakeProjection) -> None:
         super().__init__()
         self.head_dim = hidden_size // num_heads
+        self.num_key_value_heads = num_key_value_heads
         self.grouped = num_key_value_heads != num_heads
         key_value_size = num_key_value_heads * self.head_dim
         self.q_proj = projection(hidden_size, hidden_size)
@@ -63,6 +65,7 @@ class MLP(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, gate_silu: bool, projection: MakeProjection) -> None:
         super().__init__()
         self.gate_silu = gate_silu
+        self.intermediate_size = intermediate_size
         self.gate_proj = projection(hidden_size, intermediate_size)
         self.up_proj = projection(hidden_size, intermediate_size)
         self.down_proj = projection(intermediate_size, hidden_size)
@@ -145,12 +148,14 @@ class Decoder(nn.Module):
         pad_token_id: int | None,
         head_dim: int,
         rope_theta: float,
+        rope_scaling: Scaling | None,
         rms_norm_eps: float,
         make_block: Callable[[int], Block],
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.rope_theta = rope_theta
+        self.rope_scaling = None if rope_scaling is None else check_scaling(rope_scaling, head_dim)
         self.embed_tokens = TokenEmbedding(vocab_size, hidden_size, pad_token_id)
         self.layers = nn.ModuleList(make_block(index) for index in range(num_hidden_layers))
         self.norm = nn.RMSNorm(hidden_size, rms_norm_eps)
@@ -160,7 +165,9 @@ class Decoder(nn.Module):
         seen = 0 if cache is None else cache.length
         if seen and ids.shape[1] > 1 and document_ids is None:
             document_ids = ids.new_zeros(1, seen + ids.shape[1])  # all one document
-        rotary = rotary_table(ids.shape[1], self.head_dim, self.rope_theta, like=x, start=seen)
+        rotary = rotary_table(
+            ids.shape[1], self.head_dim, self.rope_theta, like=x, start=seen, scaling=self.rope_scaling
+        )
         if document_ids is not None:
             rotary = rotary._replace(mask=apart(document_ids, seen))
         x = through(self.layers, x, rotary, None if cache is None else cache.layers)
@@ -179,6 +186,8 @@ class Llama(nn.Module):
         num_key_value_heads: Key and value heads (K), a divisor of H; H itself if not given.
         max_position_embeddings: Longest sequence that is accepted, in tokens.
         rope_theta: Base of the rotary frequencies.
+        rope_scaling: How they are stretched to longer texts, by Hugging Face's names; see
+            :mod:`cola_lightning.models.rope_scaling`. None for not at all.
         rms_norm_eps: Epsilon inside RMSNorm.
         gate_silu: Keep LLaMA's SiLU on the MLP's gate. Full rank needs it. The CoLA paper keeps it beside the latent
             nonlinearity at 60M and 130M and drops it from 350M up (arXiv 2502.10940, ablation of σ's place).
@@ -208,6 +217,7 @@ class Llama(nn.Module):
         projection: MakeProjection = FullRank,
         fused_projections: bool = False,
         loss_chunk_size: int | None = None,
+        rope_scaling: Scaling | None = None,
     ) -> None:
         super().__init__()
         key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
@@ -252,6 +262,7 @@ class Llama(nn.Module):
             pad_token_id,
             head_dim,
             rope_theta,
+            rope_scaling,
             rms_norm_eps,
             lambda index: Block(
                 hidden_size,

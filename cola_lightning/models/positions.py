@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cola_lightning.models.cache import LayerCache
+from cola_lightning.models.rope_scaling import Scaling, frequencies
 
 
 class Rotary(NamedTuple):
@@ -18,18 +19,23 @@ class Rotary(NamedTuple):
     cache: LayerCache | None = None
 
 
-def rotary_table(length: int, head_dim: int, theta: float, *, like: Tensor, start: int = 0) -> Rotary:
+def rotary_table(
+    length: int, head_dim: int, theta: float, *, like: Tensor, start: int = 0, scaling: Scaling | None = None
+) -> Rotary:
     """Cosine and sine (T, E) of the rotary angles (RoFormer, arXiv 2104.09864) of positions ``start``, ``start + 1``, …
-    in dtype and on device of ``like``.
+    in dtype and on device of ``like``; ``scaling`` stretches them, see :mod:`cola_lightning.models.rope_scaling`.
 
     Angles are formed in float32 at each call rather than kept in a buffer: a buffer would be rounded together with the
     weights under a pure bf16 precision, and would need filling after a start on the meta device.
     """
-    exponents = torch.arange(0, head_dim, 2, device=like.device, dtype=torch.float32) / head_dim
+    per_position, attention_factor = frequencies(head_dim, theta, scaling, start + length, like.device)
     positions = torch.arange(start, start + length, device=like.device, dtype=torch.float32)
-    angles = torch.outer(positions, theta**-exponents)
+    angles = torch.outer(positions, per_position)
     angles = torch.cat((angles, angles), dim=-1)
-    return Rotary(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
+    cos, sin = angles.cos(), angles.sin()
+    if attention_factor != 1.0:
+        cos, sin = cos * attention_factor, sin * attention_factor
+    return Rotary(cos.to(like.dtype), sin.to(like.dtype))
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:

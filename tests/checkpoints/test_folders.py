@@ -100,9 +100,9 @@ def folder(tmp_path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, r"describes a 'gpt2' model; llama, cola_llama and cola can be loaded"),
+        ({"model_type": "gpt2"}, r"describes a 'gpt2' model; llama, cola, cola_llama"),
         ({"attention_bias": True}, r"sets attention_bias to True, which is not supported"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, r"sets rope_scaling"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, r"rope_scaling is of type 'longrope'"),
         ({"head_dim": 32}, r"sets head_dim to 32"),
         ({"num_hidden_layers": 4}, r"layers\.3\.input_layernorm\.weight should have shape \(64,\), the file has None"),
         ({"rank": 8}, r"down_proj\.A\.weight should have shape \(8, 176\), the file has \(16, 176\)"),

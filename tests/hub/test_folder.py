@@ -1,10 +1,12 @@
 """Folders for transformers: bit for bit, and the same logits and texts there as here."""
 
 import json
+from copy import deepcopy
 from functools import partial
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -12,7 +14,7 @@ from cola_lightning import load_model
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from cola_lightning.hub import write_folder
-from cola_lightning.methods import CoLA, LowRank
+from cola_lightning.methods import SST, CoLA, CRNet, LoRA, LowRank, ReLoRA, SLTrain, SwitchLoRA
 from cola_lightning.models import FullRank, Projection, generate
 from tests.conftest import tiny_llama
 from tests.data.test_tokenizer import t5_like
@@ -40,6 +42,8 @@ KINDS = {
     "CoLA": (COLA, {"rope_theta": 5000.0}),
     "CoLA without SiLU": (COLA, {"gate_silu": False, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}),
     "low rank": (LOW_RANK, {"max_position_embeddings": 64}),
+    "CR-Net": (partial(CRNet, rank=8, start="normal", beta=0.7), {"num_key_value_heads": 2}),
+    "CoLA on longer texts": (COLA, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
 }
 
 
@@ -55,7 +59,7 @@ def test_comes_back_bit_for_bit_and_transformers_agrees(kind, tokenizer, tmp_pat
     assert torch.equal(again(ids), network(ids))
     torch.testing.assert_close(other(ids).logits, network(ids), atol=1e-5, rtol=1e-5)
     plain = projection is FullRank
-    assert (type(other) is LlamaForCausalLM) == plain == (not (folder / "modeling_cola_llama.py").exists())
+    assert (type(other) is LlamaForCausalLM) == plain == (not list(folder.glob("modeling_*.py")))
     made = other.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert torch.equal(made, generate(network, ids, 10, temperature=0))
 
@@ -136,15 +140,59 @@ def mixed(in_features, out_features):
 @pytest.mark.parametrize(
     ("projection", "merge", "message"),
     [
-        (Strange, False, "Strange can be written neither as a dense matrix nor as low-rank factors"),
+        (Strange, False, r"q_proj is Strange, which can be written neither as a dense matrix nor by a modelling file"),
         (COLA, True, "CoLA cannot be merged"),
-        (mixed, False, r"mlp\.gate_proj is dense and model\.layers\.0\.self_attn\.q_proj \{'rank': 8"),
+        (mixed, False, r"mlp\.gate_proj is FullRank, and the last layer's q_proj LowRank of rank 8"),
     ],
 )
 def test_what_cannot_be_written_is_named(projection, merge, message, tokenizer, tmp_path):
     with pytest.raises(InputError, match=message):
         write(tiny_llama(projection), tmp_path / "model", tokenizer, merge=merge)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_reads_back_otherwise_was_not_written(tokenizer, tmp_path, monkeypatch):
+    network = tiny_llama(FullRank)
+    network.model.layers[1].mlp.gate_silu = False  # one layer is another, which config.json cannot say
+    with pytest.raises(InputError, match=r"model was not written: read back, its logits are off by"):
+        write(network, tmp_path / "model", tokenizer)
+    write_weights = save_torch_state_dict
+
+    def damaged(weights, *args, **options):
+        name = "model.norm.weight"
+        write_weights(weights | {name: weights[name] + 2**-10}, *args, **options)
+
+    monkeypatch.setattr("cola_lightning.hub.folder.save_torch_state_dict", damaged)
+    with pytest.raises(InputError, match=r"model was not written: read back, model\.norm\.weight has other values"):
+        write(tiny_llama(FullRank), tmp_path / "model", tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_no_numbers_are_not_written(tokenizer, tmp_path):
+    network = tiny_llama()
+    with torch.no_grad():
+        network.model.norm.weight[3] = float("nan")
+    with pytest.raises(InputError, match=r"model\.norm\.weight holds NaN or infinity"):
+        write(network, tmp_path / "model", tokenizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", [LoRA, ReLoRA, SLTrain, SST, SwitchLoRA, LowRank])
+def test_a_method_that_is_linear_is_multiplied_out_and_rounded_once(method, dtype, tokenizer, tmp_path):
+    network = tiny_llama(partial(method, rank=8)).eval().to(dtype)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith((".B", ".B.weight")):
+                parameter.normal_(std=0.05)  # LoRA's starts at zero
+    folder = write(network, tmp_path / "model", tokenizer, merge=True)
+    weights = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {dtype}
+    projection = network.model.layers[1].mlp.down_proj
+    x = torch.eye(48, dtype=dtype)
+    with torch.no_grad():
+        exact = deepcopy(projection).double()(x.double()).T
+    torch.testing.assert_close(weights["model.layers.1.mlp.down_proj.weight"].double(), exact,
+                               atol=1e-7, rtol=2**-8 if dtype == torch.bfloat16 else 1e-4)  # fmt: skip
 
 
 def test_nothing_is_overwritten_and_a_foreign_tokenizer_is_refused(tokenizer, tmp_path):

@@ -1,0 +1,64 @@
+"""How projections that are no plain matrices are described in a folder for transformers.
+
+One entry for each method that has a modelling file; ``export`` writes by it, and ``load_model`` reads by it. A method
+that is linear in its input needs none: it is written as dense matrices of a plain LLaMA.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from cola_lightning.methods import CoLA, CRNet, LowRank
+from cola_lightning.methods.cr_net import FirstOfCRNet
+from cola_lightning.models import MakeProjection, Projection
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A kind of projection in ``config.json``.
+
+    Args:
+        projection: Its class, in every layer but perhaps the first.
+        model_type: What ``config.json`` calls the model.
+        name: Beginning of the classes' names in the modelling file, ``modeling_<model_type>.py``.
+        arguments: Arguments of the class, which are also keys of ``config.json`` and attributes of a projection.
+        fixed: Further keys by which this projection is told from others with the same ``model_type``.
+        first: Class in the first layer, where it is another.
+    """
+
+    projection: type[Projection]
+    model_type: str
+    name: str
+    arguments: tuple[str, ...] = ("rank",)
+    fixed: dict[str, Any] = field(default_factory=dict)
+    first: type[Projection] | None = None
+
+    @property
+    def modelling_file(self) -> str:
+        return f"modeling_{self.model_type}.py"
+
+    def describe(self, projection: Projection) -> dict[str, Any]:
+        """Make the keys of ``config.json`` for a projection."""
+        return self.fixed | {name: getattr(projection, name) for name in self.arguments}
+
+    def matches(self, config: dict[str, Any]) -> bool:
+        """Say whether a ``config.json`` describes this kind."""
+        return config.get("model_type") == self.model_type and all(
+            config.get(key, value) == value for key, value in self.fixed.items()
+        )
+
+    def make(self, arguments: dict[str, Any]) -> MakeProjection:
+        """Make the projections that a ``config.json`` describes, from the values of ``arguments``."""
+        return partial(self.projection, **arguments)
+
+
+LAYOUTS = (
+    Layout(CoLA, "cola_llama", "CoLALlama", fixed={"latent_act": "silu"}),
+    Layout(LowRank, "cola_llama", "CoLALlama", fixed={"latent_act": "linear"}),
+    Layout(CRNet, "cr_net_llama", "CRNetLlama", first=FirstOfCRNet),
+)
+
+
+def layout_of(projection: Projection) -> Layout | None:
+    """The layout of this very class; None where it has none."""
+    return next((layout for layout in LAYOUTS if type(projection) is layout.projection), None)
