@@ -14,6 +14,12 @@ class _Sums(Metric):
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Any:
         return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
 
+    def reset(self) -> None:
+        # Trainer.validate runs in inference mode, but the validations of a fit after it do not; they could not add to
+        # an inference tensor.
+        with torch.inference_mode(False):
+            super().reset()
+
 
 class TokenLoss(_Sums):
     """Mean loss in nats per predicted token, over all batches and ranks; sums are kept in float64."""

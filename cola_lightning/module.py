@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -42,7 +42,8 @@ def at_log_step(trainer: L.Trainer, uncounted: int = 0) -> bool:
     """Whether an optimizer step that the trainer will log has just been made; ``uncounted`` is 1 where the trainer has
     yet to count it."""
     step = trainer.global_step + uncounted
-    return not trainer.fit_loop._should_accumulate() and step % trainer.log_every_n_steps == 0
+    every = trainer.log_every_n_steps  # 0 for never, as under --trainer.barebones
+    return every > 0 and step % every == 0 and not trainer.fit_loop._should_accumulate()
 
 
 def next_token_losses(
@@ -151,6 +152,8 @@ class LanguageModel(L.LightningModule):
             pad_token_id,
         )
         self.transforms: list[Callable[[Llama], None]] = []
+        self._transformed = 0  # how many of them the network has
+        self._finished = False  # compiled or sharded, so that no transform can follow
         self.before_update: list[BeforeUpdate] = []
         self.train_loss = TokenLoss()
         self.perplexity = Perplexity()
@@ -173,22 +176,43 @@ class LanguageModel(L.LightningModule):
 
     def configure_model(self) -> None:
         """The one place where the network comes to be: build, transform (checkpointing), compile, shard; DDP, FSDP
-        and DeepSpeed wrap it afterwards. Lightning calls it once per stage; only the first call does something."""
+        and DeepSpeed wrap it afterwards.
+
+        Lightning calls it once per stage, and callbacks may call it before their fellows' ``setup``. The network is
+        built by the first call. A later one applies the transforms that were registered since.
+
+        Raises:
+            InputError: If a transform comes too late, the network being compiled or sharded already.
+        """
         if hasattr(self, "network"):
+            self._transform()
             return
         rank_zero_info(f"Building a network of {self.parameter_count:,} parameters")
         strategy = self.trainer.strategy if self._trainer else None
         with torch.device("meta") if builds_lazily(strategy) else nullcontext():
             self.network = self.build()
+        self._transformed = 0
         if self.initial_weights:
             begin_with(self.network, self.initial_weights)
-        for transform in self.transforms:
-            transform(self.network)
+        self._transform()
         if self.compile_layers:
             for layer in self.network.model.layers:
                 layer.compile()
             self.network.lm_head.compile()
         shard(self.network, strategy)
+        self._finished = self.compile_layers or isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+
+    def _transform(self) -> None:
+        """Apply the registered transforms that the network does not have yet."""
+        for transform in self.transforms[self._transformed :]:
+            if self._finished:
+                owner = type(getattr(transform, "__self__", transform)).__name__
+                raise InputError(
+                    f"{owner} has to change the network before it is compiled and sharded, but a stage before this one "
+                    f"did that; give that stage's Trainer the same callbacks, or make a new LanguageModel"
+                )
+            transform(self.network)
+            self._transformed += 1
 
     def _check_data(self) -> None:
         data = getattr(self.trainer, "datamodule", None)

@@ -134,11 +134,12 @@ def check_optimizer(strategy: Strategy, optimizer: Optimizer) -> None:
 def clip_gradients(strategy: Strategy, parameters: list[nn.Parameter], limit: float | None) -> Tensor | None:
     """Clip by the global norm over all ranks' shards, and return the norm as it was before.
 
-    DeepSpeed clips by itself in its own step, from ``gradient_clip_val``; its norm is known only after that.
+    No limit, or one that is not above 0, clips nothing, as in Lightning. DeepSpeed clips by itself in its own step,
+    from ``gradient_clip_val``; its norm is known only after that.
     """
     if isinstance(strategy, DeepSpeedStrategy):
         return None
-    maximum = float("inf") if limit is None else limit
+    maximum = limit if limit is not None and limit > 0 else float("inf")
     root: Any = strategy.model
     if isinstance(root, FullyShardedDataParallel):
         return root.clip_grad_norm_(maximum)  # Lightning refuses clip-by-norm here, FSDP itself does not

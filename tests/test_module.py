@@ -5,16 +5,17 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from cola_lightning.callbacks import CoLAM, Throughput
+from cola_lightning.callbacks import CoLAM, GradientNorms, LossGuard, Memory, Throughput
 from cola_lightning.data.rows import add_step_tokens
 from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA
 from cola_lightning.module import LanguageModel
+from cola_lightning.optim import WarmupCosine
 from tests.parity_run import Curve
 
 
@@ -106,6 +107,47 @@ def test_clips_by_global_norm_and_logs_the_norm_before():
     assert min(watch.logged) > 0.02
     assert watch.clipped == pytest.approx([0.01] * 3, rel=1e-3)
     assert {"train/loss", "train/learning_rate"} <= run.callback_metrics.keys()
+
+
+@pytest.mark.parametrize("limit", [0, 0.0, -1.0])
+def test_a_clip_val_of_0_clips_nothing_as_in_lightning(limit):
+    """Lightning's own ``clip_gradients`` returns for a value that is not above 0. The weights are those without it."""
+
+    def weights(**settings):
+        torch.manual_seed(0)
+        model = tiny(schedule=partial(WarmupCosine, warmup_steps=0))
+        run = trainer(max_steps=3, max_epochs=1, **settings)
+        run.fit(model, DataLoader([rows([[3, 4, 5, 6, 7]])] * 3, batch_size=None))
+        return torch.nn.utils.parameters_to_vector(model.parameters())
+
+    assert torch.equal(weights(gradient_clip_val=limit), weights())
+    assert not torch.equal(weights(gradient_clip_val=1e-3), weights())
+
+
+class Logged(Logger):
+    """Keeps what it is handed."""
+
+    name = version = "logged"
+
+    def __init__(self):
+        super().__init__()
+        self.metrics = []
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics.append((step, metrics))
+
+    def log_hyperparams(self, *_):
+        pass
+
+
+def test_log_every_n_steps_0_logs_no_step_as_in_lightning():
+    logger = Logged()
+    run = trainer(max_steps=3, max_epochs=1, callbacks=[Throughput(), GradientNorms(), Memory(), LossGuard()])
+    run.log_every_n_steps = 0
+    run.loggers = [logger]
+    run.fit(tiny(), DataLoader([rows([[3, 4, 5, 6, 7]])] * 3, batch_size=None))
+    assert run.global_step == 3
+    assert not [metrics for _, metrics in logger.metrics if "train/loss" in metrics]
 
 
 class Asked(L.Callback):

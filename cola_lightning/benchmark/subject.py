@@ -94,7 +94,7 @@ class Subject(ABC):
         mark("optimizer")
 
     def update(self) -> None:
-        if self.trainer.gradient_clip_val is not None:
+        if (self.trainer.gradient_clip_val or 0) > 0:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.trainer.gradient_clip_val)
         self.optimizer.step()
         self.optimizer.zero_grad()

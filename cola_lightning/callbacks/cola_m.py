@@ -54,7 +54,8 @@ class CoLAM(L.Callback):
             raise InputError(
                 "the FSDP strategy has an activation_checkpointing_policy of its own; remove it or the CoLAM callback"
             )
-        pl_module.transforms.append(self.apply)
+        if self.apply not in pl_module.transforms:
+            pl_module.transforms.append(self.apply)
 
     def apply(self, network: Llama) -> None:
         """Set every layer of ``network`` up; called before it is compiled and sharded."""

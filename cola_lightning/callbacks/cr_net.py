@@ -5,6 +5,7 @@ import lightning as L
 from cola_lightning.callbacks.cola_m import CoLAM
 from cola_lightning.errors import InputError
 from cola_lightning.methods.cr_net import Recompute
+from cola_lightning.models import Llama
 
 
 class CRNetRecompute(L.Callback):
@@ -30,4 +31,9 @@ class CRNetRecompute(L.Callback):
             return
         if any(isinstance(callback, CoLAM) for callback in trainer.callbacks):
             raise InputError("CRNetRecompute and CoLAM are both among the callbacks; a layer is checkpointed one way")
-        pl_module.transforms.append(Recompute(self.anchor_every).attach)
+        if self.apply not in pl_module.transforms:
+            pl_module.transforms.append(self.apply)
+
+    def apply(self, network: Llama) -> None:
+        """Set every layer of ``network`` up; called before it is compiled and sharded."""
+        Recompute(self.anchor_every).attach(network)

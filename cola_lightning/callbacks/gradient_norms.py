@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from cola_lightning.module import at_log_step
+
 GROUPS = {
     "embedding": re.compile(r"\bembed_tokens\."),
     "attention": re.compile(r"\bself_attn\."),
@@ -37,7 +39,7 @@ class GradientNorms(L.Callback):
             )
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        if self.reachable and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        if self.reachable and at_log_step(trainer, uncounted=1):
             norms = gradient_norms(pl_module)
             pl_module.log_dict({f"gradient_norm/{group}": norm for group, norm in norms.items()})
 

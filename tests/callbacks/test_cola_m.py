@@ -4,13 +4,14 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cola_lightning.callbacks import CoLAM
+from cola_lightning.callbacks import CoLAM, CRNetRecompute
 from cola_lightning.errors import InputError
-from cola_lightning.methods import CoLA
+from cola_lightning.methods import CoLA, CRNet
 from cola_lightning.models import FullRank
 from cola_lightning.module import LanguageModel
 from cola_lightning.optim import WarmupCosine
@@ -107,3 +108,51 @@ def test_what_cannot_work_is_refused_with_the_reason():
     strategy = FSDPStrategy(activation_checkpointing_policy={nn.Linear})
     with pytest.raises(InputError, match="activation_checkpointing_policy of its own"):
         callback.setup(fake_trainer(callback, strategy=strategy), None, "fit")
+
+
+def quiet_trainer(*callbacks, **settings):
+    return L.Trainer(
+        accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=list(callbacks), **settings,
+    )  # fmt: skip
+
+
+def small(projection, **settings):
+    return LanguageModel(64, 32, 48, 2, 4, projection=projection, **settings)
+
+
+def batches(first=0):
+    ids = 1 + (torch.arange(first, first + 24).view(2, 1, 12) % 63)
+    return DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=None)
+
+
+@pytest.mark.parametrize(
+    ("policy", "projection"),
+    [(CoLAM(keep), partial(CoLA, rank=8)) for keep in KEEPS] + [(CRNetRecompute(), partial(CRNet, rank=8))],
+)
+@pytest.mark.parametrize("before", ["validated before", "built by a callback before it in the list", "twice"])
+def test_a_policy_is_applied_whatever_was_called_before_fit(policy, projection, before):
+    """Seen by what an evaluation of the blocks in training does: it calls the policy."""
+    model, others = small(projection), []
+    if before == "validated before":
+        quiet_trainer().validate(model, batches(), verbose=False)
+    elif before == "twice":
+        quiet_trainer(policy).fit(model, batches())
+    else:
+        others = [WeightAveraging()]  # Lightning's; it has the network built as it is set up
+    quiet_trainer(*others, policy).fit(model, batches(), batches())
+    called = []
+    for block in model.network.model.layers:
+        assert block.checkpoint is not None
+        own = block.checkpoint
+        block.checkpoint = lambda *arguments, own=own: called.append(own) or own(*arguments)
+    model.network(torch.ones(1, 4, dtype=torch.long))
+    assert len(called) == 2
+    assert len(model.transforms) == 1
+
+
+def test_a_policy_that_comes_too_late_is_refused():
+    model = small(partial(CoLA, rank=8), compile=True)
+    model.configure_model()
+    with pytest.raises(InputError, match="CoLAM has to change the network before it is compiled and sharded"):
+        quiet_trainer(CoLAM()).fit(model, batches())
