@@ -18,6 +18,7 @@ from cola_lightning.callbacks import CoLAM, CRNetRecompute
 from cola_lightning.callbacks.throughput import flops_per_token
 from cola_lightning.costs.counters import count_flops
 from cola_lightning.errors import InputError
+from cola_lightning.models.loss import at_least_float32
 from cola_lightning.module import LanguageModel, next_token_losses
 from cola_lightning.optim import Parameters
 
@@ -172,7 +173,7 @@ class Peer(Subject):
     def loss(self, ids: Tensor) -> Tensor:
         logits = self.network(ids)
         logits = getattr(logits, "logits", logits)[:, :-1]
-        return cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        return cross_entropy(at_least_float32(logits).flatten(0, 1), ids[:, 1:].flatten())
 
     def model_flops(self) -> float:
         """Three times a forward pass, as it is for networks all of whose matrices are trained."""

@@ -62,7 +62,7 @@ def test_networks_are_measured_side_by_side_with_another_own_and_anothers(flags,
 
 
 def test_a_peer_learns_as_our_network_does(flags):
-    cli = CLI(flags, run=False)
+    cli = CLI([*flags, "--trainer.precision=64-true"], run=False)
     own = Own("own", cli.trainer, cli.model, cli.datamodule)
     peer = Peer("tests.benchmark.peers:same", own)
     for subject in (own, peer):
@@ -70,11 +70,11 @@ def test_a_peer_learns_as_our_network_does(flags):
     peer.network.load_state_dict(cli.model.network.state_dict())
     peer.batch = own.batch
     for _ in range(3):
-        assert own.forward().item() == pytest.approx(peer.forward().item(), abs=1e-6)
+        assert own.forward().item() == pytest.approx(peer.forward().item(), abs=1e-10)
         own.step()
         peer.step()
     for ours, theirs in zip(cli.model.network.parameters(), peer.network.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
 def test_traces_open_elsewhere(flags, tmp_path):

@@ -153,7 +153,8 @@ def train(
 def main(strategy: str, devices: str, folder: str, *methods: str) -> None:
     torch.set_num_threads(1)
     for method in methods:
-        result = train(method, strategy, int(devices), steps=METHODS[method].comparable_steps)
+        steps = METHODS[method].comparable_steps
+        result = train(method, strategy, int(devices), steps=steps, precision="64-true")
         file = Path(folder) / f"{method}_{result.trainer.global_rank}.pt"
         torch.save({"losses": result.losses, "weights": result.weights}, file)
 

@@ -6,11 +6,11 @@ from tests.methods.runs import Snapshots, train
 
 
 def test_formula():
-    module = LoRA(20, 30, rank=5, alpha=32).eval()
+    module = LoRA(20, 30, rank=5, alpha=32).double().eval()
     torch.nn.init.normal_(module.B)
-    x = torch.randn(2, 3, 20)
+    x = torch.randn(2, 3, 20, dtype=torch.float64)
     expected = x @ module.weight.T + 32 / 5 * x @ module.A.T @ module.B.T
-    torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(module(x), expected, atol=1e-12, rtol=1e-12)
 
 
 def test_dropout_touches_the_branch_alone():

@@ -67,7 +67,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(method, step, tmp_path):
 
 @cache
 def in_one_process(method: str) -> runs.Result:
-    return train(method, steps=METHODS[method].comparable_steps)
+    return train(method, steps=METHODS[method].comparable_steps, precision="64-true")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_two_processes_have_equal_weights_and_the_losses_of_one(method, on_two):
     first, second = on_two[method, 0], on_two[method, 1]
     expected = in_one_process(method)
     assert len(first["losses"]) == METHODS[method].comparable_steps
-    assert first["losses"] == pytest.approx(expected.losses, abs=1e-5)
+    assert first["losses"] == pytest.approx(expected.losses, rel=1e-9)
     for name in expected.weights:
         assert torch.equal(first["weights"][name], second["weights"][name]), name
 
@@ -120,7 +120,8 @@ def test_precisions(method, precision):
 def test_accumulated_gradients_give_the_same_run(method):
     """Two batches of four rows a step, which are the eight of the others."""
     expected = in_one_process(method)
-    halves = train(method, steps=METHODS[method].comparable_steps, accumulate_grad_batches=2, batch_size=4)
+    steps = METHODS[method].comparable_steps
+    halves = train(method, steps=steps, accumulate_grad_batches=2, batch_size=4, precision="64-true")
     assert halves.trainer.global_step == expected.trainer.global_step == METHODS[method].comparable_steps
     ids = torch.arange(60).view(2, 30)
-    torch.testing.assert_close(halves.model.eval()(ids), expected.model.eval()(ids), atol=1e-5, rtol=0)
+    torch.testing.assert_close(halves.model.eval()(ids), expected.model.eval()(ids), atol=1e-9, rtol=0)

@@ -58,15 +58,15 @@ PROJECTIONS = {
 @pytest.mark.parametrize("key_value_heads", [4, 2])
 def test_projections_called_together_give_the_same(name, key_value_heads):
     plain, fused = (
-        tiny_llama(PROJECTIONS[name], num_key_value_heads=key_value_heads, fused_projections=fused)
+        tiny_llama(PROJECTIONS[name], num_key_value_heads=key_value_heads, fused_projections=fused).double()
         for fused in (False, True)
     )
     assert plain.state_dict().keys() == fused.state_dict().keys()
     (loss, expected), (other, found) = gradients(plain), gradients(fused)
-    torch.testing.assert_close(other, loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12)
     assert expected.keys() == found.keys()
     for parameter, gradient in expected.items():
-        torch.testing.assert_close(found[parameter], gradient, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found[parameter], gradient, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,8 @@ def test_fira_follows_its_formula(shape, form):
 def test_the_limiter_lets_a_norm_shrink_at_once_and_grow_by_its_factor():
     state, norms = {}, []
     for size in (2.0, 8.0, 1.0, 1.005, 1.1, 0.0, 3.0):
-        norms.append(limit_growth(torch.tensor([0.6 * size, 0.8 * size]), 1.01, state).norm().item())
+        x = torch.tensor([0.6 * size, 0.8 * size], dtype=torch.float64)
+        norms.append(limit_growth(x, 1.01, state).norm().item())
     assert norms == pytest.approx([2, 2.02, 1, 1.005, 1.01505, 0, 0], abs=1e-6)
 
 
