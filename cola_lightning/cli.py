@@ -38,13 +38,14 @@ from cola_lightning.checkpoints import damage, read_state, refuse_code
 from cola_lightning.checkpoints.newest import newest_whole
 from cola_lightning.config_files import ConfigFile
 from cola_lightning.data import prepare
+from cola_lightning.data.base import TokenDataModule
 from cola_lightning.errors import InputError
 from cola_lightning.hub import export
 from cola_lightning.models import Projection
 from cola_lightning.module import LanguageModel
 from cola_lightning.parser import Parser
 from cola_lightning.precision import refuse_precision
-from cola_lightning.provenance import write_provenance
+from cola_lightning.provenance import TOKENIZER, write_provenance
 from cola_lightning.strategies import refuse_mismatch, refuse_unknown
 
 USAGE = "[--config FILE] [--NAME VALUE ...]"
@@ -225,7 +226,16 @@ class CLI(LightningCLI):
         if resumes:
             self.model.initial_weights = None  # the checkpoint's count, and the folder may be gone by now
             refuse_mismatch(trainer.strategy, Path(resumes), trainer.world_size)
+            self._tell_data(Path(resumes), run_dir)
         return trainer
+
+    def _tell_data(self, checkpoint: Path, run_dir: str | None) -> None:
+        """Let the data know what the run began with, before it is read."""
+        if not isinstance(self.datamodule, TokenDataModule):
+            return
+        folders = [*checkpoint.absolute().parents[:2], *([Path(run_dir)] if run_dir else [])]
+        kept = (folder / TOKENIZER for folder in folders if (folder / TOKENIZER / "tokenizer.json").is_file())
+        self.datamodule.begin_from(read_state(checkpoint), next(kept, None), training=self.subcommand == "fit")
 
 
 class Settings(CLI):

@@ -1,14 +1,21 @@
 """What every data module of this package does alike."""
 
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import Dataset
 
+from cola_lightning.data.identity import Identity, compare_runs
 from cola_lightning.data.loader import EvalLoader
 from cola_lightning.data.tokenizer import Tokenizer
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, hide_secrets
+
+IDENTITY = "identity"
+"""What the state of every data module of this package has: what the run's data is."""
 
 
 def rows_of_a_step(rows: int | None, tokens: int | None, sequence_length: int) -> int | None:
@@ -43,6 +50,7 @@ class TokenDataModule(L.LightningDataModule):
         batch_size: Rows of a micro-batch on one device (B).
         global_batch_size: Rows of an optimizer step over all devices, or None.
         sequence_length: Tokens of a row (T).
+        tokenizer_name: What the user named, or None.
     """
 
     tokenizer: Tokenizer
@@ -50,6 +58,11 @@ class TokenDataModule(L.LightningDataModule):
     batch_size: int
     global_batch_size: int | None
     sequence_length: int
+    tokenizer_name: str | None
+    _began_with: Identity | None = None
+    _known: Identity | None = None
+    _run_tokenizer: Path | None = None
+    _stage: str = "fit"
 
     def val_dataloader(self) -> EvalLoader:
         return EvalLoader(self.validation_rows, self.batch_size, **self._share())
@@ -57,10 +70,95 @@ class TokenDataModule(L.LightningDataModule):
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
+    # -- what the run began with --------------------------------------------------------------------------------------
+
+    def begin_from(self, checkpoint: dict[str, Any], run_tokenizer: Path | None, training: bool) -> None:
+        """Learn what a run began with, before any data is read: Lightning loads states only after ``setup``.
+
+        Args:
+            checkpoint: State of the whole checkpoint that the run goes on from, or that is evaluated.
+            run_tokenizer: Folder of the tokenizer that the run keeps beside its checkpoints.
+            training: Whether the run goes on.
+
+        Raises:
+            InputError: If the settings of this data are not those that the run began with, or the run's data is of
+                another kind.
+        """
+        state = checkpoint.get(type(self).__qualname__)
+        if state:
+            self._run_tokenizer = run_tokenizer
+            self._remember(state, training)
+            return
+        for name, other in checkpoint.items():
+            if isinstance(other, dict) and IDENTITY in other:
+                raise InputError(
+                    f"--data is {type(self).__name__}, but the run began with {name}, and its position is one in that; "
+                    f"name it, or begin a new run"
+                )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Begin at the position that ``state_dict`` of the subclass returned."""
+        """Begin at the position that ``state_dict`` of the subclass returned.
+
+        Raises:
+            InputError: If the data changed since.
+        """
         # Lightning knows only loaders that keep one state for all ranks, and warns of any other.
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
+        if state_dict and self._began_with != state_dict[IDENTITY]:
+            self._remember(state_dict, self._stage == "fit")
+            if hasattr(self, "tokenizer"):  # setup is done, which else compares
+                self._compare()
+
+    def _remember(self, state: dict[str, Any], training: bool) -> None:
+        """Keep what the run began with, and refuse settings that differ."""
+        self._began_with = state[IDENTITY]
+        compare_runs(self._began_with, self._settings(), training)
+
+    def _settings(self) -> Identity:
+        """The settings in the identity of this data, ``fixed`` and ``free``; see :func:`compare_runs`."""
+        raise NotImplementedError
+
+    def _identity(self) -> Identity:
+        """All of the identity; there after ``setup``."""
+        raise NotImplementedError
+
+    def _compare(self) -> None:
+        """Note the identity of this data, refuse what changed since the run began, and say what is harmless."""
+        self._known = self._identity()
+        if self._began_with is not None:
+            for change in compare_runs(self._began_with, self._known, self._stage == "fit"):
+                rank_zero_warn(hide_secrets(f"since the run began, something changed: {change}"))
+
+    def _choose_tokenizer(self, load: Callable[[], Tokenizer] | None) -> Tokenizer | None:
+        """The tokenizer to use. The one that the run keeps comes first, so that nothing which happens to another, on
+        the hub or on a disk, changes the run.
+
+        Args:
+            load: Loads what the user named; None where one is to be trained.
+
+        Raises:
+            InputError: If the user named one that makes other ids than the run's.
+        """
+        began = self._began_with and self._began_with["tokenizer"]
+        own = Tokenizer.load(str(self._run_tokenizer)) if began and self._run_tokenizer else None
+        if not began or own is None or own.fingerprint() != began["fingerprint"]:
+            return load() if load else None  # compared with the run's once all is known
+        if load is None or self.tokenizer_name is None:
+            return own
+        on_disk = Path(self.tokenizer_name).expanduser().exists()
+        if self.tokenizer_name == began["name"] and not on_disk:
+            return own
+        if load().fingerprint() != own.fingerprint():
+            if self.tokenizer_name != began["name"]:
+                raise InputError(
+                    f"--data.tokenizer {self.tokenizer_name} makes other ids than the tokenizer of the run; leave it "
+                    f"out to go on with that one, or begin a new run in another --run_dir"
+                )
+            rank_zero_warn(
+                f"--data.tokenizer {self.tokenizer_name} was changed since the run began; the run goes on with its "
+                f"own, in {self._run_tokenizer}"
+            )
+        return own
 
     def _share(self) -> dict[str, int]:
         """Which part of the data this process takes."""

@@ -1,6 +1,5 @@
 """The data module for text that is too much for this machine: streamed, or tokenised beforehand."""
 
-import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +9,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 
-from cola_lightning.data.base import TokenDataModule, rows_of_a_step
+from cola_lightning.data.base import IDENTITY, TokenDataModule, rows_of_a_step
 from cola_lightning.data.cache import cache_folder
+from cola_lightning.data.identity import Identity
 from cola_lightning.data.lanes import MakeLanes, RowShape
 from cola_lightning.data.prepared import PreparedCorpus, is_prepared
 from cola_lightning.data.retry import Retry
@@ -37,8 +37,8 @@ class C4DataModule(TokenDataModule):
     Args:
         path: Data set on the Hugging Face hub, folder of files, format of ``datasets`` with ``data_files``, or folder
             that ``prepare`` made.
-        name: Configuration of the data set; null where it has none.
-        revision: Branch, tag or commit on the hub. Name a commit for a run that must be repeatable.
+        name: Configuration of the data set; if not given, ``en`` for allenai/c4, and none for any other.
+        revision: Branch, tag or commit on the hub. A run keeps to the commit that it began with.
         data_files: Files, patterns or addresses, by split.
         text_column: Column of the text.
         sources: Several sources in place of the one above, mixed by the tokens that each hands out.
@@ -71,7 +71,7 @@ class C4DataModule(TokenDataModule):
     def __init__(
         self,
         path: str = "allenai/c4",
-        name: str | None = "en",
+        name: str | None = None,
         revision: str | None = None,
         data_files: DataFiles = None,
         text_column: str = "text",
@@ -95,6 +95,8 @@ class C4DataModule(TokenDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
+        if path == "allenai/c4" and name is None and data_files is None:
+            name = "en"
         self.sources = sources or [Source(path, name, revision, "train", data_files, text_column)]
         self.validation = validation or replace(self.sources[0], split="validation")
         least = {"sequence_length": (sequence_length, 2), "batch_size": (batch_size, 1), "lanes": (lanes, 1)}
@@ -118,9 +120,11 @@ class C4DataModule(TokenDataModule):
         self.shuffle_buffer, self.lanes, self.validation_tokens = shuffle_buffer, lanes, validation_tokens
         self.seed, self.num_workers, self.verify = seed, num_workers, verify
         self.retry, self.cache_dir = Retry(retries, retry_wait), cache_folder(cache_dir)
+        self._revisions = [source.revision for source in [*self.sources, self.validation]]  # as they were named
         self._loader: StreamLoader | None = None
         self._state: dict[str, Any] | None = None
         self._corpora: list[Corpus] = []
+        self._held_out: Corpus | None = None
 
     # -- sources ------------------------------------------------------------------------------------------------------
 
@@ -133,19 +137,28 @@ class C4DataModule(TokenDataModule):
         self._validation_set(self._load_tokenizer()).make()
 
     def setup(self, stage: str) -> None:
+        self._stage = stage
         self.tokenizer = self._load_tokenizer()
         pad_id = self.tokenizer.eos_id if self.tokenizer.pad_id is None else self.tokenizer.pad_id
         apart = self.row_type == "packed" and not self.cross_document_attention
         self.row_shape = RowShape(self.sequence_length, self.row_type == "packed", pad_id, apart)
         if stage == "fit":
             self._corpora = [self._open(source, self.tokenizer) for source in self.sources]
-        documents = self._validation_set(self.tokenizer).load()
+        validation = self._validation_set(self.tokenizer)
+        self._held_out = validation.corpus
+        self._compare()
+        documents = validation.load()
         if self.row_type == "packed":
             self.validation_rows = PackedRows(documents, self.sequence_length, pad_id, apart)
         else:
             self.validation_rows = PaddedRows(documents, self.sequence_length, pad_id)
 
     def _load_tokenizer(self) -> Tokenizer:
+        tokenizer = self._choose_tokenizer(self._load_named_tokenizer)
+        assert tokenizer is not None
+        return tokenizer
+
+    def _load_named_tokenizer(self) -> Tokenizer:
         for source in [*self.sources, self.validation]:
             if is_prepared(source):
                 corpus = PreparedCorpus(source)
@@ -175,7 +188,6 @@ class C4DataModule(TokenDataModule):
     def train_dataloader(self) -> StreamLoader:
         trainer = self.trainer
         assert trainer is not None
-        self._check_state()
         share = self._share()
         if self.num_workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not outlive the fork of a worker
@@ -223,11 +235,11 @@ class C4DataModule(TokenDataModule):
             states: list[dict[str, Any]] = [{} for _ in range(self._loader.replicas)]
             dist.all_gather_object(states, state)
             state["lanes"] = {lane: value for other in states for lane, value in other["lanes"].items()}
-        return state | {"identity": self._identity()}
+        return state | {IDENTITY: self._known}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
         self._state = state_dict
+        super().load_state_dict(state_dict)
 
     def on_exception(self, exception: BaseException) -> None:
         """Save a checkpoint to go on from where the data failed. Any other exception may be this rank's own, and the
@@ -235,32 +247,60 @@ class C4DataModule(TokenDataModule):
         trainer = self.trainer
         if isinstance(exception, StreamError) and trainer is not None and trainer.global_step:
             folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+            self._known = (self._known or {}) | {"failed": True}
             file = Path(folder) / f"data-failed-step={trainer.global_step}.ckpt"
             trainer.save_checkpoint(file)
             rank_zero_warn(f"the data failed; when it can be read again, go on by --ckpt_path {file}")
 
-    def _identity(self) -> dict[str, Any]:
-        """What must not change within a run, for a position means something only in the order that it belongs to."""
-        names = ["\n".join(Path(shard).name for shard in corpus.shards) for corpus in self._corpora]
+    # -- identity -----------------------------------------------------------------------------------------------------
+
+    def _remember(self, state: dict[str, Any], training: bool) -> None:
+        super()._remember(state, training)
+        if self._pin(state[IDENTITY]) and self._held_out:  # from Python, where this comes after setup
+            self.prepare_data()
+            self.setup(self._stage)
+
+    def _pin(self, began: Identity) -> bool:
+        """Keep to the commits that the run began with, unless another revision is named; say whether that changes
+        anything."""
+        named = [*self.sources, self.validation]
+        pinned = []
+        for source, revision, then in zip(
+            named, self._revisions, [*began["sources"], began["validation"]], strict=False
+        ):
+            same = source.title == then["title"] and revision == then["revision"] and then["commit"]
+            pinned.append(replace(source, revision=then["commit"]) if same else source)
+        if len(pinned) != len(named) or pinned == named:
+            return False
+        *self.sources, self.validation = pinned
+        return True
+
+    def _settings(self) -> Identity:
         return {
-            "lanes": self.lanes,
-            "seed": self.seed,
-            "shuffle_buffer": self.shuffle_buffer,
-            "shards": [hashlib.sha256(text.encode()).hexdigest() for text in names],
+            "fixed": {
+                "lanes": self.lanes,
+                "seed": self.seed,
+                "shuffle_buffer": self.shuffle_buffer,
+                "rows": self.row_type,
+            },
+            "free": {
+                "sequence_length": self.sequence_length,
+                "cross_document_attention": self.cross_document_attention,
+                "validation_tokens": self.validation_tokens,
+            },
         }
 
-    def _check_state(self) -> None:
-        if not self._state:
-            return
-        now, then = self._identity(), self._state["identity"]
-        if now["shards"] != then["shards"]:
-            raise InputError(
-                "the checkpoint stands in other data than is named now: sources or the names of their shards differ; "
-                "name the data that the run began with, or begin a new run"
-            )
-        for name, value in then.items():
-            if now[name] != value:
-                raise InputError(f"--data.{name} is {now[name]}, but the run began with {value}, to which it must keep")
+    def _identity(self) -> Identity:
+        assert self._held_out is not None
+        sources = [
+            corpus.identity() | {"revision": revision, "weight": source.weight}
+            for corpus, source, revision in zip(self._corpora, self.sources, self._revisions, strict=False)
+        ]
+        found = {
+            "tokenizer": {"name": self.tokenizer_name, "fingerprint": self.tokenizer.fingerprint()},
+            "validation": self._held_out.identity() | {"revision": self._revisions[-1]},
+        }
+        return self._settings() | found | ({"sources": sources} if sources else {})
 
 
 def _agree() -> Any:

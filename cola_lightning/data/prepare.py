@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from dataclasses import replace
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +22,7 @@ from cola_lightning.data.retry import Retry
 from cola_lightning.data.sources import Source, TextCorpus
 from cola_lightning.data.stream import die_with
 from cola_lightning.data.tokenizer import Tokenizer
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, hide_secrets
 from cola_lightning.parser import Parser
 
 
@@ -35,7 +37,8 @@ def prepare(
 ) -> None:
     """Tokenise a source into memory-mappable shards with checksums, one for each of its own.
 
-    A shard appears when it is whole. Run again after a break, it goes on with those that are not there.
+    A shard appears when it is whole. Run again after a break, it goes on with those that are not there, at the commit
+    of the hub that it began with, and makes those anew whose source changed.
 
     Args:
         source: What to tokenise.
@@ -53,9 +56,15 @@ def prepare(
         raise InputError(f"num_workers is {num_workers}; it must be at least 1")
     retry = Retry(retries, retry_wait)
     encoder = Tokenizer.load(tokenizer, retry)
+    revision = source.revision
     for split in splits or [source.split]:
-        part = Source(**{**vars(source), "split": split})
-        _prepare_split(TextCorpus(part, encoder, retry), Path(folder).expanduser() / split, num_workers)
+        target = Path(folder).expanduser() / split
+        begun = _begun(target)
+        if begun and begun.get("format") == FORMAT and source.revision == begun["revision"]:
+            revision = begun["identity"]["commit"]  # the hub's files as they were when it was begun
+        corpus = TextCorpus(replace(source, split=split, revision=revision), encoder, retry)
+        _prepare_split(corpus, target, source.revision, num_workers)
+        revision = corpus.identity()["commit"] or revision  # all splits are of one commit
 
 
 def main(args: list[str]) -> None:
@@ -63,20 +72,32 @@ def main(args: list[str]) -> None:
     auto_cli(prepare, args=args, prog="cola_lightning prepare", parser_class=Parser, as_positional=False)
 
 
-def _prepare_split(corpus: TextCorpus, folder: Path, num_workers: int) -> None:
+def _prepare_split(corpus: TextCorpus, folder: Path, revision: str | None, num_workers: int) -> None:
     dtype = "<u2" if corpus.tokenizer.vocab_size <= 2**16 else "<i4"
-    plan = {
+    fixed = {
         "format": FORMAT,
         "source": corpus.title,
+        "revision": revision,
         "column": corpus.column,
         "tokenizer": corpus.tokenizer.fingerprint(),
         "tokenizer_name": corpus.tokenizer.name,
         "dtype": dtype,
         "shards": corpus.shards,
     }
-    _keep_plan(folder, plan)
+    plan = fixed | {"identity": corpus.identity()}
+    begun = _begun(folder)
+    if begun:
+        for name, value in fixed.items():
+            if begun.get(name) != value:
+                raise InputError(f"{folder} was begun with another {name}; choose another --folder, or delete it")
+    elif folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} holds something else; choose another --folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = _missing(corpus, folder)
+    if missing:  # what is there is not whole, and would be taken for it
+        (folder / INDEX).unlink(missing_ok=True)
+    _write(folder / PLAN, plan)
     corpus.tokenizer.save(folder / TOKENIZER)
-    missing = [shard for shard in range(len(corpus.shards)) if not (folder / _record(shard)).is_file()]
     _make(corpus, folder, missing, dtype, num_workers)
     shards = [json.loads((folder / _record(shard)).read_text(encoding="utf-8")) for shard in range(len(corpus.shards))]
     totals = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens")}
@@ -86,17 +107,34 @@ def _prepare_split(corpus: TextCorpus, folder: Path, num_workers: int) -> None:
     _write(folder / INDEX, {**plan, **totals, "shards": shards})
 
 
-def _keep_plan(folder: Path, plan: dict[str, Any]) -> None:
+def _begun(folder: Path) -> dict[str, Any] | None:
+    """What a folder was begun with; None where nothing was."""
     file = folder / PLAN
-    if file.is_file():
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        for name, value in plan.items():
-            if kept.get(name) != value:
-                raise InputError(f"{folder} was begun with another {name}; choose another --folder, or delete it")
-    elif folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} holds something else; choose another --folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(file, plan)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _missing(corpus: TextCorpus, folder: Path) -> list[int]:
+    """The shards that are to be made: those without a record, and those whose source changed since."""
+    missing, changed = [], []
+    for shard, fingerprint in enumerate(corpus.fingerprints):
+        record = folder / _record(shard)
+        if not record.is_file():
+            missing.append(shard)
+        elif json.loads(record.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+            changed.append(shard)
+    if changed:
+        warnings.warn(
+            hide_secrets(
+                f"{len(changed)} of {len(corpus.shards)} shards changed since they were tokenised, the first "
+                f"{corpus.shards[changed[0]]}; they are tokenised anew. A run that began with the old ones will not go "
+                f"on with these"
+            ),
+            stacklevel=2,
+        )
+        (folder / INDEX).unlink(missing_ok=True)
+        for shard in changed:
+            (folder / _record(shard)).unlink()
+    return sorted(missing + changed)
 
 
 def _make(corpus: TextCorpus, folder: Path, missing: list[int], dtype: str, num_workers: int) -> None:
@@ -169,7 +207,13 @@ def _make_shard(shard: int) -> None:
                 "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
             }
         data.replace(folder / name)
-    record = {"source": corpus.shards[shard], "record": _record(shard), "documents": count, "tokens": offsets[-1]}
+    record = {
+        "source": corpus.shards[shard],
+        "fingerprint": corpus.fingerprints[shard],
+        "record": _record(shard),
+        "documents": count,
+        "tokens": offsets[-1],
+    }
     _write(folder / _record(shard), {**record, "files": files})
 
 

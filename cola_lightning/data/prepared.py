@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from cola_lightning.data.identity import Identity
 from cola_lightning.data.sources import Source
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 INDEX, PLAN, TOKENIZER = "index.json", "plan.json", "tokenizer"
 
 
@@ -71,6 +72,16 @@ class PreparedCorpus:
 
     def encode(self, documents: list[np.ndarray]) -> list[np.ndarray]:
         return [ids.astype(np.int32) for ids in documents]
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Checksums of each shard's files."""
+        return [" ".join(facts["sha256"] for facts in shard["files"].values()) for shard in self.index["shards"]]
+
+    def identity(self) -> Identity:
+        """What these shards are, and what they were made of."""
+        prepared = hashlib.sha256("\n".join(self.fingerprints).encode()).hexdigest()[:32]
+        return self.index["identity"] | {"title": self.title, "prepared": prepared}
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(str(self.folder / TOKENIZER))

@@ -4,11 +4,14 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import DatasetBuilder, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
+from cola_lightning.data.identity import Identity, describe_files, fingerprint_files
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.shards import Row, read_file, read_table
 from cola_lightning.data.tokenizer import Tokenizer
@@ -70,6 +73,15 @@ class TextCorpus:
         if not self.shards:
             raise InputError(f"{source.title} split {source.split!r} has no file; check data_files {source.data_files}")
 
+    @cached_property
+    def fingerprints(self) -> list[str]:
+        """Of each shard, what tells it from another of the same name; see :func:`fingerprint_files`."""
+        return fingerprint_files(self.shards, self.retry)
+
+    def identity(self) -> Identity:
+        """What these shards are, in a few plain values; see :func:`describe_files`."""
+        return describe_files(self.title, self.column, self.shards, self.fingerprints)
+
     def read(self, shard: int, start: int = 0, part: int = 0, parts: int = 1) -> Iterator[tuple[int, str]]:
         """Rows ``part``, ``part + parts``, … of a shard that are not before ``start``, each with its number; empty
         ones are left out. A read that fails is taken up at the next row.
@@ -108,7 +120,10 @@ def _resolve(source: Source) -> DatasetBuilder:
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             return load_dataset_builder(
-                source.path, source.name, revision=source.revision, data_files=source.data_files
+                _expand_home(source.path),
+                source.name,
+                revision=source.revision,
+                data_files=_expand_home(source.data_files),
             )
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
@@ -122,3 +137,12 @@ def _resolve(source: Source) -> DatasetBuilder:
             raise ConnectionError(str(error)) from error
         at = f" at revision {source.revision!r}" if source.revision else ""
         raise InputError(f"data set {source.title}{at} cannot be opened: {str(error).splitlines()[0]}") from error
+
+
+def _expand_home(paths: Any) -> Any:
+    """The same paths with ``~`` replaced by the home folder; ``datasets`` would look for a folder of that name."""
+    if isinstance(paths, dict):
+        return {split: _expand_home(value) for split, value in paths.items()}
+    if isinstance(paths, list | tuple):
+        return [_expand_home(value) for value in paths]
+    return str(Path(paths).expanduser()) if isinstance(paths, str) and paths.startswith("~") else paths

@@ -6,21 +6,24 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import Dataset, Features, List, Value, load_from_disk
 from torch.utils.data import Dataset as Rows
 
-from cola_lightning.data.base import TokenDataModule, rows_of_a_step
+from cola_lightning.data.base import IDENTITY, TokenDataModule, rows_of_a_step
 from cola_lightning.data.cache import cache_folder
 from cola_lightning.data.documents import find_files, read_documents
+from cola_lightning.data.identity import Identity, describe_files, fingerprint_files
 from cola_lightning.data.loader import TrainLoader
+from cola_lightning.data.retry import Retry
 from cola_lightning.data.rows import Documents, PackedRows, PaddedRows
 from cola_lightning.data.tokenizer import Tokenizer
-from cola_lightning.data.tokenizer_files import tokenizer_file
 from cola_lightning.errors import InputError
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
+IDS = "ids.json"
+"""File in a cached corpus: a digest of the ids of each part."""
 
 
 class TextDataModule(TokenDataModule):
@@ -86,6 +89,7 @@ class TextDataModule(TokenDataModule):
         self.cache_dir = cache_folder(cache_dir)
         self._train_loader: TrainLoader | None = None
         self._position = 0
+        self._tokenizer: Tokenizer | None = None
 
     # -- text to tokens, once -----------------------------------------------------------------------------------------
 
@@ -100,6 +104,7 @@ class TextDataModule(TokenDataModule):
             train, validation = self._split(scratch)
             tokenizer = self._make_tokenizer(train)
             tokenizer.save(scratch / "result" / "tokenizer")
+            ids: dict[str, str] = {}
             for name, documents in (("train", train), ("validation", validation)):
                 tokens = documents.map(
                     lambda batch: {"ids": tokenizer.encode(batch["text"])},
@@ -110,6 +115,8 @@ class TextDataModule(TokenDataModule):
                     cache_file_name=str(scratch / f"{name}.arrow"),
                 )
                 tokens.save_to_disk(scratch / "result" / name)
+                ids[name] = _digest(Documents(tokens.data.column("ids")))
+            (scratch / "result" / IDS).write_text(json.dumps(ids), encoding="utf-8")
             try:
                 (scratch / "result").rename(folder)
             except OSError:
@@ -119,24 +126,45 @@ class TextDataModule(TokenDataModule):
             shutil.rmtree(scratch, ignore_errors=True)
 
     def setup(self, stage: str) -> None:
+        self._stage = stage
         folder = self._cache()
-        self.tokenizer = Tokenizer.load(self.tokenizer_name or str(folder / "tokenizer"))
+        tokenizer = self._known_tokenizer()
+        self.tokenizer = Tokenizer.load(str(folder / "tokenizer")) if tokenizer is None else tokenizer
+        self._ids = json.loads((folder / IDS).read_text(encoding="utf-8"))
+        self._compare()
         self.train_rows = self._rows(folder / "train")
         self.validation_rows = self._rows(folder / "validation")
 
     def _cache(self) -> Path:
         """Folder whose name tells everything that its content depends on."""
-        files = find_files(self.paths) + (find_files(self.validation_paths) if self.validation_paths else [])
-        if self.tokenizer_name and Path(self.tokenizer_name).exists():
-            files.append(tokenizer_file(self.tokenizer_name))
+        files = [str(file) for paths in (self.paths, self.validation_paths) if paths for file in find_files(paths)]
         content = {
             "format": CACHE_FORMAT,
-            "files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+            # Times too, because of large files only samples are looked at.
+            "files": [files, fingerprint_files(files, Retry()), [Path(file).stat().st_mtime_ns for file in files]],
             "split": [self.paths, self.validation_paths, self.validation_fraction, self.seed],
             "text": [self.text_column, self.separator],
-            "tokenizer": self.tokenizer_name or self.vocab_size,
         }
-        return self.cache_dir / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+        def folder(tokenizer: str | int) -> Path:
+            key = json.dumps(content | {"tokenizer": tokenizer})
+            return self.cache_dir / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+        tokenizer = self._known_tokenizer()
+        if tokenizer is None:
+            return folder(self.vocab_size)
+        if self.tokenizer_name is None:  # the run's own, which may have been trained on this very text
+            trained = folder(self.vocab_size)
+            if trained.exists() and Tokenizer.load(str(trained / "tokenizer")).fingerprint() == tokenizer.fingerprint():
+                return trained
+        return folder(tokenizer.fingerprint())
+
+    def _known_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the run, or the one that is named; None where one is to be trained on the text."""
+        if self._tokenizer is None:
+            name = self.tokenizer_name
+            self._tokenizer = self._choose_tokenizer((lambda: Tokenizer.load(name)) if name else None)
+        return self._tokenizer
 
     def _split(self, scratch: Path) -> tuple[Dataset, Dataset]:
         documents = self._documents(self.paths, scratch)
@@ -165,8 +193,8 @@ class TextDataModule(TokenDataModule):
             raise cause or error from None
 
     def _make_tokenizer(self, train: Dataset) -> Tokenizer:
-        if self.tokenizer_name:
-            return Tokenizer.load(self.tokenizer_name)
+        if (tokenizer := self._known_tokenizer()) is not None:
+            return tokenizer
         batches = (batch["text"] for batch in train.iter(batch_size=64))
         return Tokenizer.train((text for batch in batches for text in batch), self.vocab_size)
 
@@ -195,14 +223,50 @@ class TextDataModule(TokenDataModule):
 
     # -- position -----------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self._train_loader.position if self._train_loader else self._position}
+    def state_dict(self) -> dict[str, Any]:
+        position = self._train_loader.position if self._train_loader else self._position
+        return {"position": position, IDENTITY: self._known}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._position = state_dict["position"]
+
+    # -- identity -----------------------------------------------------------------------------------------------------
+
+    def _remember(self, state: dict[str, Any], training: bool) -> None:
+        super()._remember(state, training)
+        self._tokenizer = None  # to be chosen with the run's in mind
+
+    def _settings(self) -> Identity:
+        return {
+            "fixed": {
+                "sequence_length": self.sequence_length,
+                "rows": self.row_type,
+                "seed": self.seed,
+                "separator": self.separator,
+                "validation_fraction": None if self.validation_paths else self.validation_fraction,
+            }
+            | ({} if self.tokenizer_name else {"vocab_size": self.vocab_size}),
+            "free": {},
+            "sources": [self._describe(self.paths)],
+            "validation": self._describe(self.validation_paths) if self.validation_paths else None,
+        }
+
+    def _describe(self, paths: list[str]) -> Identity:
+        files = [str(file) for file in find_files(paths)]
+        return describe_files(", ".join(paths), self.text_column, files, fingerprint_files(files, Retry()))
+
+    def _identity(self) -> Identity:
+        tokenizer = {"name": self.tokenizer_name, "fingerprint": self.tokenizer.fingerprint()}
+        return self._settings() | {"tokenizer": tokenizer, "ids": self._ids["train"]}
 
 
 def _texts(paths: list[str], text_column: str, separator: str | None) -> Iterator[dict[str, str]]:
     for text in read_documents(find_files(paths), text_column, separator):
         yield {"text": text}
+
+
+def _digest(documents: Documents) -> str:
+    found = hashlib.sha256(documents.offsets.tobytes())
+    found.update(documents.ids.tobytes())
+    return found.hexdigest()[:32]

@@ -41,6 +41,7 @@ class Tokenizer:
         fast.no_padding()
         fast.no_truncation()
         self.fast, self.eos_id, self.pad_id, self.name = fast, eos_id, pad_id, name
+        self._fingerprint: str | None = None
         special = {i: token.content for i, token in fast.get_added_tokens_decoder().items() if token.special}
         unknown = _unknown_id(fast)  # special, but what text becomes that the tokenizer cannot spell
         ids = set(fast.get_vocab().values()) - set(special) | ({eos_id, pad_id, unknown} - {None})
@@ -99,8 +100,10 @@ class Tokenizer:
 
         Settings that are off are left out, so that a release of the library that adds one changes nothing.
         """
-        content = json.dumps([_without_defaults(json.loads(self.fast.to_str())), self.eos_id], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        if self._fingerprint is None:
+            content = json.dumps([_without_defaults(json.loads(self.fast.to_str())), self.eos_id], sort_keys=True)
+            self._fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        return self._fingerprint
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, as Hugging Face lays them out."""

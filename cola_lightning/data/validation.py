@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from cola_lightning.data.lanes import ENCODED_TOGETHER
 from cola_lightning.data.prepared import PreparedCorpus
+from cola_lightning.data.readers import is_local
 from cola_lightning.data.rows import Documents
 from cola_lightning.data.sources import TextCorpus
 from cola_lightning.data.tokenizer import Tokenizer
@@ -40,7 +41,9 @@ class ValidationSet:
     ) -> None:
         self.corpus, self.tokens, self.longest = corpus, tokens, longest
         if isinstance(corpus, TextCorpus):
-            source: Any = [corpus.column, *((name, *_size_and_time(name)) for name in corpus.shards)]
+            # Times too, because of large files only samples are looked at.
+            times = [Path(name).stat().st_mtime_ns if is_local(name) else 0 for name in corpus.shards]
+            source: Any = [corpus.column, corpus.shards, corpus.fingerprints, times]
         else:
             source = corpus.index
         content = json.dumps([source, tokenizer.fingerprint(), tokens, longest])
@@ -86,8 +89,3 @@ class ValidationSet:
         if not documents:
             raise InputError(f"{self.corpus.title} has no document to validate on")
         return documents
-
-
-def _size_and_time(name: str) -> tuple[int, int]:
-    path = Path(name)
-    return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)

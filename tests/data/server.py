@@ -17,6 +17,7 @@ class Server:
         self.faults: dict[str, list[float | None]] = defaultdict(list)
         self.requests: list[str] = []
         self.ranges = "none"
+        self.tags: dict[str, str] = {}  # the ETag of a file, where the server knows one
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self, directory=str(folder)))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
@@ -33,6 +34,8 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def end_headers(self) -> None:
         self.send_header("Accept-Ranges", self.owner.ranges)
+        if tag := self.owner.tags.get(self.path.strip("/")):
+            self.send_header("ETag", tag)
         super().end_headers()
 
     def do_GET(self) -> None:

@@ -12,6 +12,7 @@ from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from cola_lightning.module import LanguageModel, next_token_losses
 from tests.data.conftest import arguments, sentences, write_shard
+from tests.data.server import Server
 
 
 def ready(data: C4DataModule, ranks: int = 1, rank: int = 0, stage: str = "fit") -> C4DataModule:
@@ -60,6 +61,35 @@ def test_validation_set_is_made_once(c4, tmp_path):
     assert folder.stat().st_mtime_ns == before
     ready(C4DataModule(**data | {"validation_tokens": 100}))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_validation_set_at_an_address_is_made_anew_when_the_file_there_changes(c4, tmp_path):
+    write_shard(tmp_path / "validation.json.gz", sentences("v", 30))
+    server = Server(tmp_path)
+    server.ranges = "bytes"
+    held_out = Source("json", split="validation", data_files={"validation": f"{server.url}/validation.json.gz"})
+    settings = arguments(c4, validation=held_out, validation_tokens=10**6, cache_dir=str(tmp_path / "cache"))
+
+    def lengths():
+        return ready(C4DataModule(**settings), stage="validate").validation_rows.documents.offsets.tolist()
+
+    first = lengths()
+    server.requests.clear()
+    assert lengths() == first
+    only_looked = len(server.requests)
+    write_shard(tmp_path / "validation.json.gz", sentences("w", 31))
+    second = lengths()
+    assert second != first
+    server.tags["validation.json.gz"] = '"as-before"'
+    lengths()
+    server.requests.clear()
+    lengths()
+    assert len(server.requests) == only_looked
+    server.requests.clear()
+    server.tags["validation.json.gz"] = '"changed"'
+    assert lengths() == second
+    assert len(server.requests) > only_looked
+    server.close()
 
 
 def test_sources_are_mixed_and_counted_by_name(c4, tmp_path):
@@ -133,29 +163,6 @@ def test_batch_size_may_change_within_a_run_and_no_document_comes_twice(c4):
         firsts += [tuple(row.tolist()) for batch in take(data, count) for row in batch["input_ids"]]
         state = data.state_dict()
     assert len(firsts) == len(set(firsts)) == 18 + 30 + 20
-
-
-@pytest.mark.parametrize(
-    ("others", "message"),
-    [
-        ({"lanes": 8}, "--data.lanes is 8, but the run began with 4"),
-        ({"seed": 1}, "--data.seed is 1, but the run began with 42"),
-        ({"shuffle_buffer": 9}, "--data.shuffle_buffer is 9, but the run began with 8"),
-    ],
-)
-def test_what_a_position_depends_on_must_not_change_within_a_run(c4, others, message):
-    data = ready(C4DataModule(**arguments(c4)))
-    take(data, 3)
-    with pytest.raises(InputError, match=message):
-        take(resumed(c4, data.state_dict(), **others), 1)
-
-
-def test_other_data_under_a_run_is_refused(c4):
-    data = ready(C4DataModule(**arguments(c4)))
-    take(data, 3)
-    files = {"train": f"{c4}/c4-train.0000[0-3]*", "validation": f"{c4}/c4-validation*"}
-    with pytest.raises(InputError, match="the checkpoint stands in other data"):
-        take(resumed(c4, data.state_dict(), data_files=files), 1)
 
 
 def test_corrupted_shard_is_found_at_start_by_name(c4, prepared, tmp_path):

@@ -101,6 +101,44 @@ def test_broken_shard_stops_it_and_a_second_run_makes_only_what_is_missing(sourc
     assert not list(folder.glob("*.part"))
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_shard_whose_source_changed_is_made_anew_also_after_a_break(source, run, tmp_path, interrupted, c4):
+    last = tmp_path / "text" / "train-2.json.gz"
+    whole = last.read_bytes()
+    if interrupted:
+        last.write_bytes(whole[:200])
+        with pytest.raises(InputError, match="cut short or damaged"):
+            run()
+        last.write_bytes(whole)
+    else:
+        run()
+    folder = tmp_path / "made" / "train"
+    before = {name: (folder / name).stat().st_mtime_ns for name in ("00000.ids.bin", "00001.ids.bin")}
+    write_shard(tmp_path / "text" / "train-1.json.gz", sentences("changed", 30))
+    with pytest.warns(UserWarning, match=r"1 of 3 shards changed since they were tokenised, the first .*train-1"):
+        run()
+    corpus, text = (
+        PreparedCorpus(Source(str(folder.parent))),
+        TextCorpus(source, Tokenizer.load(f"{c4}/tokenizer"), Retry()),
+    )
+    corpus.verify()
+    for shard in range(3):
+        _, texts = zip(*text.read(shard), strict=True)
+        expected = text.encode(list(texts))
+        assert all((one == ids).all() for one, (_, ids) in zip(expected, corpus.read(shard), strict=True))
+    assert (folder / "00000.ids.bin").stat().st_mtime_ns == before["00000.ids.bin"]
+    assert (folder / "00001.ids.bin").stat().st_mtime_ns > before["00001.ids.bin"]
+
+
+def test_a_folder_whose_shards_are_being_made_anew_is_not_taken_for_whole(source, run, tmp_path):
+    folder = run()
+    (tmp_path / "text" / "train-1.json.gz").write_bytes(b"no gzip at all")
+    with pytest.warns(UserWarning, match="1 of 3 shards changed"), pytest.raises(InputError, match="not compressed"):
+        run()
+    with pytest.raises(InputError, match="was not prepared to the end"):
+        PreparedCorpus(Source(str(folder.parent)))
+
+
 def test_another_preparation_in_the_folder_is_refused(source, c4, run, tmp_path):
     run()
     other = Tokenizer.train(["a few other words"], 260)

@@ -1,9 +1,11 @@
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
 
 from cola_lightning.data import TextDataModule
+from cola_lightning.data.identity import _of_disk
 from cola_lightning.errors import InputError
 
 
@@ -48,7 +50,7 @@ def test_the_loader_is_as_long_as_the_run_and_its_position_is_saved(corpus, tmp_
     batches = [next(iterator) for _ in range(3)]
     again = module([corpus], tmp_path)
     again.load_state_dict(json.loads(json.dumps(data.state_dict())))
-    assert again.state_dict() == {"position": 6}
+    assert again.state_dict()["position"] == 6
     following = next(iter(again.train_dataloader()))
     assert following["input_ids"].tolist() == next(iterator)["input_ids"].tolist()
     assert following["input_ids"].tolist() != batches[0]["input_ids"].tolist()
@@ -75,6 +77,30 @@ def test_a_changed_tokenizer_is_noticed(corpus, texts, tmp_path):
         assert module([corpus], tmp_path, tokenizer=str(tmp_path / "tokenizer")).tokenizer.vocab_size == size
         ids = module([corpus], tmp_path, tokenizer=str(tmp_path / "tokenizer")).train_rows.ids
         assert ids.max() < size
+
+
+def test_another_end_of_document_beside_the_same_tokenizer_is_noticed(corpus, tmp_path):
+    folder = tmp_path / "tokenizer"
+    module([corpus], tmp_path).tokenizer.save(folder)
+    ends = []
+    for eos in ("</s>", "a"):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+        data = module([corpus], tmp_path, tokenizer=str(folder), rows="padded")
+        assert data.tokenizer.fast.id_to_token(data.tokenizer.eos_id) == eos
+        ends.append({int(document[-1]) for document in map(data.train_rows.documents.__getitem__, range(5))})
+    assert ends == [{1}, {data.tokenizer.eos_id}]
+
+
+def test_text_of_the_same_size_and_time_is_noticed(texts, tmp_path):
+    file = tmp_path / "a.jsonl"
+    lines = "\n".join(json.dumps({"text": text}) for text in texts)
+    seen = set()
+    for content in (lines, lines.replace("congress", "Congress")):
+        file.write_text(content)
+        os.utime(file, (1, 1))
+        _of_disk.cache_clear()
+        seen |= documents(module([file], tmp_path, rows="padded").train_rows, module([file], tmp_path).tokenizer)
+    assert any("Congress" in text for text in seen)
 
 
 def test_validation_files_of_their_own(corpus, tmp_path):

@@ -1,0 +1,399 @@
+"""Whatever changes in the data under a checkpoint is refused in one line, or taken up and said; nothing is silent."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from cola_lightning.cli import main
+from cola_lightning.data import C4DataModule, Source, TextDataModule
+from cola_lightning.data import identity as identities
+from cola_lightning.data.prepare import prepare
+from cola_lightning.data.retry import Retry
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.errors import InputError
+from tests.data.conftest import sentences, write_shard
+
+
+class Streamed:
+    """Two folders of shards, which a mixture is streamed from."""
+
+    module = C4DataModule
+
+    def __init__(self, folder):
+        self.folder, self.text = folder, folder / "text"
+        for name, shards in (("a", 3), ("b", 2)):
+            (self.text / name).mkdir(parents=True)
+            for number in range(shards):
+                write_shard(self.text / name / f"train-{number}.json.gz", sentences(f"{name}{number}", 20))
+        write_shard(self.text / "a" / "validation.json.gz", sentences("v", 20))
+        Tokenizer.train(["a few words"], 300).save(folder / "tokenizer")
+        Tokenizer.train(["some other words"], 290).save(folder / "other")
+        self.options = {
+            "sources": [Source(str(self.text / "a"), weight=0.75), Source(str(self.text / "b"), weight=0.25)],
+            "tokenizer": str(folder / "tokenizer"),
+            "sequence_length": 32,
+            "batch_size": 2,
+            "lanes": 2,
+            "shuffle_buffer": 8,
+            "validation_tokens": 200,
+            "num_workers": 0,
+            "cache_dir": str(folder / "cache"),
+        }
+
+    def begin(self, state=None, stage="fit", run_tokenizer=None):
+        """Set up as the command line and Lightning do it."""
+        data = self.module(**self.options)
+        data.trainer = SimpleNamespace(max_steps=9, accumulate_grad_batches=1, distributed_sampler_kwargs=None)
+        if state:
+            data.begin_from({self.module.__name__: state}, run_tokenizer, stage == "fit")
+        data.prepare_data()
+        data.setup(stage)
+        if state:
+            data.load_state_dict(state)
+        if stage == "fit":
+            next(iter(data.train_dataloader()))
+        return data
+
+    # What may happen to it. Each is named in CHANGES with what must be said.
+
+    def change(self, options):
+        self.options |= options
+
+    def add_file(self, file=None):
+        shutil.copy(file or self.text / "a" / "train-1.json.gz", self.text / "a" / "train-9.json.gz")
+
+    def rename_file(self):
+        (self.text / "a" / "train-1.json.gz").rename(self.text / "a" / "train-7.json.gz")
+
+    def replace_files(self):
+        for number in range(3):
+            write_shard(self.text / "a" / f"train-{number}.json.gz", sentences(f"other{number}", 21))
+
+    def edit_file(self):
+        file = next((self.text / "a").glob("*1*"))
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 1
+        file.write_bytes(content)
+
+    def cut_file(self):
+        file = next((self.text / "a").glob("*1*"))
+        file.write_bytes(file.read_bytes()[:-9])
+
+    def rename_column(self):
+        self.options["sources"][0].text_column = "url"
+
+    def swap_sources(self):
+        self.options["validation"] = Source(self.options["sources"][0].path, split="validation")
+        self.options["sources"].reverse()
+
+    def change_weights(self):
+        for source, weight in zip(self.options["sources"], (0.5, 0.5), strict=True):
+            source.weight = weight
+
+    def take_one_source_out(self):
+        self.options["sources"] = [Source(str(self.text / "a"))]
+        self.options["validation"] = Source(str(self.text / "a"), split="validation")
+
+    def change_validation_text(self):
+        write_shard(self.text / "a" / "validation.json.gz", sentences("w", 20))
+
+    def name_another_tokenizer(self):
+        self.options["tokenizer"] = str(self.folder / "other")
+
+    def change_the_tokenizer_in_place(self):
+        shutil.copytree(self.folder / "other", self.folder / "tokenizer", dirs_exist_ok=True)
+
+    def move(self):
+        self.text = self.text.rename(self.folder / "moved")
+        for source, name in zip(self.options["sources"], "ab", strict=True):
+            source.path = str(self.text / name)
+
+
+class Prepared(Streamed):
+    """The same, tokenised beforehand."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.make()
+        self.options["tokenizer"] = None
+
+    def make(self, tokenizer="tokenizer", folder=None):
+        for name, splits in (("a", ["validation", "train"]), ("b", ["train"])):
+            target = (folder or self.folder / "prepared") / name
+            prepare(Source(str(self.text / name)), str(target), splits, str(self.folder / tokenizer), num_workers=1)
+        for source, name in zip(self.options["sources"], "ab", strict=True):
+            source.path = str((folder or self.folder / "prepared") / name)
+
+    def _anew(self):
+        shutil.rmtree(self.folder / "prepared")
+        self.make()
+
+    def add_file(self):
+        super().add_file()
+        self._anew()
+
+    def rename_file(self):
+        super().rename_file()
+        self._anew()
+
+    def replace_files(self):
+        super().replace_files()
+        self.make()  # takes up what changed
+
+    def cut_file(self):
+        file = self.folder / "prepared" / "a" / "train" / "00001.ids.bin"
+        file.write_bytes(file.read_bytes()[:-2])
+
+    def prepare_with_another_tokenizer(self):
+        self.make("other", self.folder / "prepared_anew")
+
+    def stream(self):
+        self.options["tokenizer"] = str(self.folder / "tokenizer")
+        for source, name in zip(self.options["sources"], "ab", strict=True):
+            source.path = str(self.text / name)
+
+    def move(self):
+        (self.folder / "prepared").rename(self.folder / "moved")
+        for source, name in zip(self.options["sources"], "ab", strict=True):
+            source.path = str(self.folder / "moved" / name)
+
+    def take_one_source_out(self):
+        path = str(self.folder / "prepared" / "a")
+        self.options |= {"sources": [Source(path)], "validation": Source(path, split="validation")}
+
+
+class Texts(Streamed):
+    """A folder of text files, and a BPE that is trained on them."""
+
+    module = TextDataModule
+
+    def __init__(self, folder):
+        self.folder, self.text = folder, folder / "text"
+        (self.text / "a").mkdir(parents=True)
+        for number in range(6):
+            rows = ({"text": text, "url": "http://x"} for text in sentences(f"a{number}", 20))
+            (self.text / "a" / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        Tokenizer.train(["a few words"], 300).save(folder / "tokenizer")
+        Tokenizer.train(["some other words"], 290).save(folder / "other")
+        self.options = {
+            "paths": [str(self.text / "a")],
+            "vocab_size": 300,
+            "sequence_length": 32,
+            "batch_size": 2,
+            "cache_dir": str(folder / "cache"),
+        }
+
+    def add_file(self):
+        shutil.copy(self.text / "a" / "1.jsonl", self.text / "a" / "9.jsonl")
+
+    def rename_file(self):
+        (self.text / "a" / "1.jsonl").rename(self.text / "a" / "7.jsonl")
+
+    def edit_file(self):
+        file = self.text / "a" / "1.jsonl"
+        file.write_text(file.read_text().replace("congress", "Congress"))
+
+    def move(self):
+        self.text = self.text.rename(self.folder / "moved")
+        self.options["paths"] = [str(self.text / "a")]
+
+
+class NamedTokenizer(Texts):
+    """The same, with a tokenizer that is named and a validation set of its own."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        (folder / "held_out.jsonl").write_text(json.dumps({"text": "the law of the land"}) + "\n")
+        self.options |= {
+            "tokenizer": str(folder / "tokenizer"),
+            "validation_paths": [str(folder / "held_out.jsonl")],
+        }
+
+    def change_validation_text(self):
+        (self.folder / "held_out.jsonl").write_text(json.dumps({"text": "the law of the sea"}) + "\n")
+
+
+SETTING = r"--data\.{} is {}; it was {}"
+COMMON = [
+    ("add_file", "refused", r"/a has \d files; it had \d"),
+    ("rename_file", "refused", r"the files of .*/a have other names, or another order"),
+    ("move", "said", r"moved/a is read in place of .*/a; its files are the same"),
+    ({"seed": 7}, "refused", SETTING.format("seed", 7, 42)),
+]
+C4_CHANGES = [
+    *COMMON,
+    ("replace_files", "refused", r"the files of .*/a hold [\d,]+ bytes; they held [\d,]+"),
+    ("swap_sources", "refused", "the sources are named in another order; it was .*/a, .*/b"),
+    ("take_one_source_out", "refused", "1 sources are named; there were 2"),
+    ("change_weights", "refused", r"the weight of .*/a is 0\.5; it was 0\.75"),
+    ({"lanes": 4}, "refused", SETTING.format("lanes", 4, 2)),
+    ({"shuffle_buffer": 9}, "refused", SETTING.format("shuffle_buffer", 9, 8)),
+    ({"rows": "packed"}, "refused", SETTING.format("rows", "packed", "padded")),
+    ({"sequence_length": 16}, "said", SETTING.format("sequence_length", 16, 32)),
+    ({"validation_tokens": 100}, "said", SETTING.format("validation_tokens", 100, 200)),
+]
+TEXT_CHANGES = [
+    *COMMON,
+    ("edit_file", "refused", "the files of .*/a have other contents"),
+    ("cut_file", "refused", r"the files of .*/a hold [\d,]+ bytes; they held [\d,]+"),
+    ({"text_column": "url"}, "refused", "text_column of .*/a is 'url'; it was 'text'"),
+    ({"rows": "padded"}, "refused", SETTING.format("rows", "padded", "packed")),
+    ({"sequence_length": 16}, "refused", SETTING.format("sequence_length", 16, 32)),
+    ({"separator": "the"}, "refused", SETTING.format("separator", "the", "null")),
+]
+CHANGES = {
+    Streamed: [
+        *C4_CHANGES,
+        ("edit_file", "refused", "the files of .*/a have other contents"),
+        ("cut_file", "refused", r"the files of .*/a hold [\d,]+ bytes; they held [\d,]+"),
+        ("rename_column", "refused", "text_column of .*/a is 'url'; it was 'text'"),
+        ("change_validation_text", "said", r"of the validation text, the files of .*/a hold .*may not be comparable"),
+        ("name_another_tokenizer", "refused", r"the tokenizer \(.*/other\) makes other ids than .*/tokenizer\)"),
+        ("change_the_tokenizer_in_place", "refused", r"the tokenizer \(.*/tokenizer\) makes other ids than"),
+    ],
+    Prepared: [
+        *C4_CHANGES,
+        ("cut_file", "refused", r"00001\.ids\.bin has [\d,]+ bytes, not [\d,]+"),
+        ("prepare_with_another_tokenizer", "refused", "the tokenizer .* makes other ids than"),
+        ("name_another_tokenizer", "refused", "was prepared with another tokenizer than"),
+        ("stream", "said", r"text/a is read in place of .*prepared/a; its files are the same"),
+    ],
+    Texts: [
+        *TEXT_CHANGES,
+        ({"vocab_size": 290}, "refused", SETTING.format("vocab_size", 290, 300)),
+        ({"validation_fraction": 0.5}, "refused", SETTING.format("validation_fraction", 0.5, 0.05)),
+        ("name_another_tokenizer", "refused", r"the tokenizer \(.*/other\) makes other ids than .*trained on the text"),
+    ],
+    NamedTokenizer: [
+        *TEXT_CHANGES,
+        ("change_validation_text", "said", r"of the validation text, the files of .*may not be comparable"),
+        ("name_another_tokenizer", "refused", r"the tokenizer \(.*/other\) makes other ids than .*/tokenizer\)"),
+        ("change_the_tokenizer_in_place", "refused", r"the tokenizer \(.*/tokenizer\) makes other ids than"),
+    ],
+}
+CASES = [(kind, *case) for kind, cases in CHANGES.items() for case in cases]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """Each kind of data once, with the state of a run on it."""
+    made = {}
+    for kind in CHANGES:
+        data = kind(tmp_path_factory.mktemp(kind.__name__))
+        made[kind] = data, json.loads(json.dumps(data.begin().state_dict()))
+    return made
+
+
+@pytest.fixture
+def case(begun, tmp_path, request):
+    """A copy of one kind of data, at the same place as when its run began, and the state."""
+    kind = request.param
+    data, state = begun[kind]
+    shutil.copytree(data.folder, tmp_path / "kept", copy_function=shutil.copy2)
+    copy = kind.__new__(kind)
+    copy.folder, copy.text = data.folder, data.text
+    copy.options = {
+        key: [Source(**vars(source)) for source in value] if key == "sources" else value
+        for key, value in data.options.items()
+    }
+    yield copy, state
+    shutil.rmtree(data.folder)
+    (tmp_path / "kept").rename(data.folder)
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "outcome", "message"),
+    CASES,
+    ids=[f"{kind.__name__}-{change if isinstance(change, str) else next(iter(change))}" for kind, change, *_ in CASES],
+    indirect=["case"],
+)
+def test_a_change_under_a_checkpoint(case, change, outcome, message):
+    data, state = case
+    getattr(data, change)() if isinstance(change, str) else data.change(change)
+    if outcome == "refused":
+        with pytest.raises(InputError, match=message) as error:
+            data.begin(state)
+        assert "\n" not in str(error.value)
+        assert not str(error.value).startswith("[")
+    else:
+        with pytest.warns(UserWarning, match=message):
+            data.begin(state)
+
+
+@pytest.mark.parametrize("case", CHANGES, indirect=True, ids=lambda kind: kind.__name__)
+def test_nothing_is_said_where_nothing_changed(case, recwarn):
+    data, state = case
+    data.begin(state)
+    assert not [warning for warning in recwarn if "since the run began" in str(warning.message)]
+
+
+@pytest.mark.parametrize("case", [Streamed, Texts], indirect=True, ids=lambda kind: kind.__name__)
+def test_a_run_does_not_go_on_in_another_kind_of_data_module(case):
+    data, state = case
+    name = "TextDataModule" if data.module is C4DataModule else "C4DataModule"
+    with pytest.raises(InputError, match=rf"--data is {data.module.__name__}, but the run began with {name}"):
+        data.module(**data.options).begin_from({name: state}, None, training=True)
+
+
+@pytest.mark.parametrize("case", CHANGES, indirect=True, ids=lambda kind: kind.__name__)
+def test_from_python_where_the_state_comes_after_setup_a_change_is_refused_too(case):
+    data, state = case
+    data.add_file()
+    module = data.begin()
+    with pytest.raises(InputError, match=r"/a has \d files; it had \d"):
+        module.load_state_dict(state)
+
+
+@pytest.mark.parametrize("case", [Streamed, NamedTokenizer], indirect=True, ids=lambda kind: kind.__name__)
+def test_the_tokenizer_that_the_run_keeps_wins(case, tmp_path):
+    data, state = case
+    shutil.copytree(data.folder / "tokenizer", tmp_path / "kept_by_run")
+    own = Tokenizer.load(str(tmp_path / "kept_by_run"))
+    data.change_the_tokenizer_in_place()
+    with pytest.warns(UserWarning, match="was changed since the run began; the run goes on with its own"):
+        module = data.begin(state, run_tokenizer=tmp_path / "kept_by_run")
+    assert module.tokenizer.fingerprint() == own.fingerprint()
+    data.name_another_tokenizer()
+    with pytest.raises(InputError, match=r"--data.tokenizer .*/other makes other ids than the tokenizer of the run"):
+        data.begin(state, run_tokenizer=tmp_path / "kept_by_run")
+
+
+@pytest.mark.parametrize("case", [Streamed, Texts], indirect=True, ids=lambda kind: kind.__name__)
+def test_other_text_may_be_evaluated_on_but_with_the_tokenizer_of_the_run(case, tmp_path):
+    data, state = case
+    data.begin(state).tokenizer.save(tmp_path / "kept_by_run")
+    own = Tokenizer.load(str(tmp_path / "kept_by_run"))
+    data.add_file()
+    module = data.begin(state, stage="validate", run_tokenizer=tmp_path / "kept_by_run")
+    assert module.tokenizer.fingerprint() == own.fingerprint()
+
+
+def test_the_command_line_refuses_text_that_was_added_and_leaves_the_run_as_it_is(corpus, tiny_run, tmp_path, capsys):
+    shutil.copytree(corpus, tmp_path / "text")
+    flags = [*tiny_run, f"--data.paths=['{tmp_path}/text']", f"--run_dir={tmp_path}/run", "--trainer.max_steps=3"]
+    main(["fit", *flags])
+    kept = {file: file.read_bytes() for file in (tmp_path / "run" / "tokenizer").iterdir()}
+    (tmp_path / "text" / "new.txt").write_text("quite another text " * 200)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["fit", *flags, "--ckpt_path=last", "--trainer.max_steps=6"])
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "the data is not what the run began with" in line
+    assert "text has 41 files; it had 40" in line
+    assert {file: file.read_bytes() for file in kept} == kept
+
+
+def test_large_files_are_looked_at_in_samples_that_see_their_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(identities, "READ_WHOLE", 1000)
+    file = tmp_path / "a.bin"
+    content = bytearray(1_000_000)
+    found = set()
+    for place in (None, 0, -1, len(content) // 2):
+        if place is not None:
+            content[place] ^= 1
+        file.write_bytes(content)
+        identities._of_disk.cache_clear()
+        found.add(identities.fingerprint_files([str(file)], Retry())[0])
+    assert len(found) == 4
