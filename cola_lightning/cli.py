@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -48,6 +50,9 @@ from cola_lightning.precision import refuse_precision
 from cola_lightning.provenance import TOKENIZER, write_provenance
 from cola_lightning.strategies import refuse_mismatch, refuse_unknown
 
+TRAINING_VERBS = ("fit", "validate", "test", "predict")
+CLOSED_PIPE = 141
+"""Exit status of a command that a closed pipe ended: 128 and the signal's number, as shells report it."""
 USAGE = "[--config FILE] [--NAME VALUE ...]"
 MORE_VERBS = (
     "Besides: 'prepare' tokenises a data set beforehand, 'estimate --config FILE [--gpus N] [--gpu NAME]' tells what a "
@@ -248,6 +253,7 @@ class Settings(CLI):
 def predict_costs(args: list[str]) -> None:
     """The verb ``estimate``: options of its own, then those of ``fit``."""
     options, rest = estimate.parser().parse_known_args(args)
+    estimate.check(options)
     flags = [[f"--config={file}", *rest] for file in options.models] or [rest]
     plans = [
         estimate.plan(cli.model, cli.datamodule, cli.trainer, options.gpus)
@@ -283,6 +289,9 @@ def resolve(flags: list[str]) -> dict[str, Any]:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; ``args`` in place of ``sys.argv[1:]`` for use from Python."""
     args = sys.argv[1:] if args is None else args
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # letters that a terminal's encoding lacks end no command
     try:
         match args:
             case ["benchmark", *rest]:
@@ -303,9 +312,17 @@ def main(args: list[str] | None = None) -> None:
                 factorise.main(rest)
             case _:
                 CLI(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it can still be said that it failed
+    except BrokenPipeError:
+        if args and args[0] in TRAINING_VERBS:
+            raise
+        print("error: standard output was closed before all was written, as by '| head'", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not tried again
+        sys.exit(CLOSED_PIPE)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print("error:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)  # libraries' words may have more lines
+        sys.exit(error.exit_status)
     except RuntimeError as error:
         if not out_of_memory(error) or not getattr(error, "__notes__", None):
             raise

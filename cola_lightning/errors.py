@@ -13,10 +13,22 @@ _SECRETS = re.compile(
 
 class InputError(ValueError):
     """Input or settings that cannot work. The message is one line that names the value, the place and the fix; the
-    command line prints it without a traceback. Secrets in addresses are hidden in it."""
+    command line prints it without a traceback. Secrets in addresses are hidden in it.
+
+    Attributes:
+        exit_status: With what the command line ends.
+    """
+
+    exit_status = 2
 
     def __init__(self, *messages: object) -> None:
         super().__init__(*(hide_secrets(message) if isinstance(message, str) else message for message in messages))
+
+
+class UnusableModelError(InputError):
+    """A model that was read, and whose numbers are none: NaN or infinity."""
+
+    exit_status = 1
 
 
 def hide_secrets(text: str) -> str:

@@ -1,6 +1,5 @@
 """What a run will cost, told before it starts: the verb ``estimate``. See cola_lightning.costs for how."""
 
-import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -16,10 +15,12 @@ from rich.table import Table
 from cola_lightning.batching import count_micro_batches
 from cola_lightning.callbacks import CoLAM
 from cola_lightning.costs import Gpu, Run, gpu_named
+from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA
 from cola_lightning.methods.low_rank import LowRank
 from cola_lightning.models import FullRank
 from cola_lightning.module import LanguageModel
+from cola_lightning.output_files import check_output_file, write_json
 
 GIB = 2**30
 MEMORY = {
@@ -57,6 +58,19 @@ def parser() -> ArgumentParser:
     options.add_argument("--json", metavar="FILE", help="write the result there too")
     options.add_argument("--models", nargs="+", default=[], metavar="FILE", help="several run files, in one table")
     return options
+
+
+def check(options: Namespace) -> None:
+    """Look at the options before anything is computed.
+
+    Raises:
+        InputError: If one is out of range, or the file cannot be written.
+    """
+    if options.gpus is not None and options.gpus < 1:
+        raise InputError(f"--gpus is {options.gpus}; it must be at least 1")
+    if not 0 < options.mfu <= 1:
+        raise InputError(f"--mfu is {options.mfu}; it must be above 0 and at most 1")
+    check_output_file(options.json)
 
 
 def plan(model: LanguageModel, data: Any, trainer: Any, gpus: int | None) -> Plan:
@@ -149,22 +163,22 @@ def summary(plan: Plan, gpu: Gpu, mfu: float) -> dict[str, Any]:
 def report(plans: list[Plan], options: Namespace) -> None:
     """Print the tables, and write the figures to a file as JSON if one is named."""
     gpu = gpu_named(options.gpu)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140
-    console.print(_title(plans[0].run, gpu, options.mfu, several=len(plans) > 1))
     if options.models:
         names = [Path(file).stem for file in options.models]
         results = [summary(replace(plan, name=name), gpu, options.mfu) for plan, name in zip(plans, names, strict=True)]
     else:
         results = [summary(each, gpu, options.mfu) for each in (plans[0], *beside(plans[0]))]
+    write_json(options.json, results)  # first, because nobody may read what is printed to the end
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 140
+    console.print(_title(plans[0].run, gpu, options.mfu, several=len(plans) > 1))
+    if not options.models:
         for table in (_parameters(results[0]), _flops(results[0]), _memory(results[0], gpu)):
             console.print(table)
     console.print(_side_by_side(results, options.mfu, transposed=bool(options.models)))
     if not all(result["fits"] for result in results):
         console.print(f"! does not fit in {gpu.usable / GIB:.1f} GiB, 92 % of a {gpu.name}'s memory")
-    if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def _title(run: Run, gpu: Gpu, mfu: float, several: bool) -> str:

@@ -1,8 +1,8 @@
 """The verb ``evaluate``: perplexity on any text, and the tasks of lm-eval."""
 
 import importlib.util
-import json
 import math
+import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -19,9 +19,10 @@ from torch.nn.functional import cross_entropy
 from cola_lightning.data.documents import find_files, read_documents
 from cola_lightning.data.rows import IGNORE
 from cola_lightning.data.tokenizer import Tokenizer
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, UnusableModelError
 from cola_lightning.hub import write_folder
 from cola_lightning.models import Llama
+from cola_lightning.output_files import check_output_file, to_json, write_json
 from cola_lightning.trained import Trained, open_model, pick_device
 
 ENCODED_TOGETHER = 64
@@ -57,8 +58,11 @@ def main(args: list[str]) -> None:
     options = parser.parse_args(args)
     if not options.text and not options.tasks:
         raise InputError("there is nothing to evaluate on; give --text FILE_OR_FOLDER, or --tasks NAME,NAME")
-    if options.batch_size < 1:
-        raise InputError(f"--batch_size is {options.batch_size}; it must be at least 1")
+    for name in ("batch_size", "sequence_length", "limit"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} is {value}; it must be at least 1")
+    check_output_file(options.json)
     files = find_files(options.text) if options.text else []
     if options.tasks:
         _check_lm_eval()
@@ -68,18 +72,18 @@ def main(args: list[str]) -> None:
     if files:
         result["text"] = evaluate_text(
             trained.network.to(device), tokenizer, files, options.text_column,
-            options.sequence_length or trained.sequence_length(), options.stride,
-            options.batch_size,
+            trained.sequence_length() if options.sequence_length is None else options.sequence_length,
+            options.stride, options.batch_size,
         )  # fmt: skip
+        if math.isinf(result["text"]["perplexity"]):
+            print(f"the perplexity, exp({result['text']['loss']:.6g}), is beyond any number: null", file=sys.stderr)
     if options.tasks:
         names = options.tasks.split(",")
         result["tasks"] = evaluate_tasks(
             trained, tokenizer, names, options.include_path, options.limit, options.batch_size, device
         )
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.json:
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
+    write_json(options.json, result)
+    print(to_json(result))
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
@@ -96,7 +100,8 @@ def evaluate_text(
 ) -> dict[str, float]:
     """Loss on the documents of files. Each document stands by itself, and ends with the end-of-document id.
 
-    Every token but a document's first is predicted once, from the tokens of its window that come before it.
+    Every token but a document's first is predicted once, from the tokens of its window that come before it; where the
+    tokenizer puts an id before each text, the first too.
 
     Args:
         network: The network, on the device to use.
@@ -115,6 +120,7 @@ def evaluate_text(
 
     Raises:
         InputError: If there is no text, or sizes cannot work.
+        UnusableModelError: If the loss is NaN.
     """
     longest = network.max_position_embeddings
     length = min(longest, 2048) if sequence_length is None else sequence_length
@@ -138,13 +144,18 @@ def evaluate_text(
             nats += loss_sum
             counts["predicted"] += predicted
             mean = nats / max(counts["predicted"], 1)
-            description = f"{counts['predicted']:,} tokens, perplexity {math.exp(mean):,.2f}"
+            if math.isnan(mean):
+                raise UnusableModelError(
+                    f"the loss is NaN after {counts['predicted']:,} tokens: the network overflows in "
+                    f"{network.lm_head.weight.dtype}; take an earlier checkpoint"
+                )
+            description = f"{counts['predicted']:,} tokens, perplexity {_exp(mean):,.2f}"
             progress.update(task, completed=counts["bytes"], description=description)
     if not counts["predicted"]:
         raise InputError("no document has two tokens, so there is nothing to predict")
     mean = nats / counts["predicted"]
     return {
-        "perplexity": math.exp(mean),
+        "perplexity": _exp(mean),
         "loss": mean,
         "bits_per_byte": mean / math.log(2) * counts["tokens"] / counts["bytes"],
         "tokens": counts["predicted"],
@@ -155,6 +166,14 @@ def evaluate_text(
     }
 
 
+def _exp(mean: float) -> float:
+    """exp, or infinity where that is more than a float holds."""
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf
+
+
 Window = tuple[list[int], list[int]]
 """Ids that are shown, and of the same number what is to be predicted after each, IGNORE where that was done before."""
 
@@ -162,12 +181,13 @@ Window = tuple[list[int], list[int]]
 def _windows(
     documents: Iterable[str], tokenizer: Tokenizer, length: int, step: int, counts: dict[str, int]
 ) -> Iterator[Window]:
+    prefix = len(tokenizer.prefix)
     for texts in batched(documents, ENCODED_TOGETHER):
         for text, ids in zip(texts, tokenizer.encode(list(texts)), strict=True):
             counts["documents"] += 1
             counts["bytes"] += len(text.encode())
-            counts["tokens"] += len(ids)
-            done = 0
+            counts["tokens"] += len(ids) - prefix
+            done = max(prefix - 1, 0)  # of what stands before a text nothing is predicted
             for begin in range(0, len(ids) - 1, step):
                 shown, labels = ids[begin : begin + length], ids[begin + 1 : begin + length + 1]
                 shown = shown[: len(labels)]

@@ -15,6 +15,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.evaluate import evaluate_text
 from cola_lightning.hub import write_folder
 from cola_lightning.hub.card import model_card
+from cola_lightning.hub.folder import check_target
 from cola_lightning.methods import CoLA, LowRank
 from cola_lightning.models import Llama, MakeProjection
 from cola_lightning.parser import Parser
@@ -50,8 +51,10 @@ def factorise(
         InputError: If the model is not dense, or the projection not low-rank.
     """
     files = find_files([text] if isinstance(text, str) else text) if text else []
-    dense, where = open_model(model), pick_device(device)
-    vocabulary, target = dense.tokenizer(tokenizer), Path(folder).expanduser()
+    target, where = Path(folder).expanduser(), pick_device(device)
+    check_target(target)
+    dense = open_model(model)
+    vocabulary = dense.tokenizer(tokenizer)
     network = low_rank(dense.network, projection, where)
     method = type(network.model.layers[0].self_attn.q_proj)
     if files:

@@ -1,5 +1,7 @@
 """The verb ``generate``: let a model continue prompts."""
 
+import math
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,7 +88,7 @@ def continue_texts(
     texts, done = [""] * len(prompts), [False] * len(prompts)
     for tokens in stream(network, ids.to(device), padding=padding, **sampling):
         for row, token in enumerate(tokens.flatten().tolist()):
-            if done[row] or token == tokenizer.eos_id:
+            if done[row] or token in tokenizer.stop_ids:
                 done[row] = True
                 continue
             encoded[row].append(token)
@@ -118,12 +120,23 @@ def _check(options: Namespace, prompts: list[str]) -> None:
     for name, (value, minimum) in least.items():
         if value < minimum:
             raise InputError(f"--{name} is {value}; it must be at least {minimum}")
+    if not math.isfinite(options.temperature):
+        raise InputError(f"--temperature is {options.temperature}; it must be a number of at least 0")
+    if not -(2**63) <= options.seed < 2**64:
+        raise InputError(f"--seed is {options.seed}; it must lie between -2^63 and 2^64 - 1")
+    for name, texts in (("prompt", prompts), ("stop", options.stop)):
+        for text in texts:
+            if any("\ud800" <= letter <= "\udfff" for letter in text):  # what Python makes of other bytes
+                raise InputError(f"--{name} {text!r} is not UTF-8; type it in a terminal that is set to UTF-8")
+    if "" in options.stop:
+        raise InputError("--stop is empty; name a text that ends the continuation, or leave it out")
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise InputError(f"--top_p is {options.top_p}; it must lie above 0 and not above 1")
 
 
 def _lines(file: str) -> list[str]:
     try:
-        return [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Lines end as they do in an editor; splitlines would also cut at what is not a line's end, as U+2028.
+        return [line for line in re.split("\r?\n", Path(file).read_text(encoding="utf-8-sig")) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--file {file} cannot be read: {error}") from error

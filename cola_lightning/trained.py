@@ -8,8 +8,10 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from cola_lightning.checkpoints import Checkpoint, load_model, read
-from cola_lightning.checkpoints.folders import check_shapes
+from cola_lightning.checkpoints import Checkpoint, damage, load_model, read, refuse_code
+from cola_lightning.checkpoints.folders import check_finite, check_shapes
+from cola_lightning.checkpoints.formats import format_of
+from cola_lightning.data.folder_tokenizer import FolderTokenizer
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from cola_lightning.models import Llama
@@ -39,11 +41,18 @@ class Trained:
     def tokenizer(self, name: str | None = None) -> Tokenizer:
         """The one named, or that of the run or folder.
 
+        A run's is used as in training. A folder's is used as transformers does, which puts ids before a text and reads
+        special tokens out of it; one that is named for a folder too, where it puts ids before a text.
+
         Raises:
             InputError: If none is named and none is known.
         """
         if name is not None:
+            if self.checkpoint is None and (foreign := FolderTokenizer.open(name)).prefix:
+                return foreign
             return Tokenizer.load(name)
+        if self.checkpoint is None and (self.path / "tokenizer.json").is_file():
+            return FolderTokenizer.open(str(self.path))
         for folder in (self.path, self.run_dir / TOKENIZER if self.run_dir else self.path):
             if (folder / "tokenizer.json").is_file():
                 return Tokenizer.load(str(folder))
@@ -67,14 +76,22 @@ def open_model(path: str | Path) -> Trained:
     understands. Nothing in it is run.
 
     Raises:
-        InputError: If it is none of these, or not whole.
+        InputError: If it is none of these, or not whole by its checksums.
+        UnusableModelError: If its weights hold NaN or infinity.
     """
     path = Path(path)
     if (path / "config.json").is_file():
-        return Trained(load_model(path), path)
+        network = load_model(path)
+        check_finite(network.state_dict(), path)
+        return Trained(network, path)
     last = path / "checkpoints" / "last.ckpt"
     path = last if last.exists() else path
+    format_of(path)  # says so if it is no checkpoint at all
+    refuse_code(path)
+    if problem := damage(path):
+        raise InputError(f"{path} is damaged: {problem}; name another checkpoint")
     checkpoint = read(path)
+    check_finite(checkpoint.weights, path)
     run_dir = next((parent for parent in path.absolute().parents[:2] if (parent / "config.yaml").is_file()), None)
     return Trained(build(checkpoint, path), path, checkpoint, run_dir)
 

@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import math
+import re
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.functional import log_softmax
 
 from cola_lightning.cli import main
 from cola_lightning.data.tokenizer import Tokenizer
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, UnusableModelError
 from cola_lightning.evaluate import evaluate_text
 from cola_lightning.trained import open_model
 from tests.conftest import tiny_llama
@@ -98,6 +99,10 @@ def test_kinds_of_files_and_of_models_give_the_same(trained_run, texts, tmp_path
         ),
         (["--text", "{corpus}", "--stride=0"], "--stride is 0; it must lie between 1 and"),
         (["--text", "{corpus}", "--batch_size=0"], "--batch_size is 0"),
+        (["--text", "{corpus}", "--sequence_length=0"], "--sequence_length is 0; it must be at least 1"),
+        (["--tasks=which_word", "--limit=0"], "--limit is 0; it must be at least 1"),
+        (["--text", "{corpus}", "--json={tmp}/gone/r.json"], "gone/r.json cannot be written: there is no folder"),
+        (["--text", "{corpus}", "--json={tmp}"], "is a folder; name a file in it"),
         (["--text", "{empty}"], "holds no text"),
         (["--text", "{broken}"], "broken.json.gz is cut short or damaged"),
     ],
@@ -105,7 +110,7 @@ def test_kinds_of_files_and_of_models_give_the_same(trained_run, texts, tmp_path
 def test_bad_input_gets_one_line(arguments, message, trained_run, corpus, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("  ")
     (tmp_path / "broken.json.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:40])
-    places = {"corpus": corpus, "empty": tmp_path / "empty.txt", "broken": tmp_path / "broken.json.gz"}
+    places = {"corpus": corpus, "tmp": tmp_path, "empty": tmp_path / "empty.txt", "broken": tmp_path / "broken.json.gz"}
     with pytest.raises(SystemExit, match="2"):
         main(["evaluate", str(trained_run), *[text.format(**places) for text in arguments]])
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -176,3 +181,33 @@ def test_a_task_of_lm_eval_is_scored_as_our_own_network_scores_it(trained_run, t
     with pytest.raises(SystemExit, match="2"):
         main(["evaluate", str(trained_run), "--tasks=no_such_task_at_all"])
     assert "lm-eval knows no task no_such_task_at_all" in capsys.readouterr().err
+
+
+def test_a_loss_beyond_what_exp_can_hold_is_told_without_its_perplexity(
+    trained_run, corpus, tmp_path, monkeypatch, capsys
+):
+    trained = open_model(trained_run)
+    with torch.no_grad():
+        trained.network.lm_head.weight.mul_(3e4)
+    monkeypatch.setattr("cola_lightning.evaluate.open_model", lambda path: trained)
+    main(["evaluate", str(trained_run), "--text", str(corpus / "00.txt"), f"--json={tmp_path / 'r.json'}"])
+    shown = capsys.readouterr()
+    result = json.loads(shown.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["text"]
+    assert result["loss"] > 709
+    assert result["perplexity"] is None
+    assert json.loads((tmp_path / "r.json").read_text())["text"] == result
+    assert re.search(r"the perplexity, exp\([\d.]+\), is beyond any number: null", shown.err)
+
+
+def test_a_network_that_overflows_is_no_result(tokenizer, corpus):
+    network = tiny_llama().eval()
+    torch.nn.init.constant_(network.lm_head.weight, float("inf"))
+    with pytest.raises(UnusableModelError, match=r"the loss is NaN after [\d,]+ tokens"):
+        evaluate_text(network, tokenizer, sorted(corpus.glob("*.txt")))
+
+
+@pytest.mark.parametrize("command", [["estimate"], ["benchmark"]])
+def test_other_results_have_their_place_looked_at_first_too(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--json=/nowhere/r.json"])
+    assert "error: --json /nowhere/r.json cannot be written: there is no folder /nowhere" in capsys.readouterr().err

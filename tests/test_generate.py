@@ -1,13 +1,16 @@
 """The verb ``generate``, and what it decides beyond drawing tokens."""
 
+import os
 import re
+import sys
 
 import pytest
 import torch
 
 from cola_lightning.cli import main
 from cola_lightning.data.tokenizer import Tokenizer
-from cola_lightning.generate import continue_texts
+from cola_lightning.errors import UnusableModelError
+from cola_lightning.generate import _lines, continue_texts
 from cola_lightning.models import FullRank
 from tests.conftest import tiny_llama
 
@@ -89,6 +92,13 @@ def test_from_run_and_folder_alike(trained_run, tmp_path, capsys):
         (["--prompt=a", "--top_k=0"], "--top_k is 0"),
         (["--prompt=a", "--top_p=1.5"], "--top_p is 1.5; it must lie above 0 and not above 1"),
         (["--file=gone.txt"], "--file gone.txt cannot be read"),
+        (["--prompt=a", "--temperature=nan"], "--temperature is nan; it must be a number of at least 0"),
+        (["--prompt=a", "--temperature=inf"], "--temperature is inf; it must be a number of at least 0"),
+        (["--prompt=a", "--top_p=nan"], "--top_p is nan"),
+        (["--prompt=a", f"--seed={2**64}"], "--seed is 18446744073709551616; it must lie between -2^63 and 2^64 - 1"),
+        (["--prompt=a\udcff"], r"--prompt 'a\udcff' is not UTF-8"),
+        (["--prompt=a", "--stop=\udcff"], r"--stop '\udcff' is not UTF-8"),
+        (["--prompt=a", "--stop="], "--stop is empty"),
         (["--prompt=a", "--device=abacus"], "--device abacus cannot be used"),
     ],
 )
@@ -98,3 +108,41 @@ def test_bad_input_gets_one_line(arguments, message, trained_run, capsys):
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_a_tiny_temperature_takes_the_likeliest(trained_run, capsys):
+    shown = []
+    for temperature in ("0", "1e-40", "1e-300"):
+        main(["generate", str(trained_run), "--prompt=the", "--max_new_tokens=9", f"--temperature={temperature}"])
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] == shown[2]
+
+
+def test_prompts_end_where_lines_end_in_an_editor(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffone\u2028still one\r\n\ntwo\n".encode())
+    assert _lines(str(tmp_path / "prompts.txt")) == ["one\u2028still one", "two"]
+
+
+def test_letters_that_a_terminal_lacks_are_spelt_out(trained_run, tmp_path, monkeypatch):
+    with (tmp_path / "out").open("w", encoding="ascii") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        main(["generate", str(trained_run), "--prompt=naïve", "--max_new_tokens=2"])
+    assert (tmp_path / "out").read_text().startswith(r"na\xefve")
+
+
+def test_a_reader_that_leaves_ends_it_in_one_line(trained_run, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit, match="141"):
+            main(["generate", str(trained_run), "--prompt=the", "--max_new_tokens=2"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["error: standard output was closed before all was written, as by '| head'"]
+
+
+def test_logits_that_are_no_numbers_are_said(tokenizer):
+    network = tiny_llama(FullRank).eval()
+    torch.nn.init.constant_(network.lm_head.weight, float("inf"))
+    with pytest.raises(UnusableModelError, match="the logits are NaN"):
+        list(continue_texts(network, tokenizer, ["a"], [], max_new_tokens=2))

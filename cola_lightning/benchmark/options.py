@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from cola_lightning.errors import InputError
+from cola_lightning.output_files import check_output_file
 
 ONE_DEVICE = ["--trainer.devices=1", "--trainer.strategy=auto"]
 
@@ -45,6 +46,7 @@ def parse(args: list[str]) -> tuple[Namespace, dict[str, list[str]]]:
         value = getattr(options, name)
         if value is not None and value < least:
             raise InputError(f"--{name} is {value}; it must be at least {least}")
+    check_output_file(options.json)
     if options.generate and (options.peer or options.profile):
         raise InputError("--generate measures this package's networks, untraced; leave --peer and --profile out")
     several = [options.config, *(files.split(",") for files in options.against)]

@@ -1,6 +1,5 @@
 """Benchmarks as tables, and as JSON."""
 
-import json
 import os
 import platform
 import statistics
@@ -16,6 +15,7 @@ from rich.table import Table
 from cola_lightning.benchmark.clock import peak_of
 from cola_lightning.benchmark.subject import Subject
 from cola_lightning.benchmark.training import PARTS
+from cola_lightning.output_files import write_json
 from cola_lightning.provenance import commit, libraries
 
 
@@ -38,6 +38,7 @@ def report(results: list[dict[str, Any]], subject: Subject, file: str | None) ->
                 result[name] = result[flops] / result["seconds"]["step"] / peak
     first = results[0]
     ratios = [_ratios(first, other) for other in results[1:]]
+    write_json(file, {"setting": setting, "subjects": results, "ratios": ratios})
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 140
@@ -49,9 +50,6 @@ def report(results: list[dict[str, Any]], subject: Subject, file: str | None) ->
     console.print(_table(results, TRAINING if "seconds" in first else GENERATION))
     if ratios:
         console.print(_table(ratios, RATIOS))
-    if file:
-        content = {"setting": setting, "subjects": results, "ratios": ratios}
-        Path(file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _processor() -> str:

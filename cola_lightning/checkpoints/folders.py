@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cola_lightning.checkpoints.folder_config import network_arguments, read_json, read_key
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, UnusableModelError
 from cola_lightning.models import Llama
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
@@ -106,6 +106,17 @@ def check_shapes(network: nn.Module, weights: dict[str, Tensor], trouble: str) -
             raise InputError(
                 f"{trouble}: {name} should have shape {expected.get(name)}, the file has {found.get(name)}"
             )
+
+
+def check_finite(weights: dict[str, Tensor], place: str | Path) -> None:
+    """Refuse weights that are no numbers, from which only NaN would come.
+
+    Raises:
+        UnusableModelError: For the first that holds NaN or infinity.
+    """
+    for name, tensor in weights.items():
+        if not bool(tensor.isfinite().all()):
+            raise UnusableModelError(f"{place}: {name} holds NaN or infinity; take an earlier checkpoint")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -96,7 +96,9 @@ def read(path: str | Path) -> Checkpoint:
             weights |= {name: state["module"][name] for name in state["buffer_names"] if name in state["module"]}
             state = {name: value for name, value in state.items() if name not in _ENGINE}
     weights = {
-        name.removeprefix(NETWORK): tensor.detach() for name, tensor in weights.items() if name.startswith(NETWORK)
+        name.removeprefix(NETWORK): tensor.detach()
+        for name, tensor in weights.items()
+        if str(name).startswith(NETWORK) and isinstance(tensor, Tensor)
     }
     if not weights:
         raise InputError(f"{path} holds no weights of a network of this package")
@@ -117,10 +119,29 @@ def read_state(path: Path) -> dict[str, Any]:
     }
     file = files[format_of(path)]()
     try:
-        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         refuse_code(path)  # says so if that is why
         raise InputError(f"{file} is not a whole checkpoint: {error}") from error
+    _check_ours(state, file, has_weights=format_of(path) is Format.FILE)
+    return state
+
+
+def _check_ours(state: Any, file: Path, has_weights: bool) -> None:
+    """Refuse what torch can load and no run of Lightning wrote, as the bare weights of another program."""
+    expected = {"global_step": int} | ({"state_dict": dict} if has_weights else {})
+    ours = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in expected.items())
+    if not ours or not isinstance(state.get("hyper_parameters", {}), dict):
+        raise InputError(
+            f"{file} holds no checkpoint of a run, but {_describe(state)}; weights that another program wrote are read "
+            f"from a folder with config.json and model.safetensors"
+        )
+
+
+def _describe(state: Any) -> str:
+    if not isinstance(state, dict):
+        return f"a {type(state).__name__}"
+    return f"{len(state)} entries ({', '.join(map(str, list(state)[:3]))}{', …' if len(state) > 3 else ''})"
 
 
 def _read_shards(path: Path) -> dict[str, Tensor]:

@@ -80,6 +80,16 @@ class Tokenizer:
             )
         return list(ids)
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a continuation."""
+        return frozenset({self.eos_id})
+
+    @property
+    def prefix(self) -> list[int]:
+        """Ids that stand before each text: none, as in training."""
+        return []
+
     def decode(self, ids: list[int]) -> str:
         return str(self.fast.decode(ids, skip_special_tokens=True))
 

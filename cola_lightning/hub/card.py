@@ -21,11 +21,14 @@ def model_card(trained: Trained, name: str, config: dict[str, Any]) -> str:
         config: What stands in ``config.json``.
     """
     low_rank = "auto_map" in config  # loading it takes the modelling file
-    origin = (
-        f"converted by cola_lightning from {trained.path.name}"
-        if trained.checkpoint is None
-        else "pre-trained with cola_lightning"
-    )
+    if trained.checkpoint is not None:
+        origin = "pre-trained with cola_lightning"
+        tokens = (
+            "The tokenizer adds no special id to a text. In training, each document ended with the end-of-document id."
+        )
+    else:
+        origin = f"converted by cola_lightning from {trained.path.name}"
+        tokens = f"Tokenizer and generation settings are those of {trained.path.name}, unless another was named."
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts(trained).items())
     remote = ", trust_remote_code=True" if low_rank else ""
     reason = "\nThe small modelling file in this folder is why `trust_remote_code` is asked for.\n" if low_rank else ""
@@ -52,7 +55,7 @@ ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=60)[0]))
 ```
 {reason}
-The tokenizer adds no special id to a text. In training, each document ended with the end-of-document id.
+{tokens}
 """
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from cola_lightning.hub.card import model_card
-from cola_lightning.hub.folder import write_folder
+from cola_lightning.hub.folder import check_target, write_folder
 from cola_lightning.parser import Parser
 from cola_lightning.trained import open_model
 
@@ -29,7 +29,9 @@ def export(
     Raises:
         InputError: If the model, its tokenizer or the place cannot be had.
     """
-    trained, target = open_model(model), Path(folder).expanduser()
+    target = Path(folder).expanduser()
+    check_target(target)
+    trained = open_model(model)
     card = partial(model_card, trained, target.resolve().name)
     write_folder(trained.network, target, trained.tokenizer(tokenizer), card, merge, max_shard_size)
     print(f"wrote {target}: {', '.join(sorted(file.name for file in target.iterdir()))}")

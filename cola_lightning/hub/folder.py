@@ -1,6 +1,7 @@
 """A network as a folder in Hugging Face's layout, which ``load_model`` reads back bit for bit."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
@@ -13,8 +14,9 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from cola_lightning.checkpoints.folder_config import rope_keys
-from cola_lightning.checkpoints.folders import HEAD, load_model
+from cola_lightning.checkpoints.folders import HEAD, check_finite, load_model
 from cola_lightning.checkpoints.layouts import LAYOUTS, Layout, layout_of
+from cola_lightning.data.folder_tokenizer import FolderTokenizer
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from cola_lightning.models import FullRank, Llama, Projection
@@ -36,7 +38,8 @@ def write_folder(
     Args:
         network: What to write.
         folder: Where to; must not exist, or be empty.
-        tokenizer: Of the text that the network was trained on.
+        tokenizer: Of the text that the network was trained on. A :class:`FolderTokenizer`'s files are copied as they
+            are, chat template and generation settings included.
         card: Makes the content of ``README.md`` from that of ``config.json``.
         merge: Multiply low-rank factors out, so that a plain ``LlamaForCausalLM`` comes out.
         max_shard_size: Such as ``5GB``.
@@ -44,10 +47,9 @@ def write_folder(
     Raises:
         InputError: If the folder holds something, or the network has parts that this layout cannot express.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} holds something already; choose another folder")
+    check_target(folder)
     weights, layout = _weights(network, merge)
-    _check_finite(weights)
+    check_finite(weights, folder.name)
     if _tied(network):
         del weights[HEAD]
     tokenizer.check_fits(network.model.embed_tokens.num_embeddings)
@@ -56,9 +58,12 @@ def write_folder(
     try:
         config = _config(network, weights, layout, tokenizer)
         _write(scratch / "config.json", config)
-        generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": _pad_id(tokenizer), "do_sample": True}
-        _write(scratch / "generation_config.json", generation)
-        _save_tokenizer(tokenizer, scratch, network.max_position_embeddings)
+        if isinstance(tokenizer, FolderTokenizer):
+            tokenizer.copy_files(scratch)
+        else:
+            generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": _pad_id(tokenizer), "do_sample": True}
+            _write(scratch / "generation_config.json", generation)
+            _save_tokenizer(tokenizer, scratch, network.max_position_embeddings)
         save_torch_state_dict(weights, scratch, max_shard_size=max_shard_size)
         _read_back(network, weights, scratch, folder.name)
         if layout is not None:
@@ -70,6 +75,19 @@ def write_folder(
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_target(folder: Path) -> None:
+    """Refuse a folder that could not be written at the end of the work.
+
+    Raises:
+        InputError: If it holds something, or its place is no folder or not to be written to.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} holds something already; choose another folder")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{folder} cannot be made: {above} {'is not writable' if above.is_dir() else 'is a file'}")
 
 
 def _weights(network: Llama, merge: bool) -> tuple[dict[str, Tensor], Layout | None]:
@@ -155,6 +173,8 @@ def _config(network: Llama, weights: dict[str, Tensor], layout: Layout | None, t
         "dtype": dtype,
         "torch_dtype": dtype,  # where transformers 4 looks for it
     }
+    if isinstance(tokenizer, FolderTokenizer):
+        config |= tokenizer.ids
     if layout is not None:
         module = layout.modelling_file.removesuffix(".py")
         config |= layout.describe(network.model.layers[-1].self_attn.q_proj) | {
@@ -171,14 +191,6 @@ def _config(network: Llama, weights: dict[str, Tensor], layout: Layout | None, t
 def _tied(network: Llama) -> bool:
     embedding, head = network.model.embed_tokens.weight, network.lm_head.weight
     return embedding is head or (head.data_ptr() == embedding.data_ptr() and head.shape == embedding.shape)
-
-
-def _check_finite(weights: dict[str, Tensor]) -> None:
-    for name, tensor in weights.items():
-        if not bool(tensor.isfinite().all()):
-            raise InputError(
-                f"{name} holds NaN or infinity, so that the model cannot be used; export an earlier checkpoint"
-            )
 
 
 @torch.no_grad()

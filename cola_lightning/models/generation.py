@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from cola_lightning.errors import UnusableModelError
 from cola_lightning.models.cache import Cache
 from cola_lightning.models.llama import Llama
 
@@ -49,21 +50,22 @@ def stream(
     """
     limit = network.max_position_embeddings
     cache = Cache(len(network.model.layers), min(limit, ids.shape[1] + max_new_tokens))
-    documents = None
-    if padding is not None and bool(padding.any()):
-        # Padding is a document of its own. Only distances count for rotary positions, so it shifts nothing.
-        places = torch.arange(ids.shape[1] + max_new_tokens, device=ids.device)
-        documents = (places >= padding.to(ids.device)[:, None]).long()
+    padded = padding is not None and bool(padding.any())
+
+    def documents(begin: int, end: int) -> Tensor | None:
+        """Padding is a document of its own. Only distances count for rotary positions, so it shifts nothing."""
+        if not padded:
+            return None
+        return (torch.arange(begin, end, device=ids.device) >= padding.to(ids.device)[:, None]).long()
+
     done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
     for _ in range(max_new_tokens):
         length = ids.shape[1]
         with torch.compiler.set_stance("force_eager"):  # a graph for each length would cost more than it saves
             if length <= limit:
-                seen = documents[:, :length] if documents is not None else None
-                logits = network(ids[:, cache.length :], seen, cache, last_only=True)
+                logits = network(ids[:, cache.length :], documents(0, length), cache, last_only=True)
             else:
-                seen = documents[:, length - limit : length] if documents is not None else None
-                logits = network(ids[:, -limit:], seen, last_only=True)
+                logits = network(ids[:, -limit:], documents(length - limit, length), last_only=True)
         token = sample(logits[:, -1].float(), temperature, top_k, top_p, generator)
         if stop_id is not None:
             token = token.masked_fill(done, stop_id)
@@ -81,10 +83,17 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw one id (B, 1) of each row of logits (B, V); arguments as for :func:`stream`."""
+    """Draw one id (B, 1) of each row of logits (B, V); arguments as for :func:`stream`.
+
+    Raises:
+        UnusableModelError: If a logit is NaN.
+    """
+    if bool(logits.isnan().any()):
+        raise UnusableModelError("the logits are NaN: the network overflows in its dtype; take an earlier checkpoint")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    # Less the largest, and by what float32 can still divide by, so that a tiny temperature makes that one certain.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p is not None and top_p < 1:

@@ -172,7 +172,7 @@ def test_weights_that_are_no_numbers_are_not_written(tokenizer, tmp_path):
     network = tiny_llama()
     with torch.no_grad():
         network.model.norm.weight[3] = float("nan")
-    with pytest.raises(InputError, match=r"model\.norm\.weight holds NaN or infinity"):
+    with pytest.raises(InputError, match=r"model: model\.norm\.weight holds NaN or infinity"):
         write(network, tmp_path / "model", tokenizer)
 
 

@@ -1,0 +1,119 @@
+"""The tokenizer of a model that others made, used as transformers uses it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from cola_lightning.data.retry import Retry
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.data.tokenizer_files import FindFile, find_tokenizer_files
+from cola_lightning.errors import InputError
+
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+"""Files that belong to a tokenizer or to generation, as far as a model brings them."""
+
+
+class FolderTokenizer(Tokenizer):
+    """Encodes a text with the ids that the template in tokenizer.json puts before it, and reads special tokens out of
+    the text, so that a prompt may be written with them. A document still ends with the end-of-document id.
+
+    Args:
+        fast: A tokenizer of the ``tokenizers`` library.
+        eos_id: Id put after each document.
+        pad_id: Id that fills rows up; None if the tokenizer has none.
+        name: Where it came from, for messages.
+    """
+
+    find: FindFile
+
+    def __init__(self, fast: FastTokenizer, eos_id: int, pad_id: int | None, name: str) -> None:
+        super().__init__(fast, eos_id, pad_id, name)
+        special = {i for i, token in fast.get_added_tokens_decoder().items() if token.special}
+        self.vocab_size = 1 + max(set(fast.get_vocab().values()) - special | {eos_id})
+        self._rows: int | None = None
+        self._stop_ids = frozenset({eos_id})
+        self.ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": eos_id}
+
+    @classmethod
+    def open(cls, name: str) -> "FolderTokenizer":
+        """Load from a folder, a tokenizer.json or a repository on the hub, with all the settings beside it.
+
+        Raises:
+            InputError: If there is none, or a file beside it is not what it should be.
+        """
+        tokenizer = cls.load(name)
+        tokenizer.find = find_tokenizer_files(name, Retry())
+        config, generation = (_read(tokenizer.find(file)) for file in ("config.json", "generation_config.json"))
+        tokenizer.ids |= {key: config[key] for key in tokenizer.ids if config.get(key) is not None}
+        stops = generation.get("eos_token_id", config.get("eos_token_id"))
+        stops = stops if isinstance(stops, list) else [stops]
+        if known := frozenset(stop for stop in stops if isinstance(stop, int) and not isinstance(stop, bool)):
+            tokenizer._stop_ids = known
+        return tokenizer
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return self._stop_ids
+
+    @property
+    def prefix(self) -> list[int]:
+        """Ids that stand before each text."""
+        encoding = self.fast.encode("a", add_special_tokens=True)
+        inside = [index for index, part in enumerate(encoding.sequence_ids) if part is not None]
+        return list(encoding.ids[: inside[0]]) if inside else []
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, as transformers has them, ended by ``eos_id``.
+
+        Raises:
+            InputError: If a text is no valid Unicode, or has an id that the network lacks.
+        """
+        try:
+            encodings = self.fast.encode_batch(texts, add_special_tokens=True)
+        except TypeError as error:  # what the library says of half a surrogate pair
+            raise InputError("a text is no valid Unicode; repair it") from error
+        rows, before = [], len(self.prefix)
+        for item in encodings:
+            end = len(item.ids)
+            while end > before and item.sequence_ids[end - 1] is None:
+                end -= 1  # what the template puts after a text; the end of the document comes there
+            rows.append([*item.ids[:end], self.eos_id])
+            if self._rows is not None and (beyond := [i for i in rows[-1] if i >= self._rows]):
+                raise InputError(
+                    f"tokenizer {self.name} makes id {beyond[0]} of {self.fast.id_to_token(beyond[0])!r}, but the "
+                    f"network has only {self._rows}; take that token out of the text"
+                )
+        return rows
+
+    def check_fits(self, vocab_size: int) -> None:
+        super().check_fits(vocab_size)
+        self._rows = vocab_size
+
+    def copy_files(self, folder: Path) -> None:
+        """Copy the tokenizer's files and the generation settings as they are."""
+        for name in FILES:
+            if (file := self.find(name)) is not None:
+                shutil.copyfile(file, folder / name)
+
+
+def _read(file: Path | None) -> dict[str, Any]:
+    """A JSON object; empty where there is no file.
+
+    Raises:
+        InputError: If the file holds something else.
+    """
+    if file is None:
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds a JSON {type(content).__name__}, not an object")
+    return content
