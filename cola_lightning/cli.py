@@ -36,7 +36,15 @@ from cola_lightning.callbacks import (
     Throughput,
 )
 from cola_lightning.callbacks.out_of_memory import out_of_memory
-from cola_lightning.checkpoints import damage, read_state, refuse_code
+from cola_lightning.checkpoints import (
+    check_named_code,
+    check_sizes,
+    damage,
+    model_settings,
+    plain_data_only,
+    read_state,
+    refuse_code,
+)
 from cola_lightning.checkpoints.newest import newest_whole
 from cola_lightning.config_files import ConfigFile
 from cola_lightning.data import prepare
@@ -129,6 +137,13 @@ class CLI(LightningCLI):
             default=None,
             help="Directory of the run: its events, checkpoints and configuration. Without it, runs/version_0, 1, …",
         )
+        parser.add_argument(
+            "--trust",
+            type=list[str],
+            default=[],
+            help="Classes, or packages, of which a checkpoint may name code, besides this package, torch.optim and "
+            "torch.nn. What the command line and its run files name themselves is trusted.",
+        )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -143,6 +158,12 @@ class CLI(LightningCLI):
                 print(completion.shell_script(parser, shell))
                 sys.exit()
         self.config = parser.parse_args(args)
+        verb = self.config.get("subcommand")
+        if verb and self.config[verb].get("weights_only", True) is not True:
+            raise InputError(
+                "--weights_only is fixed: a checkpoint holds tensors and plain data, and nothing else is loaded; leave "
+                "the option away"
+            )
 
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint that is meant, look whether it can be trusted, and take from it what the command line and
@@ -157,8 +178,10 @@ class CLI(LightningCLI):
         config["ckpt_path"] = path and str(path)
         if path is None:
             return
-        stored = read_state(path).get("hyper_parameters", {})
-        stored = {key: value for key, value in stored.items() if not key.startswith("_")}
+        stored = model_settings(path)
+        check_sizes(stored, path)
+        trusted = [*config.trust, *_class_paths(config.as_dict())]
+        stored = check_named_code(stored, LanguageModel, path, trusted)
         verb = self.typed.index(self.config.subcommand) + 1
         below = ["--config", yaml.safe_dump({"model": stored})]
         self.config = self.parser.parse_args([*self.typed[:verb], *below, *self.typed[verb:]])
@@ -250,6 +273,16 @@ class Settings(CLI):
         return self._get(self.config_init, "trainer")
 
 
+def _class_paths(settings: Any) -> list[str]:
+    """Every import path of a class in these settings, at any depth."""
+    if isinstance(settings, list):
+        return [path for each in settings for path in _class_paths(each)]
+    if not isinstance(settings, dict):
+        return []
+    own = [settings["class_path"]] if isinstance(settings.get("class_path"), str) else []
+    return own + [path for each in settings.values() for path in _class_paths(each)]
+
+
 def predict_costs(args: list[str]) -> None:
     """The verb ``estimate``: options of its own, then those of ``fit``."""
     options, rest = estimate.parser().parse_known_args(args)
@@ -286,6 +319,28 @@ def resolve(flags: list[str]) -> dict[str, Any]:
     return yaml.safe_load(printed.getvalue())
 
 
+def _run(args: list[str]) -> None:
+    match args:
+        case ["benchmark", *rest]:
+            measure(rest)
+        case ["estimate", *rest]:
+            predict_costs(rest)
+        case ["prepare", *rest]:
+            prepare.main(rest)
+        case ["compare", *rest]:
+            compare.main(rest, resolve)
+        case ["export", *rest]:
+            export.main(rest)
+        case ["generate", *rest]:
+            generate.main(rest)
+        case ["evaluate", *rest]:
+            evaluate.main(rest)
+        case ["factorise", *rest]:
+            factorise.main(rest)
+        case _:
+            CLI(args)
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line; ``args`` in place of ``sys.argv[1:]`` for use from Python."""
     args = sys.argv[1:] if args is None else args
@@ -293,25 +348,8 @@ def main(args: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # letters that a terminal's encoding lacks end no command
     try:
-        match args:
-            case ["benchmark", *rest]:
-                measure(rest)
-            case ["estimate", *rest]:
-                predict_costs(rest)
-            case ["prepare", *rest]:
-                prepare.main(rest)
-            case ["compare", *rest]:
-                compare.main(rest, resolve)
-            case ["export", *rest]:
-                export.main(rest)
-            case ["generate", *rest]:
-                generate.main(rest)
-            case ["evaluate", *rest]:
-                evaluate.main(rest)
-            case ["factorise", *rest]:
-                factorise.main(rest)
-            case _:
-                CLI(args)
+        with plain_data_only():
+            _run(args)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where it can still be said that it failed
     except BrokenPipeError:

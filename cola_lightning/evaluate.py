@@ -54,6 +54,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="rows at a time")
     parser.add_argument("--tokenizer", help="folder, tokenizer.json or hub repository; the model's if not given")
     parser.add_argument("--device", help="cuda, cpu, …; what there is if not given")
+    parser.add_argument("--trust", nargs="+", default=[], help="classes or packages whose code a checkpoint may name")
     parser.add_argument("--json", metavar="FILE", help="write the result there too")
     options = parser.parse_args(args)
     if not options.text and not options.tasks:
@@ -66,7 +67,7 @@ def main(args: list[str]) -> None:
     files = find_files(options.text) if options.text else []
     if options.tasks:
         _check_lm_eval()
-    trained = open_model(options.model)
+    trained = open_model(options.model, options.trust)
     tokenizer, device = trained.tokenizer(options.tokenizer), pick_device(options.device)
     result: dict[str, Any] = {}
     if files:

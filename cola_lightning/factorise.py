@@ -32,6 +32,7 @@ def factorise(
     tokenizer: str | None = None,
     sequence_length: int | None = None,
     device: str | None = None,
+    trust: list[str] | None = None,
 ) -> None:
     """Write a low-rank model whose projections begin at the best approximation of a dense model's.
 
@@ -46,6 +47,7 @@ def factorise(
         tokenizer: Folder, tokenizer.json or repository on the hub; that of the model if not given.
         sequence_length: Tokens of a window in that measurement; what the model takes if not given.
         device: Where to compute; a GPU if there is one.
+        trust: Classes, or packages, of which a checkpoint may name code besides this package's.
 
     Raises:
         InputError: If the model is not dense, or the projection not low-rank.
@@ -53,7 +55,7 @@ def factorise(
     files = find_files([text] if isinstance(text, str) else text) if text else []
     target, where = Path(folder).expanduser(), pick_device(device)
     check_target(target)
-    dense = open_model(model)
+    dense = open_model(model, trust or ())
     vocabulary = dense.tokenizer(tokenizer)
     network = low_rank(dense.network, projection, where)
     method = type(network.model.layers[0].self_attn.q_proj)

@@ -30,10 +30,11 @@ def main(args: list[str]) -> None:
     parser.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
     parser.add_argument("--seed", type=int, default=42, help="of the sampling")
     parser.add_argument("--device", help="cuda, cpu, …; what there is if not given")
+    parser.add_argument("--trust", nargs="+", default=[], help="classes or packages whose code a checkpoint may name")
     options = parser.parse_args(args)
     prompts = options.prompt + (_lines(options.file) if options.file else [])
     _check(options, prompts)
-    trained = open_model(options.model)
+    trained = open_model(options.model, options.trust)
     tokenizer, device = trained.tokenizer(options.tokenizer), pick_device(options.device)
     progress = continue_texts(
         trained.network.to(device),

@@ -159,6 +159,17 @@ class LanguageModel(L.LightningModule):
         self.perplexity = Perplexity()
         self.published_perplexity = PublishedPerplexity()
 
+    @classmethod
+    def load_from_checkpoint(cls, *_: Any, **__: Any) -> "LanguageModel":
+        """Lightning's way imports and calls what the file names; ``cola_lightning.trained.open_model`` does not.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            "load_from_checkpoint runs code that the file names; use cola_lightning.trained.open_model(path).network"
+        )
+
     # -- network ------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from jsonargparse import ArgumentParser
 
+import cola_lightning.import_policy  # noqa: F401  denies what no run file may name
 from cola_lightning.errors import did_you_mean, hide_secrets
 
 GIVEN = ("in_features", "out_features", "params", "optimizer", "total_steps")
@@ -54,6 +55,12 @@ def explain(message: str, options: Iterable[str] = (), verbs: Iterable[str] = ()
     tried = re.search(r"^( *)- (Problem with given class_path .*?)(?=\n\1\S|\n *Given value|\Z)", message, re.S | re.M)
     first = message[: tried.start()] + tried[2] if tried else message
     place = "--" + ".".join(re.findall(r'Parser key "([^"]+)"', first))
+    if found := re.search(r"Importing '([\w.]+)' is not allowed(?:: (\S+) holds no (\w+)\.)?", message):
+        if found[2]:
+            return f"{place} is {found[1]}, but {found[2]} holds no {found[3]}; it is not imported"
+        return (
+            f"{place} names {found[1]}, which may run anything and is nothing that a run is made of; it is not imported"
+        )
     if found := re.search(r"Option '(\w+)' is not accepted", first):
         return f"{place}.{found[1]}: {_lacks(_class_path(first), found[1])}"
     if found := re.search(r"arguments are required: ([\w, ]+)", first):

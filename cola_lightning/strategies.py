@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from cola_lightning.checkpoints import read_state, refuse_code
 from cola_lightning.checkpoints.formats import Format, format_of
+from cola_lightning.checkpoints.trust import deepspeed_data, plain_data_only
 from cola_lightning.errors import InputError, did_you_mean
 
 if not torch.accelerator.is_available():  # else DeepSpeed says on stdout that it found none, amid what is printed there
@@ -43,7 +44,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         refuse_code(Path(checkpoint_path))
-        return super().load_checkpoint(checkpoint_path, weights_only=True)
+        with plain_data_only():
+            return super().load_checkpoint(checkpoint_path, weights_only=True)
 
 
 class ZeROStrategy(DeepSpeedStrategy):
@@ -99,8 +101,9 @@ class ZeROStrategy(DeepSpeedStrategy):
         return attempt
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        refuse_code(Path(checkpoint_path))  # DeepSpeed itself unpickles
-        return super().load_checkpoint(checkpoint_path, weights_only=True)
+        refuse_code(Path(checkpoint_path))
+        with plain_data_only(), deepspeed_data():  # DeepSpeed itself unpickles
+            return super().load_checkpoint(checkpoint_path, weights_only=True)
 
 
 def refuse_unknown(strategy: object) -> None:

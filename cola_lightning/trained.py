@@ -1,5 +1,6 @@
 """A trained model to use: a checkpoint of any strategy, the directory of a run, or a Hugging Face folder."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from cola_lightning.checkpoints import Checkpoint, damage, load_model, read, refuse_code
+from cola_lightning.checkpoints import Checkpoint, check_named_code, damage, load_model, read, refuse_code
 from cola_lightning.checkpoints.folders import check_finite, check_shapes
 from cola_lightning.checkpoints.formats import format_of
+from cola_lightning.checkpoints.sizes import compare_sizes
 from cola_lightning.data.folder_tokenizer import FolderTokenizer
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
@@ -71,12 +73,16 @@ class Trained:
         return yaml.safe_load(file.read_text(encoding="utf-8")) if file else {}
 
 
-def open_model(path: str | Path) -> Trained:
+def open_model(path: str | Path, trusted: Collection[str] = ()) -> Trained:
     """Open a checkpoint of any strategy, the directory of a run (its last checkpoint), or a folder that ``load_model``
     understands. Nothing in it is run.
 
+    Args:
+        path: The checkpoint, directory or folder.
+        trusted: Classes, or packages, of which a checkpoint may name code besides this package's.
+
     Raises:
-        InputError: If it is none of these, or not whole by its checksums.
+        InputError: If it is none of these, or not whole by its checksums, or names code of others.
         UnusableModelError: If its weights hold NaN or infinity.
     """
     path = Path(path)
@@ -93,7 +99,7 @@ def open_model(path: str | Path) -> Trained:
     checkpoint = read(path)
     check_finite(checkpoint.weights, path)
     run_dir = next((parent for parent in path.absolute().parents[:2] if (parent / "config.yaml").is_file()), None)
-    return Trained(build(checkpoint, path), path, checkpoint, run_dir)
+    return Trained(build(checkpoint, path, trusted), path, checkpoint, run_dir)
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -110,7 +116,7 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def build(checkpoint: Checkpoint, path: Path) -> Llama:
+def build(checkpoint: Checkpoint, path: Path, trusted: Collection[str] = ()) -> Llama:
     """The network that a checkpoint's hyper-parameters describe, with its weights, in eval mode.
 
     Raises:
@@ -120,7 +126,10 @@ def build(checkpoint: Checkpoint, path: Path) -> Llama:
     known = parser.add_class_arguments(LanguageModel, "model", skip=NOT_BUILT)
     stored = checkpoint.hyper_parameters
     names = {name.removeprefix("model.").split(".")[0] for name in known}
-    settings = {"model": {name: stored[name] for name in names if name in stored}}
+    shapes = {name: tuple(weight.shape) for name, weight in checkpoint.weights.items()}
+    compare_sizes(stored, shapes, path)
+    chosen = {name: stored[name] for name in names if name in stored}
+    settings = {"model": check_named_code(chosen, LanguageModel, path, trusted)}
     try:
         module = parser.instantiate(parser.parse_object(settings)).model
     except ArgumentError as error:

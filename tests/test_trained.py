@@ -37,10 +37,10 @@ def test_what_a_checkpoint_describes_badly_is_named(trained_run, tmp_path):
     path = trained_run / "checkpoints" / "last.ckpt"
     checkpoint = read(path)
     checkpoint.hyper_parameters["hidden_size"] = 64
-    with pytest.raises(InputError, match="holds other weights than its hyper-parameters describe: lm_head"):
+    with pytest.raises(InputError, match="holds other weights than its hyper-parameters describe: hidden_size is 64"):
         build(checkpoint, path)
-    checkpoint.hyper_parameters["projection"] = {"class_path": "os.system", "init_args": {}}
-    with pytest.raises(InputError, match="describes a model that cannot be built"):
+    checkpoint.hyper_parameters.update(hidden_size=32, num_attention_heads=5)
+    with pytest.raises(InputError, match=r"describes a model that cannot be built|hidden_size 32"):
         build(checkpoint, path)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import checkpoint as sharded
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from cola_lightning.checkpoints.trust import read_index, refuse_code
+from cola_lightning.checkpoints.trust import deepspeed_data, plain_data_only, read_index, refuse_code
 from cola_lightning.errors import InputError
 
 NETWORK = "network."
@@ -153,7 +153,8 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
         if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     refuse_code(path)
-    sharded.load(tensors, checkpoint_id=path, no_dist=True)
+    with plain_data_only():
+        sharded.load(tensors, checkpoint_id=path, no_dist=True)
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 
@@ -163,4 +164,5 @@ def _read_deepspeed(path: Path) -> dict[str, Tensor]:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     except ImportError:
         raise InputError(f"{path} was written by DeepSpeed, which is not installed; pip install deepspeed") from None
-    return get_fp32_state_dict_from_zero_checkpoint(str(path), tag="checkpoint")
+    with plain_data_only(), deepspeed_data():
+        return get_fp32_state_dict_from_zero_checkpoint(str(path), tag="checkpoint")

@@ -12,7 +12,12 @@ from cola_lightning.trained import open_model
 
 
 def export(
-    model: str, folder: str, tokenizer: str | None = None, merge: bool = False, max_shard_size: str = "5GB"
+    model: str,
+    folder: str,
+    tokenizer: str | None = None,
+    merge: bool = False,
+    max_shard_size: str = "5GB",
+    trust: list[str] | None = None,
 ) -> None:
     """Write a model as a folder that transformers loads, with tokenizer and model card.
 
@@ -25,13 +30,14 @@ def export(
         tokenizer: Folder, tokenizer.json or repository on the hub; that of the run if not given.
         merge: Multiply low-rank factors out, so that a plain LlamaForCausalLM comes out. CoLA's cannot be.
         max_shard_size: Weights above this size are written in several files.
+        trust: Classes, or packages, of which a checkpoint may name code besides this package's.
 
     Raises:
         InputError: If the model, its tokenizer or the place cannot be had.
     """
     target = Path(folder).expanduser()
     check_target(target)
-    trained = open_model(model)
+    trained = open_model(model, trust or ())
     card = partial(model_card, trained, target.resolve().name)
     write_folder(trained.network, target, trained.tokenizer(tokenizer), card, merge, max_shard_size)
     print(f"wrote {target}: {', '.join(sorted(file.name for file in target.iterdir()))}")
