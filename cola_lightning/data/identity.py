@@ -139,12 +139,12 @@ def compare_sources(then: Identity, now: Identity, replaced: bool = False) -> tu
     differ = {key for key in then if None not in (then[key], now.get(key)) and then[key] != now[key]}
     if "place" in differ:
         differ.discard("contents")  # a hash of bytes there, a server's tag here
-    if "files" in differ:
-        return f"{title} has {now['files']:,} files; it had {then['files']:,}", None
     if "commit" in differ and "title" in differ:
         return f"{title} is read in place of {then['title']}, and is another data set", None
     if "commit" in differ:
         return f"{title} is at commit {now['commit']}; it was at {then['commit']}: set its revision to that", None
+    if "files" in differ:
+        return f"{title} has {now['files']:,} files; it had {then['files']:,}", None
     if "names" in differ:
         return f"the files of {title} have other names, or another order", None
     if "sizes" in differ or ("contents" in differ and now["place"] == "this machine's disk"):

@@ -1,5 +1,6 @@
 """Where documents come from: what a user names, resolved to shards that can be read from any row on."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -136,7 +137,11 @@ def _resolve(source: Source) -> DatasetBuilder:
         if "Unable to find 'http" in str(error):  # which is also what it says of a server that is busy
             raise ConnectionError(str(error)) from error
         at = f" at revision {source.revision!r}" if source.revision else ""
-        raise InputError(f"data set {source.title}{at} cannot be opened: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        if found := re.search(r"Available: (\[.*\])|available configs: (\[.*\])", str(error)):
+            given = f"has no configuration {source.name!r}" if source.name else "has several configurations"
+            reason = f"it {given}; name one of {found[1] or found[2]}" + " or null" * bool(source.name)
+        raise InputError(f"data set {source.title}{at} cannot be opened: {reason}") from error
 
 
 def _expand_home(paths: Any) -> Any:

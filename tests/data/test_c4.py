@@ -51,6 +51,16 @@ def test_validation_is_the_first_tokens_and_the_same_for_every_world_size(c4, ro
     assert seen[0] == seen[1] == seen[2]
 
 
+def test_a_folder_needs_no_name_and_c4_has_its_own(c4):
+    assert C4DataModule().sources[0].title == "allenai/c4/en"
+    assert C4DataModule(name="realnewslike").sources[0].title == "allenai/c4/realnewslike"
+    assert C4DataModule(path=str(c4)).sources[0].name is None
+    assert (
+        len(ready(C4DataModule(path=str(c4), tokenizer=f"{c4}/tokenizer", cache_dir=f"{c4}/cache"))._corpora[0].shards)
+        == 5
+    )
+
+
 def test_validation_set_is_made_once(c4, tmp_path):
     data = arguments(c4, cache_dir=str(tmp_path))
     ready(C4DataModule(**data))

@@ -1,6 +1,7 @@
 """Whatever changes in the data under a checkpoint is refused in one line, or taken up and said; nothing is silent."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -368,6 +369,54 @@ def test_other_text_may_be_evaluated_on_but_with_the_tokenizer_of_the_run(case, 
     data.add_file()
     module = data.begin(state, stage="validate", run_tokenizer=tmp_path / "kept_by_run")
     assert module.tokenizer.fingerprint() == own.fingerprint()
+
+
+@pytest.mark.parametrize("case", [Streamed], indirect=True, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("named", "expected"), [(None, ["1" * 40, None, "2" * 40]), ("main", ["main", None, "main"])], ids=["same", "other"]
+)
+def test_a_run_keeps_to_the_commit_of_the_hub_that_it_began_with(case, named, expected):
+    """Unless another revision is named than at its beginning."""
+    data, state = case
+    began = json.loads(json.dumps(state))
+    began["identity"]["sources"][0]["commit"] = "1" * 40  # of the second source there is none: it is a folder
+    began["identity"]["validation"]["commit"] = "2" * 40
+    data.options["sources"][0].revision = named
+    module = data.module(**data.options)
+    module.begin_from({"C4DataModule": began}, None, training=True)
+    assert [source.revision for source in [*module.sources, module.validation]] == expected
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "outcome"),
+    [
+        ({"commit": "1" * 40}, {"commit": "2" * 40}, "c4 is at commit 2.*; it was at 1.*: set its revision to that"),
+        (
+            {"commit": "1" * 40},
+            {"commit": "2" * 40, "title": "fineweb"},
+            "fineweb is read in place of c4, and is another",
+        ),
+        (
+            {"commit": "1" * 40},
+            {"place": "a server"},
+            "is read from a server, in place of c4 from the hub; only names of",
+        ),
+        (
+            {"place": "a server", "contents": "tag", "sizes": "s"},
+            {"place": "this machine's disk", "contents": "hash", "sizes": "s"},
+            "is read from this machine's disk, in place of c4 from a server; only names and sizes of",
+        ),
+        ({"contents": "a", "place": "a server"}, {"contents": "b", "place": "a server"}, "under other tags"),
+        ({"commit": "1" * 40}, {"commit": "1" * 40}, None),
+    ],
+)
+def test_sources_of_the_hub_and_of_servers(then, now, outcome):
+    common = {"title": "c4", "column": "text", "place": "the hub", "commit": None, "files": 1, "names": "n"}
+    common |= {"bytes": None, "sizes": None, "contents": None, "prepared": None}
+    problem, note = identities.compare_sources(common | then, common | now)
+    refused = "another" in (outcome or "") or "set its revision" in (outcome or "")
+    assert (problem is not None) == refused
+    assert re.search(outcome, problem or note) if outcome else note is None
 
 
 def test_the_command_line_refuses_text_that_was_added_and_leaves_the_run_as_it_is(corpus, tiny_run, tmp_path, capsys):

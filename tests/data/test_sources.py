@@ -116,6 +116,25 @@ def test_what_is_not_there_is_said(tmp_path, open_corpus):
         open_corpus(tmp_path / "nowhere")
 
 
+def test_a_configuration_that_is_not_there_or_not_named_is_said_with_those_that_are(tmp_path, open_corpus):
+    folder = write(tmp_path, "jsonl")
+    with pytest.raises(InputError, match=r"it has no configuration 'en'; name one of \['default'\] or null"):
+        open_corpus(folder, name="en")
+    configs = "".join(f"- config_name: {name}\n  data_files: train-{index}.jsonl\n" for index, name in enumerate("ab"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    with pytest.raises(InputError, match=r"it has several configurations; name one of \['a', 'b'\]"):
+        open_corpus(folder)
+
+
+def test_the_home_folder_is_found_in_paths_and_files(tmp_path, open_corpus, monkeypatch):
+    (tmp_path / "text").mkdir()
+    write(tmp_path / "text", "jsonl")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for files in ("~/text/*.jsonl", ["~/text/train-0.jsonl", "~/text/train-1.jsonl"], {"train": "~/text/*.jsonl"}):
+        assert len(open_corpus("json", data_files=files).shards) == 2
+    assert len(open_corpus("~/text").shards) == 2
+
+
 class Hub(BaseHTTPRequestHandler):
     """Knows the data set ``someone/text``, and of its revisions ``main`` alone."""
 
