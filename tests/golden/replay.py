@@ -1,0 +1,49 @@
+"""Replay steps that an author's code made: the same inputs, compared with what came out there."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+MATRICES = ("wide", "square", "tall")  # 12 x 20, 12 x 12, 18 x 12
+
+
+def golden(method: str, name: str = "steps") -> dict[str, Tensor]:
+    return load_file(Path(__file__).parent / method / f"{name}.safetensors")
+
+
+def distance(found: Tensor, official: Tensor) -> float:
+    """The norm of the difference over that of the official tensor, or that norm itself where the official is zero."""
+    return float((found - official).norm() / official.norm().clamp(min=1e-12))
+
+
+class Net(nn.Module):
+    """``tall silu(square silu(wide x))``, each matrix a module made by a method."""
+
+    def __init__(self, make: Callable[[int, int], nn.Module]) -> None:
+        super().__init__()
+        self.wide, self.square, self.tall = make(20, 12), make(12, 12), make(12, 18)
+
+    def loss(self, x: Tensor, target: Tensor) -> Tensor:
+        y = self.tall(silu(self.square(silu(self.wide(x)))))
+        return 10 * (y - target).square().mean()
+
+    def start(self, data: dict[str, Tensor], names: dict[str, str] | None = None) -> None:
+        """Set the official first values; ``names`` maps our parameters' names to those of the data."""
+        with torch.no_grad():
+            for matrix in MATRICES:
+                for name, tensor in getattr(self, matrix).state_dict().items():
+                    tensor.copy_(data[f"initial.{matrix}.{(names or {}).get(name, name)}"])
+
+
+def steps(net: Net, data: dict[str, Tensor]) -> Iterator[int]:
+    """Number of each step after its backward pass, whose loss must be the official one."""
+    for number, (x, target) in enumerate(zip(data["x"], data["target"], strict=True)):
+        net.zero_grad()
+        loss = net.loss(x, target)
+        loss.backward()
+        assert distance(loss.detach(), data["loss"][number]) <= 1e-6, number
+        yield number
