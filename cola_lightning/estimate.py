@@ -21,6 +21,7 @@ from cola_lightning.methods.low_rank import LowRank
 from cola_lightning.models import FullRank
 from cola_lightning.module import LanguageModel
 from cola_lightning.output_files import check_output_file, write_json
+from cola_lightning.parser import OptionParser
 
 GIB = 2**30
 MEMORY = {
@@ -46,7 +47,7 @@ class Plan:
 
 def parser() -> ArgumentParser:
     """The verb's own options; the rest are those of ``fit``."""
-    options = ArgumentParser(
+    options = OptionParser(
         "cola_lightning estimate",
         allow_abbrev=False,
         description="Tell what a run will cost. Besides these options it takes those of fit, --config above all; it "

@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import sys
-from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -23,6 +22,7 @@ from cola_lightning.errors import InputError, UnusableModelError
 from cola_lightning.hub import write_folder
 from cola_lightning.models import Llama
 from cola_lightning.output_files import check_output_file, to_json, write_json
+from cola_lightning.parser import OptionParser
 from cola_lightning.trained import Trained, open_model, pick_device
 
 ENCODED_TOGETHER = 64
@@ -37,7 +37,7 @@ def batched(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
 
 def main(args: list[str]) -> None:
     """Measure a model: perplexity and bits per byte on text, and tasks of lm-eval."""
-    parser = ArgumentParser("cola_lightning evaluate", allow_abbrev=False, description=main.__doc__)
+    parser = OptionParser("cola_lightning evaluate", allow_abbrev=False, description=main.__doc__)
     parser.add_argument("model", help="checkpoint, directory of a run, or folder in Hugging Face's layout")
     parser.add_argument(
         "--text",
@@ -57,13 +57,15 @@ def main(args: list[str]) -> None:
     parser.add_argument("--trust", nargs="+", default=[], help="classes or packages whose code a checkpoint may name")
     parser.add_argument("--json", metavar="FILE", help="write the result there too")
     options = parser.parse_args(args)
-    if not options.text and not options.tasks:
+    if not options.text and not (options.tasks or "").strip(", "):
         raise InputError("there is nothing to evaluate on; give --text FILE_OR_FOLDER, or --tasks NAME,NAME")
     for name in ("batch_size", "sequence_length", "limit"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} is {value}; it must be at least 1")
     check_output_file(options.json)
+    if options.include_path is not None and not Path(options.include_path).is_dir():
+        raise InputError(f"--include_path {options.include_path} is no folder; name one with task files")
     files = find_files(options.text) if options.text else []
     if options.tasks:
         _check_lm_eval()
@@ -79,7 +81,7 @@ def main(args: list[str]) -> None:
         if math.isinf(result["text"]["perplexity"]):
             print(f"the perplexity, exp({result['text']['loss']:.6g}), is beyond any number: null", file=sys.stderr)
     if options.tasks:
-        names = options.tasks.split(",")
+        names = [name.strip() for name in options.tasks.split(",") if name.strip()]
         result["tasks"] = evaluate_tasks(
             trained, tokenizer, names, options.include_path, options.limit, options.batch_size, device
         )
@@ -251,15 +253,18 @@ def evaluate_tasks(
         folder = Path(scratch) / "model"
         # Written anew from tensors, so that no code is run but that of this package.
         write_folder(trained.network, folder, tokenizer, lambda config: "")
-        result = simple_evaluate(
-            model="hf",
-            model_args={"pretrained": str(folder), "trust_remote_code": True, "dtype": "auto"},
-            tasks=tasks,
-            task_manager=manager,
-            limit=limit,
-            batch_size=batch_size,
-            device=str(device or "cpu"),
-        )
+        try:
+            result = simple_evaluate(
+                model="hf",
+                model_args={"pretrained": str(folder), "trust_remote_code": True, "dtype": "auto"},
+                tasks=tasks,
+                task_manager=manager,
+                limit=limit,
+                batch_size=batch_size,
+                device=str(device or "cpu"),
+            )
+        except OSError as error:  # a data set that is not here, or cannot be fetched
+            raise InputError(f"lm-eval cannot read the data of {', '.join(tasks)}: {error}") from error
     # Keys are "acc,none": the measure and the filter of the answers.
     return {
         task: {key.removesuffix(",none"): value for key, value in scores.items() if isinstance(value, int | float)}

@@ -2,7 +2,7 @@
 
 import math
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from cola_lightning.models import Llama
 from cola_lightning.models.generation import pad_left, stream
+from cola_lightning.parser import OptionParser
 from cola_lightning.trained import open_model, pick_device
 
 
 def main(args: list[str]) -> None:
     """Let a model continue prompts. One is written as it comes; several are a batch, written when all are done."""
-    parser = ArgumentParser("cola_lightning generate", allow_abbrev=False, description=main.__doc__)
+    parser = OptionParser("cola_lightning generate", allow_abbrev=False, description=main.__doc__)
     parser.add_argument("model", help="checkpoint, directory of a run, or folder in Hugging Face's layout")
     parser.add_argument("--prompt", action="append", default=[], help="beginning of a text; may be given several times")
     parser.add_argument("--file", help="file with a prompt on each line")

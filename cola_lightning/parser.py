@@ -1,5 +1,6 @@
 """The parser of the command line, which says in one line what it did not understand."""
 
+import argparse
 import importlib
 import inspect
 import re
@@ -10,7 +11,7 @@ from typing import NoReturn
 from jsonargparse import ArgumentParser
 
 import cola_lightning.import_policy  # noqa: F401  denies what no run file may name
-from cola_lightning.errors import did_you_mean, hide_secrets
+from cola_lightning.errors import InputError, did_you_mean, hide_secrets
 
 GIVEN = ("in_features", "out_features", "params", "optimizer", "total_steps")
 """Arguments that come from the network and the run, not from the command line."""
@@ -37,6 +38,17 @@ class Parser(ArgumentParser):
         options = {option for parser in (self, *verbs.values()) for option in parser._option_string_actions}
         print(f"error: {hide_secrets(explain(message, options, verbs, _names(self.bases)))}", file=sys.stderr)
         sys.exit(2)
+
+
+class OptionParser(argparse.ArgumentParser):
+    """The standard library's parser, which says in one line what it did not understand.
+
+    Raises:
+        InputError: For what is typed wrong.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; {self.prog} --help lists the options")
 
 
 def explain(message: str, options: Iterable[str] = (), verbs: Iterable[str] = (), classes: Iterable[str] = ()) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 import lightning as L
 
+from cola_lightning.errors import InputError
+
 RUN, TOKENIZER = "run.json", "tokenizer"
 LIBRARIES = ("cola-lightning", "torch", "lightning", "deepspeed", "tokenizers", "datasets")
 
@@ -51,6 +53,20 @@ def commit() -> str | None:
 
 
 def read_provenance(run_dir: Path | None) -> dict[str, Any]:
-    """What ``run.json`` says; nothing where there is none."""
+    """What ``run.json`` says; nothing where there is none.
+
+    Raises:
+        InputError: If it is not what a run writes.
+    """
     file = run_dir / RUN if run_dir else None
-    return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
+    if file is None or not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{file} cannot be read as JSON: {error}; remove it, and its facts are not recorded"
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("libraries", {}), dict):
+        raise InputError(f"{file} is not what a run writes; remove it to do without its facts")
+    return content

@@ -68,9 +68,24 @@ class Trained:
         return ((self.configuration().get("data") or {}).get("init_args") or {}).get("sequence_length")
 
     def configuration(self) -> dict[str, Any]:
-        """What the run was started with; empty where that is not known."""
+        """What the run was started with; empty where that is not known.
+
+        Raises:
+            InputError: If the file that says so cannot be read.
+        """
         file = self.run_dir / "config.yaml" if self.run_dir else None
-        return yaml.safe_load(file.read_text(encoding="utf-8")) if file else {}
+        if file is None:
+            return {}
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise InputError(
+                f"{file} cannot be read: {error}; write it anew, or name the checkpoint elsewhere"
+            ) from error
+        data = content.get("data") if isinstance(content, dict) else None
+        if not isinstance(content, dict) or not isinstance((data or {}), dict):
+            raise InputError(f"{file} is not the configuration of a run; mend it, or copy the checkpoint elsewhere")
+        return content
 
 
 def open_model(path: str | Path, trusted: Collection[str] = ()) -> Trained:

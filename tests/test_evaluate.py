@@ -101,6 +101,8 @@ def test_kinds_of_files_and_of_models_give_the_same(trained_run, texts, tmp_path
         (["--text", "{corpus}", "--batch_size=0"], "--batch_size is 0"),
         (["--text", "{corpus}", "--sequence_length=0"], "--sequence_length is 0; it must be at least 1"),
         (["--tasks=which_word", "--limit=0"], "--limit is 0; it must be at least 1"),
+        (["--tasks=which_word", "--include_path=gone"], "--include_path gone is no folder"),
+        (["--tasks=,"], "there is nothing to evaluate on"),
         (["--text", "{corpus}", "--json={tmp}/gone/r.json"], "gone/r.json cannot be written: there is no folder"),
         (["--text", "{corpus}", "--json={tmp}"], "is a folder; name a file in it"),
         (["--text", "{empty}"], "holds no text"),
@@ -189,7 +191,7 @@ def test_a_loss_beyond_what_exp_can_hold_is_told_without_its_perplexity(
     trained = open_model(trained_run)
     with torch.no_grad():
         trained.network.lm_head.weight.mul_(3e4)
-    monkeypatch.setattr("cola_lightning.evaluate.open_model", lambda path: trained)
+    monkeypatch.setattr("cola_lightning.evaluate.open_model", lambda path, trust: trained)
     main(["evaluate", str(trained_run), "--text", str(corpus / "00.txt"), f"--json={tmp_path / 'r.json'}"])
     shown = capsys.readouterr()
     result = json.loads(shown.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["text"]

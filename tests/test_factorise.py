@@ -1,11 +1,12 @@
 """From dense to low rank: the best approximation, and a run that goes on from it."""
 
+import shutil
 from functools import partial
 
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cola_lightning import load_model
 from cola_lightning.cli import main
@@ -92,6 +93,32 @@ def test_a_run_begins_where_the_factorised_model_stands(dense_folder, tiny_run, 
         file.unlink()
     main(["fit", *flags, f"--run_dir={run}", "--trainer.max_steps=6", "--ckpt_path=last"])
     main(["generate", str(run), "--prompt=the", "--max_new_tokens=2"])
+
+
+def test_tied_heads_and_stretched_positions_of_the_dense_model_stay(dense_folder, tiny_run, corpus, tmp_path):
+    """Low rank at full rank is the dense model itself, in transformers, and after a run that learns nothing."""
+    folder, out, run = tmp_path / "llama", tmp_path / "low_rank", tmp_path / "run"
+    torch.manual_seed(0)
+    scaling = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
+    config = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, tie_word_embeddings=True, initializer_range=0.2,
+                         rope_parameters=scaling)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    shutil.copy(dense_folder / "tokenizer.json", folder)
+    main(["factorise", str(folder), str(out), "--projection=LowRank", "--projection.rank=32"])
+    ids = torch.randint(300, (1, 50), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = LlamaForCausalLM.from_pretrained(folder)(ids).logits
+        found = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)(ids).logits
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    flags = [flag for flag in tiny_run if not flag.startswith("--model.") and "vocab_size" not in flag]
+    flags += [f"--config={out / 'model.yaml'}", "--model.schedule.warmup_steps=2", "--model.optimizer.lr=0"]
+    main(["fit", *flags, f"--run_dir={run}", "--trainer.max_steps=3"])
+    main(["export", str(run), str(tmp_path / "again")])
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)(ids).logits
+    torch.testing.assert_close(again, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

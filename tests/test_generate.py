@@ -99,6 +99,8 @@ def test_from_run_and_folder_alike(trained_run, tmp_path, capsys):
         (["--prompt=a\udcff"], r"--prompt 'a\udcff' is not UTF-8"),
         (["--prompt=a", "--stop=\udcff"], r"--stop '\udcff' is not UTF-8"),
         (["--prompt=a", "--stop="], "--stop is empty"),
+        (["--prompt=a", "--max_new_tokens=x"], "argument --max_new_tokens: invalid int value: 'x'; cola_lightning gen"),
+        (["--prompt=a", "--topk=3"], "unrecognized arguments: --topk=3"),
         (["--prompt=a", "--device=abacus"], "--device abacus cannot be used"),
     ],
 )

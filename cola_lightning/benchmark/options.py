@@ -1,10 +1,11 @@
 """What can be typed after ``benchmark``."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 from cola_lightning.errors import InputError
 from cola_lightning.output_files import check_output_file
+from cola_lightning.parser import OptionParser
 
 ONE_DEVICE = ["--trainer.devices=1", "--trainer.strategy=auto"]
 
@@ -15,7 +16,7 @@ def parse(args: list[str]) -> tuple[Namespace, dict[str, list[str]]]:
     Raises:
         InputError: If a number is out of range, or options do not go together.
     """
-    parser = ArgumentParser(
+    parser = OptionParser(
         "cola_lightning benchmark",
         allow_abbrev=False,
         description="Measure training steps on one device: tokens per second, the parts of a step, MFU and HFU, peak "

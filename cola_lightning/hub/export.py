@@ -36,7 +36,7 @@ def export(
         InputError: If the model, its tokenizer or the place cannot be had.
     """
     target = Path(folder).expanduser()
-    check_target(target)
+    check_target(target, max_shard_size)
     trained = open_model(model, trust or ())
     card = partial(model_card, trained, target.resolve().name)
     write_folder(trained.network, target, trained.tokenizer(tokenizer), card, merge, max_shard_size)

@@ -10,7 +10,8 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cola_lightning.checkpoints.folder_config import rope_keys
@@ -47,14 +48,17 @@ def write_folder(
     Raises:
         InputError: If the folder holds something, or the network has parts that this layout cannot express.
     """
-    check_target(folder)
+    check_target(folder, max_shard_size)
     weights, layout = _weights(network, merge)
     check_finite(weights, folder.name)
     if _tied(network):
         del weights[HEAD]
     tokenizer.check_fits(network.model.embed_tokens.num_embeddings)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error}; choose another place") from error
     try:
         config = _config(network, weights, layout, tokenizer)
         _write(scratch / "config.json", config)
@@ -73,16 +77,22 @@ def write_folder(
         if folder.exists():
             folder.rmdir()
         scratch.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder} could not be written: {error}; nothing is left of it") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def check_target(folder: Path) -> None:
+def check_target(folder: Path, max_shard_size: str = "5GB") -> None:
     """Refuse a folder that could not be written at the end of the work.
 
     Raises:
-        InputError: If it holds something, or its place is no folder or not to be written to.
+        InputError: If it holds something, its place is no folder or not to be written to, or the size is none.
     """
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise InputError(f"--max_shard_size {max_shard_size} is no size; write it as 5GB or 200MB") from error
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} holds something already; choose another folder")
     above = next(parent for parent in folder.absolute().parents if parent.exists())

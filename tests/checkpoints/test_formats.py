@@ -27,6 +27,6 @@ def test_what_is_no_checkpoint_is_told(tmp_path):
     (tmp_path / "text.ckpt").write_text("hello")
     with pytest.raises(InputError, match=r"text.ckpt is not a whole checkpoint"):
         read(tmp_path / "text.ckpt")
-    torch.save({"state_dict": {"layer.weight": torch.ones(1)}}, tmp_path / "other.ckpt")
+    torch.save({"state_dict": {"layer.weight": torch.ones(1)}, "global_step": 1}, tmp_path / "other.ckpt")
     with pytest.raises(InputError, match=r"other.ckpt holds no weights of a network of this package"):
         read(tmp_path / "other.ckpt")

@@ -1,6 +1,7 @@
 """The verb, from a real run to a process that knows transformers alone."""
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -116,6 +117,9 @@ def test_the_references_folder_is_converted(exported, tmp_path, capsys):
         (["{tmp}/gone", "{tmp}/out"], "gone does not exist; name a checkpoint"),
         (["{run}", "{run}"], "holds something already; choose another folder"),
         (["{run}", "{tmp}/out", "--merge=true"], "CoLA cannot be merged"),
+        (["{run}", "{tmp}/out", "--max_shard_size=big"], "--max_shard_size big is no size; write it as 5GB or 200MB"),
+        (["{run}", "{run}/config.yaml/out"], "config.yaml is a file"),
+        (["{run}", "/proc/gone/out"], "/proc/gone/out cannot be made"),
         (["{run}", "{tmp}/out", "--tokenizer={tmp}"], r"holds no tokenizer.json"),
     ],
 )
@@ -125,3 +129,29 @@ def test_bad_input_gets_one_line(arguments, message, trained_run, tmp_path, caps
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+@pytest.mark.parametrize(("file", "content"), [("run.json", "{"), ("run.json", "[]"), ("config.yaml", "a: [")])
+def test_a_run_whose_facts_cannot_be_read_is_told(file, content, trained_run, tmp_path, capsys):
+    shutil.copytree(trained_run, tmp_path / "run", symlinks=True)
+    (tmp_path / "run" / file).write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert f"run/{file}" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_is_full_leaves_nothing_behind(trained_run, tmp_path, monkeypatch, capsys):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cola_lightning.hub.folder.save_torch_state_dict", full)
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", str(trained_run), str(tmp_path / "out")])
+    assert (
+        "out could not be written: [Errno 28] No space left on device; nothing is left of it" in capsys.readouterr().err
+    )
+    assert not list(tmp_path.iterdir())
