@@ -104,14 +104,19 @@ class TokenDataModule(L.LightningDataModule):
         """
         # Lightning knows only loaders that keep one state for all ranks, and warns of any other.
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
-        if state_dict and self._began_with != state_dict[IDENTITY]:
+        if state_dict and (self._began_with is None or self._began_with != state_dict.get(IDENTITY)):
             self._remember(state_dict, self._stage == "fit")
             if hasattr(self, "tokenizer"):  # setup is done, which else compares
                 self._compare()
 
     def _remember(self, state: dict[str, Any], training: bool) -> None:
         """Keep what the run began with, and refuse settings that differ."""
-        self._began_with = state[IDENTITY]
+        self._began_with = state.get(IDENTITY)
+        if not self._began_with:
+            raise InputError(
+                "the checkpoint does not say what data it was trained on, so that its position in it cannot be used; "
+                "begin a new run, with --model.initial_weights to go on from its weights"
+            )
         compare_runs(self._began_with, self._settings(), training)
 
     def _settings(self) -> Identity:

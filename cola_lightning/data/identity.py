@@ -104,8 +104,9 @@ def describe_files(title: str, column: str, names: Sequence[str], fingerprints: 
     """
     sizes, contents = zip(*(one.split(":", 1) for one in fingerprints), strict=True) if names else ((), ())
     commits = {commit_of(name) for name in names}
-    commit = commits.pop() if len(commits) == 1 else None
-    place = "the hub" if commit else "this machine's disk" if all(map(is_local, names)) else "a server"
+    on_hub = None not in commits
+    commit = commits.pop() if on_hub and len(commits) == 1 else None
+    place = "the hub" if on_hub else "this machine's disk" if all(map(is_local, names)) else "a server"
     return {
         "title": title,
         "column": column,
@@ -113,6 +114,7 @@ def describe_files(title: str, column: str, names: Sequence[str], fingerprints: 
         "commit": commit,
         "files": len(names),
         "names": _digest(Path(name.split("?")[0]).name for name in names),
+        "paths": _digest(_ON_HUB.sub("", name) for name in names) if on_hub else None,
         "bytes": sum(map(int, sizes)) if all(sizes) else None,
         "sizes": _digest(sizes) if all(sizes) else None,
         "contents": None if commit or not all(contents) else _digest(contents),
@@ -147,7 +149,9 @@ def compare_sources(then: Identity, now: Identity, replaced: bool = False) -> tu
         return f"{title} has {now['files']:,} files; it had {then['files']:,}", None
     if "names" in differ:
         return f"the files of {title} have other names, or another order", None
-    if "sizes" in differ or ("contents" in differ and now["place"] == "this machine's disk"):
+    if "paths" in differ:
+        return f"{title} is read in place of {then['title']}, and is another part of the data set", None
+    if "sizes" in differ or ("contents" in differ and now["place"] != "a server"):
         problem = f"the files of {title} have other contents"
         if "bytes" in differ:
             problem = f"the files of {title} hold {now['bytes']:,} bytes; they held {then['bytes']:,}"

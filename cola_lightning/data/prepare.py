@@ -17,7 +17,7 @@ from jsonargparse import auto_cli
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cola_lightning.data.lanes import ENCODED_TOGETHER
-from cola_lightning.data.prepared import FORMAT, INDEX, PLAN, TOKENIZER
+from cola_lightning.data.prepared import FORMAT, INDEX, PLAN, TOKENIZER, read_record
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.sources import Source, TextCorpus
 from cola_lightning.data.stream import die_with
@@ -109,18 +109,20 @@ def _prepare_split(corpus: TextCorpus, folder: Path, revision: str | None, num_w
 
 def _begun(folder: Path) -> dict[str, Any] | None:
     """What a folder was begun with; None where nothing was."""
-    file = folder / PLAN
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    plan = read_record(folder / PLAN)
+    if plan is None and (folder / PLAN).exists():
+        raise InputError(f"{folder / PLAN} is damaged; choose another --folder, or delete this one")
+    return plan
 
 
 def _missing(corpus: TextCorpus, folder: Path) -> list[int]:
     """The shards that are to be made: those without a record, and those whose source changed since."""
     missing, changed = [], []
     for shard, fingerprint in enumerate(corpus.fingerprints):
-        record = folder / _record(shard)
-        if not record.is_file():
+        record = read_record(folder / _record(shard))
+        if record is None:
             missing.append(shard)
-        elif json.loads(record.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+        elif record.get("fingerprint") != fingerprint:
             changed.append(shard)
     if changed:
         warnings.warn(

@@ -32,6 +32,15 @@ def is_prepared(source: Source) -> bool:
     return (Path(source.path).expanduser() / source.split / PLAN).is_file()
 
 
+def read_record(file: Path) -> dict[str, Any] | None:
+    """Read a JSON object that ``prepare`` wrote; None if it is not there or damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 class PreparedCorpus:
     """The shards of a prepared source, memory-mapped.
 
@@ -47,9 +56,11 @@ class PreparedCorpus:
         self.folder = Path(source.path).expanduser() / source.split
         if not (self.folder / INDEX).is_file():
             raise InputError(f"{self.folder} was not prepared to the end; run the same 'prepare' again to finish it")
-        self.index: dict[str, Any] = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-        if self.index["format"] != FORMAT:
-            raise InputError(f"{self.folder} has format {self.index['format']}, not {FORMAT}; prepare it anew")
+        self.index: dict[str, Any] = read_record(self.folder / INDEX) or {}
+        if not self.index:
+            raise InputError(f"{self.folder / INDEX} is damaged; delete it, and run the same 'prepare' again")
+        if self.index.get("format") != FORMAT:
+            raise InputError(f"{self.folder} has format {self.index.get('format')}, not {FORMAT}; prepare it anew")
         self.shards: list[str] = [shard["source"] for shard in self.index["shards"]]
         for shard in self.index["shards"]:
             for name, facts in shard["files"].items():

@@ -12,7 +12,7 @@ from datasets import Dataset, Features, List, Value, load_from_disk
 from torch.utils.data import Dataset as Rows
 
 from cola_lightning.data.base import IDENTITY, TokenDataModule, rows_of_a_step
-from cola_lightning.data.cache import cache_folder
+from cola_lightning.data.cache import cache_folder, is_whole
 from cola_lightning.data.documents import find_files, read_documents
 from cola_lightning.data.identity import Identity, describe_files, fingerprint_files
 from cola_lightning.data.loader import TrainLoader
@@ -96,7 +96,7 @@ class TextDataModule(TokenDataModule):
     def prepare_data(self) -> None:
         """Read, split and tokenise, unless the cache holds the result; one process of a node does it."""
         folder = self._cache()
-        if folder.exists():
+        if is_whole(folder, lambda: self._load(folder)):
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(mkdtemp(dir=folder.parent, prefix=".making-"))
@@ -128,12 +128,16 @@ class TextDataModule(TokenDataModule):
     def setup(self, stage: str) -> None:
         self._stage = stage
         folder = self._cache()
-        tokenizer = self._known_tokenizer()
-        self.tokenizer = Tokenizer.load(str(folder / "tokenizer")) if tokenizer is None else tokenizer
-        self._ids = json.loads((folder / IDS).read_text(encoding="utf-8"))
+        tokenizer, self._ids, train, validation = self._load(folder)
+        self.tokenizer = self._known_tokenizer() or tokenizer
         self._compare()
-        self.train_rows = self._rows(folder / "train")
-        self.validation_rows = self._rows(folder / "validation")
+        self.train_rows, self.validation_rows = self._rows(train), self._rows(validation)
+
+    def _load(self, folder: Path) -> tuple[Tokenizer, dict[str, str], Documents, Documents]:
+        """All that a cached folder holds."""
+        ids = json.loads((folder / IDS).read_text(encoding="utf-8"))
+        parts = (Documents(load_from_disk(folder / name).data.column("ids")) for name in ("train", "validation"))
+        return Tokenizer.load(str(folder / "tokenizer")), ids, *parts
 
     def _cache(self) -> Path:
         """Folder whose name tells everything that its content depends on."""
@@ -155,7 +159,8 @@ class TextDataModule(TokenDataModule):
             return folder(self.vocab_size)
         if self.tokenizer_name is None:  # the run's own, which may have been trained on this very text
             trained = folder(self.vocab_size)
-            if trained.exists() and Tokenizer.load(str(trained / "tokenizer")).fingerprint() == tokenizer.fingerprint():
+            whole = is_whole(trained, lambda: self._load(trained))
+            if whole and Tokenizer.load(str(trained / "tokenizer")).fingerprint() == tokenizer.fingerprint():
                 return trained
         return folder(tokenizer.fingerprint())
 
@@ -198,8 +203,7 @@ class TextDataModule(TokenDataModule):
         batches = (batch["text"] for batch in train.iter(batch_size=64))
         return Tokenizer.train((text for batch in batches for text in batch), self.vocab_size)
 
-    def _rows(self, folder: Path) -> Rows:
-        documents = Documents(load_from_disk(folder).data.column("ids"))
+    def _rows(self, documents: Documents) -> Rows:
         kind = PackedRows if self.row_type == "packed" else PaddedRows
         pad_id = self.tokenizer.eos_id if self.tokenizer.pad_id is None else self.tokenizer.pad_id
         return kind(documents, self.sequence_length, pad_id)

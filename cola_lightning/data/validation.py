@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cola_lightning.data.cache import is_whole
 from cola_lightning.data.lanes import ENCODED_TOGETHER
 from cola_lightning.data.prepared import PreparedCorpus
 from cola_lightning.data.readers import is_local
@@ -55,7 +56,7 @@ class ValidationSet:
         Raises:
             InputError: If there is no document.
         """
-        if self.folder.exists():
+        if is_whole(self.folder, self.load):
             return
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(mkdtemp(dir=self.folder.parent, prefix=".making-"))

@@ -73,6 +73,18 @@ def test_validation_set_is_made_once(c4, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("name", ["ids.npy", "offsets.npy"])
+def test_a_damaged_validation_set_is_made_anew_and_said(c4, tmp_path, name):
+    first = ready(C4DataModule(**arguments(c4, cache_dir=str(tmp_path))))
+    [folder] = tmp_path.iterdir()
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()  # the file itself is mapped into memory
+    (folder / name).write_bytes(content[:-40])
+    with pytest.warns(UserWarning, match=rf"the cache {folder} is damaged .*, and is made anew"):
+        again = ready(C4DataModule(**arguments(c4, cache_dir=str(tmp_path))))
+    assert (again.validation_rows.documents.ids == first.validation_rows.documents.ids).all()
+
+
 def test_validation_set_at_an_address_is_made_anew_when_the_file_there_changes(c4, tmp_path):
     write_shard(tmp_path / "validation.json.gz", sentences("v", 30))
     server = Server(tmp_path)

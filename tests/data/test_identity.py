@@ -408,13 +408,15 @@ def test_a_run_keeps_to_the_commit_of_the_hub_that_it_began_with(case, named, ex
         ),
         ({"contents": "a", "place": "a server"}, {"contents": "b", "place": "a server"}, "under other tags"),
         ({"commit": "1" * 40}, {"commit": "1" * 40}, None),
+        ({"paths": "en"}, {"paths": "de", "title": "c4/de"}, "c4/de is read in place of c4, and is another part of"),
+        ({"contents": "a"}, {"contents": "b"}, "the files of c4 have other contents"),
     ],
 )
 def test_sources_of_the_hub_and_of_servers(then, now, outcome):
     common = {"title": "c4", "column": "text", "place": "the hub", "commit": None, "files": 1, "names": "n"}
-    common |= {"bytes": None, "sizes": None, "contents": None, "prepared": None}
+    common |= {"paths": None, "bytes": None, "sizes": None, "contents": None, "prepared": None}
     problem, note = identities.compare_sources(common | then, common | now)
-    refused = "another" in (outcome or "") or "set its revision" in (outcome or "")
+    refused = any(word in (outcome or "") for word in ("another", "set its revision", "other contents"))
     assert (problem is not None) == refused
     assert re.search(outcome, problem or note) if outcome else note is None
 

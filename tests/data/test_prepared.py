@@ -149,6 +149,18 @@ def test_another_preparation_in_the_folder_is_refused(source, c4, run, tmp_path)
         run(folder=f"{tmp_path}", source=Source(source.path, split="text", data_files={"text": f"{source.path}/*"}))
 
 
+def test_damaged_records(source, run):
+    folder = run()
+    (folder / "index.json").write_text('{"format": 2, "sha')
+    with pytest.raises(InputError, match=r"index\.json is damaged; delete it, and run the same 'prepare' again"):
+        PreparedCorpus(Source(str(folder.parent)))
+    (folder / "00001.json").write_text("{")
+    PreparedCorpus(Source(str(run().parent))).verify()
+    (folder / "plan.json").write_text("[")
+    with pytest.raises(InputError, match=r"plan\.json is damaged; choose another --folder"):
+        run()
+
+
 def test_source_without_a_document(run, tmp_path, source):
     write_shard(tmp_path / "empty.json.gz", ["", " "])
     with pytest.raises(InputError, match="has no document; every text is empty"):

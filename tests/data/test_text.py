@@ -91,6 +91,18 @@ def test_another_end_of_document_beside_the_same_tokenizer_is_noticed(corpus, tm
     assert ends == [{1}, {data.tokenizer.eos_id}]
 
 
+@pytest.mark.parametrize("name", ["train/data-00000-of-00001.arrow", "tokenizer/tokenizer.json", "ids.json"])
+def test_a_damaged_cache_is_made_anew_and_said(corpus, tmp_path, name):
+    first = module([corpus], tmp_path)
+    [folder] = (tmp_path / "cache").iterdir()
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()  # the file itself is mapped into memory
+    (folder / name).write_bytes(content[:20])
+    with pytest.warns(UserWarning, match=rf"the cache {folder} is damaged .*, and is made anew"):
+        again = module([corpus], tmp_path)
+    assert (again.train_rows.ids == first.train_rows.ids).all()
+
+
 def test_text_of_the_same_size_and_time_is_noticed(texts, tmp_path):
     file = tmp_path / "a.jsonl"
     lines = "\n".join(json.dumps({"text": text}) for text in texts)
