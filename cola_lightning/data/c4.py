@@ -17,7 +17,7 @@ from cola_lightning.data.prepared import PreparedCorpus, is_prepared
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.rows import PackedRows, PaddedRows
 from cola_lightning.data.sources import DataFiles, Source, TextCorpus
-from cola_lightning.data.stream import StreamError, StreamLoader
+from cola_lightning.data.stream import OneRank, StreamError, StreamLoader
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.data.validation import ValidationSet
 from cola_lightning.errors import InputError
@@ -54,7 +54,7 @@ class C4DataModule(TokenDataModule):
         rows: ``padded`` makes one document a row, cut and padded, as the paper's benchmark does; ``packed`` puts
             documents end to end.
         cross_document_attention: Whether tokens of packed rows attend to the documents before theirs in the row.
-        shuffle_buffer: Documents of a lane that are shuffled together.
+        shuffle_buffer: Documents of a lane that are shuffled together; these are read before its first batch.
         lanes: Streams that the run is made of. Ranks x workers must not be more; it cannot change within a run.
         validation_tokens: Tokens of the validation set, which is the first documents of its source.
         seed: Decides the order of shards and documents.
@@ -206,7 +206,7 @@ class C4DataModule(TokenDataModule):
             state=self._state,
             workers=self.num_workers,
             window=trainer.accumulate_grad_batches,
-            all_well=_agree() if share["replicas"] > 1 else bool,
+            ranks=_Ranks() if share["replicas"] > 1 else None,
             **share,
         )
         return self._loader
@@ -231,10 +231,8 @@ class C4DataModule(TokenDataModule):
         if self._loader is None:
             return self._state or {}
         state = self._loader.state_dict()
-        if self._loader.replicas > 1:
-            states: list[dict[str, Any]] = [{} for _ in range(self._loader.replicas)]
-            dist.all_gather_object(states, state)
-            state["lanes"] = {lane: value for other in states for lane, value in other["lanes"].items()}
+        states = self._loader.ranks.gather(state["lanes"])
+        state["lanes"] = {lane: value for other in states for lane, value in other.items()}
         return state | {IDENTITY: self._known}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -303,14 +301,18 @@ class C4DataModule(TokenDataModule):
         return self._settings() | found | ({"sources": sources} if sources else {})
 
 
-def _agree() -> Any:
-    """A function by which ranks tell each other whether all is well. It has a group of its own on the CPU, so that the
-    device is not waited for."""
-    group = dist.new_group(backend="gloo")
+class _Ranks(OneRank):
+    """What ranks tell each other, in a group of its own on the CPU, so that the device is not waited for."""
 
-    def all_well(well: bool) -> bool:
-        flag = torch.tensor(well, dtype=torch.int32)
-        dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
-        return bool(flag)
+    def __init__(self) -> None:
+        self.group = dist.new_group(backend="gloo")
 
-    return all_well
+    def smallest(self, number: int) -> int:
+        value = torch.tensor(number, dtype=torch.int32)
+        dist.all_reduce(value, dist.ReduceOp.MIN, group=self.group)
+        return int(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(values, value, group=self.group)
+        return values

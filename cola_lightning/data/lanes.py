@@ -1,109 +1,29 @@
-"""Lanes: the independent streams that a run is made of, each of which can say where it stands in a few numbers.
+"""Lanes: the logical shards that a run is made of, each of which makes micro-batches and says where it stands.
 
-A run has a fixed number of lanes, whatever the number of ranks and workers. Each lane owns a share of every source's
-documents, goes through it pass after pass, and makes micro-batches of them. Ranks and workers are dealt lanes, so a
-change of their number moves lanes about and touches no document.
+A run has a fixed number of lanes, whatever the number of ranks and workers. Each lane has a stretch of every source's
+documents in each pass (see :mod:`cola_lightning.data.passes`), mixes the sources, and makes micro-batches. Ranks and
+workers are given lanes, so a change of their number moves lanes about and touches no document.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
-from math import gcd
-from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cola_lightning.data.passes import ENCODED_TOGETHER, Corpus, Document, Reader, SourceReaders
 from cola_lightning.data.rows import IGNORE
-from cola_lightning.errors import InputError
 
-ENCODED_TOGETHER = 64  # documents; enough to keep a tokenizer's threads busy
+__all__ = ["ENCODED_TOGETHER", "Batch", "Corpus", "Lane", "MakeLanes", "RowShape"]
 
 Batch = dict[str, Tensor]
 
-
-class Corpus(Protocol):
-    """Documents in shards. A document is text, or ids already; ``encode`` makes int32 ids of either."""
-
-    title: str
-    shards: list[str]
-
-    def read(self, shard: int, start: int, part: int, parts: int) -> Iterator[tuple[int, Any]]: ...
-
-    def encode(self, documents: list[Any]) -> list[np.ndarray]: ...
-
-
-class Reader:
-    """The documents of one corpus that belong to one lane, pass after pass, shuffled in blocks.
-
-    A block of ``block`` documents is read, put in an order that is a function of the seed and of where it begins, and
-    handed out. So where a reader stands is the beginning of its block and how much of it is gone, and to take it up
-    again is to read that block again; only what had not been handed out is tokenised.
-
-    Args:
-        corpus: The documents.
-        lane: This lane.
-        lanes: Number of lanes.
-        block: Documents that are shuffled together.
-        seed: Text that every order depends on.
-        state: Where to go on, as :attr:`state` told.
-    """
-
-    def __init__(
-        self, corpus: Corpus, lane: int, lanes: int, block: int, seed: str, state: dict[str, int] | None = None
-    ) -> None:
-        self.corpus, self.block, self.seed = corpus, max(1, block), f"{seed}/{lane}"
-        # Fewer shards than lanes are cut into as many parts as make the lanes equal.
-        shards = len(corpus.shards)
-        parts = lanes // gcd(shards, lanes) if shards < lanes else 1
-        units = [(shard, part, parts) for shard in range(shards) for part in range(parts)]
-        Random(f"{seed}/shards").shuffle(units)
-        # The share of a lane is the same in every pass, so that no document comes again before its lane is through.
-        self.units = units[lane::lanes]
-        self.state = state or {"pass": 0, "unit": 0, "row": 0, "taken": 0}
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """Ids of one document after another, without end.
-
-        Raises:
-            InputError: If there is no document.
-        """
-        while True:
-            turn, unit, row = self.state["pass"], self.state["unit"], self.state["row"]
-            documents = self._documents(turn, unit, row)
-            while block := list(islice(documents, self.block)):
-                yield from self._shuffled(block, unit, row)
-                unit, row = self.state["unit"], self.state["row"]
-            if (unit, row) == (0, 0):
-                raise InputError(
-                    f"{self.corpus.title} has no document for one of the lanes; it is empty, or has fewer documents "
-                    f"than --data.lanes"
-                )
-            self.state = {"pass": turn + 1, "unit": 0, "row": 0, "taken": 0}
-
-    def _documents(self, turn: int, unit: int, row: int) -> Iterator[tuple[int, int, Any]]:
-        """Documents of a pass from a place on, each with the place after it."""
-        order = list(self.units)
-        Random(f"{self.seed}/{turn}").shuffle(order)
-        for index in range(unit, len(order)):
-            shard, part, parts = order[index]
-            for number, document in self.corpus.read(shard, row if index == unit else 0, part, parts):
-                yield index, number + 1, document
-
-    def _shuffled(self, block: list[tuple[int, int, Any]], unit: int, row: int) -> Iterator[np.ndarray]:
-        turn, taken = self.state["pass"], self.state["taken"]
-        order = list(range(len(block)))
-        Random(f"{self.seed}/{turn}/{unit}/{row}").shuffle(order)
-        end = {"pass": turn, "unit": block[-1][0], "row": block[-1][1], "taken": 0}
-        for begin in range(taken, len(order), ENCODED_TOGETHER):
-            documents = [block[index][2] for index in order[begin : begin + ENCODED_TOGETHER]]
-            for ids in self.corpus.encode(documents):
-                taken += 1
-                here = {"pass": turn, "unit": unit, "row": row, "taken": taken}
-                self.state = here if taken < len(order) else end
-                yield ids
+# The rest of a document that a row cut rides along in the state if it is this short, so that going on needs no more
+# reading. Of a longer one the state tells the place, because copying megabytes for each batch would take time that
+# grows with the square of the document's length.
+IDS_IN_STATE = 2048
 
 
 @dataclass
@@ -125,33 +45,57 @@ class RowShape:
 
 
 class Lane:
-    """Micro-batches out of a lane's share of all sources, mixed so that each has its share of the tokens.
+    """Micro-batches out of a lane's documents of all sources, mixed so that each has its share of the tokens.
+
+    The next document is one of the source that is furthest behind its share. Lanes do not begin alike: each takes its
+    first document of a source a little later than the lane before, so that over all lanes every source has its share
+    from the first batches on. With sixteen lanes and a weight of 1e-6, lane 0 takes the first after about 31,000
+    documents, lane 1 after 94,000, and so on.
 
     Args:
-        readers: One a source.
+        index: Number of this lane.
+        lanes: Number of lanes.
+        sources: Documents of each source.
         weights: Share of the tokens for each.
         shape: How documents become rows.
         state: Where to go on, as :meth:`state` told.
     """
 
     def __init__(
-        self, readers: list[Reader], weights: list[float], shape: RowShape, state: dict[str, Any] | None = None
+        self,
+        index: int,
+        lanes: int,
+        sources: list[SourceReaders],
+        weights: list[float],
+        shape: RowShape,
+        state: dict[str, Any] | None = None,
     ) -> None:
-        self.readers, self.weights, self.shape = readers, weights, shape
-        state = state or {"documents": [0] * len(readers), "tokens": [0] * len(readers), "rest": [], "rest_of": 0}
+        self.index, self.sources, self.weights, self.shape = index, sources, weights, shape
+        state = state or {"documents": [0] * len(sources), "tokens": [0] * len(sources), "rest": None}
         self.documents, self.tokens = list(state["documents"]), list(state["tokens"])
-        self._rest, self._rest_of = np.array(state["rest"], dtype=np.int32), state["rest_of"]
-        self._streams = [iter(reader) for reader in readers]
+        # In tokens; what a source is given ahead of the others, as if it had handed out that many already.
+        spread = max(1, lanes // len(sources))
+        self._ahead = [
+            ((index + source * spread) % lanes + 0.5) / lanes * shape.length for source in range(len(sources))
+        ]
+        self._rest: Document | None = None  # begun in an earlier row
+        self._begin = self._rest_of = 0  # where it goes on, and its source
+        if rest := state["rest"]:
+            self._take_up(rest)
 
     def state(self) -> dict[str, Any]:
         """Plain numbers that say where the lane stands: the readers' places, documents and tokens handed out of each
-        source, and the ids left over of a document that has begun."""
+        source, and what is left over of a document that has begun, as its ids or as its place."""
+        rest = None
+        if self._rest is not None:
+            rest = {"source": self._rest_of, "shard": self._rest.shard, "row": self._rest.row, "begin": self._begin}
+            if len(self._rest.ids) - self._begin <= IDS_IN_STATE:
+                rest["ids"] = self._rest.ids[self._begin :].tolist()
         return {
-            "readers": [dict(reader.state) for reader in self.readers],
+            "readers": [dict(source.readers[self.index].state) for source in self.sources],
             "documents": list(self.documents),
             "tokens": list(self.tokens),
-            "rest": self._rest.tolist(),
-            "rest_of": self._rest_of,
+            "rest": rest,
         }
 
     def batch(self, batch_size: int) -> Batch:
@@ -159,6 +103,10 @@ class Lane:
 
         Labels equal the ids but for -100 where nothing is to be learnt: padding, and with ``shape.apart`` the first
         token of a document, which nothing before it may foretell.
+
+        Raises:
+            PassEndError: If the lane needs a document from a lane that is in another process.
+            InputError: If a source cannot be read.
         """
         size = (batch_size, self.shape.length)
         ids, labels = np.full(size, self.shape.pad_id, dtype=np.int64), np.full(size, IGNORE, dtype=np.int64)
@@ -173,7 +121,7 @@ class Lane:
 
     def _pad(self, ids: np.ndarray, labels: np.ndarray) -> None:
         source = self._next_source()
-        document = next(self._streams[source])
+        document = self.sources[source].next(self.index).ids
         kept = min(len(document), len(ids))
         ids[:kept] = document[:kept]
         ids[kept - 1] = document[-1]
@@ -184,29 +132,70 @@ class Lane:
     def _pack(self, ids: np.ndarray, labels: np.ndarray, numbers: np.ndarray) -> None:
         filled = number = 0
         while filled < len(ids):
-            begins = not len(self._rest)
-            if begins:
+            if self._rest is None:
                 self._rest_of = self._next_source()
-                self._rest = next(self._streams[self._rest_of])
-            piece = self._rest[: len(ids) - filled]
+                self._rest, self._begin = self.sources[self._rest_of].next(self.index), 0
+            piece = self._rest.ids[self._begin : self._begin + len(ids) - filled]
             end = filled + len(piece)
             ids[filled:end] = labels[filled:end] = piece
             numbers[filled:end] = number
-            if begins and self.shape.apart:
+            if self._begin == 0 and self.shape.apart:
                 labels[filled] = IGNORE
-            self._rest = self._rest[len(piece) :]
-            self.documents[self._rest_of] += not len(self._rest)
+            self._begin += len(piece)
             self.tokens[self._rest_of] += len(piece)
+            if self._begin == len(self._rest.ids):
+                self.documents[self._rest_of] += 1
+                self._rest = None
             filled, number = end, number + 1
 
     def _next_source(self) -> int:
         """The one that is furthest behind its share; the first of several."""
-        return min(range(len(self.weights)), key=lambda source: self.tokens[source] / self.weights[source])
+        if len(self.weights) == 1:
+            return 0
+        behind = ((self.tokens[i] + self._ahead[i]) / weight for i, weight in enumerate(self.weights))
+        return min(enumerate(behind), key=lambda entry: entry[1])[0]
+
+    def _take_up(self, rest: dict[str, Any]) -> None:
+        """Go on within a document: with its ids from ``begin`` on, or, where the state lacks them, by reading it."""
+        self._rest_of, shard, row = rest["source"], rest["shard"], rest["row"]
+        if "ids" in rest:
+            left = np.array(rest["ids"], dtype=np.int32)
+            ids = np.concatenate((np.zeros(rest["begin"], dtype=np.int32), left))
+        else:
+            corpus = self.sources[self._rest_of].readers[self.index].corpus
+            _, document = next(iter(corpus.read(shard, row)))
+            [ids] = corpus.encode([document])
+        self._rest, self._begin = Document(ids, shard, row), rest["begin"]
+
+
+class Lanes:
+    """The lanes that one process has: all of a run, which can then exchange documents, or some.
+
+    Args:
+        lanes: By number.
+        sources: Their readers, by source.
+    """
+
+    def __init__(self, lanes: dict[int, Lane], sources: list[SourceReaders]) -> None:
+        self.lanes, self.sources = lanes, sources
+
+    def batch(self, lane: int, batch_size: int) -> Batch:
+        """The next micro-batch of one of the lanes; see :meth:`Lane.batch`."""
+        batch = self.lanes[lane].batch(batch_size)
+        self.sources[0].touched.add(lane)
+        return batch
+
+    def changed(self) -> dict[str, dict[str, Any]]:
+        """Where those lanes stand whose state changed since this was asked last, by their number."""
+        touched = set().union(*(source.touched for source in self.sources))
+        for source in self.sources:
+            source.touched.clear()
+        return {str(lane): self.lanes[lane].state() for lane in sorted(touched)}
 
 
 @dataclass
 class MakeLanes:
-    """Makes any lane of a run, from its number and the state to go on from; goes to the workers.
+    """Makes any lanes of a run, from their numbers and the states to go on from; goes to the workers.
 
     Args:
         corpora: One a source.
@@ -224,11 +213,23 @@ class MakeLanes:
     seed: str
     shape: RowShape
 
-    def __call__(self, lane: int, state: dict[str, Any] | None) -> Lane:
-        readers = [
-            Reader(
-                corpus, lane, self.lanes, self.block, f"{self.seed}/{index}", state["readers"][index] if state else None
-            )
-            for index, corpus in enumerate(self.corpora)
-        ]
-        return Lane(readers, self.weights, self.shape, state)
+    def __call__(self, indices: Iterable[int], states: dict[str, dict[str, Any]]) -> Lanes:
+        indices = list(indices)
+        sources = []
+        for number, corpus in enumerate(self.corpora):
+            readers = {
+                lane: Reader(
+                    corpus,
+                    lane,
+                    self.lanes,
+                    self.block,
+                    f"{self.seed}/{number}",
+                    states[str(lane)]["readers"][number] if str(lane) in states else None,
+                )
+                for lane in indices
+            }
+            sources.append(SourceReaders(readers, complete=len(readers) == self.lanes))
+        lanes = {
+            lane: Lane(lane, self.lanes, sources, self.weights, self.shape, states.get(str(lane))) for lane in indices
+        }
+        return Lanes(lanes, sources)

@@ -196,6 +196,8 @@ def _make_shard(shard: int) -> None:
             if count % ENCODED_TOGETHER == 0:
                 with documents.get_lock():
                     documents.value += ENCODED_TOGETHER
+    if (rows := corpus.rows(shard)) is not None:
+        offsets.extend([offsets[-1]] * (rows + 1 - len(offsets)))
     with documents.get_lock():
         documents.value += count % ENCODED_TOGETHER
     with (folder / f"{names[1]}.part").open("wb") as file:

@@ -10,7 +10,7 @@ Rows keep their numbers, so that training on a prepared source sees the same bat
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from cola_lightning.data.identity import Identity
+from cola_lightning.data.passes import WHOLE, Share
+from cola_lightning.data.shards import in_ranges
 from cola_lightning.data.sources import Source
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
@@ -73,10 +75,18 @@ class PreparedCorpus:
                     )
         self._open = lru_cache(maxsize=None)(self._map)
 
-    def read(self, shard: int, start: int = 0, part: int = 0, parts: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+    def read(self, shard: int, start: int = 0, share: Share = WHOLE) -> Iterator[tuple[int, np.ndarray]]:
         """As :meth:`TextCorpus.read`, of ids."""
         ids, offsets = self._open(shard)
-        for number in range(start + (part - start) % parts, len(offsets) - 1, parts):
+        rows = len(offsets) - 1
+        if in_ranges(self.shards[shard]):
+            begin, end = share.bounds(rows)
+            numbers: Iterable[int] = range(max(start, begin), end)
+        elif share.last - share.first == share.parts:
+            numbers = range(start, rows)
+        else:
+            numbers = filter(share.has, range(start, rows))
+        for number in numbers:
             document = ids[offsets[number] : offsets[number + 1]]
             if len(document):
                 yield number, document

@@ -13,8 +13,9 @@ from datasets import DatasetBuilder, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
 from cola_lightning.data.identity import Identity, describe_files, fingerprint_files
+from cola_lightning.data.passes import WHOLE, Share
 from cola_lightning.data.retry import Retry
-from cola_lightning.data.shards import Row, read_file, read_table
+from cola_lightning.data.shards import Row, in_ranges, parquet_rows, read_file, read_table
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError, hide_secrets
 
@@ -83,24 +84,33 @@ class TextCorpus:
         """What these shards are, in a few plain values; see :func:`describe_files`."""
         return describe_files(self.title, self.column, self.shards, self.fingerprints)
 
-    def read(self, shard: int, start: int = 0, part: int = 0, parts: int = 1) -> Iterator[tuple[int, str]]:
-        """Rows ``part``, ``part + parts``, … of a shard that are not before ``start``, each with its number; empty
-        ones are left out. A read that fails is taken up at the next row.
+    def read(self, shard: int, start: int = 0, share: Share = WHOLE) -> Iterator[tuple[int, str]]:
+        """Rows of a share of a shard that are not before ``start``, each with its number; empty ones are left out. A
+        read that fails is taken up at the next row.
 
         Raises:
             InputError: If the shard is damaged or stays out of reach; names shard and place.
         """
         name = self.shards[shard]
-        for row, text in self.retry.iterate(lambda start: self._rows(shard, name, start, part, parts), name, start):
+        for row, text in self.retry.iterate(lambda start: self._rows(shard, name, start, share), name, start):
             if text.strip():
                 yield row, text
 
-    def _rows(self, shard: int, name: str, start: int, part: int, parts: int) -> Iterator[Row]:
-        rows = read_file(name, self.column, start, part, parts)
+    def rows(self, shard: int) -> int | None:
+        """Number of rows of a shard whose shares are ranges of rows; None of any other, which would have to be read.
+
+        Raises:
+            InputError: As :meth:`read`.
+        """
+        name = self.shards[shard]
+        return self.retry.call(lambda: parquet_rows(name), name) if in_ranges(name) else None
+
+    def _rows(self, shard: int, name: str, start: int, share: Share) -> Iterator[Row]:
+        rows = read_file(name, self.column, start, share)
         if rows is not None:
             return rows
         table = self._stream.shard(num_shards=len(self.shards), index=shard)
-        return read_table(table, name, self.column, start, part, parts)
+        return read_table(table, name, self.column, start, share)
 
     @cached_property
     def _stream(self):  # type: ignore[no-untyped-def]

@@ -4,8 +4,9 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -13,46 +14,87 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from cola_lightning.data.lanes import Batch, Lane
+from cola_lightning.data.lanes import Batch, Lanes
+from cola_lightning.data.passes import PassEndError
 from cola_lightning.data.rows import add_step_tokens
 from cola_lightning.errors import InputError
 
-MakeLane = Callable[[int, dict[str, Any] | None], Lane]
-"""``f(lane, state)`` makes a lane that goes on at the state, or begins where that is None."""
+States = dict[str, dict[str, Any]]
+"""Where lanes stand, by their number."""
+
+MakeSomeLanes = Callable[[Iterable[int], States], Lanes]
+"""``f(lanes, states)`` makes lanes that go on at their states, or begin where they have none."""
+
+# Micro-batches on a rank that make it worth while to let the processes read by themselves again after a pass: a change
+# starts the workers anew, which takes about a second.
+LONG_PASS = 500
 
 
 class StreamError(InputError):
     """Data that cannot be read any more, seen by all ranks between the same two optimizer steps."""
 
 
+class Verdict(IntEnum):
+    """What the batches of an optimizer step came to; ranks agree on the smallest."""
+
+    FAILED = 0
+    PASS_END = 1
+    READ = 2
+
+
+class OneRank:
+    """What ranks tell each other, where there is one. Every rank calls every method in the same order."""
+
+    def smallest(self, number: int) -> int:
+        """The smallest of the ranks' numbers."""
+        return number
+
+    def gather(self, value: Any) -> list[Any]:
+        """The ranks' values."""
+        return [value]
+
+
 @dataclass
 class _Made:
-    """A batch on its way from a worker, with where its lane stands after it.
+    """A batch on its way from a worker, with where the lanes stand after it whose state changed.
 
     A class of its own, because PyTorch would look into a dict or a tuple for tensors, number by number.
     """
 
     batch: Batch
-    lane: int
-    state: dict[str, Any]
+    states: States
 
     def pin_memory(self, device: Any = None) -> "_Made":
-        return _Made({name: tensor.pin_memory() for name, tensor in self.batch.items()}, self.lane, self.state)
+        return _Made({name: tensor.pin_memory() for name, tensor in self.batch.items()}, self.states)
 
 
 class StreamLoader:
     """The whole training run as one sequence of batches, drawn from the lanes in rotation.
 
     Micro-batch ``m`` of the run, counted over all ranks, comes from lane ``m % lanes``. Rank ``r`` of R takes those
-    with ``m % R == r`` and its workers take turns. Where R x workers divides the number of lanes, the batches are
-    therefore the same sequence for any R and any number of workers. Where it does not, lanes are dealt out as evenly as
-    possible and drawn from in turn; the order then depends on R and the workers, each lane's own sequence does not.
+    with ``m % R == r`` and its workers take turns. There are two ways to make that sequence:
+
+    - *Apart*: each process has some of the lanes and reads nothing else. A lane's batches then depend on its own
+      documents alone. This is how nearly all of a pass is read.
+    - *Jointly*: each process has all lanes, makes all micro-batches and hands over its own. This is how the end of a
+      pass is read, where lanes that are through take documents from others: what a lane is given then depends on what
+      all others took. It is also how a process reads that is the only one.
+
+    When a lane that is read apart has no document left for a batch, all ranks drop what they have of that optimizer
+    step, tell each other where their lanes stand, and go on jointly; after the pass they part again. The batches do not
+    depend on when that happens, only on the lanes' states. Where R x workers divides the number of lanes, the batches
+    are therefore the same sequence for any R and any number of workers. Where it does not, processes that read apart
+    draw from their lanes in turn; the order then depends on R and the workers, each lane's own sequence does not, and
+    each document still comes once before any comes twice.
+
+    To read jointly costs every process the reading of all there is, so it is made short: lanes get equal shares of the
+    shards. Passes that are shorter than LONG_PASS micro-batches of a rank are read jointly throughout.
 
     Lightning sees an object with a length and an iterator, nothing more: it then neither fetches a batch ahead, nor
     restores one rank's position on all ranks.
 
     Args:
-        make_lane: Makes a lane from its number and the state to go on from.
+        make_lanes: Makes lanes from their numbers and the states to go on from.
         lanes: Number of lanes.
         batch_size: Rows of a batch on one rank (B).
         batches: How many batches the run takes on this rank, which is the loader's length.
@@ -60,9 +102,9 @@ class StreamLoader:
         replicas: Number of ranks that share the data.
         rank: This one among them.
         workers: Processes that read ahead; 0 for none.
-        window: Batches of an optimizer step. They are fetched together, so that each knows the step's tokens, and so
-            that data that fails does so between two steps, where a checkpoint is whole.
-        all_well: Given whether this rank has its batches, says whether every rank has; all ranks call it.
+        window: Batches of an optimizer step. They are fetched together, so that data that fails does so between
+            two steps, where a checkpoint is whole.
+        ranks: How ranks agree.
 
     Raises:
         InputError: If ranks and workers are more than the lanes.
@@ -71,7 +113,7 @@ class StreamLoader:
 
     def __init__(
         self,
-        make_lane: MakeLane,
+        make_lanes: MakeSomeLanes,
         lanes: int,
         batch_size: int,
         batches: int,
@@ -81,7 +123,7 @@ class StreamLoader:
         rank: int = 0,
         workers: int = 0,
         window: int = 1,
-        all_well: Callable[[bool], bool] = bool,
+        ranks: OneRank | None = None,
     ) -> None:
         consumers = replicas * max(1, workers)
         if consumers > lanes:
@@ -89,40 +131,93 @@ class StreamLoader:
                 f"{replicas} ranks x {max(1, workers)} workers are more than the {lanes} lanes that the data is dealt "
                 f"out in; set --data.lanes to a multiple of {consumers} from the start of the run, or use fewer workers"
             )
-        self.make_lane, self.lanes, self.batch_size, self.batches = make_lane, lanes, batch_size, batches
-        self.replicas, self.rank, self.workers, self.window, self.all_well = replicas, rank, workers, window, all_well
+        self.make_lanes, self.lanes, self.batch_size, self.batches = make_lanes, lanes, batch_size, batches
+        self.replicas, self.rank, self.workers, self.window = replicas, rank, workers, window
+        self.ranks = ranks or OneRank()
         state = state or {"batches": 0, "dealt": {}, "lanes": {}}
         self.position: int = state["batches"]
-        self.states: dict[str, dict[str, Any]] = dict(state["lanes"])
+        self.states: States = dict(state["lanes"])
         # Lanes are dealt out anew only where ranks or workers are other ones, or the order would change on the way.
-        self.dealt = {"at": self.position, "replicas": replicas, "workers": max(1, workers)}
-        if state["dealt"] | {"at": self.position} == self.dealt:
-            self.dealt = state["dealt"]
+        then = state["dealt"]
+        self.dealt = self._deal(jointly=consumers == 1 or self._pass_ends(), began=then.get("began", self.position))
+        if (then.get("replicas"), then.get("workers")) == (replicas, max(1, workers)):
+            self.dealt = then
 
     def __len__(self) -> int:
         return self.batches
 
     def __iter__(self) -> Iterator[Batch]:
-        items = iter(self._loader())
+        verdict = Verdict.READ
         failure = None
-        try:
-            while failure is None:
-                window, failure = self._window(items)
-                batches = add_step_tokens([made.batch for made in window])
-                for made, batch in zip(window, batches, strict=True):
-                    # Counted as it is handed over, so that a checkpoint taken after this batch goes on at the next.
-                    self.position += self.replicas
-                    self.states[str(made.lane)] = made.state
-                    yield batch
-        finally:
-            del items  # so that the workers end now, though a traceback may keep this frame
+        while verdict != Verdict.FAILED:
+            items = iter(self._items())
+            try:
+                while True:
+                    window, verdict, failure = self._window(items)
+                    if verdict != Verdict.READ:
+                        break
+                    batches = add_step_tokens([made.batch for made in window])
+                    for made, batch in zip(window, batches, strict=True):
+                        # Counted as it is handed over, so that a checkpoint taken after this batch goes on at the next.
+                        self.position += self.replicas
+                        self.states |= made.states
+                        yield batch
+                    if self._may_part():
+                        break
+            finally:
+                del items  # so that the workers end now, though a traceback may keep this frame
+            if verdict == Verdict.PASS_END:
+                self.states = {name: value for own in self.ranks.gather(self._own()) for name, value in own.items()}
+                short = self.position - self.dealt["began"] < LONG_PASS * self.replicas
+                self.dealt = self._deal(jointly=True, began=self.dealt["began"], always=short)
+            elif verdict == Verdict.READ:
+                self.dealt = self._deal(jointly=False, began=self.position)
+        assert failure is not None
         raise failure
 
     def state_dict(self) -> dict[str, Any]:
         """Micro-batches handed over on all ranks, how lanes are dealt out, and where each of this rank's stands."""
+        return {"batches": self.position, "dealt": self.dealt, "lanes": self._own()}
+
+    def _own(self) -> States:
+        """The states that this rank tells. Of lanes read jointly every rank knows all, and tells a part."""
+        if self.dealt["jointly"]:
+            return {lane: state for lane, state in self.states.items() if int(lane) % self.replicas == self.rank}
         owned = {str(lane) for worker in range(self.dealt["workers"]) for lane in self._share(worker)}
-        states = {lane: state for lane, state in self.states.items() if lane in owned}
-        return {"batches": self.position, "dealt": self.dealt, "lanes": states}
+        return {lane: state for lane, state in self.states.items() if lane in owned}
+
+    def _deal(self, jointly: bool, began: int, always: bool = False) -> dict[str, Any]:
+        """How lanes are dealt out from here on.
+
+        Args:
+            jointly: Whether every process has all lanes.
+            began: Position where lanes began to be read apart in this pass.
+            always: Whether it is not worth while to part again after the pass.
+        """
+        workers = max(1, self.workers)
+        return {
+            "at": self.position,
+            "replicas": self.replicas,
+            "workers": workers,
+            "jointly": jointly,
+            "began": began,
+            "always": always or self.replicas * workers == 1,
+            "passes": self._passes(),
+        }
+
+    def _may_part(self) -> bool:
+        """Whether lanes that are read jointly can be read apart again, because a new pass has begun for all."""
+        if not self.dealt["jointly"] or self.dealt["always"]:
+            return False
+        return self._passes() > self.dealt["passes"] and not self._pass_ends()
+
+    def _passes(self) -> int:
+        """Passes that are complete, of all sources together; a pass begins for all lanes at once."""
+        return max((sum(reader["pass"] for reader in state["readers"]) for state in self.states.values()), default=0)
+
+    def _pass_ends(self) -> bool:
+        """Whether a lane is through with a pass that others are not through with."""
+        return any(reader["through"] for state in self.states.values() for reader in state["readers"])
 
     def _turns(self, process: int) -> list[int]:
         """The lanes of one of this rank's worker processes, in the order in which it draws from them from now on."""
@@ -137,24 +232,36 @@ class StreamLoader:
         rotation = [(self.dealt["at"] + turn) % self.lanes for turn in range(self.lanes)]
         return rotation[worker * self.replicas + self.rank :: self.replicas * self.dealt["workers"]]
 
-    def _window(self, items: Iterator["_Made | InputError"]) -> tuple[list[_Made], StreamError | None]:
+    def _window(self, items: Iterator["_Made | Exception"]) -> tuple[list[_Made], Verdict, StreamError | None]:
         """The batches of an optimizer step, or none and why."""
         window: list[_Made] = []
-        failure = None
+        verdict, failure = Verdict.READ, None
         for item in islice(items, self.window):
-            if isinstance(item, InputError):
+            if isinstance(item, Exception):
+                verdict = Verdict.PASS_END if isinstance(item, PassEndError) else Verdict.FAILED
                 failure = StreamError(*item.args)
                 break
             window.append(item)
-        if self.all_well(failure is None):
-            return window, None
-        return [], failure or StreamError("another rank could not read its data; it says why")
+        agreed = Verdict(self.ranks.smallest(verdict))
+        if agreed == Verdict.FAILED and verdict != Verdict.FAILED:
+            failure = StreamError("another rank could not read its data; it says why")
+        return window, agreed, failure
 
-    def _loader(self) -> DataLoader:
+    def _streams(self) -> list["_Stream"]:
+        """What each of this rank's processes runs from now on."""
+        states, workers = dict(self.states), self.dealt["workers"]
+        if not self.dealt["jointly"]:
+            turns = [self._turns(process) for process in range(workers)]
+            return [_Apart(self.make_lanes, states, self.batch_size, turns[process]) for process in range(workers)]
+        place = self.position, self.replicas, self.rank, self.lanes
+        return [
+            _Jointly(self.make_lanes, states, self.batch_size, *place, process, workers) for process in range(workers)
+        ]
+
+    def _items(self) -> Iterable["_Made | Exception"]:
         ahead = {"prefetch_factor": max(2, 1 + self.window // self.workers)} if self.workers else {}
-        turns = [self._turns(process) for process in range(self.dealt["workers"])]
         return DataLoader(
-            _Stream(self.make_lane, turns, dict(self.states), self.batch_size),
+            _Streams(self._streams()),
             batch_size=None,
             num_workers=self.workers,
             worker_init_fn=partial(_worker_init, os.getpid()),
@@ -163,26 +270,85 @@ class StreamLoader:
         )
 
 
-class _Stream(IterableDataset):
-    """What one worker runs: its lanes in rotation. A failure is its last item, as an exception that a process can hand
-    to another without the traceback around it."""
+class _Streams(IterableDataset):
+    """The streams of a rank's processes, each of which runs its own."""
+
+    def __init__(self, streams: list["_Stream"]) -> None:
+        self.streams = streams
+
+    def __iter__(self) -> Iterator["_Made | Exception"]:
+        info = get_worker_info()
+        return iter(self.streams[info.id if info else 0])
+
+
+class _Stream:
+    """Batches of one process. What ends it is its last item, as an exception that a process can hand to another without
+    the traceback around it."""
+
+    def __init__(self, make_lanes: MakeSomeLanes, states: States, batch_size: int) -> None:
+        self.make_lanes, self.states, self.batch_size = make_lanes, states, batch_size
+
+    def __iter__(self) -> Iterator["_Made | Exception"]:
+        try:
+            yield from self.batches()
+        except (InputError, PassEndError) as error:
+            yield type(error)(*error.args)
+
+    def batches(self) -> Iterator[_Made]:
+        raise NotImplementedError
+
+
+class _Apart(_Stream):
+    """Some lanes in rotation."""
+
+    def __init__(self, make_lanes: MakeSomeLanes, states: States, batch_size: int, turns: list[int]) -> None:
+        super().__init__(make_lanes, states, batch_size)
+        self.turns = turns
+
+    def batches(self) -> Iterator[_Made]:
+        lanes = self.make_lanes(self.turns, self.states)
+        while True:
+            for index in self.turns:
+                batch = lanes.batch(index, self.batch_size)
+                yield _Made(batch, lanes.changed())
+
+
+class _Jointly(_Stream):
+    """All lanes in rotation from a position on. Ranks x B rows, one micro-batch for each rank, are a group; the workers
+    of a rank take turns by groups. With 2 ranks and 2 workers, worker 1 of rank 0 hands over the first micro-batch of
+    each second group:
+
+        group              0       1       2       3
+        micro-batch m    0   1   2   3   4   5   6   7
+        rank             0   1   0   1   0   1   0   1
+        worker           0   0   1   1   0   0   1   1
+    """
 
     def __init__(
-        self, make_lane: MakeLane, turns: list[list[int]], states: dict[str, dict[str, Any]], batch_size: int
+        self,
+        make_lanes: MakeSomeLanes,
+        states: States,
+        batch_size: int,
+        position: int,
+        replicas: int,
+        rank: int,
+        lanes: int,
+        worker: int,
+        workers: int,
     ) -> None:
-        self.make_lane, self.turns, self.states, self.batch_size = make_lane, turns, states, batch_size
+        super().__init__(make_lanes, states, batch_size)
+        self.position, self.replicas, self.rank = position, replicas, rank
+        self.lanes, self.worker, self.workers = lanes, worker, workers
 
-    def __iter__(self) -> Iterator["_Made | InputError"]:
-        info = get_worker_info()
-        turns = self.turns[info.id if info else 0]
-        try:
-            lanes = {index: self.make_lane(index, self.states.get(str(index))) for index in turns}
-            while True:
-                for index, lane in lanes.items():
-                    batch = lane.batch(self.batch_size)
-                    yield _Made(batch, index, lane.state())
-        except InputError as error:
-            yield InputError(*error.args)
+    def batches(self) -> Iterator[_Made]:
+        lanes = self.make_lanes(range(self.lanes), self.states)
+        group = 0
+        while True:
+            first = self.position + group * self.replicas
+            batches = [lanes.batch((first + rank) % self.lanes, self.batch_size) for rank in range(self.replicas)]
+            if group % self.workers == self.worker:
+                yield _Made(batches[self.rank], lanes.changed())
+            group += 1
 
 
 def _worker_init(parent: int, worker: int) -> None:

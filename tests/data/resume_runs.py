@@ -31,7 +31,7 @@ class Witness(L.Callback):
         self.file, self.kill_at = file, kill_at
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        digest = sha256(b"".join(batch[name].numpy().tobytes() for name in sorted(batch))).hexdigest()[:16]
+        digest = sha256(b"".join(batch[name].numpy().tobytes() for name in ("input_ids", "labels"))).hexdigest()[:16]
         with self.file.open("a") as log:
             log.write(f"{trainer.fit_loop.epoch_loop.batch_idx} {digest} {outputs['loss'].item().hex()}\n")
         if trainer.global_step == self.kill_at:

@@ -155,7 +155,7 @@ def test_data_that_cannot_work(c4, tmp_path):
     write_shard(tmp_path / "train.json.gz", ["", "\n"])
     empty = Source(str(tmp_path))
     held_out = Source("json", split="validation", data_files=arguments(c4)["data_files"])
-    with pytest.raises(InputError, match="has no document for one of the lanes; it is empty"):
+    with pytest.raises(InputError, match="has no document; every shard or every text is empty"):
         take(ready(C4DataModule(**arguments(c4, sources=[empty], validation=held_out))), 1)
     with pytest.raises(InputError, match="has no document to validate on"):
         ready(C4DataModule(**arguments(c4, validation=empty)))
@@ -234,6 +234,6 @@ def test_attention_that_keeps_to_its_document_gives_each_document_the_loss_it_ha
 def test_lanes_can_be_sent_to_processes_that_are_not_forks(c4, prepared, path):
     others = {} if path == "json" else {"path": str(prepared), "data_files": None, "tokenizer": None}
     data = ready(C4DataModule(**arguments(c4, **others)))
-    make_lane = data.train_dataloader().make_lane
-    sent = pickle.loads(pickle.dumps(make_lane))
-    assert (sent(1, None).batch(4)["input_ids"] == make_lane(1, None).batch(4)["input_ids"]).all()
+    make_lanes = data.train_dataloader().make_lanes
+    sent = pickle.loads(pickle.dumps(make_lanes))
+    assert (sent([1], {}).batch(1, 4)["input_ids"] == make_lanes([1], {}).batch(1, 4)["input_ids"]).all()

@@ -1,103 +1,76 @@
 from collections import Counter
-from itertools import islice
 
 import numpy as np
 import pytest
 
-from cola_lightning.data.lanes import Lane, Reader, RowShape
+from cola_lightning.data import passes
+from cola_lightning.data.lanes import Lane
+from cola_lightning.data.passes import Reader
 from cola_lightning.data.rows import IGNORE
-from cola_lightning.errors import InputError
-
-EOS, PAD = 1, 0
+from tests.data.simulate import EOS, PAD, Numbers, make_lanes
 
 
-class Numbers:
-    """Document ``n`` of shard ``s`` is the id 100 s + n + 10 a few times over, and EOS; what is encoded is counted."""
-
-    title = "numbers"
-
-    def __init__(self, sizes: list[int], longest: int = 9) -> None:
-        self.sizes, self.longest = sizes, longest
-        self.shards = [f"shard{number}" for number in range(len(sizes))]
-        self.encoded: list[int] = []
-
-    def read(self, shard, start=0, part=0, parts=1):
-        for row in range(start, self.sizes[shard]):
-            if row % parts == part:
-                yield row, 100 * shard + row + 10
-
-    def encode(self, documents):
-        self.encoded += documents
-        return [np.array([n] * (1 + n % self.longest) + [EOS], dtype=np.int32) for n in documents]
+def lane(corpora, index=0, lanes=1, state=None, **shape) -> Lane:
+    corpora = corpora if isinstance(corpora, list) else [corpora]
+    make = make_lanes(*corpora, lanes=lanes, **shape)
+    return make([index], {str(index): state} if state else {}).lanes[index]
 
 
-def everything(corpus):
-    return {number for shard in range(len(corpus.shards)) for _, number in corpus.read(shard)}
-
-
-def lane(corpus, index=0, lanes=1, state=None, block=5, weights=(1.0,), **shape):
-    corpora = corpus if isinstance(corpus, list) else [corpus]
-    readers = [
-        Reader(some, index, lanes, block, f"7/{number}", state and state["readers"][number])
-        for number, some in enumerate(corpora)
-    ]
-    return Lane(readers, list(weights), RowShape(**({"length": 8, "packed": True, "pad_id": PAD} | shape)), state)
+def reader(corpus, index=0, lanes=1, block=5, state=None) -> Reader:
+    return Reader(corpus, index, lanes, block, "7/0", state)
 
 
 def numbers_of(reader: Reader, count: int) -> list[int]:
-    return [int(ids[0]) for ids in islice(reader, count)]
+    """The first ids of the next documents, pass after pass."""
+    numbers = []
+    while len(numbers) < count:
+        document = reader.next()
+        if document is None:
+            reader.begin_pass(reader.state["pass"] + 1)
+        else:
+            numbers.append(int(document.ids[0]))
+    return numbers
 
 
-@pytest.mark.parametrize("sizes", [[23, 7, 40], [50], [5] * 12])
+def one_pass(reader: Reader) -> list[int]:
+    return [int(document.ids[0]) for document in iter(reader.next, None)]
+
+
+@pytest.mark.parametrize("sizes", [[23, 7, 40], [50], [5] * 12, [0, 30, 0, 1]])
 def test_each_document_once_a_pass_over_all_lanes_in_another_order_each_pass(sizes):
     corpus = Numbers(sizes)
-    passes = []
-    for index in range(4):
-        share = [int(ids[0]) for ids in _one_pass(Reader(corpus, index, 4, 5, "7"), 0)]
-        again = [int(ids[0]) for ids in _one_pass(Reader(corpus, index, 4, 5, "7"), 1)]
-        assert sorted(share) == sorted(again)
-        assert share != again
-        passes += share
-    assert sorted(passes) == sorted(everything(corpus))
-
-
-def _one_pass(reader, turn):
-    for ids in reader:
-        if reader.state["pass"] > turn:
-            return
-        if reader.state["pass"] == turn:
-            yield ids
+    orders = []
+    for turn in range(2):
+        readers = [reader(corpus, index, 4) for index in range(4)]
+        for some in readers:
+            some.begin_pass(turn)
+        orders.append([number for some in readers for number in one_pass(some)])
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(corpus.everything())
+    assert orders[0] != orders[1]
 
 
 def test_fewer_shards_than_lanes_make_equal_lanes():
-    shares = [len(list(_one_pass(Reader(Numbers([40, 40, 40]), index, 8, 5, "7"), 0))) for index in range(8)]
-    assert set(shares) == {15}
+    assert {len(one_pass(reader(Numbers([40, 40, 40]), index, 8))) for index in range(8)} == {15}
 
 
 @pytest.mark.parametrize("block", [0, 1, 5, 1000])
 @pytest.mark.parametrize("after", [0, 1, 4, 5, 24, 25, 26, 130])
 def test_reader_goes_on_at_the_next_document(block, after):
-    whole = Reader(Numbers([13, 12]), 0, 1, block, "7")
+    whole = reader(Numbers([13, 12]), block=block)
     numbers_of(whole, after)
     state = dict(whole.state)
-    assert numbers_of(Reader(Numbers([13, 12]), 0, 1, block, "7", state), 60) == numbers_of(whole, 60)
+    assert numbers_of(reader(Numbers([13, 12]), block=block, state=state), 60) == numbers_of(whole, 60)
 
 
 def test_going_on_encodes_nothing_that_was_handed_out():
     corpus = Numbers([200])
-    reader = Reader(corpus, 0, 1, 100, "7")
-    seen = numbers_of(reader, 130)
+    first = reader(corpus, block=100)
+    seen = numbers_of(first, 130)
     corpus.encoded.clear()
-    rest = numbers_of(Reader(corpus, 0, 1, 100, "7", dict(reader.state)), 70)
+    rest = numbers_of(reader(corpus, block=100, state=dict(first.state)), 70)
     assert not set(seen) & set(corpus.encoded)
-    assert sorted(seen + rest) == sorted(everything(corpus))
-
-
-def test_a_corpus_without_documents_for_a_lane_is_an_error():
-    with pytest.raises(InputError, match="numbers has no document for one of the lanes"):
-        next(iter(Reader(Numbers([0, 0]), 0, 1, 5, "7")))
-    with pytest.raises(InputError, match=r"--data\.lanes"):
-        [next(iter(Reader(Numbers([3]), index, 4, 5, "7"))) for index in range(4)]
+    assert set(seen + rest) == corpus.everything()
+    assert len(seen + rest) == 200
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -117,7 +90,8 @@ def test_packed_rows_are_the_documents_end_to_end_and_the_ledger_counts_them():
     corpus = Numbers([30])
     rows = lane(corpus)
     ids = np.concatenate([rows.batch(2)["input_ids"].flatten() for _ in range(20)])
-    expected = np.concatenate(list(islice(Reader(corpus, 0, 1, 5, "7/0"), 100)))[: len(ids)]
+    order = numbers_of(reader(corpus), 100)
+    expected = np.concatenate(corpus.encode([[number] for number in order]))[: len(ids)]
     assert (ids == expected).all()
     assert rows.tokens == [len(ids)]
     assert rows.documents == [(ids == EOS).sum()]
@@ -128,7 +102,7 @@ def test_padded_rows_keep_the_end_of_a_document_that_is_cut():
     batch = rows.batch(30)
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         end = int((ids == EOS).nonzero())
-        length = 2 + int(ids[0]) % 20
+        length = 2 + int(ids[0]) // 2 % 20
         assert end == min(length, 8) - 1
         assert (labels[: end + 1] == ids[: end + 1]).all()
         assert (labels[end + 1 :] == IGNORE).all()
@@ -159,9 +133,39 @@ def test_sources_are_mixed_by_their_share_of_the_tokens(packed):
 
 
 def test_blocks_shuffle_and_block_of_one_does_not():
-    straight = numbers_of(Reader(Numbers([30]), 0, 1, 1, "7"), 30)
-    shuffled = numbers_of(Reader(Numbers([30]), 0, 1, 10, "7"), 30)
+    straight = numbers_of(reader(Numbers([30]), block=1), 30)
+    shuffled = numbers_of(reader(Numbers([30]), block=10), 30)
     assert straight == sorted(straight)
     assert shuffled != straight
     assert [set(shuffled[i : i + 10]) for i in (0, 10, 20)] == [set(straight[i : i + 10]) for i in (0, 10, 20)]
     assert Counter(shuffled) == Counter(straight)
+
+
+def test_long_documents_cost_no_more_for_each_batch_and_the_state_stays_small():
+    """A document of 600,000 ids is cut into 75,000 rows. What is left of it rode along with each batch, as a list."""
+    corpus = Numbers([3], longest=600_000, first=2 * 599_000)
+    rows = lane(corpus)
+    for _ in range(3):
+        rows.batch(1000)
+    state = rows.state()
+    assert len(str(state)) < 500
+    again = lane(corpus, state=state)
+    assert (again.batch(5)["input_ids"] == rows.batch(5)["input_ids"]).all()
+    assert again.state() == rows.state()
+
+
+def test_documents_are_encoded_in_groups_of_bounded_size(monkeypatch):
+    monkeypatch.setattr(passes, "ENCODED_CHARACTERS", 10)
+    groups = []
+
+    class Texts(Numbers):
+        def encode(self, documents):
+            groups.append(len(documents))
+            return super().encode([[10] for _ in documents])
+
+        def read(self, *others):
+            return ((row, "x" * (30 if row == 4 else 3)) for row, _ in super().read(*others))
+
+    assert len(one_pass(reader(Texts([12]), block=1000))) == 12
+    assert max(groups) == 3
+    assert sum(groups) == 12

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cola_lightning.data.passes import Share
 from cola_lightning.data.prepare import main, prepare
 from cola_lightning.data.prepared import PreparedCorpus, is_prepared
 from cola_lightning.data.retry import Retry
@@ -49,9 +50,9 @@ def test_prepared_shards_hold_what_the_source_yields_in_its_rows(source, c4, run
     corpus.verify()
     assert corpus.shards == text.shards
     for shard in range(3):
-        for start, part, parts in ((0, 0, 1), (7, 0, 1), (7, 2, 3), (31, 0, 1), (40, 1, 2)):
-            rows, texts = zip(*text.read(shard, start, part, parts), strict=True) if start < 32 else ((), ())
-            prepared = list(corpus.read(shard, start, part, parts))
+        for start, *share in ((0, 0, 1, 1), (7, 0, 1, 1), (7, 1, 3, 3), (31, 0, 1, 1), (40, 1, 2, 2)):
+            rows, texts = zip(*text.read(shard, start, Share(*share)), strict=True) if start < 32 else ((), ())
+            prepared = list(corpus.read(shard, start, Share(*share)))
             assert tuple(row for row, _ in prepared) == rows
             expected, ids = text.encode(list(texts)), corpus.encode([ids for _, ids in prepared])
             assert all((one == other).all() for one, other in zip(expected, ids, strict=True))

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cola_lightning.data.passes import Share
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.sources import Source, TextCorpus
 from cola_lightning.data.tokenizer import Tokenizer
@@ -57,8 +58,9 @@ def test_folder_of_any_format_is_read_from_any_row_in_any_part(tmp_path, open_co
         assert list(corpus.read(0, start)) == list(enumerate(TEXTS[:400]))[start:]
         assert list(corpus.read(1, start)) == list(enumerate(TEXTS[400:]))[start:]
         for part in range(3):
-            expected = [(row, text) for row, text in enumerate(TEXTS[:400]) if row >= start and row % 3 == part]
-            assert list(corpus.read(0, start, part, 3)) == expected
+            in_part = range(400 * part // 3, 400 * (part + 1) // 3) if kind == "parquet" else range(part, 400, 3)
+            expected = [(row, TEXTS[row]) for row in in_part if row >= start]
+            assert list(corpus.read(0, start, Share(part, part + 1, 3))) == expected
 
 
 def test_files_and_text_column_are_arguments(tmp_path, open_corpus):

@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 import time
@@ -7,41 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from cola_lightning.data.lanes import Lane, Reader, RowShape
-from cola_lightning.data.stream import StreamError, StreamLoader
+from cola_lightning.data import stream
+from cola_lightning.data.stream import OneRank, StreamError, StreamLoader, Verdict
 from cola_lightning.errors import InputError
-from tests.data.test_lanes import Numbers
+from tests.data.simulate import Numbers, Run, make_lanes
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def make_lane(index, state):
-    corpus = Numbers([90] * 3, longest=5)
-    return Lane([Reader(corpus, index, 12, 7, "7", state and state["readers"][0])], [1.0], RowShape(8, False, 0), state)
+MAKE = make_lanes(Numbers([90] * 3, longest=5), lanes=12, block=7, packed=False)
 
 
-def loaders(ranks, workers, state=None, **others):
-    return [
-        StreamLoader(make_lane, 12, 2, 100, state=state, replicas=ranks, rank=rank, workers=workers, **others)
-        for rank in range(ranks)
-    ]
-
-
-def gathered(loaders):
-    """As C4DataModule.state_dict, and through JSON, for only plain data may be in it."""
-    states = [loader.state_dict() for loader in loaders]
-    assert len({state["batches"] for state in states}) == 1
-    merged = {lane: value for state in states for lane, value in state["lanes"].items()}
-    assert len(merged) == sum(len(state["lanes"]) for state in states)  # no lane has two owners
-    return json.loads(json.dumps(states[0] | {"lanes": merged}))
-
-
-def take(loaders, micro_batches):
-    """That many micro-batches of the run, in its order."""
-    iterators = [iter(loader) for loader in loaders]
-    return [
-        next(iterator)["input_ids"].tolist() for _ in range(micro_batches // len(loaders)) for iterator in iterators
-    ]
+def run(ranks, workers, state=None, **others) -> Run:
+    """On real workers; the ranks are threads."""
+    return Run(MAKE, ranks, workers, state, kind=StreamLoader, **others)
 
 
 def documents(batches):
@@ -50,28 +28,28 @@ def documents(batches):
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (3, 2), (4, 0), (12, 0)])
 def test_batches_are_one_sequence_for_any_ranks_and_workers_that_divide_the_lanes(ranks, workers):
-    assert take(loaders(ranks, workers), 36) == take(loaders(1, 0), 36)
+    assert run(ranks, workers).take(36) == run(1, 0).take(36)
 
 
 @pytest.mark.parametrize("first", [(1, 0), (2, 2), (4, 0)])
 @pytest.mark.parametrize("second", [(1, 2), (2, 0), (3, 0), (6, 0)])
 def test_another_number_of_ranks_and_workers_goes_on_with_the_same_sequence(first, second):
-    begun = loaders(*first)
-    before = take(begun, 20)
-    after = take(loaders(*second, state=gathered(begun)), 24)
-    assert before + after == take(loaders(1, 0), 44)
+    begun = run(*first)
+    before = begun.take(20)
+    after = run(*second, state=begun.state()).take(24)
+    assert before + after == run(1, 0).take(44)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (3, 2), (5, 0), (1, 5), (2, 4), (7, 1)])
 @pytest.mark.parametrize("stops", [[1], [7], [4, 5, 1]])
 def test_same_number_of_ranks_and_workers_goes_on_exactly_whether_or_not_they_divide_the_lanes(ranks, workers, stops):
-    whole = take(loaders(ranks, workers), 15 * ranks)
+    whole = run(ranks, workers).take(15 * ranks)
     state, batches = None, []
     for count in [*stops, 15 - sum(stops)]:
-        group = loaders(ranks, workers, state=state)
-        batches += take(group, count * ranks)
-        state = gathered(group)
+        again = run(ranks, workers, state=state)
+        batches += again.take(count * ranks)
+        state = again.state()
     assert batches == whole
 
 
@@ -84,47 +62,50 @@ def test_numbers_that_do_not_divide_the_lanes_lose_and_repeat_no_document(change
     part is seen without a gap."""
     state, seen = None, []
     for ranks, workers in changes:
-        group = loaders(ranks, workers, state=state)
-        seen += documents(take(group, ranks * 5))
-        state = gathered(group)
+        again = run(ranks, workers, state=state)
+        seen += documents(again.take(ranks * 5))
+        state = again.state()
     assert all(lane["readers"][0]["pass"] == 0 for lane in state["lanes"].values())
     assert len(seen) == len(set(seen))
-    straight = [documents(make_lane(index, None).batch(22)["input_ids"].unsqueeze(0).tolist()) for index in range(12)]
-    for index, order in enumerate(straight):
+    for index in range(12):
+        order = documents([MAKE([index], {}).batch(index, 21)["input_ids"].tolist()])
         count = state["lanes"].get(str(index), {"documents": [0]})["documents"][0]
         assert set(order[:count]) <= set(seen)
         assert not set(order[count:]) & set(seen)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_real_workers_go_on_through_the_ends_of_passes_as_one_process_does(ranks, monkeypatch):
+    """Of 270 documents in 300 micro-batches of two; lanes part again after each pass, which starts new workers."""
+    monkeypatch.setattr(stream, "LONG_PASS", 2)
+    assert run(ranks, 2).take(300) == run(1, 0).take(300)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_state_belongs_to_the_batch_handed_over_not_to_those_read_ahead(workers):
-    loader = loaders(1, workers)[0]
-    iterator = iter(loader)
-    batches = []
+    begun = run(1, workers)
     for count in range(1, 10):
-        batches.append(next(iterator)["input_ids"].tolist())
-        state = gathered([loader])
+        begun.take(1)
+        state = begun.state()
         assert state["batches"] == count
         assert sum(lane["documents"][0] for lane in state["lanes"].values()) == 2 * count
 
 
 def test_more_ranks_and_workers_than_lanes_are_refused():
     with pytest.raises(InputError, match="4 ranks x 4 workers are more than the 12 lanes"):
-        loaders(4, 4)
+        run(4, 4)
 
 
 class Breaks(Numbers):
-    def read(self, shard, start=0, part=0, parts=1):
-        yield from islice(super().read(shard, start, part, parts), 5)
+    def read(self, *others):
+        yield from islice(super().read(*others), 3)
         raise InputError("shard7 line 6 is not JSON")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_failure_comes_between_two_optimizer_steps_with_its_one_line(workers):
-    def breaking(index, state):
-        return Lane([Reader(Breaks([90]), index, 4, 3, "7")], [1.0], RowShape(8, False, 0), state)
-
-    loader = StreamLoader(breaking, 4, 1, 100, workers=workers, window=8)
+    make = make_lanes(Breaks([90]), lanes=4, block=3, packed=False)
+    loader = StreamLoader(make, 4, 1, 100, workers=workers, window=8)
     seen = []
     with pytest.raises(StreamError) as failure:
         seen.extend(iter(loader))
@@ -133,8 +114,13 @@ def test_failure_comes_between_two_optimizer_steps_with_its_one_line(workers):
 
 
 def test_a_rank_stops_when_another_cannot_go_on():
-    answers = iter([True, False])
-    loader = StreamLoader(make_lane, 12, 2, 100, replicas=2, window=3, all_well=lambda well: next(answers))
+    class Other(OneRank):
+        answers = iter([Verdict.READ, Verdict.FAILED])
+
+        def smallest(self, number):
+            return min(number, next(self.answers))
+
+    loader = StreamLoader(MAKE, 12, 2, 100, replicas=2, window=3, ranks=Other())
     seen = []
     with pytest.raises(StreamError, match="another rank"):
         seen.extend(iter(loader))
@@ -146,15 +132,12 @@ import os, time
 from tests.data.test_stream import *
 
 class Hangs(Numbers):
-    def read(self, shard, start=0, part=0, parts=1):
+    def read(self, *others):
         print(os.getpid(), flush=True)
         time.sleep(600)
         yield 0, 0
 
-def hanging(index, state):
-    return Lane([Reader(Hangs([90]), index, 4, 3, "7")], [1.0], RowShape(8, False, 0), state)
-
-next(iter(StreamLoader(hanging, 4, 1, 100, workers=2)))
+next(iter(StreamLoader(make_lanes(Hangs([90]), lanes=4), 4, 1, 100, workers=2)))
 """
 
 

@@ -1,0 +1,129 @@
+"""Ranks and workers in one process: the loaders of a run on threads, and corpora of numbers."""
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from cola_lightning.data.lanes import MakeLanes, RowShape
+from cola_lightning.data.passes import WHOLE
+from cola_lightning.data.stream import OneRank, StreamLoader
+
+EOS, PAD = 1, 0
+
+
+class Numbers:
+    """Document ``row`` of shard ``s`` begins with the id ``first + 2 (1000 s + row)``, goes on with the id after it a
+    number of times, and ends with EOS. What is encoded is counted."""
+
+    def __init__(self, sizes: list[int], longest: int = 9, first: int = 10, title: str = "numbers") -> None:
+        self.sizes, self.longest, self.first, self.title = sizes, longest, first, title
+        self.shards = [f"shard{number}" for number in range(len(sizes))]
+        self.encoded: list[int] = []
+
+    def read(self, shard, start=0, share=WHOLE):
+        for row in range(start, self.sizes[shard]):
+            if share.has(row):
+                yield row, [self.first + 2 * (1000 * shard + row)]
+
+    def encode(self, documents):
+        self.encoded += [begin for [begin] in documents]
+        return [
+            np.array([begin] + [begin + 1] * (begin // 2 % self.longest) + [EOS], dtype=np.int32)
+            for [begin] in documents
+        ]
+
+    def everything(self) -> set[int]:
+        """The first ids of all documents."""
+        return {begin for shard in range(len(self.shards)) for _, [begin] in self.read(shard)}
+
+
+def make_lanes(*corpora, lanes=1, block=5, weights=None, **shape) -> MakeLanes:
+    shape = RowShape(**({"length": 8, "packed": True, "pad_id": PAD} | shape))
+    return MakeLanes(list(corpora), list(weights or [1 / len(corpora)] * len(corpora)), lanes, block, "7", shape)
+
+
+class Threads:
+    """Ranks that agree on threads of one process."""
+
+    def __init__(self, number: int) -> None:
+        self.barrier = threading.Barrier(number, timeout=60)
+        self.values: list[Any] = [None] * number
+
+    def rank(self, number: int) -> OneRank:
+        return _OfThreads(self, number)
+
+
+class _OfThreads(OneRank):
+    def __init__(self, threads: Threads, number: int) -> None:
+        self.threads, self.number = threads, number
+
+    def gather(self, value):
+        self.threads.values[self.number] = value
+        self.threads.barrier.wait()
+        values = list(self.threads.values)
+        self.threads.barrier.wait()
+        return values
+
+    def smallest(self, number):
+        return min(self.gather(number))
+
+
+class InProcess(StreamLoader):
+    """A loader whose workers are here, and take turns as PyTorch's do."""
+
+    def _items(self) -> Iterator[Any]:
+        streams = [iter(stream) for stream in self._streams()]
+        while True:
+            for stream in streams:
+                yield next(stream)
+
+
+class Run:
+    """A run on simulated ranks and workers, from a state or from the beginning."""
+
+    def __init__(self, make, ranks=1, workers=0, state=None, batch_size=2, window=1, kind=InProcess) -> None:
+        self.window = window
+        threads = Threads(ranks)
+        self.loaders = [
+            kind(
+                make,
+                make.lanes,
+                batch_size,
+                10**6,
+                state=state,
+                replicas=ranks,
+                rank=rank,
+                workers=workers,
+                window=window,
+                ranks=threads.rank(rank),
+            )
+            for rank in range(ranks)
+        ]
+        self.iterators = [iter(loader) for loader in self.loaders]
+        # Each rank keeps its thread, because workers end with the thread that started them.
+        self.threads = [ThreadPoolExecutor(1) for _ in self.loaders]
+
+    def take(self, micro_batches: int) -> list[list[list[int]]]:
+        """The ids of that many micro-batches of the run, over all ranks, in its order."""
+        count = micro_batches // len(self.loaders)
+
+        def of_rank(iterator):
+            return [next(iterator)["input_ids"].tolist() for _ in range(count)]
+
+        futures = [
+            thread.submit(of_rank, iterator) for thread, iterator in zip(self.threads, self.iterators, strict=True)
+        ]
+        of_ranks = [future.result() for future in futures]
+        return [batches[index] for index in range(count) for batches in of_ranks]
+
+    def state(self) -> dict[str, Any]:
+        """As the data module puts it together, and through JSON, because only plain data may be in it."""
+        states = [loader.state_dict() for loader in self.loaders]
+        assert len({state["batches"] for state in states}) == 1
+        lanes = {lane: value for state in states for lane, value in state["lanes"].items()}
+        assert len(lanes) == sum(len(state["lanes"]) for state in states)  # no lane has two owners
+        return json.loads(json.dumps(states[0] | {"lanes": lanes}))
