@@ -79,9 +79,8 @@ class _Check:
         if isinstance(value, Mapping) and _makes_a_class(annotation):
             return self.named(value, place, depth)
         if isinstance(value, Mapping) and "class_path" not in value:
-            return {
-                str(key): self.value(each, _UNKNOWN, f"{place}.{key}", depth + 1) for key, each in dict(value).items()
-            }
+            inner = _of_values(annotation)
+            return {str(key): self.value(each, inner, f"{place}.{key}", depth + 1) for key, each in value.items()}
         what = f"the class {value['class_path']}" if isinstance(value, Mapping) else f"a {type(value).__name__}"
         raise self.refuse(f"names {what} for {place}, where none belongs")
 
@@ -192,3 +191,9 @@ def _of_items(annotation: Any) -> Any:
         if item is not Ellipsis
     ]
     return Union[tuple(items)] if items else _UNKNOWN if annotation is not Any else Any  # noqa: UP007
+
+
+def _of_values(annotation: Any) -> Any:
+    """What the values of a mapping may be; unknown where its annotation does not say."""
+    values = [get_args(each)[1] for each in _members(annotation) if get_origin(each) in (dict, Mapping)]
+    return Union[tuple(values)] if values else _UNKNOWN  # noqa: UP007

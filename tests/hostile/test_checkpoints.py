@@ -63,6 +63,7 @@ PLACES = {
     "an argument that may be anything": lambda code: in_optimizer({"foreach": code}),
     "an argument beyond the signature": lambda code: in_optimizer({"unknown": code}),
     "a list": lambda code: in_optimizer({"betas": [0.9, [code]]}),
+    "a value of plain types": lambda code: {"rope_scaling": {"rope_type": code}},
     "a mapping": lambda code: in_optimizer({"lr": {"a": {"b": code}}}),
     "an optimizer of an optimizer": lambda code: {"optimizer": nested(3, code)},
     "a deep optimizer": lambda code: {"optimizer": nested(8, code)},
@@ -99,7 +100,7 @@ def test_no_settings_of_a_checkpoint_name_code(place, code, trace):
     settings = PLACES[place](CODE[code](trace))
     # A text is harmless where only a text or a number can be meant.
     text = isinstance(CODE[code](trace), str)
-    plain = text and place in ("a number", "a text", "an argument that may be anything")
+    plain = text and place in ("a number", "a text", "a value of plain types", "an argument that may be anything")
     if plain:
         assert check_named_code(settings, LanguageModel, Path("a.ckpt")) == settings
         return
