@@ -26,7 +26,7 @@ STEPS, GLOBAL_BATCH, MICRO_BATCH, CLIP = 20, 8, 2, 0.5
 METHODS = {
     "lora": partial(LoRA, rank=8, dropout=0),
     "sltrain": partial(SLTrain, rank=8, sparsity=0.1),
-    "lax": partial(LaX, rank=8, gate=1.0),
+    "lax": partial(LaX, rank=8),
 }
 
 

@@ -1,41 +1,81 @@
-"""LaX, latent crossing (arXiv 2505.21732), on CoLA: a projection's latent is added to that of the next layer's."""
+"""LaX, latent crossing (arXiv 2505.21732), on CoLA: a projection adds the latent of its place in the layer before.
 
-from torch import Tensor
+``h_l = silu(LayerNorm(A x + gate(h_{l-1})))``, ``y = B h_l``, and ``h_l`` goes on to the next layer. The first layer
+has neither gate nor norm: ``h_0 = silu(A x)``, which is CoLA. This is what the authors' code computes
+(K1seki221/Latent_Crossing c892d2c, for vision transformers; their language models' code is not public). The factors
+start as CoLA's do, because the authors' language models build on CoLA.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from cola_lightning.errors import InputError
 from cola_lightning.methods.cola import CoLA
-from cola_lightning.models.layers import CrossLayer, Projection, Scalar
+from cola_lightning.models.layers import CrossLayer, Projection
 
 
 class LaX(CoLA, CrossLayer):
-    """``B (h_l + g h_{l-1})`` with ``h = silu(A x)``, the latent of the same projection in the layer before being
-    ``h_{l-1}``; CoLA itself in the first layer.
-
-    What is added is the latent as B takes it, after the nonlinearity, and each layer hands on its own alone; the
-    paper's text was not at hand for either. The latent is handed on before the nonlinearity, so that a checkpointing
-    policy that keeps it anyway keeps it once.
+    """``B silu(LayerNorm(A x + gate(h)))``, where ``h`` (…, R) is the activated latent of the layer before.
 
     Args:
         in_features: Size of the last dimension of the input.
         out_features: Size of the last dimension of the output.
         rank: Width R of the bottleneck, between 1 and the smaller side.
-        gate: Where g starts, a learned number for each projection and layer; null for a plain sum. Both are our choice.
+        gate: ``kronecker`` multiplies ``h`` by the Kronecker product of two small trained matrices, see
+            :class:`KroneckerGate`. ``identity`` adds ``h`` as it is.
 
     Raises:
-        InputError: If the rank is out of range.
+        InputError: If the rank is out of range, or the gate is none of the two.
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int, gate: float | None = None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, gate: Literal["kronecker", "identity"] = "kronecker"
+    ) -> None:
         super().__init__(in_features, out_features, rank)
-        self.gate = None if gate is None else Scalar(gate)
+        if gate not in ("kronecker", "identity"):
+            raise InputError(f"LaX: gate is {gate}; it must be kronecker or identity")
+        self.gate = gate
+        self.latent_gate = KroneckerGate(rank) if gate == "kronecker" else nn.Identity()
+        self.latent_norm = nn.LayerNorm(rank, eps=1e-6)
 
     def forward(self, x: Tensor, received: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         z = self.latent(x)
-        h = silu(z)
         if received is not None:
-            h = h + (silu(received) if self.gate is None else self.gate.weight * silu(received))
-        return self.B(h), z
+            # Autocast runs the norm in float32. What is handed on is kept for the backward pass, so keep it narrow.
+            z = self.latent_norm(z + self.latent_gate(received)).to(z.dtype)
+        h = silu(z)
+        return self.B(h), h
 
     def in_first_layer(self) -> Projection:
-        self.gate = None
+        del self.latent_gate, self.latent_norm
         return self
+
+
+class KroneckerGate(nn.Module):
+    """Multiply a latent by ``right ⊗ left``: an R x R matrix in a² + b² numbers, with R = b a and b, a as near to each
+    other as they can be. At R = 256 it is two matrices of 16 x 16, at R = 8 one of 2 x 2 and one of 4 x 4.
+
+    Both start Kaiming-uniform, U(±√(6 / side)), as in the authors' code.
+
+    Args:
+        rank: Size R of the last dimension of input and output.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        b = max(divisor for divisor in range(1, int(rank**0.5) + 1) if rank % divisor == 0)
+        self.left = nn.Parameter(torch.empty(rank // b, rank // b))
+        self.right = nn.Parameter(torch.empty(b, b))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.left)
+        nn.init.kaiming_uniform_(self.right)
+
+    def forward(self, h: Tensor) -> Tensor:
+        # The latent as b rows of a numbers: left acts within each row, right mixes the rows.
+        rows = h.unflatten(-1, (len(self.right), len(self.left)))
+        return (self.right.T @ (rows @ self.left)).flatten(-2)

@@ -1,10 +1,11 @@
-"""LoRA and SLTrain, trained beside their authors' code (tests/golden)."""
+"""LoRA, SLTrain and LaX beside their authors' code (tests/golden)."""
 
 from functools import partial
 
+import pytest
 import torch
 
-from cola_lightning.methods import LoRA, SLTrain
+from cola_lightning.methods import LaX, LoRA, SLTrain
 from cola_lightning.optim import WarmupCosine
 from tests.golden.replay import MATRICES, Net, distance, golden, steps
 
@@ -42,3 +43,35 @@ def test_sltrain_gives_the_official_losses_gradients_and_weights():
                 assert distance(found, data[f"first_gradient.{matrix}.{name}"]) <= 1e-6
         optimizer.step()
         check_weights(net, data, number, ["A", "B", "values"])
+
+
+# Names of the authors' tensors, their matrices transposed where ours are those of nn.Linear
+LAX = {
+    "A.weight": "down", "B.weight": "up", "latent_gate.left": "gate_left", "latent_gate.right": "gate_right",
+    "latent_norm.weight": "norm_weight", "latent_norm.bias": "norm_bias",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("gate", ["kronecker", "identity"])
+def test_lax_gives_the_official_outputs_and_gradients_over_four_layers(gate):
+    data = golden("lax", "forward_backward" if gate == "kronecker" else "forward_backward_no_gate")
+    official = lambda layer, key: data[f"{layer}.{key}"].T if key.endswith(("down", "up")) else data[f"{layer}.{key}"]  # noqa: E731
+    layers = [LaX(32, 32, rank=8, gate=gate) for _ in range(4)]
+    layers[0].in_first_layer()
+    handed_on, loss, inputs = None, 0, []
+    for number, layer in enumerate(layers):
+        for parameter, tensor in layer.named_parameters():
+            # Without a gate the data holds no norm, because it is as it starts.
+            if f"{number}.{LAX[parameter]}" in data:
+                tensor.data.copy_(official(number, LAX[parameter]))
+        inputs.append(data[f"{number}.x"].clone().requires_grad_())
+        y, handed_on = layer(inputs[-1], handed_on)
+        assert distance(y.detach(), data[f"{number}.y"]) <= 1e-6
+        assert distance(handed_on.detach(), data[f"{number}.handed_on"]) <= 1e-6
+        loss = loss + y.square().mean()
+    loss.backward()
+    for number, layer in enumerate(layers):
+        assert distance(inputs[number].grad, data[f"{number}.grad_x"]) <= 1e-6
+        for parameter, tensor in layer.named_parameters():
+            if f"{number}.grad_{LAX[parameter]}" in data:
+                assert distance(tensor.grad, official(number, f"grad_{LAX[parameter]}")) <= 1e-6, (number, parameter)
