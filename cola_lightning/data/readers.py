@@ -22,6 +22,8 @@ from cola_lightning.errors import InputError, hide_secrets
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 BOM = b"\xef\xbb\xbf"
+LONGEST = 1 << 27
+"""Bytes of a line at most: a megabyte of a compressed file may hold a gigabyte of zeros."""
 _CHUNK = 1 << 17
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _repaired: set[str] = set()
@@ -46,8 +48,12 @@ def read_lines(name: str) -> Iterator[bytes]:
         OSError, EOFError, zlib.error: If another machine's file is cut short, which may pass.
     """
     with _explained(name), fsspec.open(name, "rb") as file, _decompressed(file, name) as lines:
-        for number, line in enumerate(lines):
-            yield line.removeprefix(BOM) if number == 0 else line
+        first = True
+        while line := lines.readline(LONGEST + 1):
+            if len(line) > LONGEST:
+                raise InputError(f"{hide_secrets(name)} has a line of more than {LONGEST:,} bytes; is it text?")
+            yield line.removeprefix(BOM) if first else line
+            first = False
 
 
 def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.tokenizer_files import (
+    check_file_size,
     find_tokenizer_files,
     read_model_config,
     read_settings,
@@ -140,6 +141,7 @@ class Tokenizer:
         """
         find = find_tokenizer_files(name, retry or Retry())
         file = find("tokenizer.json")
+        check_file_size(file)
         try:
             fast = FastTokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception

@@ -25,6 +25,9 @@ TOKENIZER, SETTINGS, SPECIAL_TOKENS, MODEL = (
     "config.json",
 )
 
+LARGEST = 2**28
+"""Bytes of each file at most; the largest that are in use have about 35 million."""
+
 FindFile = Callable[[str], Path | None]
 """``f(name)`` brings the file of that name, or None if the tokenizer comes without it."""
 
@@ -97,13 +100,26 @@ def token_content(settings: dict[str, Any], key: str) -> str | None:
 def _read_object(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
+    check_file_size(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{file} holds a {type(content).__name__}, not a JSON object")
     return content
+
+
+def check_file_size(file: Path) -> None:
+    """Refuse a file that is too large to be part of a tokenizer, before it is read.
+
+    Raises:
+        InputError: If it is.
+    """
+    if file.is_file() and (size := file.stat().st_size) > LARGEST:
+        raise InputError(f"{file} has {size:,} bytes; a file of a tokenizer has {LARGEST:,} at most")
 
 
 def _if_file(path: Path) -> Path | None:
