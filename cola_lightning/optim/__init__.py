@@ -4,6 +4,7 @@ from cola_lightning.optim.parameters import MakeOptimizer, MatricesAndRest, Para
 from cola_lightning.optim.projected import APOLLO, Fira, GaLore
 from cola_lightning.optim.row_adamw import RowAdamW
 from cola_lightning.optim.schedules import WarmupCosine, WarmupCosineRestarts
+from cola_lightning.optim.transformers_adamw import TransformersAdamW
 
 __all__ = [
     "APOLLO",
@@ -13,6 +14,7 @@ __all__ = [
     "MatricesAndRest",
     "Parameters",
     "RowAdamW",
+    "TransformersAdamW",
     "WarmupCosine",
     "WarmupCosineRestarts",
 ]

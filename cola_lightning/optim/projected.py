@@ -19,16 +19,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cola_lightning.errors import InputError
+from cola_lightning.optim.transformers_adamw import advance_moments, decay_weights
 
 TINY = 1e-8  # keeps a ratio of norms finite, as in the three reference implementations
 
 
 class ProjectedAdam(Optimizer):
-    """What the three share: projection, moments, bias correction, weight decay.
+    """Base of the three: projection, moments, bias correction, weight decay.
 
-    As in their reference implementations, and unlike ``torch.optim.AdamW``, eps is added before the bias correction,
-    which is in the step size: ``N = M / (√V + eps)``, step ``lr √(1-β₂ᵗ) / (1-β₁ᵗ)``. Moments stay as they are when the
-    projector changes.
+    As in their reference implementations, moments, eps and decay are those of
+    :class:`~cola_lightning.optim.TransformersAdamW`. Moments stay as they are when the projector changes.
     """
 
     whole_matrices = True  # sharded strategies are refused, see cola_lightning.strategies
@@ -75,17 +75,10 @@ class ProjectedAdam(Optimizer):
         state.setdefault("step", 0)
         projector = self.projector(p, grad, group)
         low = projector.T @ grad
-        if "exp_avg" not in state:
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(low), torch.zeros_like(low)
-        (beta1, beta2), lr = group["betas"], group["lr"]
-        state["step"] += 1
-        state["exp_avg"].lerp_(low, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
-        normed = state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(group["eps"])
+        normed, size = advance_moments(state, low, group)
         direction = self.update(grad, low, normed, projector, state, group)
-        size = lr * math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
-        p.mul_(1 - lr * group["weight_decay"])
         p.add_(direction.T if tall else direction, alpha=-size)
+        decay_weights(p, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As ever, but for the limiter's norm: torch casts all state to the parameter's dtype, and a norm rounded to

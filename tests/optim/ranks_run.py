@@ -17,7 +17,7 @@ from torch.optim import AdamW, Muon
 
 from cola_lightning.module import LanguageModel
 from cola_lightning.optim import APOLLO, Fira, GaLore, MatricesAndRest, WarmupCosine
-from tests.parity_run import Curve, Data
+from tests.parity_run import GLOBAL_BATCH, Curve, Data
 
 MATRICES = {
     "GaLore": partial(GaLore, lr=0.05, rank=4, refresh_every=3),
@@ -40,7 +40,7 @@ def train(name: str, devices: int) -> dict:
         optimizer=partial(MatricesAndRest, matrices=MATRICES[name], rest=partial(AdamW, lr=0.01)),
         schedule=partial(WarmupCosine, warmup_steps=2),
     )  # fmt: skip
-    trainer.fit(model, datamodule=Data())
+    trainer.fit(model, datamodule=Data(GLOBAL_BATCH // devices))
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     theirs = weights.clone()
     if devices > 1:
