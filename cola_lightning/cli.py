@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -45,6 +46,7 @@ from cola_lightning.checkpoints import (
     read_state,
     refuse_code,
 )
+from cola_lightning.checkpoints.lock import lock, release
 from cola_lightning.checkpoints.newest import newest_whole
 from cola_lightning.config_files import ConfigFile
 from cola_lightning.data import prepare
@@ -55,7 +57,9 @@ from cola_lightning.models import Projection
 from cola_lightning.module import LanguageModel
 from cola_lightning.parser import Parser
 from cola_lightning.precision import refuse_precision
+from cola_lightning.preemption import await_ranks, limit_rendezvous, own_signals
 from cola_lightning.provenance import TOKENIZER, write_provenance
+from cola_lightning.signals import LISTENER
 from cola_lightning.strategies import refuse_mismatch, refuse_unknown
 
 TRAINING_VERBS = ("fit", "validate", "test", "predict")
@@ -255,6 +259,11 @@ class CLI(LightningCLI):
             self.model.initial_weights = None  # the checkpoint's count, and the folder may be gone by now
             refuse_mismatch(trainer.strategy, Path(resumes), trainer.world_size)
             self._tell_data(Path(resumes), run_dir)
+        own_signals(trainer)
+        limit_rendezvous(trainer)
+        if self.subcommand == "fit" and trainer.is_global_zero:
+            for folder in {Path(folder) for folder in (run_dir, checkpoint.dirpath) if folder}:
+                lock(folder)  # before anything is written there
         return trainer
 
     def _tell_data(self, checkpoint: Path, run_dir: str | None) -> None:
@@ -319,6 +328,17 @@ def resolve(flags: list[str]) -> dict[str, Any]:
     return yaml.safe_load(printed.getvalue())
 
 
+def train(args: list[str]) -> None:
+    """Lightning's verbs, with signals and the run's directory in this process's own hands until they end."""
+    began = LISTENER.listen()
+    try:
+        await_ranks(CLI(args).trainer)
+    finally:
+        release()
+        if began:
+            LISTENER.unlisten()
+
+
 def _run(args: list[str]) -> None:
     match args:
         case ["benchmark", *rest]:
@@ -338,7 +358,7 @@ def _run(args: list[str]) -> None:
         case ["factorise", *rest]:
             factorise.main(rest)
         case _:
-            CLI(args)
+            train(args)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -358,6 +378,9 @@ def main(args: list[str] | None = None) -> None:
         print("error: standard output was closed before all was written, as by '| head'", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not tried again
         sys.exit(CLOSED_PIPE)
+    except KeyboardInterrupt:
+        print("error: ended by Ctrl-C", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except InputError as error:
         print("error:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)  # libraries' words may have more lines
         sys.exit(error.exit_status)

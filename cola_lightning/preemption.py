@@ -1,22 +1,35 @@
-"""Being told to stop: SIGTERM and SIGUSR1 end a run after a whole optimizer step that all ranks agree on.
+"""Being told to stop: a signal ends a run after a whole optimizer step that all ranks agree on.
 
 Lightning's own way saves inside the signal handler, which may be in the middle of a collective operation, and asks
-every rank at every batch with a broadcast that makes the device wait. Here a handler does nothing but take note.
+every rank at every batch with a broadcast that makes the device wait. Here ``signals`` takes note, and the training
+loop looks.
 """
 
 import os
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from datetime import timedelta
-from types import FrameType
+from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from cola_lightning.errors import InputError
+from cola_lightning.signals import LISTENER, Phase
+
+SECONDS_TO_FIND_EACH_OTHER = 300.0
+"""How long a rank waits for the others at the start."""
+
+
+class RankError(InputError):
+    """Another process of a run failed where this one did not."""
+
+    exit_status = 1
 
 
 class Preempted(SystemExit):
@@ -40,22 +53,16 @@ class StopSignal:
 
     def __init__(self, timeout: timedelta = timedelta(minutes=30)) -> None:
         self.timeout = timeout
-        self.noted = 0
         self.group: distributed.ProcessGroup | None = None
         self.exchange: tuple[torch.Tensor, distributed.Work] | None = None
 
     def install(self, trainer: L.Trainer) -> None:
-        """Listen, from now until the trainer puts back the handlers it found."""
+        """Look for signals from now on: training begins."""
         if trainer.world_size > 1:
             self.group = distributed.new_group(backend="gloo", timeout=self.timeout)
         # This exchange replaces Lightning's, which is a broadcast on the device at each batch.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.noted = number
+        LISTENER.phase = Phase.TRAINING
 
     def agreed(self) -> int:
         """The signal that all ranks are to stop for, or 0. Every rank calls this equally often.
@@ -64,7 +71,7 @@ class StopSignal:
             RuntimeError: If another rank is gone, or silent for longer than the timeout.
         """
         if self.group is None:
-            return self.noted
+            return LISTENER.noted
         number = 0
         if self.exchange is not None:
             flag, work = self.exchange
@@ -76,10 +83,74 @@ class StopSignal:
                     "Go on with --ckpt_path last"
                 ) from error
             number = int(flag)
-        flag = torch.tensor([self.noted])
+        flag = torch.tensor([LISTENER.noted])
         work = distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self.group, async_op=True)
         self.exchange = (flag, work)
         return number
+
+
+class _OwnCheckpoints(_CheckpointConnector):
+    """Takes no ``hpc_ckpt_….ckpt`` out of the working directory unasked, as Lightning does under SLURM."""
+
+    _hpc_resume_path = None
+
+
+def own_signals(trainer: L.Trainer) -> None:
+    """Keep Lightning from listening to signals: its hooks would save in the middle of a step, under SLURM into the
+    working directory, and go on from such a file at the next start.
+
+    Raises:
+        AttributeError: If Lightning has changed, so that this would have no effect.
+    """
+    trainer._signal_connector.register_signal_handlers  # noqa: B018
+    trainer._checkpoint_connector._hpc_resume_path  # noqa: B018
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer._checkpoint_connector.__class__ = _OwnCheckpoints
+    if trainer.is_global_zero:
+        LISTENER.before_exit = requeue
+
+
+def limit_rendezvous(trainer: L.Trainer, seconds: float = SECONDS_TO_FIND_EACH_OTHER) -> None:
+    """End this process, with a line, if the ranks of a run do not find each other in so many seconds. The library that
+    waits for a rank that died meanwhile would do so for half an hour."""
+    strategy: Any = trainer.strategy
+    find: Callable[[], None] = strategy.setup_environment
+
+    def give_up() -> None:
+        os.write(
+            2,
+            f"error: rank {trainer.global_rank} did not find the other {trainer.world_size - 1} ranks of this run "
+            f"within {seconds:.0f} s; see what ended them, or --trainer.num_nodes, --trainer.devices, MASTER_ADDR "
+            "and MASTER_PORT\n".encode(),
+        )
+        os._exit(1)
+
+    def find_in_time() -> None:
+        timer = threading.Timer(seconds, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            find()
+        finally:
+            timer.cancel()
+
+    if trainer.world_size > 1:
+        strategy.setup_environment = find_in_time
+
+
+def await_ranks(trainer: L.Trainer, seconds: float = 60.0) -> None:
+    """Wait until the ranks that this one launched have ended: they are killed with it.
+
+    Raises:
+        InputError: If one failed.
+    """
+    for process in getattr(trainer.strategy.launcher, "procs", []):
+        try:
+            if status := process.wait(seconds):
+                raise RankError(f"a process of this run ended with status {status}; its output says why")
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise RankError(f"a process of this run had not ended after {seconds:.0f} s and was killed") from None
 
 
 def requeue(number: int) -> None:
@@ -92,6 +163,8 @@ def requeue(number: int) -> None:
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    if os.environ.get("SLURM_PROCID", "0") != "0":
+        return
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
         problem = done.returncode and (done.stderr.strip() or f"exit status {done.returncode}")

@@ -145,7 +145,8 @@ def train(
         precision="32-true" if strategy.startswith(("deepspeed", "auto_32")) else "64-true", gradient_clip_val=CLIP,
         logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[
-            curve, Checkpoints(10, dirpath=out), *([] if keep in ("none", "fast", *METHODS) else [CoLAM(keep)]),
+            curve, Checkpoints(10, dirpath=out, minutes_at_end=0),
+            *([] if keep in ("none", "fast", *METHODS) else [CoLAM(keep)]),
         ],
     )  # fmt: skip
     if resume:
@@ -159,6 +160,7 @@ def train(
         **(FAST if keep == "fast" else {}),
     )  # fmt: skip
     trainer.fit(model, datamodule=Data(micro_batch), ckpt_path=resume, weights_only=True)
+    trainer.save_checkpoint(Path(out, "asked-for.ckpt"))  # as callbacks of others do
     if trainer.is_global_zero:
         Path(out, "curve.json").write_text(json.dumps([curve.losses, curve.norms]))
 

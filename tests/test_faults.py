@@ -2,6 +2,7 @@
 full, a checkpoint that is damaged. No more is lost than the steps since the last checkpoint, and nothing of the result.
 Signals and ranks that are gone: ``test_preemption``; crashes while writing: ``callbacks/test_checkpoints``."""
 
+import json
 import os
 import re
 import resource
@@ -13,9 +14,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cola_lightning.checkpoints import damage, read
+from cola_lightning.callbacks import Checkpoints
+from cola_lightning.callbacks.checkpoints import UnsavedError
+from cola_lightning.checkpoints import damage, lock, read
+from cola_lightning.checkpoints.newest import LINK, newest_whole
 from cola_lightning.cli import main
 from cola_lightning.due_validation import NOTE
+from tests.conftest import loader, tiny_trainer
 from tests.parity_run import train
 from tests.processes import Run
 
@@ -159,8 +164,80 @@ def test_where_ranks_write_together_none_waits_for_one_that_could_not(tmp_path, 
     size = sum(file.stat().st_size for file in (tmp_path / "unbroken" / "step_00000010.ckpt").rglob("*"))
     folder = disk(int(1.5 * size) + 2**16) / "run"
     run = Run(train, strategy, 2, str(folder), ranks=2, folder=tmp_path / "full")
+    assert run.wait() == [1, 1], run.output()
+    shown = run.logs[0].read_text()
+    assert "step_00000020.ckpt could not be written: " in shown
+    assert "step 20, the last of this run, is not on the disk" in shown
+    assert sorted(path.name for path in folder.iterdir() if path.name != lock.NAME) == [LINK, "step_00000010.ckpt"]
+    assert damage(folder / LINK) is None
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2_sharded", "deepspeed_2"])
+def test_a_checkpoint_is_whole_whoever_asks_for_it(tmp_path, strategy):
+    """A data module whose data failed, a ModelCheckpoint: Lightning's way would leave out the manifest."""
+    Run(train, strategy, 2, str(tmp_path / "run"), ranks=2, folder=tmp_path).done()
+    asked = tmp_path / "run" / "asked-for.ckpt"
+    assert damage(asked) is None
+    assert read(asked).step == read(tmp_path / "run" / LINK).step == 20
+
+
+def test_where_there_is_room_for_two_the_oldest_goes_first(start, tmp_path, disk):
+    """Three never fit; no step goes unsaved, and never is there none."""
+    start(tmp_path / "unbroken").done()
+    size = (tmp_path / "unbroken" / "checkpoints" / "last.ckpt").stat().st_size
+    folder = tmp_path / "run"
+    place = disk(int(2.5 * size))
+    run = start(folder, f"--checkpoint.dirpath={place / 'checkpoints'}")
     run.done()
-    assert "step_00000020.ckpt could not be written: " in run.logs[0].read_text()
-    assert sorted(path.name for path in folder.iterdir()) == ["curve.json", "last.ckpt", "step_00000010.ckpt"]
-    assert damage(folder / "last.ckpt") is None
-    assert (folder / "curve.json").read_text() == (tmp_path / "unbroken" / "curve.json").read_text()
+    shown = run.logs[0].read_text()
+    assert "is full: step_00000002.ckpt is removed before a newer checkpoint is written" in shown
+    assert "could not be written" not in shown
+    assert read(place / "checkpoints" / LINK).step == LENGTH
+
+
+SIZES = [0, 1, 4, 16, 64, 110, 130, 150, 190, 210, 230, 250, 290, 310, 330, 350, 400, 500, 700, 1000]
+
+
+def fit_on_disks(places: list[str], log: str) -> None:
+    """Train once on each disk, and write down how each run ended."""
+    ends = []
+    for place in places:
+        callback = Checkpoints(2, dirpath=str(Path(place, "checkpoints")), minutes_at_end=0)
+        run, model, data = tiny_trainer(callback, steps=6, enable_checkpointing=True)
+        try:
+            run.fit(model, loader(data))
+            ends.append("well")
+        except UnsavedError as error:
+            ends.append(str(error))
+    Path(log).write_text(json.dumps(ends))
+
+
+def test_on_no_disk_does_a_run_end_well_without_its_last_step(tmp_path):
+    """Twenty sizes, in KiB (a checkpoint has about 50), few inodes, and one that may not be written to."""
+    options = [f"size={size}k" for size in SIZES[1:]] + ["size=4k,nr_inodes=1"]
+    options += [f"nr_inodes={count}" for count in (2, 3, 4, 5, 6, 7)] + ["ro"]
+    places = []
+    try:
+        for number, option in enumerate(options):
+            place = tmp_path / str(number)
+            place.mkdir()
+            mount = ["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(place)]
+            if subprocess.run(mount, capture_output=True).returncode:
+                pytest.skip("mounting small disks needs root")
+            places.append(place)
+        log = tmp_path / "ends.json"
+        run = Run(fit_on_disks, [str(place) for place in places], str(log), ranks=1, folder=tmp_path / "logs")
+        run.done()
+        ends = json.loads(log.read_text())
+        for option, place, end in zip(options, places, ends, strict=True):
+            last = place / "checkpoints" / "step_00000006.ckpt"
+            if end == "well":
+                assert damage(last) is None, option
+                assert newest_whole(last.parent) == last, option
+            else:
+                assert not last.exists(), option
+                assert "step 6, the last of this run, is not on the disk" in end
+        assert 3 < ends.count("well") < len(ends) - 3
+    finally:
+        for place in places:
+            subprocess.run(["umount", "--lazy", str(place)], check=True)

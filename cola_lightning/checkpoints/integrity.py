@@ -58,6 +58,8 @@ def damage(path: Path) -> str | None:
         return "cut short, or no checkpoint at all"
     except OSError as error:
         return f"{error.strerror or error}"
+    except Exception as error:  # a flipped bit can make zip ask for a password, and a manifest be anything
+        return f"cannot be checked: {type(error).__name__}: {error}"
 
 
 def _folder_damage(folder: Path) -> str | None:

@@ -248,6 +248,8 @@ class C4DataModule(TokenDataModule):
             self._known = (self._known or {}) | {"failed": True}
             file = Path(folder) / f"data-failed-step={trainer.global_step}.ckpt"
             trainer.save_checkpoint(file)
+            if not file.exists():
+                return  # that it could not be written was said
             rank_zero_warn(f"the data failed; when it can be read again, go on by --ckpt_path {file}")
 
     # -- identity -----------------------------------------------------------------------------------------------------

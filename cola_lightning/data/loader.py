@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cola_lightning.data.rows import IGNORE, Row, add_step_tokens
+from cola_lightning.signals import leave_signals_to_parent
 
 Batch = dict[str, Tensor]
 
@@ -113,4 +114,14 @@ class _Filled(Dataset):
 
 
 def _loader(rows: Dataset, batches: object, workers: int) -> DataLoader:
-    return DataLoader(rows, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available())  # type: ignore[arg-type]
+    return DataLoader(
+        rows,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_worker_init,
+    )
+
+
+def _worker_init(worker: int) -> None:
+    leave_signals_to_parent()

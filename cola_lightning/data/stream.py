@@ -18,6 +18,7 @@ from cola_lightning.data.lanes import Batch, Lanes
 from cola_lightning.data.passes import PassEndError
 from cola_lightning.data.rows import add_step_tokens
 from cola_lightning.errors import InputError
+from cola_lightning.signals import leave_signals_to_parent
 
 States = dict[str, dict[str, Any]]
 """Where lanes stand, by their number."""
@@ -352,6 +353,7 @@ class _Jointly(_Stream):
 
 
 def _worker_init(parent: int, worker: int) -> None:
+    leave_signals_to_parent()
     die_with(parent)
 
 

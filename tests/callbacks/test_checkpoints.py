@@ -1,14 +1,22 @@
+import errno
 import os
 import resource
+import shutil
 import signal
+import sys
+import time
+from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cola_lightning.callbacks import Checkpoints
-from cola_lightning.callbacks.checkpoints import FileWriter
-from cola_lightning.checkpoints import damage, read
+from cola_lightning.callbacks.checkpoints import UnsavedError
+from cola_lightning.checkpoints import damage, lock, read
 from cola_lightning.checkpoints.newest import newest_whole
+from cola_lightning.checkpoints.writer import FileWriter
 from cola_lightning.errors import InputError
 from tests.conftest import loader, tiny_trainer
 from tests.processes import Run
@@ -23,7 +31,7 @@ def fit(folder, steps, every=2, resume=None, batches=None, **trainer):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != lock.NAME)
 
 
 def test_the_newest_stay_and_the_end_is_among_them(tmp_path):
@@ -65,7 +73,7 @@ def die_while_writing(folder: str) -> None:
                 os.truncate(path, 5000)
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    import cola_lightning.callbacks.checkpoints as module
+    import cola_lightning.checkpoints.writer as module
 
     module.FileWriter = Dying
     fit(folder, 6)
@@ -84,22 +92,24 @@ def fill_the_disk(folder: str, ranks: int) -> None:
     """From the second checkpoint on, a file may have no more than 10,000 bytes."""
 
     class Narrowing(Checkpoints):
-        def save(self, trainer):
-            super().save(trainer)
+        def save(self, trainer, at_end=False):
+            super().save(trainer, at_end)
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 
-    callback = Narrowing(2, dirpath=folder)
+    callback = Narrowing(2, dirpath=folder, minutes_at_end=0)
     strategy = "ddp" if ranks > 1 else "auto"
     run, model, data = tiny_trainer(callback, steps=6, enable_checkpointing=True, devices=ranks, strategy=strategy)
-    run.fit(model, loader(data * ranks))
+    with pytest.raises(UnsavedError, match="step 6, the last of this run, is not on the disk"):
+        run.fit(model, loader(data * ranks))
     assert run.global_step == 6
+    sys.exit(UnsavedError.exit_status)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, ranks):
+def test_a_full_disk_ends_no_run_before_its_time_and_then_no_run_well(tmp_path, ranks):
     folder = tmp_path / "run"
     run = Run(fill_the_disk, str(folder), ranks, ranks=ranks, folder=tmp_path)
-    run.done()
+    assert run.wait() == [1] * ranks, run.output()
     assert names(folder) == ["last.ckpt", "step_00000002.ckpt"]
     assert damage(folder / "last.ckpt") is None
     told = "could not be written: [Errno 27] File too large. The run goes on and tries again in 2 steps; the newest "
@@ -117,3 +127,132 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, ranks):
 def test_settings_that_make_no_sense_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         Checkpoints(**arguments)
+
+
+class Stop(L.Callback):
+    """Ask the run to stop in the validation after a step, as EarlyStopping does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_validation_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
+
+
+@pytest.mark.parametrize(
+    ("steps", "trainer"),
+    [
+        (3, {"callback": Stop(3), "limit_val_batches": 1, "val_check_interval": 3}),
+        (5, {"limit_train_batches": 5, "max_steps": 100}),  # max_epochs is 1
+    ],
+    ids=["early stopping", "max_epochs"],
+)
+def test_however_a_run_ends_its_last_step_is_saved_and_it_goes_on_from_there(tmp_path, steps, trainer):
+    trainer = dict(trainer)
+    extra = [trainer.pop("callback")] if "callback" in trainer else []
+    limit = trainer.pop("max_steps", 6)
+
+    def run(folder, resume=None):
+        fitted, model, data = tiny_trainer(
+            Checkpoints(100, dirpath=str(folder)), steps=6, enable_checkpointing=True, limit_val_batches=0
+        )
+        fitted.fit(model, loader(data[:1] * 6), loader(data[:1]), ckpt_path=resume, weights_only=True)
+        return model
+
+    arguments = {"enable_checkpointing": True, "limit_train_batches": 6} | trainer
+    fitted, model, data = tiny_trainer(Checkpoints(100, dirpath=str(tmp_path)), *extra, steps=limit, **arguments)
+    fitted.fit(model, loader(data[:1] * 6), loader(data[:1]))
+    assert names(tmp_path) == ["last.ckpt", f"step_{steps:08}.ckpt", "validated"]
+    assert read(tmp_path / "last.ckpt").step == steps
+    if "limit_train_batches" in trainer:
+        return  # there is no more of its only epoch
+    resumed = run(tmp_path, "last")
+    whole = run(tmp_path / "whole")
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+def test_checkpoints_of_others_stay(tmp_path):
+    best = ModelCheckpoint(tmp_path, "best-{step}", monitor="val/perplexity", save_top_k=3, every_n_train_steps=1)
+    fitted, model, data = tiny_trainer(
+        Checkpoints(1, dirpath=str(tmp_path)), best, steps=6, enable_checkpointing=True, val_check_interval=1
+    )
+    fitted.fit(model, loader(data), loader(data[:1]))
+    assert names(tmp_path)[-3:] == ["step_00000005.ckpt", "step_00000006.ckpt", "validated"]
+    assert sorted(map(Path, best.best_k_models)) == sorted(tmp_path.glob("best-*.ckpt"))
+    assert len(best.best_k_models) == 3
+    assert all(damage(Path(path)) is None for path in best.best_k_models)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_rename_that_fails_is_borne_like_a_write_that_fails(tmp_path, monkeypatch, number):
+    rename, failed = os.replace, []
+
+    def fail(source, target):
+        if str(target).endswith("step_00000002.ckpt") and not failed:
+            failed.append(target)
+            raise OSError(number, os.strerror(number))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.warns(UserWarning, match=f"could not be written: .*{os.strerror(number)}"):
+        fit(tmp_path, 4)
+    assert failed
+    assert names(tmp_path) == ["last.ckpt", "step_00000004.ckpt"]
+
+
+def test_where_no_rename_succeeds_the_run_does_not_end_well(tmp_path, monkeypatch):
+    def fail(source, target):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "replace", fail)
+    callback = Checkpoints(2, dirpath=str(tmp_path), minutes_at_end=0.001)
+    run, model, data = tiny_trainer(callback, steps=3, enable_checkpointing=True)
+    with pytest.raises(UnsavedError, match=r"step 3, the last .* The newest checkpoint is none; make room"):
+        run.fit(model, loader(data))
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_copy_whose_link_was_followed_goes_on(tmp_path, kind):
+    fit(tmp_path, 4, batches=6, limit_train_batches=6)
+    last = tmp_path / "last.ckpt"
+    target = last.resolve()
+    last.unlink()
+    if kind == "file":
+        shutil.copy(target, last)
+    else:
+        last.mkdir()
+        (last / "anything").write_text("of a checkpoint in parts")
+    fit(tmp_path, 6, resume="last")
+    assert os.readlink(last) == "step_00000006.ckpt"
+
+
+def test_a_link_that_cannot_be_made_does_not_lead_back(tmp_path, monkeypatch):
+    fit(tmp_path, 4, batches=6, limit_train_batches=6)
+
+    def fail(self, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "symlink_to", fail)
+    with pytest.warns(UserWarning, match=r"last.ckpt could not be changed .*step_00000006.ckpt"):
+        fit(tmp_path, 6, resume="last")
+    assert newest_whole(tmp_path) == tmp_path / "step_00000006.ckpt"
+
+
+def test_another_process_cannot_run_in_the_same_folder(tmp_path):
+    holder = Run(hold, str(tmp_path), ranks=1, folder=tmp_path / "logs")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "held").exists():
+        assert time.monotonic() < deadline, holder.output()
+        time.sleep(0.02)
+    with pytest.raises(InputError, match=rf"in use by another run \(process {holder.processes[0].pid} on"):
+        fit(tmp_path, 2)
+    holder.kill(signal.SIGKILL)
+    fit(tmp_path, 2)  # the lock died with its process
+    assert not (tmp_path / lock.NAME).exists()
+
+
+def hold(folder: str) -> None:
+    lock.lock(Path(folder))
+    Path(folder, "held").touch()
+    time.sleep(600)

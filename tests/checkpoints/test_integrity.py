@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from cola_lightning.checkpoints import damage
 from cola_lightning.checkpoints.integrity import SEAL, checksum, contents, seal
 from cola_lightning.checkpoints.newest import LINK, newest_whole, written
+from cola_lightning.errors import InputError
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def test_damage_to_a_folder_is_found(folder):
 
 
 def test_the_newest_whole_checkpoint_is_found_and_damage_is_told(file, folder, tmp_path):
-    os.utime(file, ns=(1, 1))
+    os.utime(file, ns=(2**62, 2**62))  # times say nothing in a copy
     assert written(tmp_path) == [folder, file]
     assert newest_whole(tmp_path) == folder
     (folder / "latest").unlink()
@@ -74,8 +77,37 @@ def test_the_newest_whole_checkpoint_is_found_and_damage_is_told(file, folder, t
         assert newest_whole(tmp_path) is None
 
 
-def test_the_link_says_which_is_newest_where_times_do_not(file, folder, tmp_path):
-    """As in a folder that was copied."""
-    os.utime(file, ns=(1, 1))
+def test_what_lies_beyond_the_link_is_of_a_branch_that_was_left(file, folder, tmp_path):
     (tmp_path / LINK).symlink_to(file.name)
-    assert newest_whole(tmp_path) == file
+    assert written(tmp_path) == [file, folder]
+
+
+def test_files_of_others_are_no_checkpoints_of_the_run(file, tmp_path):
+    for name in ("epoch=0-step=9.ckpt", "best.ckpt", "data-failed-step=9.ckpt", "step_9.ckpt.partial"):
+        shutil.copy(file, tmp_path / name)
+    assert written(tmp_path) == [file]
+
+
+def test_a_copy_of_the_newest_in_place_of_the_link_counts_by_its_step(file, tmp_path):
+    torch.save({"global_step": 5, "state_dict": {}, "loops": {}, "hyper_parameters": {}}, tmp_path / LINK)
+    assert written(tmp_path) == [tmp_path / LINK, file]
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "listdir", fail)
+    with pytest.raises(InputError, match=r"cannot be read .*Input/output error"):
+        newest_whole(tmp_path, patience=0)
+
+
+def test_damage_that_defeats_the_checker_is_damage(file, folder):
+    content = bytearray(file.read_bytes())
+    at = content.index(b"PK\x01\x02") + 8  # flags of the first entry of the zip's directory: now "encrypted"
+    content[at] |= 1
+    file.write_bytes(content)
+    assert "cannot be checked" in damage(file)
+    for manifest in ("[]", "3", '{"latest": 5}', '{"latest": {"bytes": 1}}', "null"):
+        (folder / SEAL).write_text(manifest)
+        assert damage(folder)

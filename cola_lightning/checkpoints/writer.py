@@ -1,0 +1,153 @@
+"""One writer for every checkpoint of a run, whoever asks for it: whole and checked, or not there."""
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import distributed
+from torch.distributed.checkpoint import CheckpointException
+
+from cola_lightning.checkpoints.integrity import checksum, contents, seal, sync
+from cola_lightning.checkpoints.newest import PARTIAL
+
+
+class CheckpointWriter:
+    """Takes the place of ``trainer.save_checkpoint``.
+
+    A checkpoint is written beside its place, gets its manifest where it is a folder, and is moved to its place when
+    every byte is on the disk. What keeps any rank from its part is known to all ranks, none of which waits for it.
+
+    Args:
+        trainer: Of this run; its ``save_checkpoint`` is replaced.
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self.trainer = trainer
+        self.group: distributed.ProcessGroup | None = None
+        """For exchanges on the CPU; without it they go over the run's own group."""
+        self._save = trainer.save_checkpoint
+        trainer.save_checkpoint = self._save_or_warn  # type: ignore[method-assign]
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = FileWriter()
+
+    def _save_or_warn(
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None
+    ) -> None:
+        if "://" in str(filepath):  # not a disk: neither can a name be moved there, nor is it written in parts
+            self._save(filepath, weights_only, storage_options)
+        elif problem := self.try_save(Path(filepath), weights_only):
+            rank_zero_warn(f"{filepath} could not be written: {problem}. The run goes on without it")
+
+    def try_save(self, path: Path, weights_only: bool | None = False) -> str | None:
+        """Write a checkpoint; all ranks take part.
+
+        Returns:
+            What kept a rank from it, the same on all ranks; None where it is on the disk.
+        """
+        partial = path.with_name(path.name + PARTIAL)
+        problem = self._agree(self._write(partial, weights_only))
+        if problem is None:
+            checksums, problem = self._checksums(partial)
+            if problem is None and self.trainer.is_global_zero:
+                try:
+                    move_into_place(partial, path, checksums)
+                except OSError as error:
+                    problem = str(error)
+            problem = self._agree(problem)
+        if problem and self.trainer.is_global_zero:
+            with suppress(OSError):
+                remove(partial)  # there may be room without it
+        return problem
+
+    def _write(self, path: Path, weights_only: bool | None) -> str | None:
+        strategy = self.trainer.strategy
+        problem = None
+        try:
+            self._save(path, weights_only)
+        except (OSError, RuntimeError, CheckpointException) as error:  # shards; of a disk, every rank hears there
+            causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
+            problem = str(causes[0])
+            strategy.barrier("Trainer.save_checkpoint")  # where those that heard of nothing are waiting
+        for owner in (strategy.checkpoint_io, strategy):
+            problem = problem or getattr(owner, "problem", None)
+        return problem
+
+    def _agree(self, problem: str | None) -> str | None:
+        problems = [problem]
+        if self.trainer.world_size > 1:
+            problems = [None] * self.trainer.world_size
+            distributed.all_gather_object(problems, problem, group=self.group)
+        return next(filter(None, problems), None)
+
+    def _checksums(self, folder: Path) -> tuple[dict[str, int], str | None]:
+        """Each rank reads its share of a folder's files. A file has checksums of its own."""
+        trainer, own, problem = self.trainer, {}, None
+        try:
+            if folder.is_dir():
+                names = contents(folder)[trainer.global_rank :: trainer.world_size]
+                own = {name: checksum(folder / name) for name in names}
+        except OSError as error:
+            problem = str(error)
+        shares = [own]
+        if trainer.world_size > 1:
+            shares = [{} for _ in range(trainer.world_size)]
+            distributed.all_gather_object(shares, own, group=self.group)
+        return {name: crc for share in shares for name, crc in share.items()}, self._agree(problem)
+
+
+class FileWriter(TorchCheckpointIO):
+    """Writes to the file directly. Lightning's gathers the whole file in memory and in the temporary folder first.
+
+    What the disk says is kept in ``problem``, because only one rank would know of it if it were raised.
+    """
+
+    problem: str | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        self.problem = None
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+            self.problem = str(error)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def move_into_place(partial: Path, path: Path, checksums: dict[str, int]) -> None:
+    """Give a checkpoint that was written its name; from here on it counts."""
+    if partial.is_dir():
+        seal(partial, checksums)
+    replaced = path.with_name(f"{path.name}.replaced{PARTIAL}")
+    if path.is_dir():  # cannot be replaced in one move, as a file can
+        if replaced.exists():
+            remove(replaced)
+        os.replace(path, replaced)
+    os.replace(partial, path)
+    sync(path.parent)
+    if replaced.exists():
+        with suppress(OSError):  # the next start of the run removes it
+            remove(replaced)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, file or folder; nothing happens where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def size(path: Path) -> int:
+    """Count the bytes of a checkpoint, file or folder."""
+    return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size

@@ -1,0 +1,146 @@
+"""Signals that ask a training command to stop, owned from its first line on. Imports nothing that is slow.
+
+Before training begins a signal ends the process at once, because nothing is lost by that. While it trains a signal is
+noted, and the run ends after a whole step with a checkpoint (``preemption``). At its end a run is given a minute.
+
+Python runs a signal handler between two bytecodes of the main thread, which may be inside a library that waits for
+another process. So the handlers do nothing, and a thread reads the signals' numbers from the pipe that the interpreter
+writes them to at once (``signal.set_wakeup_fd``).
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from enum import Enum
+from typing import Any
+
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+SECONDS_TO_END = 45.0
+"""How long a process that was told to stop may take from its last step to its end."""
+
+
+class Phase(Enum):
+    STARTING = "starting"
+    TRAINING = "training"
+    ENDING = "ending"
+
+
+class Listener:
+    """Notes the signals of this process. There is one, ``LISTENER``, because signals belong to a process."""
+
+    def __init__(self) -> None:
+        self.phase = Phase.STARTING
+        self.noted = 0
+        self.before_exit: Callable[[int], None] = lambda number: None
+        """Called with the signal's number where it ends the process before it trains."""
+        self._handlers: dict[int, Any] = {}
+
+    def listen(self) -> bool:
+        """Listen from now on; whether this call began it. In an interactive interpreter, and beside the main thread,
+        signals keep the meaning that they have there."""
+        if self._handlers or hasattr(sys, "ps1") or threading.current_thread() is not threading.main_thread():
+            return False
+        self.phase, self.noted = Phase.STARTING, 0
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        self._pipe = reader, writer, signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True, name="signals").start()
+        for number in STOP:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has SIGHUP, and shells a background's SIGINT
+                self._handlers[number] = signal.signal(number, _do_nothing)
+        _at_fork()
+        return True
+
+    def unlisten(self) -> None:
+        """Put back what there was before."""
+        if not self._handlers:
+            return
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._handlers = {}
+        _, writer, before = self._pipe
+        signal.set_wakeup_fd(before)
+        os.write(writer, b"\0")  # ends the thread, which closes its end
+        os.close(writer)
+
+    @property
+    def listening(self) -> bool:
+        return bool(self._handlers)
+
+    def end_soon(self, number: int) -> None:
+        """End this process in a minute, if it has not ended by then."""
+        self.phase = Phase.ENDING
+        timer = threading.Timer(SECONDS_TO_END, os._exit, args=(128 + number,))
+        timer.daemon = True
+        timer.start()
+
+    def _watch(self, reader: int) -> None:
+        while number := os.read(reader, 1)[0]:
+            if number in STOP:
+                self._receive(number)
+        os.close(reader)
+
+    def _receive(self, number: int) -> None:
+        again = number == signal.SIGINT == self.noted
+        self.noted = self.noted or number
+        name = signal.Signals(number).name
+        if again:
+            _tell(f"{name} again: ended at once")
+            os._exit(128 + number)
+        if self.phase is Phase.STARTING:
+            _tell(f"{name} before training began: ended at once, nothing was lost by that")
+            self.before_exit(number)
+            os._exit(128 + number)
+        if self.phase is Phase.TRAINING:
+            more = "; Ctrl-C again ends it at once, without" if number == signal.SIGINT else ""
+            _tell(f"{name}: this run ends after the step, with a checkpoint{more}")
+        else:
+            self.end_soon(number)
+
+
+LISTENER = Listener()
+
+
+def die_with_launcher() -> None:
+    """Have the kernel kill this rank when the process that launched it is gone, even by SIGKILL (on Linux)."""
+    if sys.platform == "linux" and ("LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ):
+        set_parent_death_signal = 1
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def leave_signals_to_parent() -> None:
+    """Outlive, in a worker process, a signal that is sent to all processes of a run: the run still needs its data until
+    it stops. SIGTERM ends a worker a little later, because that is how a pool ends those that do not answer."""
+    for number in STOP:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
+
+
+def _do_nothing(*_: Any) -> None:
+    pass
+
+
+def _tell(text: str) -> None:
+    with suppress(OSError):  # of a terminal that was closed
+        os.write(2, f"\n{text}\n".encode())  # not by print, whose lock the main thread may hold
+
+
+_FORKING = False
+
+
+def _at_fork() -> None:
+    global _FORKING
+    if not _FORKING:
+        os.register_at_fork(after_in_child=_in_child)
+        _FORKING = True
+
+
+def _in_child() -> None:
+    if LISTENER._handlers:
+        LISTENER._handlers = {}
+        signal.set_wakeup_fd(-1)  # the pipe is the parent's
+        leave_signals_to_parent()
