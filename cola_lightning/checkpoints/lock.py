@@ -10,7 +10,8 @@ from pathlib import Path
 from cola_lightning.errors import InputError
 
 NAME = ".lock"
-_HELD: dict[Path, int] = {}
+_HELD: dict[Path, tuple[int, list[Path]]] = {}
+"""Each with its handle, and the folders that were made for the lock, the innermost first."""
 
 
 def lock(folder: Path) -> None:
@@ -25,6 +26,7 @@ def lock(folder: Path) -> None:
     folder = folder.absolute()
     if folder in _HELD:
         return
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         while True:
@@ -47,7 +49,7 @@ def lock(folder: Path) -> None:
             os.close(handle)
     except OSError:
         return
-    _HELD[folder] = handle
+    _HELD[folder] = handle, made
     with suppress(OSError):
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -56,7 +58,10 @@ def lock(folder: Path) -> None:
 def release() -> None:
     """Let go of every folder that this process holds."""
     while _HELD:
-        folder, handle = _HELD.popitem()
+        folder, (handle, made) = _HELD.popitem()
         with suppress(OSError):
             (folder / NAME).unlink()
         os.close(handle)
+        with suppress(OSError):  # what a run that was refused leaves empty goes
+            for each in made:
+                each.rmdir()
