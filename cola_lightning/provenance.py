@@ -16,12 +16,14 @@ LIBRARIES = ("cola-lightning", "torch", "lightning", "deepspeed", "tokenizers", 
 
 
 def write_provenance(trainer: L.Trainer, folder: Path) -> None:
-    """Write the tokenizer, and ``run.json`` with the commit and the versions of libraries."""
+    """Write the tokenizer, and ``run.json`` with the commit, the versions of libraries and what the data is."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    data = getattr(trainer, "datamodule", None)
+    tokenizer = getattr(data, "tokenizer", None)
     if tokenizer is not None:
         tokenizer.save(folder / TOKENIZER)
     facts = {"commit": commit(), "devices": trainer.world_size, "libraries": libraries()}
+    facts["data"] = getattr(data, "identity", None)
     (folder / RUN).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 

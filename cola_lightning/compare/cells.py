@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cola_lightning.compare.child import run
 from cola_lightning.compare.plan import Cell, Plan, folder_name, learning_rates
 from cola_lightning.errors import InputError
-from cola_lightning.provenance import commit
+from cola_lightning.provenance import commit, read_provenance
 
 RESULT, FAILED, COSTS, CONFIG, LOG = "result.json", "failed.txt", "costs.json", "cell.yaml", "output.log"
 
@@ -102,10 +102,20 @@ class Bench:
             (folder / FAILED).write_text(f"exit status {code}: {lines[-1] if lines else ''}\n", encoding="utf-8")
             return f"failed, see {folder / LOG}"
         result |= {"method": cell.method, "factor": factor, "seed": cell.seed}
+        self._check_data(folder, result)
         write(folder / RESULT, result)
         if not self.keep_checkpoints:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return f"perplexity {result['perplexity']:.2f}"
+
+    def _check_data(self, folder: Path, result: dict[str, Any]) -> None:
+        """Refuse a result on other text than that of a run which finished before."""
+        for file in sorted(self.root.glob(f"*/*/{RESULT}")):
+            if (other := read(file)) and other["data"] != result["data"]:
+                raise InputError(
+                    f"{folder} was trained on other text than {file.parent}: the files changed between the two; choose "
+                    f"another --folder, or delete the runs on the old text"
+                )
 
     def measure(self, method: str) -> None:
         """Count FLOPs and bytes of a method; where that fails the table has gaps, and the log says why."""
@@ -143,6 +153,10 @@ def outcome(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         "tokens_per_second": statistics.median(speeds[1:] or speeds),
         "curve": [[step + 1, int(tokens[step]), loss[step]] for step in sorted(loss) if step in tokens],
         "commit": commit(),
+        "data": [
+            {key: source[key] for key in ("names", "paths", "commit", "sizes", "contents")}
+            for source in (read_provenance(folder).get("data") or {}).get("sources", [])
+        ],
     }
 
 

@@ -64,6 +64,11 @@ class TokenDataModule(L.LightningDataModule):
     _run_tokenizer: Path | None = None
     _stage: str = "fit"
 
+    @property
+    def identity(self) -> Identity | None:
+        """What this data is; there after ``setup``."""
+        return self._known
+
     def val_dataloader(self) -> EvalLoader:
         return EvalLoader(self.validation_rows, self.batch_size, **self._share())
 

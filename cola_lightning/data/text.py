@@ -79,6 +79,8 @@ class TextDataModule(TokenDataModule):
             raise InputError(f"batch_size is {batch_size}; it must be at least 1")
         if not 0 < validation_fraction < 1:
             raise InputError(f"validation_fraction is {validation_fraction}; it must lie between 0 and 1")
+        if not 0 <= seed < 2**32:
+            raise InputError(f"--data.seed is {seed}; it must lie between 0 and {2**32 - 1}")
         self.paths, self.validation_paths, self.validation_fraction = paths, validation_paths, validation_fraction
         self.tokenizer_name, self.vocab_size = tokenizer, vocab_size
         self.text_column, self.separator = text_column, separator

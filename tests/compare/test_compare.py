@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from cola_lightning.cli import main, resolve
+from cola_lightning.compare.cells import Bench
 from cola_lightning.compare.plan import Method, Plan
 from cola_lightning.errors import InputError
 from tests.conftest import REPOSITORY
@@ -119,6 +120,17 @@ def test_a_run_that_ended_without_a_number_is_reported_and_never_best(compared, 
     cola = next(row for row in rows if row["method"] == "CoLA")
     assert (cola["sweep"]["0.5"], cola["factor"]) == ("nan", 1.0)
     assert "| CoLA | nan |" in (tmp_path / "table.md").read_text()
+
+
+def test_runs_on_text_that_changed_in_between_are_not_compared(compared):
+    """Of the same paths and settings: the files themselves are in the results."""
+    result = next(iter(results(compared / "out").values()))
+    [source] = result["data"]
+    assert source["contents"]
+    bench = Bench(None, compared / "out", 1)
+    bench._check_data(compared / "out" / "cola" / "new", result)
+    with pytest.raises(InputError, match=r"cola/new was trained on other text than .*: the files changed between"):
+        bench._check_data(compared / "out" / "cola" / "new", result | {"data": [source | {"contents": "other"}]})
 
 
 def test_another_plan_in_the_same_folder_is_refused(compared, run_file, capsys, tmp_path):

@@ -143,7 +143,9 @@ def test_a_bad_file_behind_a_good_one_is_named_too(corpus, tmp_path):
         module([corpus, tmp_path / "bad.txt"], tmp_path)
 
 
-@pytest.mark.parametrize("settings", [{"sequence_length": 1}, {"batch_size": 0}, {"validation_fraction": 1.0}])
+@pytest.mark.parametrize(
+    "settings", [{"sequence_length": 1}, {"batch_size": 0}, {"validation_fraction": 1.0}, {"seed": -1}, {"seed": 2**32}]
+)
 def test_refuses_what_makes_no_sense(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         TextDataModule(["x"], **settings)
