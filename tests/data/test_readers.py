@@ -14,6 +14,7 @@ import zstandard
 
 from cola_lightning.data import readers
 from cola_lightning.data.documents import read_documents
+from cola_lightning.data.passes import WHOLE
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.shards import read_file
 from cola_lightning.data.sources import Source, TextCorpus
@@ -22,7 +23,7 @@ from tests.data.server import Server
 
 READ = {
     "files": lambda file: list(read_documents([file])),
-    "shards": lambda file: [text for _, text in read_file(str(file), "text", 0, 0, 1)],
+    "shards": lambda file: [text for _, text in read_file(str(file), "text", 0, WHOLE)],
 }
 both = pytest.mark.parametrize("read", READ.values(), ids=READ.keys())
 LINES = [f'{{"text": "document {number}"}}\n'.encode() for number in range(2000)]
