@@ -118,7 +118,7 @@ def _projection(config: dict[str, Any], file: Path, hidden_size: int) -> MakePro
         same = [layout.fixed for layout in LAYOUTS if layout.model_type == kind]
         found = {key: config.get(key) for key in same[0]}
         raise InputError(f"{file} sets {found}, which is not supported; {kind} has {' or '.join(map(str, same))}")
-    return layout.make({name: read_key(config, file, name, int) for name in layout.arguments})
+    return layout.make({name: read_key(config, file, name, kind) for name, kind in layout.arguments.items()})
 
 
 def _rope(config: dict[str, Any], file: Path, longest: int, head_dim: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from cola_lightning.methods import CoLA, CRNet, LowRank
+from cola_lightning.methods import CoLA, CRNet, LaX, LowRank
 from cola_lightning.methods.cr_net import FirstOfCRNet
 from cola_lightning.models import MakeProjection, Projection
 
@@ -21,7 +21,8 @@ class Layout:
         projection: Its class, in every layer but perhaps the first.
         model_type: What ``config.json`` calls the model.
         name: Beginning of the classes' names in the modelling file, ``modeling_<model_type>.py``.
-        arguments: Arguments of the class, which are also keys of ``config.json`` and attributes of a projection.
+        arguments: Arguments of the class and their types; they are also keys of ``config.json`` and attributes of a
+            projection.
         fixed: Further keys by which this projection is told from others with the same ``model_type``.
         first: Class in the first layer, where it is another.
     """
@@ -29,7 +30,7 @@ class Layout:
     projection: type[Projection]
     model_type: str
     name: str
-    arguments: tuple[str, ...] = ("rank",)
+    arguments: dict[str, type] = field(default_factory=lambda: {"rank": int})
     fixed: dict[str, Any] = field(default_factory=dict)
     first: type[Projection] | None = None
 
@@ -56,6 +57,7 @@ LAYOUTS = (
     Layout(CoLA, "cola_llama", "CoLALlama", fixed={"latent_act": "silu"}),
     Layout(LowRank, "cola_llama", "CoLALlama", fixed={"latent_act": "linear"}),
     Layout(CRNet, "cr_net_llama", "CRNetLlama", first=FirstOfCRNet),
+    Layout(LaX, "lax_llama", "LaXLlama", arguments={"rank": int, "gate": str}),
 )
 
 

@@ -14,7 +14,7 @@ from cola_lightning import load_model
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from cola_lightning.hub import write_folder
-from cola_lightning.methods import SST, CoLA, CRNet, LoRA, LowRank, ReLoRA, SLTrain, SwitchLoRA
+from cola_lightning.methods import SST, CoLA, CRNet, LaX, LoRA, LowRank, ReLoRA, SLTrain, SwitchLoRA
 from cola_lightning.models import FullRank, Projection, generate
 from tests.conftest import tiny_llama
 from tests.data.test_tokenizer import t5_like
@@ -43,6 +43,8 @@ KINDS = {
     "CoLA without SiLU": (COLA, {"gate_silu": False, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}),
     "low rank": (LOW_RANK, {"max_position_embeddings": 64}),
     "CR-Net": (partial(CRNet, rank=8, start="normal", beta=0.7), {"num_key_value_heads": 2}),
+    "LaX": (partial(LaX, rank=8), {"num_key_value_heads": 2}),
+    "LaX without gates": (partial(LaX, rank=7, gate="identity"), {"gate_silu": False}),
     "CoLA on longer texts": (COLA, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
 }
 
