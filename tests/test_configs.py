@@ -145,3 +145,40 @@ def test_every_method_of_the_comparison_parses():
         model = made.configuration(name, 2, 1, REPOSITORY)["model"]
         assert model["hidden_size"] == 128
         assert len(learning_rates(model["optimizer"])) >= 1
+
+
+SIZES = ["60M", "130M", "350M", "1B", "7B"]
+BY_SIZE = sorted(file for file in (REPOSITORY / "configs" / "method").glob("*.yaml") if "| 60M" in file.read_text())
+
+
+def values_of(config, name):
+    """Every value of a key of that name, at any depth."""
+    if not isinstance(config, dict):
+        return []
+    own = [config[name]] if name in config else []
+    return own + [value for part in config.values() for value in values_of(part, name)]
+
+
+def test_overlays_whose_values_depend_on_the_size_have_a_table():
+    assert {file.stem for file in BY_SIZE} >= {"galore", "fira", "apollo", "apollo_mini", "sltrain", "lora"}
+
+
+@pytest.mark.parametrize("file", BY_SIZE, ids=lambda file: file.stem)
+def test_a_table_by_size_begins_with_the_values_of_the_overlay(file):
+    """An overlay holds the values of 60M. Those of other sizes are in its comment, which must keep to it."""
+    rows = [
+        [cell.strip() for cell in line.strip("# \n|").split("|")]
+        for line in file.read_text().splitlines()
+        if line.startswith("#") and line.count("|") > len(SIZES)
+    ]
+    (head, *rows), config = rows, yaml.safe_load(file.read_text())
+    assert head[-5:] == SIZES
+    assert len(rows) >= 2
+    for name, *cells in rows:
+        assert len(cells) == len(SIZES), name
+        found = values_of(config, name)
+        if cells[0] == "none":
+            assert set(found) <= {None}, name
+        else:
+            assert found, name
+            assert set(found) == {float(cells[0])}, name
