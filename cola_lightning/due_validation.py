@@ -11,17 +11,24 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 NOTE = "validated"
-"""File beside the checkpoints: the last optimizer step whose validation came to its end."""
+"""File beside the checkpoints: the optimizer steps whose validation came to its end, one a line."""
 
 
 def note_validation(trainer: L.Trainer) -> None:
-    """Write down that the validation of this step is over."""
-    file = _note(trainer)
-    if not file or not trainer.is_global_zero or trainer.sanity_checking or trainer.global_step == 0:
+    """Write down that the validation of this step is over, and strike out later steps, which will be made again."""
+    folder = _folder(trainer)
+    if not folder or not trainer.is_global_zero or trainer.sanity_checking or trainer.global_step == 0:
         return
+    steps = [step for step in validated(folder) if step < trainer.global_step] + [trainer.global_step]
     with suppress(OSError):  # a full disk does not end the run, which at worst validates the step again
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{trainer.global_step}\n", encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / NOTE).write_text("".join(f"{step}\n" for step in steps), encoding="utf-8")
+
+
+def validated(folder: Path) -> list[int]:
+    """The steps whose validation is over, of the run whose checkpoints are in ``folder``."""
+    file = folder / NOTE
+    return [int(line) for line in file.read_text(encoding="utf-8").split()] if file.is_file() else []
 
 
 def validate_if_due(trainer: L.Trainer) -> None:
@@ -43,7 +50,7 @@ def validate_if_due_at_end(trainer: L.Trainer) -> None:
     loop = trainer.fit_loop
 
     def run() -> None:
-        del vars(loop)["run"]
+        vars(loop).pop("run", None)
         loop.run()
         validate_if_due(trainer)
 
@@ -51,14 +58,16 @@ def validate_if_due_at_end(trainer: L.Trainer) -> None:
 
 
 def _is_due(trainer: L.Trainer) -> bool:
-    loop, file = trainer.fit_loop, _note(trainer)
-    if not trainer.enable_validation or trainer.global_step == 0 or file is None:
+    loop, folder = trainer.fit_loop, _folder(trainer)
+    if not trainer.enable_validation or trainer.global_step == 0 or folder is None:
         return False
     due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # of which it asks the type alone
-    made = file.is_file() and file.read_text(encoding="utf-8").strip() == str(trainer.global_step)
+    # A run that goes on in another folder has its validations noted beside the checkpoint that it came from.
+    folders = {folder, Path(trainer.ckpt_path).resolve().parent} if trainer.ckpt_path else {folder}
+    made = any(trainer.global_step in validated(each) for each in folders)
     return trainer.strategy.broadcast(due and not made)  # by rank 0's clock, where validations go by time, and its disk
 
 
-def _note(trainer: L.Trainer) -> Path | None:
+def _folder(trainer: L.Trainer) -> Path | None:
     folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-    return Path(folder, NOTE) if folder and not trainer.fast_dev_run else None
+    return Path(folder) if folder and not trainer.fast_dev_run else None

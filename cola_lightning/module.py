@@ -30,6 +30,7 @@ from cola_lightning.models import FullRank, Llama, MakeProjection
 from cola_lightning.optim import MakeOptimizer, Parameters, WarmupCosine
 from cola_lightning.sharding import builds_lazily, shard
 from cola_lightning.strategies import check_optimizer, clip_gradients
+from cola_lightning.training.fit_loop import prepare_fit_loop
 
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]
 """``f(optimizer, total_steps)`` makes the schedule."""
@@ -254,6 +255,9 @@ class LanguageModel(L.LightningModule):
         return self.network(ids, document_ids, **options)
 
     # -- steps --------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        prepare_fit_loop(self.trainer)
 
     def on_train_start(self) -> None:
         check_last_group(self.trainer)
