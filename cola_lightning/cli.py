@@ -17,6 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.enums import StrEnum
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -30,6 +31,7 @@ from cola_lightning.callbacks import (
     Dashboard,
     HyperParameters,
     Ledger,
+    LogLines,
     Memory,
     OutOfMemoryAdvice,
     Predictions,
@@ -58,13 +60,23 @@ from cola_lightning.module import LanguageModel
 from cola_lightning.parser import Parser
 from cola_lightning.precision import refuse_precision
 from cola_lightning.preemption import await_ranks, limit_rendezvous, own_signals
-from cola_lightning.provenance import TOKENIZER, write_provenance
+from cola_lightning.provenance import TOKENIZER, run_folder, write_provenance
 from cola_lightning.signals import LISTENER
 from cola_lightning.strategies import refuse_mismatch, refuse_unknown
+from cola_lightning.trainer_flags import (
+    check_settings,
+    check_trainer,
+    defaults_beside,
+    loggers_of_a_measurement,
+    next_version,
+    place_loggers,
+)
 
 TRAINING_VERBS = ("fit", "validate", "test", "predict")
 CLOSED_PIPE = 141
 """Exit status of a command that a closed pipe ended: 128 and the signal's number, as shells report it."""
+REFUSALS = (InputError, ModuleNotFoundError, MisconfigurationException)
+"""What a class says, as it is made, of settings that cannot work."""
 USAGE = "[--config FILE] [--NAME VALUE ...]"
 MORE_VERBS = (
     "Besides: 'prepare' tokenises a data set beforehand, 'estimate --config FILE [--gpus N] [--gpu NAME]' tells what a "
@@ -74,17 +86,23 @@ MORE_VERBS = (
 )
 
 
+# Timer has an enum among its defaults, which YAML could not write; then Timer could not be named.
+yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
+
+
 class SaveRunConfig(SaveConfigCallback):
     """Writes the whole configuration into the directory of a training run, also of one that is resumed there, and what
     else it takes to use and describe its checkpoints."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self.folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+            self.folder = run_folder(trainer)
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         write_provenance(trainer, self.folder)  # rank 0 alone is here
+        config = self.parser.dump(self.config, skip_none=False)
+        (self.folder / self.config_filename).write_text(config, encoding="utf-8")
 
 
 class RunParser(Parser, LightningArgumentParser):
@@ -102,7 +120,7 @@ class CLI(LightningCLI):
             L.LightningDataModule,
             subclass_mode_data=True,
             save_config_callback=SaveRunConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},  # a logger's is not always the run's
             trainer_defaults={
                 "callbacks": [
                     Throughput(),
@@ -112,6 +130,7 @@ class CLI(LightningCLI):
                     OutOfMemoryAdvice(),
                     HyperParameters(),
                     Dashboard(),
+                    LogLines(),
                 ],
                 "max_epochs": -1,  # runs are counted in steps; an epoch is what is left of the run
                 "enable_model_summary": False,  # the module tells the network's size; the metrics have none
@@ -199,6 +218,10 @@ class CLI(LightningCLI):
         """The checkpoint that ``--ckpt_path`` means; None where a run is to go on from its last and has none yet."""
         if config.ckpt_path != "last":
             path = Path(config.ckpt_path)
+            if not path.exists():
+                raise InputError(
+                    f"--ckpt_path {path} is not there; name a checkpoint, or the run's newest by --ckpt_path last"
+                )
             refuse_code(path)
             if problem := damage(path):
                 raise InputError(
@@ -220,41 +243,68 @@ class CLI(LightningCLI):
 
     # -- what is made of it -------------------------------------------------------------------------------------------
 
+    def before_instantiate_classes(self) -> None:
+        """Find the directory of the run, for loggers need it when they are made."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        trainer = config.trainer
+        self.run_dir = config.run_dir and Path(config.run_dir).absolute()
+        if self.run_dir and self.run_dir.exists() and not self.run_dir.is_dir():
+            raise InputError(f"--run_dir {config.run_dir} is a file; name a directory, which need not exist yet")
+        if self.run_dir and trainer.default_root_dir not in (None, config.run_dir, str(self.run_dir)):
+            raise InputError(
+                f"--run_dir {config.run_dir} and --trainer.default_root_dir {trainer.default_root_dir} both say where "
+                "a run's files go; leave the second out"
+            )
+        if self.run_dir is None and not (self.subcommand == "fit" and trainer.logger in (None, True)):
+            # TensorBoard's logger numbers the directories of runs without a name by itself.
+            self.run_dir = next_version(Path(trainer.default_root_dir or "runs")).absolute()
+        if self.run_dir:
+            place_loggers(trainer.logger, self.run_dir)
+
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
         except ValueError as error:  # the parser's, around what a class said as it was made
             cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, InputError | ModuleNotFoundError):
+            while cause is not None and not isinstance(cause, REFUSALS):
                 cause = cause.__cause__
             if cause is None:
                 raise
-            raise InputError(str(cause)) from error
+            raise InputError(" ".join(str(cause).split())) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        trainer, run_dir = self._get(self.config_init, "trainer"), self._get(self.config_init, "run_dir")
+        trainer, run_dir = self._get(self.config_init, "trainer"), self.run_dir
         checkpoint = self._get(self.config_init, "checkpoint")
         if run_dir and checkpoint.dirpath is None:
-            checkpoint.dirpath = str(Path(run_dir).absolute() / "checkpoints")
+            checkpoint.dirpath = str(run_dir / "checkpoints")
         resumes = self._get(self.config_init, "ckpt_path")
         if self.subcommand == "fit" and run_dir and not resumes and list(Path(checkpoint.dirpath).glob("*.ckpt")):
             raise InputError(
                 f"{run_dir} holds a run already; go on with it by --ckpt_path last (if that finds all its checkpoints "
                 "damaged, move them away), or choose another --run_dir"
             )
-        if trainer["logger"] in (None, True):
+        if self.subcommand not in ("fit", None):
+            kwargs["logger"] = loggers_of_a_measurement(trainer["logger"])
+        elif trainer["logger"] in (None, True) and not trainer["barebones"]:
             kwargs["logger"] = PatientLogger(
                 run_dir or "runs", name="", version="" if run_dir else None, default_hp_metric=False
             )
-        callbacks = trainer["callbacks"] or []
-        if trainer["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            kwargs["callbacks"] = [*callbacks, Progress()]
+        if run_dir:
+            kwargs["default_root_dir"] = str(run_dir)
+        kwargs["callbacks"] = self._callbacks(trainer)
+        if trainer["enable_checkpointing"] is False or trainer["barebones"]:
+            # LightningCLI adds the callback in any case, so something else has to stand in its place.
+            (self.config_init[self.subcommand] if self.subcommand else self.config_init)["checkpoint"] = L.Callback()
+            checkpoint.dirpath = None
         refuse_precision(trainer["precision"], trainer["accelerator"])
         refuse_unknown(trainer["strategy"])
+        check_settings(trainer)
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (TypeError, ValueError, MisconfigurationException) as error:  # settings that do not go together
+        except (TypeError, ValueError, ModuleNotFoundError, MisconfigurationException) as error:  # do not go together
             raise InputError(" ".join(str(error).split())) from error
+        trainer.run_dir = run_dir
+        check_trainer(trainer, self.datamodule)
         if resumes:
             self.model.initial_weights = None  # the checkpoint's count, and the folder may be gone by now
             refuse_mismatch(trainer.strategy, Path(resumes), trainer.world_size)
@@ -266,13 +316,25 @@ class CLI(LightningCLI):
                 lock(folder)  # before anything is written there
         return trainer
 
-    def _tell_data(self, checkpoint: Path, run_dir: str | None) -> None:
+    def _tell_data(self, checkpoint: Path, run_dir: Path | None) -> None:
         """Let the data know what the run began with, before it is read."""
         if not isinstance(self.datamodule, TokenDataModule):
             return
-        folders = [*checkpoint.absolute().parents[:2], *([Path(run_dir)] if run_dir else [])]
+        folders = [*checkpoint.absolute().parents[:2], *([run_dir] if run_dir else [])]
         kept = (folder / TOKENIZER for folder in folders if (folder / TOKENIZER / "tokenizer.json").is_file())
         self.datamodule.begin_from(read_state(checkpoint), next(kept, None), training=self.subcommand == "fit")
+
+    def _callbacks(self, trainer: Any) -> list[L.Callback]:
+        """The callbacks that the user named, with a progress bar; the other defaults follow by themselves."""
+        named = trainer["callbacks"] or []
+        named = list(named) if isinstance(named, list) else [named]
+        defaults = self.trainer_defaults["callbacks"]
+        if trainer["barebones"]:
+            defaults = []
+        elif trainer["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in named):
+            named.append(Progress())
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": defaults_beside(named, defaults)}
+        return named
 
 
 class Settings(CLI):
@@ -381,10 +443,14 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("error: ended by Ctrl-C", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except InputError as error:
+    except (InputError, MisconfigurationException) as error:
         print("error:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)  # libraries' words may have more lines
-        sys.exit(error.exit_status)
+        sys.exit(getattr(error, "exit_status", 2))
     except RuntimeError as error:
+        # EarlyStopping, whose monitor the run does not log; validation data of several loaders
+        if re.search("conditioned on metric|but no `dataloader_idx` argument", str(error)):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
         if not out_of_memory(error) or not getattr(error, "__notes__", None):
             raise
         what = str(error).rpartition("DefaultCPUAllocator: ")[2]

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler
 
 from cola_lightning.batching import (
@@ -55,6 +56,15 @@ def next_token_losses(
     targets = pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
     losses = network(batch["input_ids"], batch.get("document_ids"), targets=targets, reduction=reduction)
     return losses, targets != IGNORE
+
+
+def _refusal(flag: str, error: Exception) -> str:
+    """One line of what an optimizer or a schedule says as it is made."""
+    if isinstance(error, InputError):
+        return str(error)
+    text = " ".join(str(error).split())
+    matrices = "; name it for the projections' matrices and another for the rest, as configs/method/muon.yaml does"
+    return f"{flag}: {text}{matrices if '2D' in text else ''}"
 
 
 class LanguageModel(L.LightningModule):
@@ -153,6 +163,7 @@ class LanguageModel(L.LightningModule):
             pad_token_id,
         )
         self.transforms: list[Callable[[Llama], None]] = []
+        self._has_weights = initial_weights is not None  # others than those drawn
         self._transformed = 0  # how many of them the network has
         self._finished = False  # compiled or sharded, so that no transform can follow
         self.before_update: list[BeforeUpdate] = []
@@ -260,6 +271,7 @@ class LanguageModel(L.LightningModule):
         prepare_fit_loop(self.trainer)
 
     def on_train_start(self) -> None:
+        self._has_weights = True
         check_last_group(self.trainer)
         self._step_tokens = None
 
@@ -301,10 +313,24 @@ class LanguageModel(L.LightningModule):
         if self._trainer and "micro_batches" in checkpoint and "loops" in checkpoint:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
             rescale_progress(progress, checkpoint["micro_batches"], self.trainer.accumulate_grad_batches)
+        self._has_weights = True
         self.train_loss.reset()
         sums = torch.tensor(checkpoint.get("train_loss", (0.0, 0.0)), dtype=torch.float64)
         if self._trainer and self.trainer.is_global_zero and sums.any():
             self.train_loss.update(*sums)
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        self._has_weights = True
+        return super().load_state_dict(*arguments, **options)
+
+    def _tell_untrained(self) -> None:
+        if not self._has_weights and self.trainer.state.fn != TrainerFn.FITTING:
+            rank_zero_warn(
+                f"The network is untrained: {self.trainer.state.fn.value} was given no checkpoint, so its weights are "
+                "those that training would begin with; name one by --ckpt_path"
+            )
+
+    on_validation_start = on_test_start = on_predict_start = _tell_untrained
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val")
@@ -312,7 +338,7 @@ class LanguageModel(L.LightningModule):
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "test")
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Per row: the summed loss in nats and the number of predicted tokens, each (B,)."""
         losses, kept = next_token_losses(self, batch)
         return {"loss_sum": losses.sum(dim=1), "tokens": kept.sum(dim=1)}
@@ -328,9 +354,18 @@ class LanguageModel(L.LightningModule):
     # -- optimizer ----------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = self.make_optimizer(Parameters(self.network))
+        parameters = Parameters(self.network)
+        try:
+            optimizer = self.make_optimizer(parameters)
+        except (TypeError, ValueError, RuntimeError) as error:  # as torch's Muon, which takes nothing but matrices
+            raise InputError(_refusal("--model.optimizer", error)) from error
+        if isinstance(optimizer, SparseAdam):
+            raise InputError("--model.optimizer SparseAdam takes sparse gradients, of which there are none; take AdamW")
         check_optimizer(self.trainer.strategy, optimizer)
-        schedule = self.make_schedule(optimizer, self.trainer.max_steps)
+        try:
+            schedule = self.make_schedule(optimizer, self.trainer.max_steps)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(_refusal("--model.schedule", error)) from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(

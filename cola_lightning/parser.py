@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser
@@ -78,6 +79,9 @@ def explain(message: str, options: Iterable[str] = (), verbs: Iterable[str] = ()
     if found := re.search(r"arguments are required: ([\w, ]+)", first):
         missing, owner = (f"{place}.{name}" for name in found[1].split(", ")), _class_path(first).rpartition(".")[2]
         return f"{' and '.join(missing)} must be given{f', for {owner} needs it' * bool(owner)}"
+    absent = re.search(r"No module named '(\w+)", first)
+    if absent and find_spec(absent[1]) is None and (value := re.search(r"Got value: ([\w.]+)", first)):
+        return f"{place} is {value[1]}, of a package that is not installed; pip install {absent[1]}"
     given = re.search(r"Given value: (.*?)(?:\. Got value: .*)?$", first, re.M) or re.search(r"Got value: (.*)", first)
     name = re.search(r"dot import path string: ([\w.]+)|has no attribute '\w+'\. Got value: ([\w.]+)", first)
     takes = _types(first)

@@ -8,11 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from cola_lightning.errors import InputError
 
 RUN, TOKENIZER = "run.json", "tokenizer"
 LIBRARIES = ("cola-lightning", "torch", "lightning", "deepspeed", "tokenizers", "datasets")
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """The directory that everything of a run goes into, the same on all ranks; all ranks call it.
+
+    It is ``--run_dir``, whatever the logger. A run that was given none has its logger's directory, if that is a folder
+    of this run alone, else the trainer's ``default_root_dir``.
+    """
+    folder = getattr(trainer, "run_dir", None)
+    if folder is None:
+        logger = trainer.loggers[0] if trainer.loggers else None
+        own = isinstance(logger, TensorBoardLogger | CSVLogger)
+        folder = logger.log_dir if own else trainer.default_root_dir
+    return Path(trainer.strategy.broadcast(str(folder)))
 
 
 def write_provenance(trainer: L.Trainer, folder: Path) -> None:

@@ -38,6 +38,9 @@ STEPS = "(did you mean --trainer.max_steps or --trainer.max_time?); --help lists
         (["--model.optimizer=torch.optim.AdamWW"],
          f"--model.optimizer is torch.optim.AdamWW, a class that cannot be found (did you mean AdamW or Adam?); "
          f"{NAMED}"),
+        (["--model.optimizer=bitsandbyte.optim.AdamW8bit"],
+         "--model.optimizer is bitsandbyte.optim.AdamW8bit, of a package that is not installed; pip install "
+         "bitsandbyte"),
         (["--model.projection.rnk=3"], "--model.projection.rnk: CoLA has no option rnk (did you mean rank?)"),
         (["--model.projection.x=3"], "--model.projection.x: CoLA has no option x; it has rank"),
         (["--trainer.callbacks+=CoLAM", "--trainer.callbacks.keep=all"],

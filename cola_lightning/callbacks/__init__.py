@@ -8,6 +8,7 @@ from cola_lightning.callbacks.dashboard import Dashboard
 from cola_lightning.callbacks.gradient_norms import GradientNorms
 from cola_lightning.callbacks.hyper_parameters import HyperParameters
 from cola_lightning.callbacks.ledger import Ledger
+from cola_lightning.callbacks.log_lines import LogLines
 from cola_lightning.callbacks.loss_guard import LossGuard
 from cola_lightning.callbacks.memory import Memory
 from cola_lightning.callbacks.out_of_memory import OutOfMemoryAdvice
@@ -27,6 +28,7 @@ __all__ = [
     "GradientNorms",
     "HyperParameters",
     "Ledger",
+    "LogLines",
     "LossGuard",
     "Memory",
     "OutOfMemoryAdvice",

@@ -20,6 +20,7 @@ from cola_lightning.checkpoints.writer import CheckpointWriter, remove, size
 from cola_lightning.due_validation import note_validation, validate_if_due, validate_if_due_at_end
 from cola_lightning.errors import InputError
 from cola_lightning.preemption import Preempted, StopSignal, own_signals, requeue
+from cola_lightning.provenance import run_folder
 from cola_lightning.signals import LISTENER, Phase
 
 _FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)] + ["PytorchStreamWriter failed"]
@@ -302,7 +303,7 @@ class Checkpoints(ModelCheckpoint):
     # -- going on -----------------------------------------------------------------------------------------------------
 
     def _folder(self, trainer: L.Trainer) -> Path:
-        return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir, "checkpoints")).absolute()
+        return Path(self.dirpath or run_folder(trainer) / "checkpoints").absolute()
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
         """What Lightning takes for ``ckpt_path="last"``."""

@@ -6,7 +6,6 @@ import statistics
 from collections import deque
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 from cola_lightning.callbacks.loggers import write_text
 from cola_lightning.errors import InputError
 from cola_lightning.module import LanguageModel, at_log_step
+from cola_lightning.provenance import run_folder
 from cola_lightning.rollback import find_checkpoint, go_back
 
 
@@ -110,7 +110,7 @@ class LossGuard(L.Callback):
             pl_module.before_update.append(self.judge)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
-        self.file = Path(trainer.log_dir or trainer.default_root_dir) / "events.jsonl"  # asks all ranks
+        self.file = run_folder(trainer) / "events.jsonl"  # asks all ranks
         self.good_step = max(self.good_step, trainer.global_step)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: LanguageModel, loss: Tensor) -> None:

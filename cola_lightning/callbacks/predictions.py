@@ -1,18 +1,26 @@
 """What ``predict`` leaves behind."""
 
 import json
+import math
+import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
+from cola_lightning.data.loader import EvalLoader
+from cola_lightning.provenance import run_folder
+
 
 class Predictions(BasePredictionWriter):
     """Writes ``predictions.jsonl`` into the run's directory: for each held-out row its number, how many of its tokens
-    were predicted, and their perplexity. Every rank writes a file of its own, the ranks after the first with a number.
+    were predicted, and their perplexity (null where there were none). Every rank writes a file of its own, the ranks
+    after the first with a number in its name.
+
+    A row's number is its index in the data set. Data without indices, as an iterable data set has it, is numbered in
+    the order in which this rank reads it.
     """
 
     def __init__(self) -> None:
@@ -21,9 +29,12 @@ class Predictions(BasePredictionWriter):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_predict_start(trainer, pl_module)
         name = f"predictions.{trainer.global_rank}.jsonl" if trainer.global_rank else "predictions.jsonl"
-        self.file = Path(trainer.log_dir or trainer.default_root_dir) / name
+        self.file = run_folder(trainer) / name
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text("")
+        self.seen = [0] * len(_loaders(trainer))
+        if any(isinstance(loader, EvalLoader) for loader in _loaders(trainer)):
+            warnings.filterwarnings("ignore", ".*Couldn't infer the batch indices fetched from your dataloader.*")
 
     def write_on_batch_end(
         self,
@@ -35,16 +46,29 @@ class Predictions(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        ranks = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-        size = len(prediction["tokens"])
-        first = (batch_idx * ranks["num_replicas"] + ranks["rank"]) * size
-        perplexity = (prediction["loss_sum"] / prediction["tokens"]).exp()
-        with self.file.open("a") as file:
-            for row, (tokens, value) in enumerate(
-                zip(prediction["tokens"].tolist(), perplexity.tolist(), strict=True), first
-            ):
-                if tokens:  # rows that only fill the last batch up have none
-                    file.write(json.dumps({"row": row, "tokens": tokens, "perplexity": value}) + "\n")
+        loader = _loaders(trainer)[dataloader_idx]
+        tokens = prediction["tokens"].tolist()
+        if isinstance(loader, EvalLoader):
+            numbers, rows = loader.indices(batch_idx), len(loader.rows)
+        else:
+            # Lightning knows the indices of every DataLoader over a data set, also where it deals them out to ranks.
+            known = batch_indices or range(self.seen[dataloader_idx], self.seen[dataloader_idx] + len(tokens))
+            numbers, rows = list(known), math.inf
+        self.seen[dataloader_idx] += len(tokens)
+        several = {"dataloader": dataloader_idx} if len(_loaders(trainer)) > 1 else {}
+        perplexity = (prediction["loss_sum"] / prediction["tokens"]).exp().tolist()
+        with self.file.open("a", encoding="utf-8") as file:
+            for row, count, value in zip(numbers, tokens, perplexity, strict=True):
+                if row < rows:  # those above only fill the last batch up
+                    line = several | {"row": row, "tokens": count, "perplexity": value if count else None}
+                    file.write(json.dumps(line) + "\n")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         rank_zero_info(f"Perplexity of each row: {self.file}")
+
+
+def _loaders(trainer: L.Trainer) -> list[Any]:
+    loaders = trainer.predict_dataloaders
+    if isinstance(loaders, dict):
+        return list(loaders.values())
+    return list(loaders) if isinstance(loaders, list | tuple) else [loaders]

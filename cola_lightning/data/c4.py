@@ -143,6 +143,7 @@ class C4DataModule(TokenDataModule):
         apart = self.row_type == "packed" and not self.cross_document_attention
         self.row_shape = RowShape(self.sequence_length, self.row_type == "packed", pad_id, apart)
         if stage == "fit":
+            self._loader = None  # a fit of its own begins where it is told to
             self._corpora = [self._open(source, self.tokenizer) for source in self.sources]
         validation = self._validation_set(self.tokenizer)
         self._held_out = validation.corpus
@@ -188,6 +189,11 @@ class C4DataModule(TokenDataModule):
     def train_dataloader(self) -> StreamLoader:
         trainer = self.trainer
         assert trainer is not None
+        if isinstance(trainer.overfit_batches, float) and trainer.overfit_batches > 0:
+            raise InputError(
+                f"--trainer.overfit_batches {trainer.overfit_batches} is a share of the data, but a stream has no "
+                "length; state a number of batches"
+            )
         share = self._share()
         if self.num_workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not outlive the fork of a worker
@@ -203,7 +209,9 @@ class C4DataModule(TokenDataModule):
             self.lanes,
             self.batch_size,
             batches=trainer.max_steps * trainer.accumulate_grad_batches,
-            state=self._state,
+            # Lightning may ask anew at each epoch, by reload_dataloaders_every_n_epochs; the run goes on all the same.
+            state=self.state_dict() if self._loader else self._state,
+            overfit=trainer.overfit_batches > 0,
             workers=self.num_workers,
             window=trainer.accumulate_grad_batches,
             ranks=_Ranks() if share["replicas"] > 1 else None,
@@ -236,7 +244,7 @@ class C4DataModule(TokenDataModule):
         return state | {IDENTITY: self._known}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._state = state_dict
+        self._state, self._loader = state_dict, None
         super().load_state_dict(state_dict)
 
     def on_exception(self, exception: BaseException) -> None:

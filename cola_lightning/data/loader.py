@@ -24,6 +24,8 @@ class TrainLoader:
     Global batch ``b`` takes the sequence's entries from ``b * G`` on, G = ``batch_size * replicas``, and every rank its
     own ``batch_size`` of them. A position counted in rows therefore means the same for any number of ranks.
 
+    Every iteration goes on where the one before ended, because an epoch of Lightning's is a part of the run.
+
     Args:
         rows: The data set.
         batch_size: Rows of a batch on one rank (B).
@@ -34,6 +36,7 @@ class TrainLoader:
         rank: This one among them.
         workers: Processes that read ahead; 0 for none.
         window: Batches of an optimizer step. They are fetched together, so that each knows the step's tokens.
+        overfit: Begin every iteration with the first rows, in their own order; for ``overfit_batches``.
     """
 
     def __init__(
@@ -48,8 +51,10 @@ class TrainLoader:
         rank: int = 0,
         workers: int = 0,
         window: int = 1,
+        overfit: bool = False,
     ) -> None:
         self.rows, self.batch_size, self.batches, self.seed = rows, batch_size, batches, seed
+        self.overfit = overfit
         self.position, self.replicas, self.rank, self.workers = position, replicas, rank, workers
         self.window = window
         self._permutation = lru_cache(maxsize=2)(self._shuffled)
@@ -58,6 +63,8 @@ class TrainLoader:
         return self.batches
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.overfit:
+            self.position = 0
         batches = iter(_loader(self.rows, self._indices(), self.workers))
         while True:
             for batch in add_step_tokens(list(islice(batches, self.window))):
@@ -73,6 +80,8 @@ class TrainLoader:
 
     def _row(self, index: int) -> int:
         turn, within = divmod(index, len(self.rows))  # type: ignore[arg-type]
+        if self.overfit:
+            return within
         return int(self._permutation(turn)[within])
 
     def _shuffled(self, turn: int) -> Tensor:
@@ -94,10 +103,16 @@ class EvalLoader:
         return -(-len(self.rows) // (self.batch_size * self.replicas))  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
-        total = self.batch_size * self.replicas
-        starts = [batch * total + self.rank * self.batch_size for batch in range(len(self))]
-        batches = [list(range(start, start + self.batch_size)) for start in starts]
+        batches = [self.indices(batch) for batch in range(len(self))]
         return iter(_loader(_Filled(self.rows), batches, workers=0))
+
+    def indices(self, batch: int) -> list[int]:
+        """The rows of a batch of this rank; those that fill it up have the length of the data set or more.
+
+        Example: of 10 rows in batches of 4 on 2 ranks, rank 1 has 4 to 7, and rank 0 in its second batch 8 to 11.
+        """
+        start = (batch * self.replicas + self.rank) * self.batch_size
+        return list(range(start, start + self.batch_size))
 
 
 class _Filled(Dataset):

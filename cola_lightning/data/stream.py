@@ -106,6 +106,7 @@ class StreamLoader:
         window: Batches of an optimizer step. They are fetched together, so that data that fails does so between
             two steps, where a checkpoint is whole.
         ranks: How ranks agree.
+        overfit: Begin every iteration where the first one did; for ``overfit_batches``.
 
     Raises:
         InputError: If ranks and workers are more than the lanes.
@@ -125,6 +126,7 @@ class StreamLoader:
         workers: int = 0,
         window: int = 1,
         ranks: OneRank | None = None,
+        overfit: bool = False,
     ) -> None:
         consumers = replicas * max(1, workers)
         if consumers > lanes:
@@ -143,11 +145,14 @@ class StreamLoader:
         self.dealt = self._deal(jointly=consumers == 1 or self._pass_ends(), began=then.get("began", self.position))
         if (then.get("replicas"), then.get("workers")) == (replicas, max(1, workers)):
             self.dealt = then
+        self.overfit, self.start = overfit, (self.position, dict(self.states), self.dealt)
 
     def __len__(self) -> int:
         return self.batches
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.overfit:
+            self.position, self.states, self.dealt = self.start[0], dict(self.start[1]), self.start[2]
         verdict = Verdict.READ
         failure = None
         while verdict != Verdict.FAILED:

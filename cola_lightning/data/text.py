@@ -130,6 +130,8 @@ class TextDataModule(TokenDataModule):
     def setup(self, stage: str) -> None:
         self._stage = stage
         folder = self._cache()
+        if stage == "fit":
+            self._train_loader = None  # a fit of its own begins where it is told to
         tokenizer, self._ids, train, validation = self._load(folder)
         self.tokenizer = self._known_tokenizer() or tokenizer
         self._compare()
@@ -215,15 +217,20 @@ class TextDataModule(TokenDataModule):
     def train_dataloader(self) -> TrainLoader:
         trainer = self.trainer
         assert trainer is not None
+        share, overfit = self._share(), trainer.overfit_batches > 0
+        run = trainer.max_steps * trainer.accumulate_grad_batches
         self._train_loader = TrainLoader(
             self.train_rows,
             self.batch_size,
-            batches=trainer.max_steps * trainer.accumulate_grad_batches,
+            # To overfit, Lightning takes a share of the data set, not of the run.
+            batches=max(1, len(self.train_rows) // (self.batch_size * share["replicas"])) if overfit else run,
             window=trainer.accumulate_grad_batches,
+            overfit=overfit,
             seed=self.seed,
-            position=self._position,
+            # Lightning may ask anew at each epoch, by reload_dataloaders_every_n_epochs; the run goes on all the same.
+            position=self._train_loader.position if self._train_loader else self._position,
             workers=self.num_workers,
-            **self._share(),
+            **share,
         )
         return self._train_loader
 
@@ -235,7 +242,7 @@ class TextDataModule(TokenDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._position = state_dict["position"]
+        self._position, self._train_loader = state_dict["position"], None
 
     # -- identity -----------------------------------------------------------------------------------------------------
 

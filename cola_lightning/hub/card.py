@@ -72,8 +72,11 @@ def facts(trained: Trained) -> dict[str, str]:
         return found | {"exported from": trained.path.name}
     step, run = trained.checkpoint.step, read_provenance(trained.run_dir)
     perplexity = NOT_KNOWN
-    if trained.run_dir and (last := _last_perplexity(trained.run_dir, step)):
-        perplexity = f"{last[1]:,.2f} per token" + ("" if last[0] == step else f", at step {last[0]:,}")
+    measured = _perplexities(trained.run_dir) if trained.run_dir else {}
+    if step in measured:
+        perplexity = f"{measured[step]:,.2f} per token"
+    elif before := [other for other in measured if other < step]:
+        perplexity = f"{NOT_KNOWN} at this step; {measured[max(before)]:,.2f} per token at step {max(before):,}"
     return found | {
         "data": _data(trained.configuration().get("data") or {}),
         "steps": f"{step:,}",
@@ -106,10 +109,12 @@ def _tokens(state: dict[str, Any]) -> str:
     return NOT_KNOWN
 
 
-def _last_perplexity(run_dir: Path, step: int) -> tuple[int, float] | None:
-    """The last validation up to ``step`` optimizer steps, as how many they were and the perplexity."""
+def _perplexities(run_dir: Path) -> dict[int, float]:
+    """The validation perplexities of a training run by the optimizer steps made; of a step validated twice, the later.
+
+    Lightning numbers steps from 0.
+    """
     events = EventAccumulator(str(run_dir), {"scalars": 0}).Reload()
     if "val/perplexity" not in events.Tags()["scalars"]:
-        return None
-    seen = [(event.step + 1, event.value) for event in events.Scalars("val/perplexity") if event.step < step]
-    return seen[-1] if seen else None
+        return {}
+    return {event.step + 1: event.value for event in events.Scalars("val/perplexity")}
