@@ -67,10 +67,12 @@ def main(args: list[str]) -> None:
     if options.include_path is not None and not Path(options.include_path).is_dir():
         raise InputError(f"--include_path {options.include_path} is no folder; name one with task files")
     files = find_files(options.text) if options.text else []
-    if options.tasks:
-        _check_lm_eval()
+    names = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
+    if names:
+        _find_tasks(names, options.include_path)  # says so now if there is no such task
+    device = pick_device(options.device)
     trained = open_model(options.model, options.trust)
-    tokenizer, device = trained.tokenizer(options.tokenizer), pick_device(options.device)
+    tokenizer = trained.tokenizer(options.tokenizer)
     result: dict[str, Any] = {}
     if files:
         result["text"] = evaluate_text(
@@ -80,8 +82,7 @@ def main(args: list[str]) -> None:
         )  # fmt: skip
         if math.isinf(result["text"]["perplexity"]):
             print(f"the perplexity, exp({result['text']['loss']:.6g}), is beyond any number: null", file=sys.stderr)
-    if options.tasks:
-        names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    if names:
         result["tasks"] = evaluate_tasks(
             trained, tokenizer, names, options.include_path, options.limit, options.batch_size, device
         )
@@ -239,16 +240,9 @@ def evaluate_tasks(
     Raises:
         InputError: If lm-eval is not installed, or knows no such task.
     """
-    _check_lm_eval()
+    manager = _find_tasks(tasks, include_path)
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    # Lm-eval's own tasks are thousands of files to look through; not where all that are named are the user's.
-    manager = TaskManager(include_path=include_path, include_defaults=False)
-    if not all(manager.match_tasks([name]) for name in tasks):
-        manager = TaskManager(include_path=include_path)
-    if missing := [name for name in tasks if not manager.match_tasks([name])]:
-        raise InputError(f"lm-eval knows no task {', '.join(missing)}; set --include_path for task files of your own")
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         # Written anew from tensors, so that no code is run but that of this package.
@@ -272,7 +266,21 @@ def evaluate_tasks(
     }
 
 
-def _check_lm_eval() -> None:
+def _find_tasks(tasks: list[str], include_path: str | None) -> Any:
+    """Lm-eval's index of tasks, in which these are.
+
+    Raises:
+        InputError: If lm-eval is not installed, or knows no such task.
+    """
     for module in ("lm_eval", "transformers"):
         if importlib.util.find_spec(module) is None:
             raise InputError(f"--tasks needs {module}, which is not installed; run: pip install 'cola-lightning[eval]'")
+    from lm_eval.tasks import TaskManager
+
+    # Lm-eval's own tasks are thousands of files to look through; not where all that are named are the user's.
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not all(manager.match_tasks([name]) for name in tasks):
+        manager = TaskManager(include_path=include_path)
+    if missing := [name for name in tasks if not manager.match_tasks([name])]:
+        raise InputError(f"lm-eval knows no task {', '.join(missing)}; set --include_path for task files of your own")
+    return manager

@@ -35,8 +35,9 @@ def main(args: list[str]) -> None:
     options = parser.parse_args(args)
     prompts = options.prompt + (_lines(options.file) if options.file else [])
     _check(options, prompts)
+    device = pick_device(options.device)
     trained = open_model(options.model, options.trust)
-    tokenizer, device = trained.tokenizer(options.tokenizer), pick_device(options.device)
+    tokenizer = trained.tokenizer(options.tokenizer)
     progress = continue_texts(
         trained.network.to(device),
         tokenizer,

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,14 @@ def begin_with(network: Llama, folder: str) -> None:
             "--model.initial_weights cannot be filled into what ZeRO-3 has sharded already; begin under fsdp2 or "
             "deepspeed_stage_2"
         )
-    weights = load_model(Path(folder)).state_dict()
+    source = load_model(Path(folder).expanduser())
+    weights = source.state_dict()
     trouble = f"--model.initial_weights {folder} holds another network ('factorise' makes low rank of full rank)"
     check_shapes(network, weights, trouble)
+    wanted, found = settings_beside_weights(network), settings_beside_weights(source)
+    for name, value in found.items():
+        if wanted[name] != value:
+            raise InputError(f"--model.initial_weights {folder} was made with {name} {value}; set --model.{name} to it")
     for name, module in network.named_modules():
         prefix = f"{name}." if name else ""
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -43,6 +49,19 @@ def begin_with(network: Llama, folder: str) -> None:
         module.reset_parameters = partial(_copy, module, values)
         if not any(tensor.is_meta for _, tensor in own):
             module.reset_parameters()
+
+
+def settings_beside_weights(network: Llama) -> dict[str, Any]:
+    """What changes the logits of a network and cannot be told from the shapes of its weights."""
+    first = network.model.layers[0]
+    return {
+        "num_attention_heads": network.model.embed_tokens.embedding_dim // network.model.head_dim,
+        "rope_theta": network.model.rope_theta,
+        "rope_scaling": network.model.rope_scaling,
+        "rms_norm_eps": network.model.norm.eps,
+        "gate_silu": first.mlp.gate_silu,
+        "projection": type(network.model.layers[-1].self_attn.q_proj).__name__,
+    }
 
 
 @torch.no_grad()

@@ -100,7 +100,7 @@ def open_model(path: str | Path, trusted: Collection[str] = ()) -> Trained:
         InputError: If it is none of these, or not whole by its checksums, or names code of others.
         UnusableModelError: If its weights hold NaN or infinity.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if (path / "config.json").is_file():
         network = load_model(path)
         check_finite(network.state_dict(), path)

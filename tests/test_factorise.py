@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cola_lightning import load_model
 from cola_lightning.cli import main
+from cola_lightning.errors import InputError
 from cola_lightning.factorise import low_rank
 from cola_lightning.initial import begin_with
 from cola_lightning.methods import CoLA, LowRank
@@ -145,6 +146,27 @@ def test_weights_of_another_network_are_refused(dense_folder, tiny_run, tmp_path
     error = capsys.readouterr().err
     assert "error: --model.initial_weights" in error
     assert "holds another network ('factorise' makes low rank of full rank): model.layers.0.mlp.down_proj.A" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"num_attention_heads": 8, "num_key_value_heads": 4},
+            "num_attention_heads 4; set --model.num_",
+        ),
+        ({"rope_theta": 500.0}, "was made with rope_theta 10000.0; set --model.rope_theta to it"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "was made with rope_scaling None"),
+        ({"rms_norm_eps": 1e-5}, "was made with rms_norm_eps 1e-06"),
+        ({"gate_silu": False}, "was made with gate_silu True"),
+    ],
+)
+def test_weights_of_a_network_with_other_settings_are_refused(change, message, dense_folder):
+    """All of these leave the shapes as they are, and give other logits."""
+    network = tiny_llama(FullRank, **({"num_hidden_layers": 2, "num_key_value_heads": 2} | change))
+    with pytest.raises(InputError) as refused:
+        begin_with(network, str(dense_folder))
+    assert message in str(refused.value)
 
 
 def test_a_network_without_memory_is_filled_when_it_gets_some(dense_folder):

@@ -21,8 +21,9 @@ def export(
 ) -> None:
     """Write a model as a folder that transformers loads, with tokenizer and model card.
 
-    Full rank comes out as a plain LlamaForCausalLM. CoLA and low rank bring a small modelling file of their own, for
-    which transformers asks for trust_remote_code=True.
+    Full rank comes out as a plain LlamaForCausalLM, and so do LoRA, ReLoRA, SLTrain, SwitchLoRA and SST, as one matrix
+    each. CoLA, low rank, CR-Net and LaX bring a small modelling file of their own, for which transformers asks for
+    trust_remote_code=True. What was written is read back before it counts.
 
     Args:
         model: Checkpoint of any strategy, directory of a run, or folder that is to be converted.
