@@ -1,6 +1,7 @@
 """Runs that are killed, or told to stop, around a validation have made it all the same when they have gone on."""
 
 import os
+import re
 import signal
 
 import lightning as L
@@ -89,12 +90,17 @@ def test_every_point_of_the_curves_is_there_once(start, unbroken, tmp_path, numb
     assert scalars(tmp_path / "run") == unbroken[ranks]  # and not a second time
 
 
-def test_a_logged_mean_goes_on_over_the_steps_before_the_stop(start, tmp_path):
-    """Over two steps, between which a run of two ranks is stopped and goes on."""
-    flag = "--trainer.log_every_n_steps=2"
-    start(tmp_path / "unbroken", flag, ranks=2).done()
-    run = start(tmp_path / "broken", flag, *end(signal.SIGTERM, 3, validating=False), ranks=2)
+def test_what_is_counted_goes_on_over_a_stop_between_two_logs(start, tmp_path):
+    """A run of two ranks logs every second step and is stopped after the third. The rows differ in length, so that the
+    ranks count differently, and one rank's count is not the mean of both."""
+    flags = ["--trainer.log_every_n_steps=2", "--data.rows=padded", "--trainer.callbacks+=Yardsticks"]
+    unbroken = start(tmp_path / "unbroken", *flags, ranks=2)
+    unbroken.done()
+    run = start(tmp_path / "broken", *flags, *end(signal.SIGTERM, 3, validating=False), ranks=2)
     assert run.wait() == [128 + signal.SIGTERM, 0], run.output()
     assert [step for step, _ in scalars(tmp_path / "broken")["train/loss"]] == [1]
-    start(tmp_path / "broken", flag, ranks=2).done()
+    run = start(tmp_path / "broken", *flags, ranks=2)
+    run.done()
     assert scalars(tmp_path / "broken") == scalars(tmp_path / "unbroken")
+    unigram = [re.findall(r"unigram +([\d,.]+)", each.output()) for each in (unbroken, run)]
+    assert unigram[0] == unigram[1] != []

@@ -1,6 +1,8 @@
 """Tokens seen, tokens per second, and how much of the device and of the time they took."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -34,18 +36,33 @@ class Throughput(L.Callback):
 
     def __init__(self, peak_tflops: float | None = None) -> None:
         self.peak_tflops = peak_tflops
-        self.tokens = 0  # up to the last log
-        self._since: torch.Tensor | int = 0
+        self.tokens = 0  # of all ranks, up to the last log
+        self._since: torch.Tensor | int = 0  # of this rank, since then
+        self._carried = 0  # of all ranks, before this process: counted as tokens, but not in its speed
+        self._sum: Callable[[torch.Tensor], torch.Tensor] = lambda tokens: tokens  # over the ranks
+        self._device = torch.device("cpu")
         self._positions = 0
         self._started = self._paused = 0.0
         self._fetches: _Fetches | None = None
         self._flops: Flops | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "since": int(self._since)}
+        """Count of all ranks; they all call this. Every rank gets this state back, on however many ranks that is."""
+        since = int(self._sum(torch.as_tensor(self._since, dtype=torch.double, device=self._device)))
+        return {"tokens": self.tokens + self._carried + since}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.tokens, self._since = state_dict["tokens"], state_dict["since"]
+        self.tokens, self._carried = 0, state_dict["tokens"]
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._since, self._positions, self._started = 0, 0, time.perf_counter()
+        if self._fetches is not None:
+            self._fetches.take()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._device = trainer.strategy.root_device
+        self._sum = partial(trainer.strategy.reduce, reduce_op="sum")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.profiler = self._fetches = _Fetches(trainer.profiler)
@@ -75,7 +92,7 @@ class Throughput(L.Callback):
         seen, positions, waited = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         now = time.perf_counter()
         seconds = now - self._started
-        self.tokens += int(seen)
+        self.tokens, self._carried = self.tokens + self._carried + int(seen), 0
         speed = seen / seconds
         pl_module.log("train/tokens", float(self.tokens))
         pl_module.log("train/tokens_per_second", speed)

@@ -1,5 +1,7 @@
 """Perplexities that a model has to beat, printed beside its own when training ends."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -17,17 +19,28 @@ class Yardsticks(L.Callback):
     """
 
     def __init__(self) -> None:
-        self._train = self._validation = torch.zeros(0)
+        self._train = self._validation = torch.zeros(0)  # of this rank and process
+        self._carried: Tensor | None = None  # of all ranks, before this process
+        self._sum: Callable[[Tensor], Tensor] = lambda counts: counts  # over the ranks
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._sum = partial(trainer.strategy.reduce, reduce_op="sum")
+        device = trainer.strategy.root_device  # where ranks can add them up
         if not len(self._train):
             self._train = torch.zeros(pl_module.vocab_size, dtype=torch.int64)
+        self._train = self._train.to(device)
+
+    def _counted(self) -> Tensor:
+        """Training tokens by id (V,), of all ranks since the run began; all ranks take part."""
+        counts = self._sum(self._train.clone())  # the sum over ranks is made in place
+        return counts if self._carried is None else counts + self._carried.to(counts.device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"train": self._train.clone()}
+        """Counts of all ranks. Every rank gets this state back, on however many ranks that is."""
+        return {"train": self._counted()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._train = state_dict["train"]
+        self._carried, self._train = state_dict["train"], torch.zeros_like(self._train)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -52,9 +65,7 @@ class Yardsticks(L.Callback):
         model = trainer.callback_metrics.get("val/perplexity")
         if model is None or not len(self._validation):
             return
-        train, validation = (
-            trainer.strategy.reduce(counts.double(), reduce_op="sum") for counts in (self._train, self._validation)
-        )
+        train, validation = self._counted().double(), self._sum(self._validation.clone()).double()
         unigram = unigram_perplexity(train, validation)
         rank_zero_info(
             f"\nPerplexity on {int(validation.sum()):,} held-out tokens"

@@ -35,11 +35,29 @@ def test_counts_tokens_that_are_learnt_and_goes_on_over_a_resume():
     run, model, batches = tiny_trainer(first, steps=5, log_every_n_steps=2)
     run.fit(model, loader(batches))
     assert float(run.callback_metrics["train/tokens"]) == learnt(batches[:4])
-    assert first.state_dict() == {"tokens": learnt(batches[:4]), "since": learnt(batches[4:5])}
+    assert first.state_dict() == {"tokens": learnt(batches[:5])}
     second.load_state_dict(first.state_dict())
     run, model, batches = tiny_trainer(second, steps=2, log_every_n_steps=2)
     run.fit(model, loader(batches))
     assert float(run.callback_metrics["train/tokens"]) == learnt(batches[:5]) + learnt(batches[:2])
+
+
+def test_after_a_resume_speed_counts_the_tokens_of_this_process_over_its_time(monkeypatch):
+    """Between two logs the first process has made steps, and the second may start a night later."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    class Clock(L.Callback):
+        def on_train_batch_start(self, *_):
+            now[0] += 1.0
+
+    resumed = Throughput()
+    resumed.load_state_dict({"tokens": 1000})
+    now[0] = 1e6
+    run, model, batches = tiny_trainer(Clock(), resumed, steps=2, log_every_n_steps=2)
+    run.fit(model, loader(batches))
+    assert float(run.callback_metrics["train/tokens"]) == 1000 + learnt(batches[:2])
+    assert float(run.callback_metrics["train/tokens_per_second"]) == pytest.approx(learnt(batches[:2]) / 2)
 
 
 def test_validation_is_outside_the_clock(monkeypatch):
