@@ -62,6 +62,7 @@ class TokenDataModule(L.LightningDataModule):
     _began_with: Identity | None = None
     _known: Identity | None = None
     _run_tokenizer: Path | None = None
+    _chosen: Tokenizer | None = None
     _stage: str = "fit"
 
     @property
@@ -95,7 +96,12 @@ class TokenDataModule(L.LightningDataModule):
             self._remember(state, training)
             return
         for name, other in checkpoint.items():
-            if isinstance(other, dict) and IDENTITY in other:
+            if not isinstance(other, dict) or IDENTITY not in other:
+                continue
+            if not training:  # a model may be evaluated on any text, but only with its own tokenizer
+                self._run_tokenizer = run_tokenizer
+                self._began_with = {"fixed": {}, "free": {}, "tokenizer": other[IDENTITY]["tokenizer"]}
+            else:
                 raise InputError(
                     f"--data is {type(self).__name__}, but the run began with {name}, and its position is one in that; "
                     f"name it, or begin a new run"
@@ -122,6 +128,7 @@ class TokenDataModule(L.LightningDataModule):
                 "the checkpoint does not say what data it was trained on, so that its position in it cannot be used; "
                 "begin a new run, with --model.initial_weights to go on from its weights"
             )
+        self._chosen = None  # to be chosen with the run's in mind
         compare_runs(self._began_with, self._settings(), training)
 
     def _settings(self) -> Identity:
@@ -140,8 +147,8 @@ class TokenDataModule(L.LightningDataModule):
                 rank_zero_warn(hide_secrets(f"since the run began, something changed: {change}"))
 
     def _choose_tokenizer(self, load: Callable[[], Tokenizer] | None) -> Tokenizer | None:
-        """The tokenizer to use. The one that the run keeps comes first, so that nothing which happens to another, on
-        the hub or on a disk, changes the run.
+        """The tokenizer to use, chosen once. The one that the run keeps comes first, so that nothing which happens to
+        another, on the hub or on a disk, changes the run.
 
         Args:
             load: Loads what the user named; None where one is to be trained.
@@ -149,6 +156,11 @@ class TokenDataModule(L.LightningDataModule):
         Raises:
             InputError: If the user named one that makes other ids than the run's.
         """
+        if self._chosen is None:
+            self._chosen = self._own_or_named_tokenizer(load)
+        return self._chosen
+
+    def _own_or_named_tokenizer(self, load: Callable[[], Tokenizer] | None) -> Tokenizer | None:
         began = self._began_with and self._began_with["tokenizer"]
         own = Tokenizer.load(str(self._run_tokenizer)) if began and self._run_tokenizer else None
         if not began or own is None or own.fingerprint() != began["fingerprint"]:

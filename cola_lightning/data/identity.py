@@ -201,7 +201,7 @@ def compare_runs(then: Identity, now: Identity, training: bool) -> list[str]:
         for flag, value in now.get(kind, {}).items():
             if flag in then[kind] and then[kind][flag] != value:
                 found.append(f"--data.{flag} is {_value(value)}; it was {_value(then[kind][flag])}")
-    if "sources" in now:
+    if "sources" in now and "sources" in then:
         _compare_all_sources(then["sources"], now["sources"], then.get("failed", False), wrong, said)
     if now.get("validation") and then.get("validation"):
         # Where it moved to is of no interest; training text that moved with it says so.

@@ -91,7 +91,6 @@ class TextDataModule(TokenDataModule):
         self.cache_dir = cache_folder(cache_dir)
         self._train_loader: TrainLoader | None = None
         self._position = 0
-        self._tokenizer: Tokenizer | None = None
 
     # -- text to tokens, once -----------------------------------------------------------------------------------------
 
@@ -170,10 +169,8 @@ class TextDataModule(TokenDataModule):
 
     def _known_tokenizer(self) -> Tokenizer | None:
         """The tokenizer of the run, or the one that is named; None where one is to be trained on the text."""
-        if self._tokenizer is None:
-            name = self.tokenizer_name
-            self._tokenizer = self._choose_tokenizer((lambda: Tokenizer.load(name)) if name else None)
-        return self._tokenizer
+        name = self.tokenizer_name
+        return self._choose_tokenizer((lambda: Tokenizer.load(name)) if name else None)
 
     def _split(self, scratch: Path) -> tuple[Dataset, Dataset]:
         documents = self._documents(self.paths, scratch)
@@ -245,10 +242,6 @@ class TextDataModule(TokenDataModule):
         self._position, self._train_loader = state_dict["position"], None
 
     # -- identity -----------------------------------------------------------------------------------------------------
-
-    def _remember(self, state: dict[str, Any], training: bool) -> None:
-        super()._remember(state, training)
-        self._tokenizer = None  # to be chosen with the run's in mind
 
     def _settings(self) -> Identity:
         return {

@@ -43,12 +43,12 @@ class Streamed:
             "cache_dir": str(folder / "cache"),
         }
 
-    def begin(self, state=None, stage="fit", run_tokenizer=None):
+    def begin(self, state=None, stage="fit", run_tokenizer=None, checkpoint=None):
         """Set up as the command line and Lightning do it."""
         data = self.module(**self.options)
         data.trainer = SimpleNamespace(max_steps=9, accumulate_grad_batches=1, distributed_sampler_kwargs=None)
-        if state:
-            data.begin_from({self.module.__name__: state}, run_tokenizer, stage == "fit")
+        if state or checkpoint:
+            data.begin_from(checkpoint or {self.module.__name__: state}, run_tokenizer, stage == "fit")
         data.prepare_data()
         data.setup(stage)
         if state:
@@ -419,6 +419,22 @@ def test_sources_of_the_hub_and_of_servers(then, now, outcome):
     refused = any(word in (outcome or "") for word in ("another", "set its revision", "other contents"))
     assert (problem is not None) == refused
     assert re.search(outcome, problem or note) if outcome else note is None
+
+
+@pytest.mark.parametrize("case", [NamedTokenizer], indirect=True, ids=lambda kind: kind.__name__)
+def test_a_model_is_evaluated_on_data_of_another_kind_with_its_own_tokenizer(case, begun):
+    data, _ = case
+    streamed, state = begun[Streamed]
+    checkpoint = {"C4DataModule": state}
+    ids = Tokenizer.load(str(streamed.folder / "tokenizer")).fingerprint()
+    data.options["tokenizer"] = str(streamed.folder / "other")
+    with pytest.raises(InputError, match=r"--data\.tokenizer .*/other makes other ids than the tokenizer of the run"):
+        data.begin(checkpoint=checkpoint, stage="validate", run_tokenizer=streamed.folder / "tokenizer")
+    with pytest.raises(InputError, match=r"the tokenizer \(.*/other\) makes other ids than the one of the run"):
+        data.begin(checkpoint=checkpoint, stage="validate")
+    data.options["tokenizer"] = None
+    module = data.begin(checkpoint=checkpoint, stage="validate", run_tokenizer=streamed.folder / "tokenizer")
+    assert module.tokenizer.fingerprint() == ids
 
 
 def test_the_command_line_refuses_text_that_was_added_and_leaves_the_run_as_it_is(corpus, tiny_run, tmp_path, capsys):
