@@ -1,5 +1,6 @@
 """The data module for text that is too much for this machine: streamed, or tokenised beforehand."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ from cola_lightning.data.base import IDENTITY, TokenDataModule, rows_of_a_step
 from cola_lightning.data.cache import cache_folder
 from cola_lightning.data.identity import Identity
 from cola_lightning.data.lanes import MakeLanes, RowShape
+from cola_lightning.data.once import ask_once
 from cola_lightning.data.prepared import PreparedCorpus, is_prepared
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.rows import PackedRows, PaddedRows
-from cola_lightning.data.sources import DataFiles, Source, TextCorpus
+from cola_lightning.data.sources import DataFiles, Found, Source, TextCorpus, find
 from cola_lightning.data.stream import OneRank, StreamError, StreamLoader
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.data.validation import ValidationSet
@@ -125,6 +127,8 @@ class C4DataModule(TokenDataModule):
         self._state: dict[str, Any] | None = None
         self._corpora: list[Corpus] = []
         self._held_out: Corpus | None = None
+        self._found: dict[str, Found] = {}
+        self._named_tokenizer: Tokenizer | None = None
 
     # -- sources ------------------------------------------------------------------------------------------------------
 
@@ -138,6 +142,8 @@ class C4DataModule(TokenDataModule):
 
     def setup(self, stage: str) -> None:
         self._stage = stage
+        # Rank 0 asks the hub, and tells the others.
+        self._found, self._named_tokenizer = ask_once(lambda: self._look_up(stage))
         self.tokenizer = self._load_tokenizer()
         pad_id = self.tokenizer.eos_id if self.tokenizer.pad_id is None else self.tokenizer.pad_id
         apart = self.row_type == "packed" and not self.cross_document_attention
@@ -154,12 +160,25 @@ class C4DataModule(TokenDataModule):
         else:
             self.validation_rows = PaddedRows(documents, self.sequence_length, pad_id)
 
+    def _look_up(self, stage: str) -> tuple[dict[str, Found], Tokenizer | None]:
+        """What setup has to know of other machines."""
+        self._load_tokenizer()
+        for source in [*(self.sources if stage == "fit" else []), self.validation]:
+            if not is_prepared(source):
+                self._find(source)
+        return self._found, self._named_tokenizer
+
     def _load_tokenizer(self) -> Tokenizer:
         tokenizer = self._choose_tokenizer(self._load_named_tokenizer)
         assert tokenizer is not None
         return tokenizer
 
     def _load_named_tokenizer(self) -> Tokenizer:
+        if self._named_tokenizer is None:
+            self._named_tokenizer = self._find_tokenizer()
+        return self._named_tokenizer
+
+    def _find_tokenizer(self) -> Tokenizer:
         for source in [*self.sources, self.validation]:
             if is_prepared(source):
                 corpus = PreparedCorpus(source)
@@ -170,7 +189,7 @@ class C4DataModule(TokenDataModule):
 
     def _open(self, source: Source, tokenizer: Tokenizer) -> Corpus:
         if not is_prepared(source):
-            return TextCorpus(source, tokenizer, self.retry)
+            return TextCorpus(source, tokenizer, self.retry, self._find(source))
         corpus = PreparedCorpus(source)
         if corpus.index["tokenizer"] != tokenizer.fingerprint():
             raise InputError(
@@ -178,6 +197,13 @@ class C4DataModule(TokenDataModule):
                 f"out, or prepare it anew"
             )
         return corpus
+
+    def _find(self, source: Source) -> Found:
+        """The files of a source, looked up once in this process. Two splits of a data set are found together."""
+        key = json.dumps([source.path, source.name, source.revision, source.data_files])
+        if key not in self._found:
+            self._found[key] = find(source, self.retry)
+        return self._found[key]
 
     def _validation_set(self, tokenizer: Tokenizer) -> ValidationSet:
         longest = self.sequence_length if self.row_type == "padded" else None

@@ -17,7 +17,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from cola_lightning.data.readers import is_local
+from cola_lightning.data.remote import is_local, storage_options
 from cola_lightning.data.retry import Retry
 from cola_lightning.errors import InputError
 
@@ -82,7 +82,7 @@ def _of_disk(path: str, modified: int, whole: bool) -> str:
 
 
 def _of_server(name: str) -> str:
-    filesystem, path = url_to_fs(name)
+    filesystem, path = url_to_fs(name, **storage_options(name))
     facts = filesystem.info(path)
     tags = (facts.get(key) for key in ("ETag", "etag", "Content-MD5", "Last-Modified", "LastModified", "mtime"))
     tag = next((str(tag) for tag in tags if tag), "")

@@ -1,7 +1,7 @@
 """Passes over a source: each document once before any comes twice, whatever the shards' number and sizes.
 
-A source is divided among L logical shards (lanes). In each pass the S shards are put in a new order and laid end to
-end, and logical shard i gets the i-th of L equal stretches. A stretch begins and ends within a shard, so at most S + L
+A source is divided among L logical shards (lanes). In each pass the S shards are shuffled anew and laid end to end, and
+logical shard i gets the i-th of L equal stretches. A stretch begins and ends within a shard, so at most S + L
 shards are opened, where every logical shard would have to open every shard if each shard were divided by L.
 
     S = 3 shards, L = 2 logical shards, order of the pass: c a b
@@ -135,14 +135,22 @@ class Reader:
         self._documents = self._read_pass()
 
     def _read_pass(self) -> Iterator[Document]:
-        order = list(range(len(self.corpus.shards)))
-        Random(f"{self.seed}/{self.state['pass']}").shuffle(order)
-        stretch = divide(order, self.lane, self.lanes)
+        stretch = self._stretch(self.state["pass"])
         unit, row = self.state["unit"], self.state["row"]
         rows = self._rows(stretch, unit, row)
         while block := list(islice(rows, self.block)):
             yield from self._shuffled(block, stretch, unit, row)
             unit, row = self.state["unit"], self.state["row"]
+
+    def _stretch(self, turn: int) -> list[tuple[int, Share]]:
+        """The shards of a pass in the order in which they are read, each with the share of it."""
+        shuffled = list(range(len(self.corpus.shards)))
+        Random(f"{self.seed}/shards/{turn}" if turn else f"{self.seed}/shards").shuffle(shuffled)
+        # Laid end to end as cards are dealt, so that whole shards go round where L divides their number.
+        order = [shard for first in range(self.lanes) for shard in shuffled[first :: self.lanes]]
+        stretch = divide(order, self.lane, self.lanes)
+        Random(f"{self.seed}/{self.lane}/{turn}").shuffle(stretch)
+        return stretch
 
     def _rows(self, stretch: list[tuple[int, Share]], unit: int, row: int) -> Iterator[tuple[int, int, Any]]:
         """Documents of the pass from a place on: unit of the stretch, row, text or ids."""

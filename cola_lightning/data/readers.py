@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import fsspec
 
+from cola_lightning.data.remote import is_local, open_file
 from cola_lightning.errors import InputError, hide_secrets
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
@@ -32,11 +33,6 @@ _repaired: set[str] = set()
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def is_local(name: str) -> bool:
-    """Whether a file is on a disk of this machine, where a failed read does not get better by itself."""
-    return "://" not in name or name.startswith("file://")
-
-
 def read_lines(name: str) -> Iterator[bytes]:
     """Yield the lines of a file, compressed or not, without a byte order mark.
 
@@ -47,7 +43,7 @@ def read_lines(name: str) -> Iterator[bytes]:
         InputError: If it is not compressed as its name says, or it is damaged on this machine's disk.
         OSError, EOFError, zlib.error: If another machine's file is cut short, which may pass.
     """
-    with _explained(name), fsspec.open(name, "rb") as file, _decompressed(file, name) as lines:
+    with _explained(name), open_file(name) as file, _decompressed(file, name) as lines:
         first = True
         while line := lines.readline(LONGEST + 1):
             if len(line) > LONGEST:

@@ -1,11 +1,15 @@
 """Reading on through hard weather: dropped connections, busy servers, files that come short."""
 
 import random
+import threading
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from itertools import chain
 from typing import TypeVar
 
 from cola_lightning.errors import InputError, hide_secrets
@@ -19,6 +23,8 @@ PASSING = (OSError, EOFError, zlib.error)
 HTTP_CLIENTS = {"aiohttp", "httpx", "httpx2", "requests"}
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 LASTING_STATUS = (401, 403, 404, 410)
+SILENCE = 15.0  # seconds
+LONGEST_PAUSE = 3600.0  # seconds
 
 
 @dataclass
@@ -42,7 +48,8 @@ class Retry:
         failures = 0
         while True:
             try:
-                return function()
+                with _said(name):
+                    return function()
             except Exception as error:
                 failures += 1
                 self._bear(error, name, failures)
@@ -59,7 +66,10 @@ class Retry:
         failures = 0
         while True:
             try:
-                for number, item in read(start):
+                items = iter(read(start))
+                with _said(name):
+                    first = next(items, None)
+                for number, item in chain([] if first is None else [first], items):
                     failures, start = 0, number + 1
                     yield number, item
                 return
@@ -73,12 +83,69 @@ class Retry:
             raise error
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+        if _offline(error):
+            raise InputError(
+                f"{name} is not on this machine, and HF_HUB_OFFLINE is set; unset it, or name files that are here"
+            ) from error
         if isinstance(error, LASTING) or status in LASTING_STATUS:
             raise InputError(f"{name} cannot be read: {reason}") from error
         if failures > self.times:
             raise InputError(f"{name} could not be read in {failures} tries: {reason}") from error
         # Spread out, so that workers that failed together do not come back together.
-        pause = self.wait * 2 ** (failures - 1) * random.uniform(1, 1.25)
+        pause = max(self.wait * 2 ** (failures - 1), _retry_after(error)) * random.uniform(1, 1.25)
         message = hide_secrets(f"{name}: {reason}; try {failures} of {self.times} in {pause:.1f} s")
         warnings.warn(message, stacklevel=3)
         time.sleep(pause)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, and those that it came from."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _offline(error: Exception) -> bool:
+    """Whether a client says that it must not ask; none of its tries will be answered."""
+    return any(
+        "OfflineModeIsEnabled" in (type(one).__name__, *str(one).replace("(", " ").replace(")", " ").split())
+        for one in _chain(error)
+    )
+
+
+def _retry_after(error: Exception) -> float:
+    """Seconds for which a busy server asks to be left alone, at most an hour; 0 if it does not say."""
+    for one in _chain(error):
+        headers = getattr(one, "headers", None) or getattr(getattr(one, "response", None), "headers", None) or {}
+        value = headers.get("Retry-After")
+        if value is None:
+            continue
+        try:
+            seconds = float(value)
+        except ValueError:
+            try:
+                seconds = parsedate_to_datetime(value).timestamp() - time.time()
+            except ValueError:
+                continue
+        return min(max(seconds, 0.0), LONGEST_PAUSE)
+    return 0.0
+
+
+@contextmanager
+def _said(name: str) -> Iterator[None]:
+    """Say every ``SILENCE`` seconds what is being waited for."""
+    done = threading.Event()
+    began = time.monotonic()
+
+    def say() -> None:
+        while not done.wait(SILENCE):
+            waited = time.monotonic() - began
+            warnings.warn(hide_secrets(f"waiting for {name} to answer, for {waited:.0f} s so far"), stacklevel=1)
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()

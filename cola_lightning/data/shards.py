@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from itertools import count, takewhile
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
 from cola_lightning.data.passes import WHOLE, Share
-from cola_lightning.data.readers import COMPRESSED, cell_text, is_local, json_text, read_lines
+from cola_lightning.data.readers import COMPRESSED, cell_text, json_text, read_lines
+from cola_lightning.data.remote import is_local, open_file
 from cola_lightning.errors import InputError
 
 TABLE_ROWS = 256
@@ -92,7 +92,7 @@ def _open_parquet(name: str) -> Iterator[tuple[pq.ParquetFile, str]]:
     # Without a cache in between, because Arrow knows which bytes it needs: the last ones, and those of one column. They
     # come in requests of at most PARQUET_BUFFER bytes, so that a row group of any size takes little memory.
     uncached = {} if is_local(name) else {"cache_type": "none"}
-    with fsspec.open(name, "rb", **uncached) as file:
+    with open_file(name, **uncached) as file:
         try:
             yield pq.ParquetFile(file, buffer_size=PARQUET_BUFFER), name
         except pa.ArrowInvalid as error:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import DatasetBuilder, load_dataset_builder
+from datasets import DatasetBuilder, DownloadConfig, load_dataset_builder
 from datasets.exceptions import DatasetsError
+from fsspec.core import url_to_fs
 
 from cola_lightning.data.identity import Identity, describe_files, fingerprint_files
 from cola_lightning.data.passes import WHOLE, Share
+from cola_lightning.data.remote import storage_options, use_hub, with_package
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.shards import Row, in_ranges, parquet_rows, read_file, read_table
 from cola_lightning.data.tokenizer import Tokenizer
@@ -52,6 +54,29 @@ class Source:
         return hide_secrets("/".join(part for part in (self.path.rstrip("/"), self.name) if part))
 
 
+@dataclass
+class Found:
+    """The files of a data set, by split, and what is known of where they are."""
+
+    files: dict[str, list[str]]
+    filesystem: Any = None
+
+
+def find(source: Source, retry: Retry) -> Found:
+    """Look up the files of a data set, which takes some requests where it is on the hub.
+
+    The answer can be sent to other processes. They then ask no more, because the hub's file system brings along the
+    list of its files.
+
+    Raises:
+        InputError: If the data set, its revision or configuration does not exist.
+    """
+    builder = retry.call(lambda: _resolve(source), source.title)
+    files = {str(split): [str(file) for file in some] for split, some in (builder.config.data_files or {}).items()}
+    first = next((file for some in files.values() for file in some if file.startswith("hf://")), None)
+    return Found(files, url_to_fs(first, **storage_options(first))[0] if first else None)
+
+
 class TextCorpus:
     """The shards of a source, read as text and tokenised on the way.
 
@@ -59,19 +84,20 @@ class TextCorpus:
         source: What the user named.
         tokenizer: Makes ids of text.
         retry: How often and how patiently a failed read is tried again.
+        found: Its files, where they were looked up before.
 
     Raises:
         InputError: If the data set, its revision, configuration or split does not exist.
     """
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, retry: Retry) -> None:
+    def __init__(self, source: Source, tokenizer: Tokenizer, retry: Retry, found: Found | None = None) -> None:
         self.title, self.column, self.split = source.title, source.text_column, source.split
         self.tokenizer, self.retry = tokenizer, retry
-        self._builder = retry.call(lambda: _resolve(source), source.title)
-        files = self._builder.config.data_files or {}
-        if source.split not in files:
-            raise InputError(f"{source.title} has no split {source.split!r}; it has {', '.join(map(str, files))}")
-        self.shards: list[str] = [str(file) for file in files[source.split]]
+        self.source, found = source, found or find(source, retry)
+        self._filesystem = found.filesystem
+        if source.split not in found.files:
+            raise InputError(f"{source.title} has no split {source.split!r}; it has {', '.join(found.files)}")
+        self.shards: list[str] = found.files[source.split]
         if not self.shards:
             raise InputError(f"{source.title} split {source.split!r} has no file; check data_files {source.data_files}")
 
@@ -106,6 +132,8 @@ class TextCorpus:
         return self.retry.call(lambda: parquet_rows(name), name) if in_ranges(name) else None
 
     def _rows(self, shard: int, name: str, start: int, share: Share) -> Iterator[Row]:
+        if self._filesystem is not None:
+            use_hub(self._filesystem)
         rows = read_file(name, self.column, start, share)
         if rows is not None:
             return rows
@@ -114,7 +142,8 @@ class TextCorpus:
 
     @cached_property
     def _stream(self):  # type: ignore[no-untyped-def]
-        stream = self._builder.as_streaming_dataset(split=self.split)
+        builder = self.retry.call(lambda: _resolve(self.source), self.title)
+        stream = builder.as_streaming_dataset(split=self.split)
         if stream.num_shards != len(self.shards):
             raise InputError(
                 f"{self.title} has {len(self.shards)} files but {stream.num_shards} shards, which cannot be told apart "
@@ -128,6 +157,8 @@ class TextCorpus:
 
 
 def _resolve(source: Source) -> DatasetBuilder:
+    for name in _addresses(source):
+        with_package(name)
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             return load_dataset_builder(
@@ -135,6 +166,9 @@ def _resolve(source: Source) -> DatasetBuilder:
                 source.name,
                 revision=source.revision,
                 data_files=_expand_home(source.data_files),
+                download_config=DownloadConfig(
+                    storage_options={protocol: storage_options(f"{protocol}://") for protocol in ("http", "https")}
+                ),
             )
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
@@ -161,3 +195,9 @@ def _expand_home(paths: Any) -> Any:
     if isinstance(paths, list | tuple):
         return [_expand_home(value) for value in paths]
     return str(Path(paths).expanduser()) if isinstance(paths, str) and paths.startswith("~") else paths
+
+
+def _addresses(source: Source) -> list[str]:
+    files = source.data_files.values() if isinstance(source.data_files, dict) else [source.data_files]
+    names = [name for some in files for name in ([some] if isinstance(some, str) else some or [])]
+    return [name for name in [source.path, *names] if "://" in name]

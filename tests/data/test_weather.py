@@ -4,12 +4,17 @@ import gzip
 import json
 import random
 import re
+import time
 import warnings
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
 
-from cola_lightning.data import C4DataModule
+from cola_lightning.data import C4DataModule, retry
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.sources import Source, TextCorpus
 from cola_lightning.data.tokenizer import Tokenizer
@@ -71,6 +76,49 @@ def test_failures_with_documents_between_them_do_not_add_up():
 
     with pytest.warns(UserWarning, match="ConnectionResetError: no reason given; try 1 of 1"):
         assert list(Retry(1, wait=0.01).iterate(three_at_a_time, "shard", 0)) == [(n, n) for n in range(20)]
+
+
+class BusyError(ConnectionError):
+    def __init__(self, retry_after: str) -> None:
+        super().__init__("429 Too Many Requests")
+        self.response = SimpleNamespace(status_code=429, headers={"Retry-After": retry_after})
+
+
+@pytest.mark.parametrize(
+    ("value", "least"),
+    [("7", 7), ("0", 0.01), ("nonsense", 0.01), (format_datetime(datetime.now(UTC) + timedelta(seconds=90)), 60)],
+)
+def test_a_busy_server_is_left_alone_for_as_long_as_it_asks(monkeypatch, value, least):
+    pauses = []
+    monkeypatch.setattr(retry.time, "sleep", pauses.append)
+    answers = iter([BusyError(value), None])
+
+    def ask():
+        if error := next(answers):
+            raise error
+        return "read"
+
+    with pytest.warns(UserWarning, match="429"):
+        assert Retry(1, wait=0.01).call(ask, "shard") == "read"
+    [pause] = pauses
+    assert least <= pause <= 1.25 * max(least, 90 if least == 60 else 0.01)
+
+
+def test_what_a_client_must_not_ask_for_is_an_error_at_once():
+    def ask():
+        try:
+            raise OfflineModeIsEnabled("Cannot reach the hub: offline mode is enabled")
+        except OfflineModeIsEnabled as error:
+            raise ConnectionError("Couldn't reach 'allenai/c4' on the Hub") from error
+
+    with pytest.raises(InputError, match="allenai/c4/en is not on this machine, and HF_HUB_OFFLINE is set"):
+        Retry(9, wait=100).call(ask, "allenai/c4/en")
+
+
+def test_waiting_for_an_answer_is_said(monkeypatch):
+    monkeypatch.setattr(retry, "SILENCE", 0.05)
+    with pytest.warns(UserWarning, match="waiting for allenai/c4/en to answer, for 0 s so far"):
+        Retry().call(lambda: time.sleep(0.3), "allenai/c4/en")
 
 
 def test_errors_that_are_no_weather_pass_at_once():
