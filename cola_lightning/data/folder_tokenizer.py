@@ -35,7 +35,7 @@ class FolderTokenizer(Tokenizer):
     def __init__(self, fast: FastTokenizer, eos_id: int, pad_id: int | None, name: str) -> None:
         super().__init__(fast, eos_id, pad_id, name)
         special = {i for i, token in fast.get_added_tokens_decoder().items() if token.special}
-        self.vocab_size = 1 + max(set(fast.get_vocab().values()) - special | {eos_id})
+        self.vocab_size = 1 + max(set(fast.get_vocab().values()) - special | ({eos_id, self.unknown_id} - {None}))
         self._rows: int | None = None
         self._stop_ids = frozenset({eos_id})
         self.ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": eos_id}

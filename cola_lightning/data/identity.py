@@ -23,7 +23,7 @@ from cola_lightning.errors import InputError
 
 READ_WHOLE = 64 << 20
 """Bytes that files may hold together for each to be read whole; of larger ones, samples are taken."""
-_SAMPLE, _SAMPLES = 4096, 64
+_SAMPLE, _SAMPLES = 4096, 16
 _ON_HUB = re.compile(r"^hf://(?P<repository>.+?)@(?P<commit>[0-9a-f]{40})/")
 
 Identity = dict[str, Any]

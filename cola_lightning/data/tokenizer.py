@@ -44,10 +44,10 @@ class Tokenizer:
         self.fast, self.eos_id, self.pad_id, self.name = fast, eos_id, pad_id, name
         self._fingerprint: str | None = None
         special = {i: token.content for i, token in fast.get_added_tokens_decoder().items() if token.special}
-        unknown = _unknown_id(fast)  # special, but what text becomes that the tokenizer cannot spell
-        ids = set(fast.get_vocab().values()) - set(special) | ({eos_id, pad_id, unknown} - {None})
+        self.unknown_id = _unknown_id(fast)  # special, but what text becomes that the tokenizer cannot spell
+        ids = set(fast.get_vocab().values()) - set(special) | ({eos_id, pad_id, self.unknown_id} - {None})
         self.vocab_size = 1 + max(ids)
-        self._never_in_text = frozenset(special) - {unknown}
+        self._never_in_text = frozenset(special) - {self.unknown_id}
         self._special = re.compile("|".join(map(re.escape, special.values())) or r"(?!)")
 
     def encode(self, texts: list[str]) -> list[list[int]]:

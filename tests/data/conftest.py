@@ -3,6 +3,7 @@ import json
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -33,6 +34,12 @@ def sentences(name: str, number: int) -> list[str]:
     """Documents of a few to two hundred words, each beginning with a number of its own."""
     draw = random.Random(name)
     return [f"{name}{index} " + " ".join(draw.choices(WORDS, k=draw.randint(3, 60))) for index in range(number)]
+
+
+def fake_trainer(**settings) -> SimpleNamespace:
+    """What a data module asks of its trainer."""
+    asked = {"max_steps": 9, "accumulate_grad_batches": 1, "overfit_batches": 0.0, "distributed_sampler_kwargs": None}
+    return SimpleNamespace(**asked | settings)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 import json
 import pickle
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,14 +10,14 @@ from cola_lightning.data.rows import IGNORE
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from cola_lightning.module import LanguageModel, next_token_losses
-from tests.data.conftest import arguments, sentences, write_shard
+from tests.data.conftest import arguments, fake_trainer, sentences, write_shard
 from tests.data.server import Server
 
 
 def ready(data: C4DataModule, ranks: int = 1, rank: int = 0, stage: str = "fit") -> C4DataModule:
     """Set up as a trainer does it."""
     share = {"num_replicas": ranks, "rank": rank} if ranks > 1 else None
-    data.trainer = SimpleNamespace(max_steps=1000, accumulate_grad_batches=1, distributed_sampler_kwargs=share)
+    data.trainer = fake_trainer(max_steps=1000, distributed_sampler_kwargs=share)
     data.prepare_data()
     data.setup(stage)
     return data

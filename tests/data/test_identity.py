@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +13,7 @@ from cola_lightning.data.prepare import prepare
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
-from tests.data.conftest import sentences, write_shard
+from tests.data.conftest import fake_trainer, sentences, write_shard
 
 
 class Streamed:
@@ -46,7 +45,7 @@ class Streamed:
     def begin(self, state=None, stage="fit", run_tokenizer=None, checkpoint=None):
         """Set up as the command line and Lightning do it."""
         data = self.module(**self.options)
-        data.trainer = SimpleNamespace(max_steps=9, accumulate_grad_batches=1, distributed_sampler_kwargs=None)
+        data.trainer = fake_trainer()
         if state or checkpoint:
             data.begin_from(checkpoint or {self.module.__name__: state}, run_tokenizer, stage == "fit")
         data.prepare_data()
@@ -328,6 +327,16 @@ def test_nothing_is_said_where_nothing_changed(case, recwarn):
     data, state = case
     data.begin(state)
     assert not [warning for warning in recwarn if "since the run began" in str(warning.message)]
+
+
+@pytest.mark.parametrize("case", [Texts], indirect=True, ids=lambda kind: kind.__name__)
+def test_the_same_files_that_give_other_rows_are_refused(case):
+    """As another release of a library may make of them."""
+    data, state = case
+    state = json.loads(json.dumps(state))
+    state["identity"]["ids"] = "0" * 32
+    with pytest.raises(InputError, match="the text gives other rows than it gave"):
+        data.begin(state)
 
 
 @pytest.mark.parametrize("case", [Streamed, Texts], indirect=True, ids=lambda kind: kind.__name__)

@@ -38,6 +38,14 @@ def test_compressed_lines_of_one_or_several_frames(read, end, tmp_path):
     assert read(tmp_path / f"a.{end}") == [f"document {number}" for number in range(2000)]
 
 
+def test_a_folder_of_zstd_shards_is_a_data_set(tmp_path):
+    for split in ("train", "validation"):
+        content = zstandard.ZstdCompressor().compress(b"".join(LINES[:5]))
+        (tmp_path / f"{split}-0.jsonl.zst").write_bytes(content)
+    corpus = TextCorpus(Source(str(tmp_path)), None, Retry(0, 0))
+    assert [text for _, text in corpus.read(0)] == [f"document {number}" for number in range(5)]
+
+
 @both
 @pytest.mark.parametrize(
     ("end", "pack"), [("gz", gzip.compress), ("zst", zstandard.ZstdCompressor().compress)], ids=["gz", "zst"]

@@ -1,12 +1,12 @@
 import json
 import os
-from types import SimpleNamespace
 
 import pytest
 
 from cola_lightning.data import TextDataModule
 from cola_lightning.data.identity import _of_disk
 from cola_lightning.errors import InputError
+from tests.data.conftest import fake_trainer
 
 
 def module(paths, tmp_path, **settings):
@@ -17,7 +17,7 @@ def module(paths, tmp_path, **settings):
         "cache_dir": str(tmp_path / "cache"),
     } | settings
     data = TextDataModule([str(path) for path in paths], **settings)
-    data.trainer = SimpleNamespace(max_steps=3, accumulate_grad_batches=2, distributed_sampler_kwargs=None)
+    data.trainer = fake_trainer(max_steps=3, accumulate_grad_batches=2)
     data.prepare_data()
     data.setup("fit")
     return data
