@@ -132,6 +132,11 @@ def check_optimizer(strategy: Strategy, optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__} works on whole matrices, which {type(strategy).__name__} cuts into pieces; "
             f"set --trainer.strategy ddp, or name another --model.optimizer"
         )
+    if getattr(optimizer, "named_parameters_only", False) and isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+        raise InputError(
+            f"{type(optimizer).__name__} treats parameters by what they are, but {type(strategy).__name__} flattens "
+            f"them into one; set --trainer.strategy fsdp2 or ddp, or name another --model.optimizer"
+        )
 
 
 def clip_gradients(strategy: Strategy, parameters: list[nn.Parameter], limit: float | None) -> Tensor | None:

@@ -16,7 +16,11 @@ OVER_ALL = [REPOSITORY / "configs" / name for name in ("fast.yaml", "monitor.yam
 RUN_FILES = sorted({*(REPOSITORY / "configs").glob("*.yaml")} - {*OVER_ALL})
 OVERLAYS = [
     *OVER_ALL,
-    *sorted(file for folder in ("data", "method", "strategy") for file in (REPOSITORY / "configs" / folder).iterdir()),
+    *sorted(
+        file
+        for folder in ("data", "method", "optimizer", "strategy")
+        for file in (REPOSITORY / "configs" / folder).iterdir()
+    ),
 ]
 PREPARATIONS = sorted((REPOSITORY / "configs" / "prepare").iterdir())
 USES = ("export", "generate", "evaluate", "factorise")  # need a model: tests/test_use.py runs them

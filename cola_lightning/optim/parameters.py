@@ -1,4 +1,4 @@
-"""Which parameters an optimizer is for, and one optimizer made of two."""
+"""Which parameters an optimizer is for, and one optimizer made of several."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -6,13 +6,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
 from cola_lightning.errors import InputError
 from cola_lightning.models import Projection
+from cola_lightning.optim.transformers_adamw import TransformersAdamW
 
 MakeOptimizer = Callable[[Iterable], Optimizer]
 """``f(parameters)`` makes the optimizer."""
+
+
+ENTRY_BY_ENTRY = (SGD, Adam, AdamW, Adamax, NAdam, RAdam, TransformersAdamW)
+"""Optimizers that update each entry from its own gradient alone, so that a matrix may be cut into pieces."""
 
 
 class Parameters:
@@ -21,6 +26,8 @@ class Parameters:
     Attributes:
         matrices: Trained matrices of the projections: of a full-rank one its weight, of a low-rank one both factors.
         rest: Whatever else is trained: embedding, head, norms, scalars.
+        embedding: The embedding, if it is trained; a part of ``rest``.
+        head: The output projection, likewise.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -30,37 +37,61 @@ class Parameters:
         trained = [p for p in self.all if p.requires_grad]
         self.matrices = [p for p in trained if id(p) in inside]
         self.rest = [p for p in trained if id(p) not in inside]
+        embeddings = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
+        heads = {id(p) for p in getattr(network, "lm_head", nn.Module()).parameters()}
+        self.embedding = [p for p in self.rest if id(p) in embeddings]
+        self.head = [p for p in self.rest if id(p) in heads - embeddings]
 
     def __iter__(self) -> Iterator[nn.Parameter]:
         return iter(self.all)
 
 
 class MatricesAndRest(Optimizer):
-    """Two optimizers that look like one to trainer, schedule and checkpoint: one for the projections' matrices, one for
-    the rest. A schedule scales the learning rates of both. Matrices must be whole: for one device, and DDP.
+    """Two to four optimizers that look like one to trainer, schedule and checkpoint. They give groups of parameters
+    learning rates and weight decays of their own, or other methods. A schedule scales the learning rates of all.
+
+    Where every part treats each entry by itself, as AdamW does, it goes with one device, DDP and FSDP2. Others need
+    whole matrices: one device, or DDP.
 
     Args:
         params: The module hands over its :class:`Parameters`.
         matrices: Makes the optimizer of the projections' matrices.
-        rest: Makes the optimizer of everything else: embedding, head, norms.
+        rest: Makes the optimizer of everything else: norms, scalars, and embedding and head unless named below.
+        embedding: Makes the optimizer of the embedding.
+        head: Makes the optimizer of the output projection.
 
     Raises:
         InputError: If the parameters are not told apart, or the network has no projection that is trained.
     """
 
-    whole_matrices = True  # sharded strategies are refused, see cola_lightning.strategies
+    named_parameters_only = True  # strategies that flatten parameters are refused, see cola_lightning.strategies
 
-    def __init__(self, params: Iterable, matrices: MakeOptimizer, rest: MakeOptimizer) -> None:
+    def __init__(
+        self,
+        params: Iterable,
+        matrices: MakeOptimizer,
+        rest: MakeOptimizer,
+        embedding: MakeOptimizer | None = None,
+        head: MakeOptimizer | None = None,
+    ) -> None:
         if not isinstance(params, Parameters):
             raise InputError(f"MatricesAndRest was given a {type(params).__name__}; give it Parameters(network)")
         if not params.matrices:
             raise InputError("MatricesAndRest finds no trained matrix in any projection; name a plain optimizer")
-        self.parts = (matrices(params.matrices), rest(params.rest))
+        own = {id(p) for make, group in ((embedding, params.embedding), (head, params.head)) if make for p in group}
+        groups = [
+            (matrices, params.matrices),
+            (embedding, params.embedding),
+            (head, params.head),
+            (rest, [p for p in params.rest if id(p) not in own]),
+        ]
+        self.parts = tuple(make(group) for make, group in groups if make and group)
+        self.whole_matrices = not all(isinstance(part, ENTRY_BY_ENTRY) for part in self.parts)
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
 
     def _share(self) -> None:
-        """Let both see the same groups and the same state as this object shows."""
+        """Let all see the same groups and the same state as this object shows."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
         self.state = defaultdict(dict, {p: state for part in self.parts for p, state in part.state.items()})
         for part in self.parts:

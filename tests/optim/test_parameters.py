@@ -127,6 +127,57 @@ def test_two_ranks_keep_the_same_weights_as_one(tmp_path):
         assert one[name]["losses"][-1] < one[name]["losses"][0] - 0.05
 
 
+GROUPS = f"--config={REPOSITORY}/configs/optimizer/adamw_groups.yaml"
+
+
+@pytest.mark.parametrize("projection", [FullRank, None])
+def test_groups_keep_decay_from_norms_and_embedding_and_have_rates_of_their_own(projection):
+    """In closed form: where all gradients are 1, a step of AdamW takes lr from the decayed weights."""
+    network = tiny_llama(projection, num_hidden_layers=1)
+    adamw = [
+        partial(AdamW, lr=lr, weight_decay=decay) for lr, decay in ((0.1, 0.5), (0.2, 0.0), (0.3, 0.0), (0.4, 0.5))
+    ]
+    optimizer = MatricesAndRest(Parameters(network), adamw[0], adamw[1], embedding=adamw[2], head=adamw[3])
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in network.named_parameters():
+        lr, decay = (
+            (0.3, 0.0) if "embed_tokens" in name
+            else (0.4, 0.5) if "lm_head" in name
+            else (0.2, 0.0) if "norm" in name
+            else (0.1, 0.5)
+        )  # fmt: skip
+        torch.testing.assert_close(parameter.detach(), before[name] * (1 - lr * decay) - lr, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("projection", [["--model.projection=FullRank"], []])
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
+def test_groups_train_and_go_on_bit_for_bit(projection, strategy, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dropped = ("--checkpoint", "--trainer.val_check", *(["--model.projection"] if projection else []))
+    flags = [flag for flag in tiny_run if not flag.startswith(dropped)]
+    flags += [*projection, GROUPS, f"--trainer.strategy={strategy}", "--trainer.limit_val_batches=0",
+              "--trainer.logger=false", "--checkpoint.every_n_train_steps=3"]  # fmt: skip
+    half = ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1"]
+    weights = []
+    for folder, runs in (("whole", [[]]), ("broken", [half, ["--ckpt_path=last"]])):
+        for more in runs:
+            main(["fit", *flags, f"--run_dir={tmp_path / folder}", *more])
+        weights.append(torch.load(tmp_path / folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_parts_that_go_entry_by_entry_may_be_sharded_by_parameter():
+    network = tiny_llama(num_hidden_layers=1)
+    optimizer = MatricesAndRest(Parameters(network), partial(AdamW, lr=0.1), partial(SGD, lr=0.1))
+    check_optimizer(FSDP2Strategy(), optimizer)
+    for strategy in (FSDPStrategy(), DeepSpeedStrategy()):
+        with pytest.raises(InputError, match=r"flattens them into one; set --trainer.strategy fsdp2 or ddp"):
+            check_optimizer(strategy, optimizer)
+
+
 @pytest.mark.parametrize("strategy", [FSDPStrategy, FSDP2Strategy, DeepSpeedStrategy])
 def test_sharded_strategies_are_refused(strategy):
     optimizer = both(tiny_llama(num_hidden_layers=1))
