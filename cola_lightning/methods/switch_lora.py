@@ -102,8 +102,9 @@ class SwitchLoRASwitch(BetweenSteps):
     """Exchanges vectors, and restarts and holds their counterparts; goes with the optimizer ``RowAdamW``.
 
     Before step t each vector is exchanged with a rate of 1 / interval_t, interval_t = interval / 0.3^((t + 1) / T) and
-    T = ``descent`` times the run's steps: often at first, and hardly ever later. The number for each factor is
-    R / interval_t, rounded up or down at random. Rows and candidates are taken in turn, and a row that is held is left.
+    T = ``descent`` times the run's steps: often at first, and hardly ever later. The number for either factor is
+    R / interval_t, rounded up or down at random, the same way for both. Rows and candidates are taken in turn, and a
+    row that is held is left.
 
     Args:
         interval: Steps between two exchanges of a vector when training starts; at least twice ``hold_steps``.
@@ -173,14 +174,18 @@ class SwitchLoRASwitch(BetweenSteps):
 
     def after_step(self, trainer: L.Trainer, step: int) -> None:
         rate = self.rate(step, trainer.max_steps)
-        chances = torch.rand(len(self.projections), 2, generator=generator(self.seed, step)).tolist()
-        for index, (projection, (chance_a, chance_b)) in enumerate(zip(self.projections, chances, strict=True)):
+        for index, (projection, chance) in enumerate(zip(self.projections, self.chances(step), strict=True)):
             wanted = rate * projection.A.shape[0]
-            for side, chance in (("A", chance_a), ("B", chance_b)):
-                count = int(wanted) + (chance < wanted % 1)
-                count = self._free(index, side, step, count)
-                if count:
-                    self._switch(index, side, step, count)
+            # Rounded once for both factors, so that B's turn stays half a round of rows from A's.
+            count = int(wanted) + (chance < wanted % 1)
+            for side in ("A", "B"):
+                free = self._free(index, side, step, count)
+                if free:
+                    self._switch(index, side, step, free)
+
+    def chances(self, step: int) -> list[float]:
+        """Draw the number in [0, 1) by which each projection rounds, the same on all ranks."""
+        return torch.rand(len(self.projections), generator=generator(self.seed, step)).tolist()
 
     def _first(self, index: int, side: str) -> int:
         """The row whose turn it is. A and B begin half a turn apart, so that neither holds what is due in the other."""

@@ -29,9 +29,11 @@ def distance(found: Tensor, official: Tensor) -> float:
 class Net(nn.Module):
     """``tall silu(square silu(wide x))``, each matrix a module made by a method."""
 
-    def __init__(self, make: Callable[[int, int], nn.Module]) -> None:
+    def __init__(
+        self, make: Callable[[int, int], nn.Module], sizes: tuple[tuple[int, int], ...] = ((20, 12), (12, 12), (12, 18))
+    ) -> None:
         super().__init__()
-        self.wide, self.square, self.tall = make(20, 12), make(12, 12), make(12, 18)
+        self.wide, self.square, self.tall = (make(*size) for size in sizes)
         self.double()
 
     def loss(self, x: Tensor, target: Tensor) -> Tensor:
