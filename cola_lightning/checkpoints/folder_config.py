@@ -14,6 +14,8 @@ from cola_lightning.models.rope_scaling import REQUIRED, check_scaling
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
 MISSING = object()
+LARGEST = 1e9
+"""Sizes above it are none, and their products would be beyond what torch can count."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def read_key(config: dict[str, Any], file: Path, key: str, kind: type, default: 
     fits = isinstance(value, kind)
     if kind in (int, float):
         fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        fits = fits and (kind is float or value == int(value))
+        fits = fits and abs(value) <= LARGEST and (kind is float or value == int(value))
     if not fits:
         raise InputError(f"{file} sets {key} to {value!r}; it must be {WORDS[kind]}")
     return kind(value)
@@ -89,7 +91,9 @@ def network_arguments(config: dict[str, Any], file: Path) -> dict[str, Any]:
     gate_silu = get("hidden_act", str, "silu") != "linear"
     if kind == "cola":  # the reference's
         gate_silu = not get("only_lr_act", bool, True)
-    pad_id = get("pad_token_id", int, -1)
+    pad_id, epsilon = get("pad_token_id", int, -1), get("rms_norm_eps", float, 1e-6)
+    if epsilon < 0:
+        raise InputError(f"{file} sets rms_norm_eps to {epsilon}; it must be at least 0")
     arguments = {
         "vocab_size": get("vocab_size", int),
         "hidden_size": hidden_size,
@@ -98,7 +102,7 @@ def network_arguments(config: dict[str, Any], file: Path) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": get("num_key_value_heads", int, heads),
         "max_position_embeddings": get("max_position_embeddings", int, 2048),
-        "rms_norm_eps": get("rms_norm_eps", float, 1e-6),
+        "rms_norm_eps": epsilon,
         "gate_silu": gate_silu,
         # The configurations of this lineage write -1 for none.
         "pad_token_id": None if pad_id == -1 else pad_id,
@@ -132,8 +136,8 @@ def _rope(config: dict[str, Any], file: Path, longest: int, head_dim: int) -> di
     rope = get(key, dict, {})
     place = Path(f"{file}: {key}")
     theta = read_key(rope, place, "rope_theta", float, get("rope_theta", float, 10000.0))
-    if not 0 < theta < math.inf:
-        raise InputError(f"{file} sets rope_theta to {theta}; it must be above 0")
+    if theta <= 1:
+        raise InputError(f"{file} sets rope_theta to {theta}; it must be above 1")
     if read_key(rope, place, "partial_rotary_factor", float, 1.0) != 1.0:
         raise InputError(
             f"{place} sets partial_rotary_factor to {rope['partial_rotary_factor']}, which is not supported"

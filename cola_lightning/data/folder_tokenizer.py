@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, normalizers, pre_tokenizers
 
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.tokenizer import Tokenizer
-from cola_lightning.data.tokenizer_files import FindFile, find_tokenizer_files
+from cola_lightning.data.tokenizer_files import FindFile, find_tokenizer_files, read_settings
 from cola_lightning.errors import InputError
 
 FILES = (
@@ -49,6 +50,7 @@ class FolderTokenizer(Tokenizer):
         """
         tokenizer = cls.load(name)
         tokenizer.find = find_tokenizer_files(name, Retry())
+        tokenizer._cut_as_llama(read_settings(tokenizer.find))
         config, generation = (_read(tokenizer.find(file)) for file in ("config.json", "generation_config.json"))
         tokenizer.ids |= {key: config[key] for key in tokenizer.ids if config.get(key) is not None}
         stops = generation.get("eos_token_id", config.get("eos_token_id"))
@@ -56,6 +58,24 @@ class FolderTokenizer(Tokenizer):
         if known := frozenset(stop for stop in stops if isinstance(stop, int) and not isinstance(stop, bool)):
             tokenizer._stop_ids = known
         return tokenizer
+
+    def _cut_as_llama(self, settings: dict[str, Any]) -> None:
+        """transformers 5 replaces the normalizer of tokenizers of class ``LlamaTokenizer``, LLaMA 1's and 2's: a text
+        that begins with a space, or goes on after a special token, gets no further space before it."""
+        if settings.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
+            return
+        normalizer = json.loads(self.fast.to_str())["normalizer"] or {}
+        if not any(step.get("type") == "Prepend" for step in normalizer.get("normalizers") or []):
+            return
+        prefixed = settings.get("add_prefix_space") in (None, True)
+        scheme = "never" if not prefixed else "always" if settings.get("legacy") else "first"
+        # An empty sequence, because the library takes no None here.
+        self.fast.normalizer = normalizers.Sequence([])
+        self.fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+        strip = [decoders.Strip(content=" ", left=1, right=0)] if prefixed else []
+        self.fast.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        )
 
     @property
     def stop_ids(self) -> frozenset[int]:

@@ -29,6 +29,10 @@ REQUIRED = {
 OPTIONAL = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")}
 
 
+LARGEST = 1e12
+"""No setting is meant to be above it, and torch cannot take every whole number that Python can."""
+
+
 def check_scaling(scaling: Scaling, head_dim: int, place: str = "rope_scaling") -> dict[str, Any]:
     """Keep the settings that the type reads, after a look at each.
 
@@ -68,7 +72,7 @@ def check_scaling(scaling: Scaling, head_dim: int, place: str = "rope_scaling") 
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < LARGEST
 
 
 def frequencies(

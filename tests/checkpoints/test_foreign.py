@@ -1,7 +1,9 @@
 """Models that others made, as transformers writes them: the same logits there and here, in float32 to 1e-5."""
 
+import copy
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -149,6 +151,8 @@ def test_the_original_length_beside_the_dictionary_counts(tmp_path):
          "high_freq_factor is 1; it must be above low_freq_factor, 4"),
         ({"rope_scaling": "linear"}, "sets rope_scaling to 'linear'; it must be an object"),
         ({"rope_parameters": {"rope_theta": "x"}}, "sets rope_theta to 'x'; it must be a number"),
+        ({"rope_scaling": {"type": "linear", "factor": 10**30}}, "factor is 1000000000000000000000000000000; rope"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "rope_theta": 1}}, "rope_theta to 1.0; it must be above 1"),
         ({"partial_rotary_factor": 0.5}, "sets partial_rotary_factor to 0.5, which is not supported"),
     ],
 )  # fmt: skip
@@ -203,6 +207,8 @@ def test_mixed_dtypes_are_read_as_the_widest(tokenizer, tmp_path):
         (lambda folder: edit(folder, rms_norm_eps=float("nan")), "sets rms_norm_eps to nan; it must be a number"),
         (lambda folder: edit(folder, tie_word_embeddings="yes"), "sets tie_word_embeddings to 'yes'; it must be"),
         (lambda folder: edit(folder, model_type=["llama"]), "describes a ['llama'] model"),
+        (lambda folder: edit(folder, vocab_size=10**30), "sets vocab_size to 1000000000000000000000000000000; it must"),
+        (lambda folder: edit(folder, rms_norm_eps=-1.0), "sets rms_norm_eps to -1.0; it must be at least 0"),
         (lambda folder: edit(folder, num_hidden_layers=10**9), "num_hidden_layers to 1000000000, but the weights are"),
         (lambda folder: (folder / "config.json").write_text("[1]"), "holds a JSON list, not an object"),
         (lambda folder: (folder / "config.json").write_text('{"a":'), "cannot be read as JSON"),
@@ -227,3 +233,54 @@ def test_a_folder_that_cannot_be_read_gets_one_line(change, message, tmp_path):
 def index(folder, content):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(content)
+
+
+GONE = object()
+ODD = [GONE, None, "x", -1, 0, True, 10**30, float("nan")]
+ROPE_KEYS = ["type", "rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+             "rope_theta", "attention_factor", "beta_fast", "mscale", "truncate", "partial_rotary_factor"]  # fmt: skip
+
+
+def odd_configs(config):
+    """A config.json with one value changed to something odd, at the top or among the rotary settings."""
+    for value in ODD:
+        for path in [*((key,) for key in config), *((top, key) for top in ("rope_scaling", "rope_parameters")
+                                                    for key in ROPE_KEYS)]:  # fmt: skip
+            changed = copy.deepcopy(config)
+            if path[0] == "rope_parameters":
+                del changed["rope_scaling"]  # else it would not be looked at
+            *above, key = path
+            inner = changed[above[0]] if above else changed
+            inner[key] = value
+            if value is GONE:
+                del inner[key]
+            yield path, value, changed
+
+
+def test_no_odd_value_ends_in_a_traceback_or_in_other_logits_than_transformers(tmp_path):
+    sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 1000.0}
+    folder = foreign(tmp_path / "llama", num_attention_heads=2, num_key_value_heads=2, rope_parameters=yarn, **sizes)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_scaling"] = {"type": "llama3"} | SCALINGS["llama3"]
+    ids = torch.arange(3, 33)[None]
+    outcomes = Counter()
+    for path, value, changed in odd_configs(config):
+        (folder / "config.json").write_text(json.dumps(changed))
+        try:
+            with torch.no_grad():
+                found = load_model(folder)(ids)
+        except InputError:
+            outcomes["refused"] += 1
+            continue
+        try:
+            wanted = theirs(folder, ids)
+        except Exception:  # stricter than we are
+            outcomes["theirs refuses"] += 1
+            continue
+        torch.testing.assert_close(
+            found, wanted, atol=1e-5, rtol=1e-4, msg=lambda text, at=(path, value): f"{at}: {text}"
+        )
+        outcomes["equal"] += 1
+    assert outcomes["refused"] > 100
+    assert outcomes["equal"] > 100

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, models, normalizers, trainers
+from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -60,6 +61,34 @@ def test_ids_are_those_of_transformers(settings, llama, tmp_path):
     texts = ["the nation", "<|user|>war</s> upon<|turn|>", " naïve 漢字\n"]
     for text, ids in zip(texts, ours.encode(texts), strict=True):
         assert ids == [*other(text).input_ids, 1]
+        assert ours.decode(ids) == other.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("legacy", [None, False, True])
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+def test_llama_2s_kind_is_cut_as_transformers_cuts_it(kind, legacy, texts, tmp_path):
+    fast = FastTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>"]
+    alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[*special, *alphabet], show_progress=False)
+    fast.train_from_iterator(texts, trainer)
+    content = json.loads(fast.to_str())
+    content["added_tokens"] = content["added_tokens"][: len(special)]
+    fast = FastTokenizer.from_str(json.dumps(content))
+    fast.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings |= {} if legacy is None else {"legacy": legacy}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    ours, other = FolderTokenizer.open(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    some = ["the nation", "  two spaces", "war</s>the peace", "naïve 漢字", "\n line", " "]
+    for text, ids in zip(some, ours.encode(some), strict=True):
+        assert ids == [*other(text).input_ids, 2]
         assert ours.decode(ids) == other.decode(ids, skip_special_tokens=True)
 
 
