@@ -78,7 +78,7 @@ def facts(trained: Trained) -> dict[str, str]:
     elif before := [other for other in measured if other < step]:
         perplexity = f"{NOT_KNOWN} at this step; {measured[max(before)]:,.2f} per token at step {max(before):,}"
     return found | {
-        "data": _data(trained.configuration().get("data") or {}),
+        "data": _data(trained.configuration().get("data") or {}, run.get("data") or {}),
         "steps": f"{step:,}",
         "tokens seen": _tokens(trained.checkpoint.state),
         "validation perplexity": perplexity,
@@ -88,9 +88,16 @@ def facts(trained: Trained) -> dict[str, str]:
     }
 
 
-def _data(data: dict[str, Any]) -> str:
+def _data(data: dict[str, Any], identity: dict[str, Any]) -> str:
+    """Name the sources: as the run found them where that is known, with their commits; else as they were named."""
     arguments = data.get("init_args") or {}
     sources = arguments.get("sources") or [arguments]
+    found = identity.get("sources") or []
+    if len(found) == len(sources):
+        sources = [
+            {"path": f"{one['title']} at commit {one['commit']}"} if one.get("commit") else source
+            for one, source in zip(found, sources, strict=True)
+        ]
     names = [
         " ".join(filter(None, (source.get("path"), source.get("name"), source.get("revision")))) or source.get("paths")
         for source in sources

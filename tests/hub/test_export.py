@@ -12,6 +12,7 @@ import torch
 from cola_lightning import load_model
 from cola_lightning.cli import main
 from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.hub.card import _data
 from cola_lightning.models import generate
 from tests.conftest import GOLDEN
 
@@ -155,3 +156,11 @@ def test_a_disk_that_is_full_leaves_nothing_behind(trained_run, tmp_path, monkey
         "out could not be written: [Errno 28] No space left on device; nothing is left of it" in capsys.readouterr().err
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_the_card_names_data_of_the_hub_with_the_commit_that_the_run_found():
+    settings = {"init_args": {"path": "allenai/c4", "name": None, "sequence_length": 256}}
+    found = {"sources": [{"title": "allenai/c4/en", "commit": "1" * 40}]}
+    assert _data(settings, found) == f"allenai/c4/en at commit {'1' * 40}, rows of 256 tokens"
+    assert _data(settings, {}) == "allenai/c4, rows of 256 tokens"
+    assert _data({"init_args": {"paths": ["/home/me/text"]}}, {"sources": [{"title": "x", "commit": None}]}) == "text"
