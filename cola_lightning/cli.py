@@ -57,6 +57,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.hub import export
 from cola_lightning.models import Projection
 from cola_lightning.module import LanguageModel
+from cola_lightning.optim.schedules import open_lengths
 from cola_lightning.parser import Parser
 from cola_lightning.precision import refuse_precision
 from cola_lightning.preemption import await_ranks, limit_rendezvous, own_signals
@@ -109,6 +110,22 @@ class RunParser(Parser, LightningArgumentParser):
     """Of the verbs that are Lightning's."""
 
     bases = (L.Callback, L.LightningDataModule, Logger, Optimizer, LRScheduler, Projection)
+
+    def add_class_arguments(self, class_type: type, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As ever, but leave open the arguments of a schedule that are the run's length where they are not given."""
+        lengths = (
+            open_lengths(class_type, {}) if isinstance(class_type, type) and issubclass(class_type, LRScheduler) else []
+        )
+        if not lengths:
+            return super().add_class_arguments(class_type, nested_key, *args, **kwargs)
+        kwargs["skip"] = {*(kwargs.get("skip") or ()), *lengths}
+        added = super().add_class_arguments(class_type, nested_key, *args, **kwargs)
+        for name in lengths:
+            key = f"{nested_key}.{name}" if nested_key else name
+            about = "Optimizer steps until its end; those of the run, --trainer.max_steps, if not given."
+            self.add_argument(f"--{key}", type=int | None, default=None, help=about)
+            added.append(key)
+        return added
 
 
 class CLI(LightningCLI):

@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.optim import AdamW, Optimizer, SparseAdam
-from torch.optim.lr_scheduler import LRScheduler
 
 from cola_lightning.batching import (
     accumulate,
@@ -28,13 +27,13 @@ from cola_lightning.errors import InputError
 from cola_lightning.initial import begin_with
 from cola_lightning.metrics import Perplexity, PublishedPerplexity, TokenLoss
 from cola_lightning.models import FullRank, Llama, MakeProjection
-from cola_lightning.optim import MakeOptimizer, Parameters, WarmupCosine
+from cola_lightning.optim import MakeOptimizer, MakeSchedule, Parameters, WarmupCosine
+from cola_lightning.optim.schedules import check_schedule, make_schedule
 from cola_lightning.sharding import builds_lazily, shard
 from cola_lightning.strategies import check_optimizer, clip_gradients
 from cola_lightning.training.fit_loop import prepare_fit_loop
+from cola_lightning.training.settings import OptimizerSettings, keep_patience
 
-MakeSchedule = Callable[[Optimizer, int], LRScheduler]
-"""``f(optimizer, total_steps)`` makes the schedule."""
 BeforeUpdate = Callable[["LanguageModel", Optimizer, Tensor | None], None]
 """``f(module, optimizer, norm)`` is called between clipping and the optimizer's update, with the gradient norm before
 clipping (none under DeepSpeed, which knows it only afterwards)."""
@@ -86,7 +85,8 @@ class LanguageModel(L.LightningModule):
         pad_token_id: Id whose embedding stays zero; null where the tokenizer has no padding id.
         projection: Makes each of the seven projections of a layer from (in_features, out_features).
         optimizer: Makes the optimizer from the parameters.
-        schedule: Makes the learning-rate schedule from the optimizer and the number of steps of the run.
+        schedule: Makes the learning-rate schedule from the optimizer. Its argument ``total_steps``, ``T_max`` or
+            ``total_iters`` is the number of optimizer steps of the run where it is not given.
         fused_projections: Make one product of the matrices of q, k and v, and of gate and up, which share their input.
             Parameters keep their names. Cross-layer methods, and CoLA-M with ``keep: latents``, do without.
         loss_chunk_size: Tokens whose logits exist at a time in training; null for all at once. Where the vocabulary is
@@ -128,6 +128,7 @@ class LanguageModel(L.LightningModule):
         initial_weights: str | None = None,
     ) -> None:
         super().__init__()
+        check_schedule(schedule)
         self.save_hyperparameters()
         # Only plain data may go into a checkpoint, which then loads without unpickling anything. On the command line
         # everything is: there Lightning stores what was typed. From Python the three factories are code.
@@ -162,6 +163,8 @@ class LanguageModel(L.LightningModule):
             max_position_embeddings,
             pad_token_id,
         )
+        self._optimizer_settings: OptimizerSettings  # there once the optimizer is made
+        self._stored_settings: list[dict[str, Any]] | None = None  # of the run that wrote the checkpoint
         self.transforms: list[Callable[[Llama], None]] = []
         self._has_weights = initial_weights is not None  # others than those drawn
         self._transformed = 0  # how many of them the network has
@@ -274,6 +277,12 @@ class LanguageModel(L.LightningModule):
         self._has_weights = True
         check_last_group(self.trainer)
         self._step_tokens = None
+        if self.trainer.global_step:
+            self.restore_settings()
+
+    def restore_settings(self) -> None:
+        """After a checkpoint was loaded, let what this run was made with win over what the checkpoint holds."""
+        self._optimizer_settings.restore(self._stored_settings)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The share of this micro-batch in the loss of its optimizer step: the sum of its losses, divided by the tokens
@@ -307,9 +316,13 @@ class LanguageModel(L.LightningModule):
         """Keep what the next logged mean has so far, of all ranks."""
         sums = torch.stack([self.train_loss.loss_sum, self.train_loss.tokens])
         checkpoint["train_loss"] = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        checkpoint["optimizer_settings"] = self._optimizer_settings.groups
         checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._stored_settings = checkpoint.get("optimizer_settings")
+        if self._trainer:
+            keep_patience(self.trainer, checkpoint)
         if self._trainer and "micro_batches" in checkpoint and "loops" in checkpoint:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
             rescale_progress(progress, checkpoint["micro_batches"], self.trainer.accumulate_grad_batches)
@@ -363,9 +376,10 @@ class LanguageModel(L.LightningModule):
             raise InputError("--model.optimizer SparseAdam takes sparse gradients, of which there are none; take AdamW")
         check_optimizer(self.trainer.strategy, optimizer)
         try:
-            schedule = self.make_schedule(optimizer, self.trainer.max_steps)
+            schedule = make_schedule(self.make_schedule, optimizer, self.trainer.max_steps)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(_refusal("--model.schedule", error)) from error
+        self._optimizer_settings = OptimizerSettings(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(

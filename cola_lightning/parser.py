@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 import cola_lightning.import_policy  # noqa: F401  denies what no run file may name
 from cola_lightning.errors import InputError, did_you_mean, hide_secrets
 
-GIVEN = ("in_features", "out_features", "params", "optimizer", "total_steps")
+GIVEN = ("in_features", "out_features", "params", "optimizer")
 """Arguments that come from the network and the run, not from the command line."""
 
 WORDS = {

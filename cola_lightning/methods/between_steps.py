@@ -37,7 +37,8 @@ class BetweenSteps(L.Callback):
     from ``generator(self.seed, step, …)``.
 
     Args:
-        seed: Of what is drawn; that of the run if not given. It is saved: a resumed run goes on with it.
+        seed: Of what is drawn; that of the run if not given. It is saved: a resumed run goes on with it, if
+            none is given.
 
     Raises:
         InputError: Before training starts: under a strategy that shards or hides weights or optimizer state, or if the
@@ -49,7 +50,7 @@ class BetweenSteps(L.Callback):
     optimizer: Optimizer
 
     def __init__(self, seed: int | None = None) -> None:
-        self.seed = seed
+        self.seed, self._seed_is_given = seed, seed is not None
 
     def after_step(self, trainer: L.Trainer, step: int) -> None:
         """Act, ``step`` optimizer steps having been made."""
@@ -91,4 +92,5 @@ class BetweenSteps(L.Callback):
         return {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seed = state_dict["seed"]
+        if not self._seed_is_given:
+            self.seed = state_dict["seed"]

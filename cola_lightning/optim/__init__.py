@@ -3,7 +3,7 @@
 from cola_lightning.optim.parameters import MakeOptimizer, MatricesAndRest, Parameters
 from cola_lightning.optim.projected import APOLLO, Fira, GaLore
 from cola_lightning.optim.row_adamw import RowAdamW
-from cola_lightning.optim.schedules import WarmupCosine, WarmupCosineRestarts
+from cola_lightning.optim.schedules import MakeSchedule, WarmupCosine, WarmupCosineRestarts
 from cola_lightning.optim.transformers_adamw import TransformersAdamW
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Fira",
     "GaLore",
     "MakeOptimizer",
+    "MakeSchedule",
     "MatricesAndRest",
     "Parameters",
     "RowAdamW",

@@ -1,11 +1,99 @@
-"""Learning rate as a function of the step."""
+"""Learning rate as a function of the step.
 
+A schedule is anything that makes an ``LRScheduler`` from an optimizer: a class of torch, one of these, one of your own.
+It is stepped once after each optimizer step. Some need the length of the run; it is bound by the argument's name.
+"""
+
+import inspect
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    LambdaLR,
+    LRScheduler,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 from cola_lightning.errors import InputError
+
+MakeSchedule = Callable[[Optimizer], LRScheduler]
+"""``f(optimizer)`` makes the schedule. Where it has one of the arguments below, that is the length of the run."""
+LENGTHS = ("total_steps", "T_max", "total_iters")
+"""Names of arguments that mean the number of steps after which a schedule has reached its end. One that is not given,
+or is None, is the number of optimizer steps of the run."""
+
+
+def make_schedule(make: MakeSchedule, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """Make the schedule of a run of ``total_steps`` optimizer steps.
+
+    Raises:
+        InputError: If the schedule refuses its arguments, or ends before the run does and cannot be stepped on.
+    """
+    target, given = _unwrap(make)
+    name = getattr(target, "__name__", type(target).__name__)
+    lengths = dict.fromkeys(open_lengths(target, given), total_steps)
+    try:
+        schedule = make(optimizer, **lengths)
+    except (TypeError, ValueError, ZeroDivisionError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"--model.schedule {name} could not be made: {' '.join(str(error).split())}") from error
+    if isinstance(schedule, OneCycleLR) and schedule.total_steps < total_steps:
+        raise InputError(
+            f"--model.schedule {name} ends after {schedule.total_steps} steps, but the run has {total_steps}; leave "
+            "its length away, or lower --trainer.max_steps"
+        )
+    return schedule
+
+
+def open_lengths(target: Any, given: dict[str, Any]) -> list[str]:
+    """Names of the arguments of ``target`` that mean the run's length and have no value in ``given``."""
+    given = {name: value for name, value in given.items() if value is not None}
+    if {"epochs", "steps_per_epoch"} <= given.keys():
+        return []  # OneCycleLR's other way of saying its length
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):  # written in C
+        return []
+    return [name for name in LENGTHS if name in parameters and name not in given]
+
+
+def check_schedule(make: MakeSchedule) -> None:
+    """Refuse classes of torch that are no function of the step alone.
+
+    Raises:
+        InputError: If ``make`` is one of them.
+    """
+    target, _ = _unwrap(make)
+    if not isinstance(target, type):
+        return
+    if issubclass(target, ReduceLROnPlateau):
+        raise InputError(
+            f"--model.schedule {target.__name__} follows a metric; name a schedule that follows the step, such as "
+            "WarmupCosine or CosineAnnealingLR"
+        )
+    if issubclass(target, ChainedScheduler | SequentialLR):
+        raise InputError(
+            f"--model.schedule {target.__name__} is made of schedules that have their optimizer already; write a "
+            "function of the optimizer that returns it, and name that by its import path"
+        )
+
+
+def _unwrap(make: Any) -> tuple[Any, dict[str, Any]]:
+    """What is called in the end, and the arguments that are bound by name. The command line hands over
+    ``partial(instantiate, WarmupCosine, warmup_steps=10)``."""
+    given: dict[str, Any] = {}
+    while isinstance(make, partial):
+        given = {**make.keywords, **given}
+        classes = [value for value in make.args if isinstance(value, type) and issubclass(value, LRScheduler)]
+        make = classes[0] if classes else make.func
+    return make, given
 
 
 class WarmupCosine(LambdaLR):

@@ -27,9 +27,9 @@ constant = partial(ConstantLR, factor=1.0)
 cosine = partial(WarmupCosine, warmup_steps=3)
 SCENARIOS = {
     # The batches in their order, which of them are poisoned, the schedule, and settings of guard and trainer
-    "skip": (range(STEPS), {5}, lambda optimizer, _: constant(optimizer), {}),
-    "left_out": ([n for n in range(STEPS) if n != 5], set(), lambda optimizer, _: constant(optimizer), {}),
-    "accumulated": (range(STEPS), {5}, lambda optimizer, _: constant(optimizer), {"accumulate_grad_batches": 2}),
+    "skip": (range(STEPS), {5}, constant, {}),
+    "left_out": ([n for n in range(STEPS) if n != 5], set(), constant, {}),
+    "accumulated": (range(STEPS), {5}, constant, {"accumulate_grad_batches": 2}),
     "back": (range(99), {6, 7, 8}, cosine, {}),
     "went_on_after": ([0, 1, 2, 3, *range(9, 99)], set(), cosine, {}),
     "lost": (range(99), set(range(6, 99)), cosine, {}),

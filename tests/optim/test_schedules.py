@@ -1,10 +1,14 @@
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch.optim import lr_scheduler
 
 from cola_lightning.errors import InputError
+from cola_lightning.module import LanguageModel
 from cola_lightning.optim import WarmupCosine, WarmupCosineRestarts
+from cola_lightning.optim.schedules import make_schedule
 
 
 def rates(steps: int, make=WarmupCosine, **settings) -> list[float]:
@@ -69,3 +73,42 @@ def test_a_restart_within_the_first_rise_and_none_at_all():
 def test_restarts_refuse_what_makes_no_sense(settings):
     with pytest.raises(InputError, match="it must"):
         rates(1, WarmupCosineRestarts, total_steps=40, cycle_steps=10, **settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lr_scheduler.ReduceLROnPlateau, "ReduceLROnPlateau follows a metric; name a schedule that follows the step"),
+        (partial(lr_scheduler.SequentialLR, milestones=[3]), "SequentialLR is made of schedules"),
+        (lr_scheduler.ChainedScheduler, "ChainedScheduler is made of schedules"),
+    ],
+)
+def test_what_does_not_follow_the_step_is_refused_when_the_module_is_made(make, message):
+    with pytest.raises(InputError, match=message):
+        LanguageModel(50, 16, 24, 1, 2, schedule=make)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(lr_scheduler.OneCycleLR, max_lr=1.0, total_steps=8), "ends after 8 steps, but the run has 12"),
+        (partial(lr_scheduler.OneCycleLR, max_lr=1.0, epochs=2, steps_per_epoch=4), "ends after 8 steps"),
+        (partial(lr_scheduler.OneCycleLR, max_lr=1.0, pct_start=2.0), "OneCycleLR could not be made: .*pct_start"),
+        (partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=0), "could not be made: Expected positive integer T_0"),
+        (lr_scheduler.ExponentialLR, "could not be made: .*gamma"),
+    ],
+)
+def test_what_a_schedule_refuses_is_one_line(make, message):
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(InputError, match=message) as error:
+        make_schedule(make, optimizer, 12)
+    assert "\n" not in str(error.value)
+
+
+def test_a_length_that_is_given_is_kept_and_null_is_the_runs():
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    for given, expected in (({"T_max": 5}, 5), ({"T_max": None}, 12), ({}, 12)):
+        made = make_schedule(partial(lr_scheduler.CosineAnnealingLR, **given), optimizer, 12)
+        assert made.T_max == expected
+    gamma = make_schedule(partial(lr_scheduler.ExponentialLR, gamma=0.9), optimizer, 12)
+    assert gamma.gamma == 0.9

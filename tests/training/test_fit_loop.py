@@ -50,15 +50,14 @@ class Epochs(WholeRun):
         return DataLoader([{"input_ids": row, "labels": row} for row in IDS], batch_size=4)
 
 
-def fit(data, folder, steps, resume=None, every=100, **settings):
+def fit(data, folder, steps, resume=None, every=100, callbacks=(), model=None, **settings):
     logger = Steps()
-    model = LanguageModel(
-        50, 16, 24, 1, 2, projection=partial(CoLA, rank=4), schedule=partial(WarmupCosine, warmup_steps=2)
-    )
+    parts = {"projection": partial(CoLA, rank=4), "schedule": partial(WarmupCosine, warmup_steps=2)}
+    model = LanguageModel(50, 16, 24, 1, 2, **(parts | (model or {})))
     checkpoints = Checkpoints(every, keep=99, dirpath=str(folder))
     trainer = L.Trainer(
-        accelerator="cpu", devices=1, max_steps=steps, logger=logger, callbacks=[checkpoints], num_sanity_val_steps=0,
-        enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", devices=1, max_steps=steps, logger=logger, callbacks=[checkpoints, *callbacks],
+        num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
         **({"max_epochs": -1, "val_check_interval": 4, "log_every_n_steps": 1} | settings),
     )  # fmt: skip
     trainer.fit(model, datamodule=data(), ckpt_path=resume and str(resume), weights_only=True)
