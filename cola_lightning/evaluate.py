@@ -126,13 +126,7 @@ def evaluate_text(
         InputError: If there is no text, or sizes cannot work.
         UnusableModelError: If the loss is NaN.
     """
-    longest = network.max_position_embeddings
-    length = min(longest, 2048) if sequence_length is None else sequence_length
-    step = length if stride is None else stride
-    if not 1 <= length <= longest:
-        raise InputError(f"--sequence_length is {length}; this model takes from 1 to {longest} tokens")
-    if not 1 <= step <= length:
-        raise InputError(f"--stride is {step}; it must lie between 1 and the sequence_length, {length}")
+    length, step = window_sizes(network, sequence_length, stride)
     tokenizer.check_fits(network.model.embed_tokens.num_embeddings)
     total = sum(len(text.encode()) for text in read_documents(files, text_column))  # also looks through all files first
     if not total:
@@ -168,6 +162,22 @@ def evaluate_text(
         "sequence_length": length,
         "stride": step,
     }
+
+
+def window_sizes(network: Llama, sequence_length: int | None, stride: int | None = None) -> tuple[int, int]:
+    """Tokens of a window and from one to the next, from what was asked for.
+
+    Raises:
+        InputError: If they are out of range.
+    """
+    longest = network.max_position_embeddings
+    length = min(longest, 2048) if sequence_length is None else sequence_length
+    step = length if stride is None else stride
+    if not 1 <= length <= longest:
+        raise InputError(f"--sequence_length is {length}; this model takes from 1 to {longest} tokens")
+    if not 1 <= step <= length:
+        raise InputError(f"--stride is {step}; it must lie between 1 and the sequence_length, {length}")
+    return length, step
 
 
 def _exp(mean: float) -> float:

@@ -12,7 +12,7 @@ from rich.progress import track
 
 from cola_lightning.data.documents import find_files
 from cola_lightning.errors import InputError
-from cola_lightning.evaluate import evaluate_text
+from cola_lightning.evaluate import evaluate_text, window_sizes
 from cola_lightning.hub import write_folder
 from cola_lightning.hub.card import model_card
 from cola_lightning.hub.folder import check_target
@@ -57,6 +57,7 @@ def factorise(
     check_target(target)
     dense = open_model(model, trust or ())
     vocabulary = dense.tokenizer(tokenizer)
+    window_sizes(dense.network, sequence_length)  # says now if it is out of range
     network = low_rank(dense.network, projection, where)
     method = type(network.model.layers[0].self_attn.q_proj)
     if files:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning.checkpoints import load_model
-from cola_lightning.checkpoints.folders import check_shapes
+from cola_lightning.checkpoints.folders import check_finite, check_shapes
 from cola_lightning.errors import InputError
 from cola_lightning.models import Llama
 
@@ -36,6 +36,7 @@ def begin_with(network: Llama, folder: str) -> None:
     weights = source.state_dict()
     trouble = f"--model.initial_weights {folder} holds another network ('factorise' makes low rank of full rank)"
     check_shapes(network, weights, trouble)
+    check_finite(weights, f"--model.initial_weights {folder}")
     wanted, found = settings_beside_weights(network), settings_beside_weights(source)
     for name, value in found.items():
         if wanted[name] != value:

@@ -129,6 +129,10 @@ def test_tied_heads_and_stretched_positions_of_the_dense_model_stay(dense_folder
         (["{dense}", "{tmp}/out", "--projection=FullRank"], "--projection FullRank is not low-rank"),
         (["{dense}", "{tmp}/out", "--projection=CoLA", "--projection.rank=33"], "rank 33 does not fit"),
         (["{dense}", "{dense}", "--projection=CoLA", "--projection.rank=4"], "holds something already"),
+        (
+            ["{dense}", "{tmp}/out", "--projection=CoLA", "--projection.rank=4", "--sequence_length=0"],
+            "--sequence_length is 0; this model takes from 1 to 2048 tokens",
+        ),
         (["{dense}", "{tmp}/out", "--projection=CoLA", "--projection.rank=4", "--text=[gone.txt]"], "at 'gone.txt'"),
     ],
 )

@@ -142,7 +142,11 @@ def _parts(index: Path) -> list[str]:
     parts = read_key(read_json(index), index, "weight_map", dict)
     if not parts or not all(isinstance(name, str) for name in parts.values()):
         raise InputError(f"{index} names no files under weight_map; it must say for each tensor which file holds it")
-    return sorted(set(parts.values()))
+    names = sorted(set(parts.values()))
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{index} names {name}, which is not in its folder")
+    return names
 
 
 def _translate(name: str, tensor: Tensor) -> tuple[str, Tensor]:

@@ -215,6 +215,7 @@ def test_mixed_dtypes_are_read_as_the_widest(tokenizer, tmp_path):
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors does not exist"),
         (lambda folder: index(folder, "{}"), "model.safetensors.index.json has no weight_map; it must be an object"),
         (lambda folder: index(folder, '{"weight_map": {"a": 1}}'), "names no files under weight_map"),
+        (lambda folder: index(folder, '{"weight_map": {"a": "../x.safetensors"}}'), "names ../x.safetensors, which"),
         (lambda folder: index(folder, '{"weight_map": {"a": "gone.safetensors"}}'), "gone.safetensors does not exist"),
         (lambda folder: save_file({"a": torch.ones(2, dtype=torch.int8)}, folder / "model.safetensors"),
          "holds a as torch.int8, which is not supported"),
