@@ -17,7 +17,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from cola_lightning.data.remote import is_local, storage_options
+from cola_lightning.data.remote import is_local, path_of, storage_options
 from cola_lightning.data.retry import Retry
 from cola_lightning.errors import InputError
 
@@ -113,7 +113,7 @@ def describe_files(title: str, column: str, names: Sequence[str], fingerprints: 
         "place": place,
         "commit": commit,
         "files": len(names),
-        "names": _digest(Path(name.split("?")[0]).name for name in names),
+        "names": _digest(Path(path_of(name)).name for name in names),
         "paths": _digest(_ON_HUB.sub("", name) for name in names) if on_hub else None,
         "bytes": sum(map(int, sizes)) if all(sizes) else None,
         "sizes": _digest(sizes) if all(sizes) else None,

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import fsspec
 
-from cola_lightning.data.remote import is_local, open_file
+from cola_lightning.data.remote import is_local, open_file, path_of
 from cola_lightning.errors import InputError, hide_secrets
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
@@ -53,7 +53,7 @@ def read_lines(name: str) -> Iterator[bytes]:
 
 
 def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
-    path = name.split("?")[0].split("#")[0]
+    path = path_of(name)
     suffix = next((suffix for suffix in COMPRESSED if path.endswith(suffix)), None)
     if suffix is None:
         # fsspec's own lines cost a seek each, which a server that sends a file as one stream does not offer.

@@ -19,6 +19,12 @@ def is_local(name: str) -> bool:
     return "://" not in name or name.startswith("file://")
 
 
+def path_of(name: str) -> str:
+    """The address of a file without its query and fragment; a path on a disk as it is, because ? and # may stand in
+    it."""
+    return name if is_local(name) else name.split("?")[0].split("#")[0]
+
+
 def storage_options(name: str) -> dict[str, Any]:
     """Options of the file system that an address belongs to. For the hub they are those of ``datasets``, so that the
     list of files which it asked for is known already."""

@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetsError
 
 from cola_lightning.data.passes import WHOLE, Share
 from cola_lightning.data.readers import COMPRESSED, cell_text, json_text, read_lines
-from cola_lightning.data.remote import is_local, open_file
+from cola_lightning.data.remote import is_local, open_file, path_of
 from cola_lightning.errors import InputError
 
 TABLE_ROWS = 256
@@ -52,7 +52,7 @@ def in_ranges(name: str) -> bool:
 
 
 def _stem(name: str) -> str:
-    stem = name.split("?")[0].split("#")[0]
+    stem = path_of(name)
     for suffix in COMPRESSED:
         stem = stem.removesuffix(suffix)
     return stem

@@ -38,6 +38,13 @@ def test_compressed_lines_of_one_or_several_frames(read, end, tmp_path):
     assert read(tmp_path / f"a.{end}") == [f"document {number}" for number in range(2000)]
 
 
+@both
+def test_names_of_files_may_hold_what_ends_the_path_of_an_address(read, tmp_path):
+    for name in ("a#1.jsonl.gz", "b?c.jsonl.gz", "d 100%.jsonl.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(LINES[0]))
+        assert read(tmp_path / name) == ["document 0"]
+
+
 def test_a_folder_of_zstd_shards_is_a_data_set(tmp_path):
     for split in ("train", "validation"):
         content = zstandard.ZstdCompressor().compress(b"".join(LINES[:5]))
