@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cola_lightning.data.base import IDENTITY, TokenDataModule, rows_of_a_step
 from cola_lightning.data.cache import cache_folder
+from cola_lightning.data.held_out import HeldOut
 from cola_lightning.data.identity import Identity
+from cola_lightning.data.inventory import describe
 from cola_lightning.data.lanes import MakeLanes, RowShape
 from cola_lightning.data.once import ask_once
 from cola_lightning.data.prepared import PreparedCorpus, is_prepared
@@ -45,7 +47,8 @@ class C4DataModule(TokenDataModule):
         text_column: Column of the text.
         sources: Several sources in place of the one above, mixed by the tokens that each hands out.
         validation: Source of the validation documents; split ``validation`` of ``path``, or of the first of
-            ``sources``, if not given.
+            ``sources``, if not given. Where it is a split that is trained on too, one document of 20 is
+            held out, by a hash of its place. No document that equals a validation document is trained on.
         tokenizer: Folder, tokenizer.json or repository on the hub. If none is named, the one that a prepared source was
             prepared with, or t5-base.
         sequence_length: Tokens of a row (T).
@@ -154,7 +157,8 @@ class C4DataModule(TokenDataModule):
         validation = self._validation_set(self.tokenizer)
         self._held_out = validation.corpus
         self._compare()
-        documents = validation.load()
+        self._say_what_was_found()
+        self._validation_documents = documents = validation.load()
         if self.row_type == "packed":
             self.validation_rows = PackedRows(documents, self.sequence_length, pad_id, apart)
         else:
@@ -208,7 +212,30 @@ class C4DataModule(TokenDataModule):
     def _validation_set(self, tokenizer: Tokenizer) -> ValidationSet:
         longest = self.sequence_length if self.row_type == "padded" else None
         corpus = self._open(self.validation, tokenizer)
-        return ValidationSet(corpus, tokenizer, self.validation_tokens, longest, self.cache_dir)
+        shared = any(
+            replace(source, weight=1.0) == replace(self.validation, weight=1.0, text_column=source.text_column)
+            for source in self.sources
+        )
+        return ValidationSet(corpus, tokenizer, self.validation_tokens, longest, self.cache_dir, shared)
+
+    def _say_what_was_found(self) -> None:
+        for kind, sources, corpora in (
+            ("train on", self.sources, self._corpora),
+            ("validate on", [self.validation], [self._held_out]),
+        ):
+            for source, corpus in zip(sources, corpora, strict=False):
+                if isinstance(corpus, PreparedCorpus):
+                    facts = corpus.index
+                    rank_zero_info(
+                        f"{kind} {corpus.title}: {len(corpus.shards):,} files, {facts['documents']:,} documents, "
+                        f"{facts['tokens']:,} tokens, prepared"
+                    )
+                elif corpus is not None:
+                    folders = [source.path] if Path(source.path).expanduser().is_dir() and not source.data_files else []
+                    found = self._find(source)
+                    others = [name for split, names in found.files.items() if split != source.split for name in names]
+                    for line in describe(corpus.title, corpus.shards, folders, found.filesystem, others):
+                        rank_zero_info(f"{kind} {line}")
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
@@ -231,6 +258,7 @@ class C4DataModule(TokenDataModule):
                 self.shuffle_buffer,
                 str(self.seed),
                 self.row_shape,
+                HeldOut(self._validation_documents),
             ),
             self.lanes,
             self.batch_size,
@@ -248,13 +276,15 @@ class C4DataModule(TokenDataModule):
     # -- position -----------------------------------------------------------------------------------------------------
 
     def ledger(self) -> dict[str, dict[str, int]]:
-        """Documents and tokens trained on, by source, of the lanes of this rank; on no trainer, of all lanes."""
+        """Documents and tokens trained on, and documents left out because they are validated on, by source, of the
+        lanes of this rank; on no trainer, of all lanes."""
         state = self._loader.state_dict() if self._loader else self._state
         lanes = state["lanes"].values() if state else []
         return {
             source.title: {
                 "documents": sum(lane["documents"][index] for lane in lanes),
                 "tokens": sum(lane["tokens"][index] for lane in lanes),
+                "held_out": sum(lane["held_out"][index] for lane in lanes),
             }
             for index, source in enumerate(self.sources)
         }

@@ -34,7 +34,14 @@ def find_files(paths: list[str]) -> list[Path]:
 def _expand(entry: str) -> list[Path]:
     root = _in_package(entry) if entry.startswith("package:") else Path(entry).expanduser()
     if root.is_dir():
-        return [path.resolve() for path in root.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file()]
+        # Hidden files and folders are copies and tools' own: .git, .ipynb_checkpoints, the ._x of a Mac.
+        return [
+            path.resolve()
+            for path in root.rglob("*")
+            if path.name.endswith(SUFFIXES)
+            and path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        ]
     if root.is_file():
         if not root.name.endswith(SUFFIXES):
             raise InputError(f"{root} is not one of {', '.join(SUFFIXES)}; convert it or rename it")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cola_lightning.data.held_out import HeldOut
 from cola_lightning.data.passes import ENCODED_TOGETHER, Corpus, Document, Reader, SourceReaders
 from cola_lightning.data.rows import IGNORE
 
@@ -73,6 +74,7 @@ class Lane:
         self.index, self.sources, self.weights, self.shape = index, sources, weights, shape
         state = state or {"documents": [0] * len(sources), "tokens": [0] * len(sources), "rest": None}
         self.documents, self.tokens = list(state["documents"]), list(state["tokens"])
+        self._held_out = list(state.get("held_out", [0] * len(sources)))  # before this lane was made
         # In tokens; what a source is given ahead of the others, as if it had handed out that many already.
         spread = max(1, lanes // len(sources))
         self._ahead = [
@@ -84,8 +86,9 @@ class Lane:
             self._take_up(rest)
 
     def state(self) -> dict[str, Any]:
-        """Plain numbers that say where the lane stands: the readers' places, documents and tokens handed out of each
-        source, and what is left over of a document that has begun, as its ids or as its place."""
+        """Plain numbers that say where the lane stands: the readers' places; of each source the documents and tokens
+        handed out, and the documents left out because they are validated on; and what is left over of a document that
+        has begun, as its ids or as its place."""
         rest = None
         if self._rest is not None:
             rest = {"source": self._rest_of, "shard": self._rest.shard, "row": self._rest.row, "begin": self._begin}
@@ -95,6 +98,10 @@ class Lane:
             "readers": [dict(source.readers[self.index].state) for source in self.sources],
             "documents": list(self.documents),
             "tokens": list(self.tokens),
+            "held_out": [
+                before + source.left_out[self.index]
+                for before, source in zip(self._held_out, self.sources, strict=True)
+            ],
             "rest": rest,
         }
 
@@ -204,6 +211,7 @@ class MakeLanes:
         block: Documents of a lane that are shuffled together.
         seed: Text that every order depends on.
         shape: How documents become rows.
+        held_out: Documents that are left out of training, because they are validated on.
     """
 
     corpora: list[Any]
@@ -212,6 +220,7 @@ class MakeLanes:
     block: int
     seed: str
     shape: RowShape
+    held_out: HeldOut | None = None
 
     def __call__(self, indices: Iterable[int], states: dict[str, dict[str, Any]]) -> Lanes:
         indices = list(indices)
@@ -228,7 +237,7 @@ class MakeLanes:
                 )
                 for lane in indices
             }
-            sources.append(SourceReaders(readers, complete=len(readers) == self.lanes))
+            sources.append(SourceReaders(readers, len(readers) == self.lanes, self.held_out))
         lanes = {
             lane: Lane(lane, self.lanes, sources, self.weights, self.shape, states.get(str(lane))) for lane in indices
         }

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from cola_lightning.data.held_out import HeldOut
 from cola_lightning.errors import InputError
 
 ENCODED_TOGETHER = 64  # documents; enough to keep a tokenizer's threads busy
@@ -196,13 +197,16 @@ class SourceReaders:
     Args:
         readers: Of all logical shards, or of some.
         complete: Whether they are all. Only then can documents move from one logical shard to another.
+        held_out: Documents that are left out, because they are validated on.
 
     Attributes:
+        left_out: How many were, by logical shard, since the readers were made.
         touched: Logical shards whose reader's state changed; whoever passes the states on empties it.
     """
 
-    def __init__(self, readers: dict[int, Reader], complete: bool) -> None:
-        self.readers, self.complete = readers, complete
+    def __init__(self, readers: dict[int, Reader], complete: bool, held_out: HeldOut | None = None) -> None:
+        self.readers, self.complete, self.held_out = readers, complete, held_out
+        self.left_out = dict.fromkeys(readers, 0)
         self.touched: set[int] = set()
 
     def next(self, lane: int) -> Document:
@@ -217,17 +221,19 @@ class SourceReaders:
                 reader = self.readers[other]
                 if reader.state["through"] and self.complete:
                     continue
-                document = reader.next()
                 self.touched.add(other)
-                if document is not None:
-                    return document
+                while (document := reader.next()) is not None:
+                    if self.held_out is None or not self.held_out.has(document.ids):
+                        return document
+                    self.left_out[lane] += 1
                 if not self.complete:
                     raise PassEndError
             # No stretch has a document left: the next pass begins.
             for reader in self.readers.values():
                 reader.begin_pass(reader.state["pass"] + 1)
             self.touched.update(self.readers)
-        raise InputError(f"{self.readers[lane].corpus.title} has no document; every shard or every text is empty")
+        reason = "every one is held out for validation" if self.left_out[lane] else "every shard or every text is empty"
+        raise InputError(f"{self.readers[lane].corpus.title} has no document; {reason}")
 
     def _in_turn(self, lane: int) -> Iterator[int]:
         yield lane

@@ -21,6 +21,9 @@ from cola_lightning.data.shards import Row, in_ranges, parquet_rows, read_file, 
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError, hide_secrets
 
+UNFINISHED = (".part", ".partial", ".incomplete", ".crdownload", ".tmp", ".bak", "~")
+"""Endings of files that ``datasets`` takes for data, and that are not."""
+
 DataFiles = str | list[str] | dict[str, str | list[str]] | None
 
 
@@ -72,7 +75,11 @@ def find(source: Source, retry: Retry) -> Found:
         InputError: If the data set, its revision or configuration does not exist.
     """
     builder = retry.call(lambda: _resolve(source), source.title)
-    files = {str(split): [str(file) for file in some] for split, some in (builder.config.data_files or {}).items()}
+    # Each file once, though patterns may overlap; and none that is not whole yet, or is a copy.
+    files = {
+        str(split): [name for name in dict.fromkeys(map(str, some)) if not name.endswith(UNFINISHED)]
+        for split, some in (builder.config.data_files or {}).items()
+    }
     first = next((file for some in files.values() for file in some if file.startswith("hf://")), None)
     return Found(files, url_to_fs(first, **storage_options(first))[0] if first else None)
 

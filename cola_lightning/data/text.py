@@ -9,12 +9,14 @@ from tempfile import mkdtemp
 from typing import Any, Literal
 
 from datasets import Dataset, Features, List, Value, load_from_disk
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset as Rows
 
 from cola_lightning.data.base import IDENTITY, TokenDataModule, rows_of_a_step
 from cola_lightning.data.cache import cache_folder, is_whole
 from cola_lightning.data.documents import find_files, read_documents
 from cola_lightning.data.identity import Identity, describe_files, fingerprint_files
+from cola_lightning.data.inventory import describe
 from cola_lightning.data.loader import TrainLoader
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.rows import Documents, PackedRows, PaddedRows
@@ -97,6 +99,7 @@ class TextDataModule(TokenDataModule):
     def prepare_data(self) -> None:
         """Read, split and tokenise, unless the cache holds the result; one process of a node does it."""
         folder = self._cache()
+        self._say_what_was_found()
         if is_whole(folder, lambda: self._load(folder)):
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +178,7 @@ class TextDataModule(TokenDataModule):
     def _split(self, scratch: Path) -> tuple[Dataset, Dataset]:
         documents = self._documents(self.paths, scratch)
         if self.validation_paths:
-            return documents, self._documents(self.validation_paths, scratch)
+            return self._without_copies(documents, self._documents(self.validation_paths, scratch))
         if len(documents) < 2:
             raise InputError(
                 f"{', '.join(self.paths)} holds a single document, so none can be held out; name "
@@ -183,7 +186,29 @@ class TextDataModule(TokenDataModule):
             )
         held_out = min(len(documents) - 1, max(1, round(self.validation_fraction * len(documents))))
         parts = documents.train_test_split(test_size=held_out, seed=self.seed)
-        return parts["train"], parts["test"]
+        return self._without_copies(parts["train"], parts["test"])
+
+    def _without_copies(self, train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
+        """Leave out of training each document that equals one of the validation documents, and say how many."""
+        held_out = set(map(_text_digest, (text for batch in validation.iter(1000) for text in batch["text"])))
+        texts = (text for batch in train.iter(1000) for text in batch["text"])
+        kept = [index for index, text in enumerate(texts) if _text_digest(text) not in held_out]
+        if not kept:
+            raise InputError("every training document is held out for validation; name other --data.validation_paths")
+        if left_out := len(train) - len(kept):
+            rank_zero_warn(
+                f"{left_out:,} of {len(train):,} training documents equal a validation document; they are not trained "
+                f"on"
+            )
+            train = train.select(kept)
+        return train, validation
+
+    def _say_what_was_found(self) -> None:
+        for kind, paths in (("train on", self.paths), ("validate on", self.validation_paths)):
+            files = [str(file) for file in find_files(paths)] if paths else []
+            folders = [path for path in paths or [] if Path(path).expanduser().is_dir()]
+            for line in describe(", ".join(paths), files, folders) if paths else []:
+                rank_zero_info(f"{kind} {line}")
 
     def _documents(self, paths: list[str], scratch: Path) -> Dataset:
         arguments = {"paths": paths, "text_column": self.text_column, "separator": self.separator}
@@ -276,3 +301,7 @@ def _digest(documents: Documents) -> str:
     found = hashlib.sha256(documents.offsets.tobytes())
     found.update(documents.ids.tobytes())
     return found.hexdigest()[:32]
+
+
+def _text_digest(text: str) -> bytes:
+    return hashlib.blake2b(text.strip().encode(), digest_size=16).digest()

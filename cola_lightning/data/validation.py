@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from cola_lightning.data.cache import is_whole
+from cola_lightning.data.held_out import ONE_IN, may_be_held_out
 from cola_lightning.data.lanes import ENCODED_TOGETHER
 from cola_lightning.data.prepared import PreparedCorpus
 from cola_lightning.data.readers import is_local
@@ -30,6 +31,7 @@ class ValidationSet:
         tokens: How many.
         longest: Tokens of a document that count, because its row is cut there; None for all.
         cache_dir: Where they are kept, in a folder whose name tells everything that they depend on.
+        shared: Whether the documents are trained on too; then only some are taken, by a hash of their places.
     """
 
     def __init__(
@@ -39,15 +41,16 @@ class ValidationSet:
         tokens: int,
         longest: int | None,
         cache_dir: Path,
+        shared: bool = False,
     ) -> None:
-        self.corpus, self.tokens, self.longest = corpus, tokens, longest
+        self.corpus, self.tokens, self.longest, self.shared = corpus, tokens, longest, shared
         if isinstance(corpus, TextCorpus):
             # Times too, because of large files only samples are looked at.
             times = [Path(name).stat().st_mtime_ns if is_local(name) else 0 for name in corpus.shards]
             source: Any = [corpus.column, corpus.shards, corpus.fingerprints, times]
         else:
             source = corpus.index
-        content = json.dumps([source, tokenizer.fingerprint(), tokens, longest])
+        content = json.dumps([source, tokenizer.fingerprint(), tokens, longest, shared])
         self.folder = cache_dir / f"validation-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def make(self) -> None:
@@ -80,7 +83,12 @@ class ValidationSet:
         documents: list[np.ndarray] = []
         tokens = 0
         shards = range(len(self.corpus.shards))
-        texts = (document for shard in shards for _, document in self.corpus.read(shard))
+        texts = (
+            document
+            for shard in shards
+            for row, document in self.corpus.read(shard)
+            if not self.shared or may_be_held_out(self.corpus.shards[shard], row)
+        )
         while some := list(islice(texts, ENCODED_TOGETHER)):
             for ids in self.corpus.encode(some):
                 documents.append(ids)
@@ -88,5 +96,6 @@ class ValidationSet:
                 if tokens >= self.tokens:
                     return documents
         if not documents:
-            raise InputError(f"{self.corpus.title} has no document to validate on")
+            few = f" (of a split that is trained on too, one of {ONE_IN} is)" if self.shared else ""
+            raise InputError(f"{self.corpus.title} has no document to validate on{few}")
         return documents

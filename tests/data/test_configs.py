@@ -11,7 +11,9 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
-@pytest.mark.parametrize("overlay", ["prepared", "mixture"])
+@pytest.mark.parametrize(
+    "overlay", ["prepared", "mixture", "fineweb_edu", "dclm", "slimpajama", "the_pile", "redpajama"]
+)
 def test_overlay_is_a_run_file(overlay, capsys):
     with pytest.raises(SystemExit) as end:
         main(["fit", "--config", f"{CONFIGS}/data/{overlay}.yaml", "--print_config"])
