@@ -157,6 +157,8 @@ BY_SIZE = sorted(file for file in (REPOSITORY / "configs" / "method").glob("*.ya
 
 def values_of(config, name):
     """Every value of a key of that name, at any depth."""
+    if isinstance(config, list):
+        return [value for part in config for value in values_of(part, name)]
     if not isinstance(config, dict):
         return []
     own = [config[name]] if name in config else []
@@ -164,7 +166,10 @@ def values_of(config, name):
 
 
 def test_overlays_whose_values_depend_on_the_size_have_a_table():
-    assert {file.stem for file in BY_SIZE} >= {"galore", "fira", "apollo", "apollo_mini", "sltrain", "lora"}
+    """All methods but those over a CoLA file, which brings its size, and Muon, whose values no script has."""
+    assert {file.stem for file in OVERLAYS if file.parent.name == "method"} - {file.stem for file in BY_SIZE} == {
+        "cola", "cola_m", "lax", "muon", "cr_net_recompute",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("file", BY_SIZE, ids=lambda file: file.stem)

@@ -30,6 +30,25 @@ def run_seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
+def schedule_cycle(trainer: L.Trainer, argument: str) -> int:
+    """Read how many steps a cycle of the run's schedule has.
+
+    Args:
+        trainer: Its schedules are made.
+        argument: What the message says to set instead, for instance ``ReLoRAMerge: merge_every``.
+
+    Raises:
+        InputError: If the schedule has no cycles.
+    """
+    for config in trainer.lr_scheduler_configs:
+        if hasattr(config.scheduler, "cycle_steps"):
+            return config.scheduler.cycle_steps
+    raise InputError(
+        f"{argument} is not given, and the run's schedule has no cycle_steps to take it from; give a number of steps, "
+        f"or set --model.schedule cola_lightning.optim.WarmupCosineRestarts"
+    )
+
+
 class BetweenSteps(L.Callback):
     """Acts after each optimizer step, when the schedule has moved on, and before a checkpoint is written.
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cola_lightning.errors import InputError
-from cola_lightning.methods.between_steps import BetweenSteps, generator
+from cola_lightning.methods.between_steps import BetweenSteps, generator, schedule_cycle
 from cola_lightning.methods.lora import LoRA
 
 
@@ -93,7 +93,7 @@ class ReLoRAMerge(BetweenSteps):
     steps 1001, 2001, and so on. What that step adds to the moments is then pruned with the rest.
 
     Args:
-        merge_every: Optimizer steps between merges. Set the schedule's ``cycle_steps`` to ``reset_every``.
+        merge_every: Optimizer steps between merges; the schedule's ``cycle_steps`` if not given.
         reset_every: Optimizer steps between resets of the moments; ``merge_every`` if not given.
         reset: Which entries of the moments are set to zero: a ``random`` share; by ``magnitude`` the share that is
             smallest in absolute value in the first moment; or ``none``. All of them at prune_ratio 1.
@@ -111,7 +111,7 @@ class ReLoRAMerge(BetweenSteps):
 
     def __init__(
         self,
-        merge_every: int = 1000,
+        merge_every: int | None = None,
         reset_every: int | None = None,
         reset: Literal["random", "magnitude", "none"] = "random",
         prune_ratio: float = 0.999,
@@ -124,20 +124,26 @@ class ReLoRAMerge(BetweenSteps):
                 raise InputError(f"ReLoRAMerge: {name} is {value}; it must be at least 1")
         if not 0 <= prune_ratio <= 1:
             raise InputError(f"ReLoRAMerge: prune_ratio is {prune_ratio}; it must lie between 0 and 1")
-        self.merge_every, self.reset_every = merge_every, reset_every or merge_every
+        self.merge_every, self.reset_every = merge_every, reset_every
         if reset not in ("random", "magnitude", "none"):
             raise InputError(f"ReLoRAMerge: reset is {reset}; it must be random, magnitude or none")
         if mask not in ("shared", "independent"):
             raise InputError(f"ReLoRAMerge: mask is {mask}; it must be shared or independent")
         self.reset, self.prune_ratio, self.mask = reset, prune_ratio, mask
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if self.merge_every is None:
+            self.merge_every = schedule_cycle(trainer, "ReLoRAMerge: merge_every")
+
     def after_step(self, trainer: L.Trainer, step: int) -> None:
         full = step - 1  # steps of the cycles that are over; the schedule's rate was zero in the step just made
+        every: int = self.merge_every  # type: ignore[assignment]  # known since the start
         for index, projection in enumerate(self.projections):
             draw = generator(self.seed, step, index)
-            if full and full % self.merge_every == 0:
+            if full and full % every == 0:
                 projection.merge(draw)
-            if full and full % self.reset_every == 0 and self.reset != "none":
+            if full and full % (self.reset_every or every) == 0 and self.reset != "none":
                 for factor in (projection.A, projection.B):
                     self.prune(moments(self.optimizer, factor), draw)
 

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
 from cola_lightning.errors import InputError
-from cola_lightning.methods.between_steps import BetweenSteps, generator
+from cola_lightning.methods.between_steps import BetweenSteps, generator, schedule_cycle
 from cola_lightning.methods.low_rank import check_rank
 from cola_lightning.models.layers import Projection
 
@@ -158,7 +158,7 @@ class SSTRounds(BetweenSteps):
     """Keeps σ and the vectors in their bounds after each step, and begins iterations and rounds.
 
     Args:
-        iteration_steps: Optimizer steps for which the same pairs train. Set the schedule's ``cycle_steps`` to it.
+        iteration_steps: Optimizer steps for which the same pairs train; the schedule's ``cycle_steps`` if not given.
         iterations_per_round: Iterations from one decomposition to the next; if not given, min(in, out) / R,
             in which every pair has its turn once on average.
         seed: Of what is drawn; that of the run if not given.
@@ -170,7 +170,7 @@ class SSTRounds(BetweenSteps):
     kind = SST
 
     def __init__(
-        self, iteration_steps: int = 200, iterations_per_round: int | None = None, seed: int | None = None
+        self, iteration_steps: int | None = None, iterations_per_round: int | None = None, seed: int | None = None
     ) -> None:
         super().__init__(seed)
         for name, value in (("iteration_steps", iteration_steps), ("iterations_per_round", iterations_per_round)):
@@ -178,16 +178,22 @@ class SSTRounds(BetweenSteps):
                 raise InputError(f"SSTRounds: {name} is {value}; it must be at least 1")
         self.iteration_steps, self.iterations_per_round = iteration_steps, iterations_per_round
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if self.iteration_steps is None:
+            self.iteration_steps = schedule_cycle(trainer, "SSTRounds: iteration_steps")
+
     def after_step(self, trainer: L.Trainer, step: int) -> None:
+        every: int = self.iteration_steps  # type: ignore[assignment]  # known since the start
         torch._foreach_clamp_min_([projection.sigma for projection in self.projections], 0)
         for projection in self.projections:
             for vectors in (projection.u, projection.v):
                 normalize(vectors, dim=-1, out=vectors)
-        if step % self.iteration_steps:
+        if step % every:
             return
         for index, projection in enumerate(self.projections):
             iterations = self.iterations_per_round or max(1, min(projection.V.shape) // projection.u.shape[0])
-            decompose = step % (self.iteration_steps * iterations) == 0
+            decompose = step % (every * iterations) == 0
             projection.next_iteration(generator(self.seed, step, index), decompose)
             if decompose and trainer.world_size > 1:  # the ranks' libraries may differ in a sign
                 for tensor in (*projection.parameters(), *projection.buffers()):

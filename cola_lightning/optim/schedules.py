@@ -134,6 +134,9 @@ class WarmupCosineRestarts(LambdaLR):
         restart_warmup_steps: Steps of the rise after a restart, fewer than ``cycle_steps``.
         min_ratio: Last learning rate as a share of the peak, between 0 and 1.
 
+    Attributes:
+        cycle_steps: As given. ReLoRA and SST take it as the length of their own cycles.
+
     Raises:
         InputError: If the steps do not fit together or ``min_ratio`` is out of range.
     """
@@ -153,6 +156,8 @@ class WarmupCosineRestarts(LambdaLR):
                 f"restart_warmup_steps is {restart_warmup_steps}; it must be 0 or more and below cycle_steps, "
                 f"{cycle_steps}"
             )
+
+        self.cycle_steps = cycle_steps
 
         def ratio(step: int) -> float:
             since = step % cycle_steps

@@ -6,9 +6,9 @@ import torch
 
 from cola_lightning.errors import InputError
 from cola_lightning.methods import ReLoRA, ReLoRAMerge
-from cola_lightning.methods.between_steps import generator
+from cola_lightning.methods.between_steps import generator, schedule_cycle
 from cola_lightning.methods.relora import kept_by_magnitude, moments
-from cola_lightning.optim import WarmupCosineRestarts
+from cola_lightning.optim import WarmupCosine, WarmupCosineRestarts
 from tests.conftest import tiny_llama
 from tests.methods.runs import Snapshots, train
 
@@ -159,3 +159,15 @@ def test_a_run_merges_when_it_should(batches):
 def test_arguments_out_of_range_are_refused(settings):
     with pytest.raises(InputError, match=f"ReLoRAMerge: {next(iter(settings))} is .*; it must"):
         ReLoRAMerge(**settings)
+
+
+def test_the_length_of_a_cycle_is_the_schedules_unless_given():
+    """A run with the schedule's is test_a_run_merges_when_it_should."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    plain = WarmupCosine(optimizer, 100)
+    cyclic = WarmupCosineRestarts(optimizer, 100, cycle_steps=7, restart_warmup_steps=2)
+    trainers = [SimpleNamespace(lr_scheduler_configs=[SimpleNamespace(scheduler=s)]) for s in (plain, cyclic)]
+    assert schedule_cycle(trainers[1], "it") == 7
+    message = "ReLoRAMerge: merge_every is not given, and the run's schedule has no cycle_steps"
+    with pytest.raises(InputError, match=message):
+        schedule_cycle(trainers[0], "ReLoRAMerge: merge_every")
