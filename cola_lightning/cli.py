@@ -12,12 +12,14 @@ from typing import Any
 
 import lightning as L
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.enums import StrEnum
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -48,8 +50,11 @@ from cola_lightning.checkpoints import (
     read_state,
     refuse_code,
 )
+from cola_lightning.checkpoints.folders import check_finite
+from cola_lightning.checkpoints.formats import Format, format_of
 from cola_lightning.checkpoints.lock import lock, release
 from cola_lightning.checkpoints.newest import newest_whole
+from cola_lightning.checkpoints.restore import check_complete, incomplete, restore_explained
 from cola_lightning.config_files import ConfigFile
 from cola_lightning.data import prepare
 from cola_lightning.data.base import TokenDataModule
@@ -184,6 +189,19 @@ class CLI(LightningCLI):
             help="Classes, or packages, of which a checkpoint may name code, besides this package, torch.optim and "
             "torch.nn. What the command line and its run files name themselves is trusted.",
         )
+        parser.add_argument(
+            "--weights_only_start",
+            type=bool,
+            default=False,
+            help="Begin a new run with the weights of --ckpt_path, at step 0 and with a fresh optimizer, and take "
+            "nothing else from it; for checkpoints that hold no more than weights.",
+        )
+        parser.add_argument(
+            "--allow_nan",
+            type=bool,
+            default=False,
+            help="Take a checkpoint whose weights hold NaN or infinity, which is refused otherwise.",
+        )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -199,6 +217,9 @@ class CLI(LightningCLI):
                 sys.exit()
         self.config = parser.parse_args(args)
         verb = self.config.get("subcommand")
+        for group in ("trainer", "model", "checkpoint") if verb else ():
+            if not isinstance(self.config[verb].get(group), Namespace):  # jsonargparse takes a number, and fails later
+                raise InputError(f"--{group} is {self.config[verb].get(group)!r}; it must be a mapping of settings")
         if verb and self.config[verb].get("weights_only", True) is not True:
             raise InputError(
                 "--weights_only is fixed: a checkpoint holds tensors and plain data, and nothing else is loaded; leave "
@@ -211,13 +232,26 @@ class CLI(LightningCLI):
 
         Lightning's own way with the last is the reverse: there, what the checkpoint holds replaces what was typed.
         """
+        self.begin_weights: str | None = None
         config = self.config.get("subcommand") and self.config[self.config.subcommand]
-        if not config or not config.get("ckpt_path"):
+        if not config:
+            return
+        if config.weights_only_start and not (self.config.subcommand == "fit" and config.get("ckpt_path")):
+            raise InputError("--weights_only_start begins a run, by fit, with the weights of --ckpt_path; name one")
+        if not config.get("ckpt_path"):
+            if self.config.subcommand in ("validate", "test", "predict") and not config.model.initial_weights:
+                rank_zero_warn(
+                    f"{self.config.subcommand} without --ckpt_path or --model.initial_weights: the network is untrained"
+                )
             return
         path = self._find_checkpoint(config)
         config["ckpt_path"] = path and str(path)
         if path is None:
             return
+        if self.config.subcommand == "fit" and not config.weights_only_start:
+            check_complete(path)
+        if not config.allow_nan and rank_zero_only.rank == 0 and format_of(path) is Format.FILE:
+            self._check_finite(path)
         stored = model_settings(path)
         check_sizes(stored, path)
         trusted = [*config.trust, *_class_paths(config.as_dict())]
@@ -225,11 +259,21 @@ class CLI(LightningCLI):
         verb = self.typed.index(self.config.subcommand) + 1
         below = ["--config", yaml.safe_dump({"model": stored})]
         self.config = self.parser.parse_args([*self.typed[:verb], *below, *self.typed[verb:]])
-        self.config[self.config.subcommand]["ckpt_path"] = str(path)
+        self.config[self.config.subcommand]["ckpt_path"] = None if config.weights_only_start else str(path)
+        self.begin_weights = str(path) if config.weights_only_start else None
         model = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.config.subcommand]["model"]
         for key, old in stored.items():
             if model.get(key) != old:
                 rank_zero_warn(f"--model.{key} is {model.get(key)} now; in {path} it was {old}")
+
+    @staticmethod
+    def _check_finite(path: Path) -> None:
+        weights = read_state(path).get("state_dict")
+        tensors = {name: each for name, each in dict(weights or {}).items() if isinstance(each, Tensor)}
+        try:
+            check_finite(tensors, path)
+        except InputError as error:
+            raise InputError(f"{error}, or add --allow_nan true") from error
 
     def _find_checkpoint(self, config: Any) -> Path | None:
         """The checkpoint that ``--ckpt_path`` means; None where a run is to go on from its last and has none yet."""
@@ -322,6 +366,8 @@ class CLI(LightningCLI):
             raise InputError(" ".join(str(error).split())) from error
         trainer.run_dir = run_dir
         check_trainer(trainer, self.datamodule)
+        if self.begin_weights:
+            self.model.initial_weights = self.begin_weights
         if resumes:
             self.model.initial_weights = None  # the checkpoint's count, and the folder may be gone by now
             refuse_mismatch(trainer.strategy, Path(resumes), trainer.world_size)
@@ -339,7 +385,11 @@ class CLI(LightningCLI):
             return
         folders = [*checkpoint.absolute().parents[:2], *([run_dir] if run_dir else [])]
         kept = (folder / TOKENIZER for folder in folders if (folder / TOKENIZER / "tokenizer.json").is_file())
-        self.datamodule.begin_from(read_state(checkpoint), next(kept, None), training=self.subcommand == "fit")
+        state = read_state(checkpoint)
+        self.datamodule.begin_from(state, next(kept, None), training=self.subcommand == "fit")
+        name = type(self.datamodule).__qualname__
+        if self.subcommand == "fit" and not isinstance(state.get(name), dict):
+            raise incomplete(checkpoint, f"position in the data ({name})")
 
     def _callbacks(self, trainer: Any) -> list[L.Callback]:
         """The callbacks that the user named, with a progress bar; the other defaults follow by themselves."""
@@ -437,7 +487,8 @@ def _run(args: list[str]) -> None:
         case ["factorise", *rest]:
             factorise.main(rest)
         case _:
-            train(args)
+            with restore_explained():
+                train(args)
 
 
 def main(args: list[str] | None = None) -> None:

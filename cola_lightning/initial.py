@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cola_lightning.checkpoints import load_model
+from cola_lightning.checkpoints import damage, load_model, read
 from cola_lightning.checkpoints.folders import check_finite, check_shapes
 from cola_lightning.errors import InputError
 from cola_lightning.models import Llama
@@ -22,7 +22,7 @@ def begin_with(network: Llama, folder: str) -> None:
 
     Args:
         network: Built, but not compiled or sharded.
-        folder: What ``load_model`` reads.
+        folder: What ``load_model`` reads, or a checkpoint of any strategy.
 
     Raises:
         InputError: If the folder holds another network, or ZeRO-3 shards this one.
@@ -32,12 +32,11 @@ def begin_with(network: Llama, folder: str) -> None:
             "--model.initial_weights cannot be filled into what ZeRO-3 has sharded already; begin under fsdp2 or "
             "deepspeed_stage_2"
         )
-    source = load_model(Path(folder).expanduser())
-    weights = source.state_dict()
+    weights, found = _read(Path(folder).expanduser())
     trouble = f"--model.initial_weights {folder} holds another network ('factorise' makes low rank of full rank)"
     check_shapes(network, weights, trouble)
     check_finite(weights, f"--model.initial_weights {folder}")
-    wanted, found = settings_beside_weights(network), settings_beside_weights(source)
+    wanted = settings_beside_weights(network)
     for name, value in found.items():
         if wanted[name] != value:
             raise InputError(f"--model.initial_weights {folder} was made with {name} {value}; set --model.{name} to it")
@@ -63,6 +62,17 @@ def settings_beside_weights(network: Llama) -> dict[str, Any]:
         "gate_silu": first.mlp.gate_silu,
         "projection": type(network.model.layers[-1].self_attn.q_proj).__name__,
     }
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of a folder or a checkpoint, by their names in the network, and a folder's ``settings_beside_weights``;
+    of a checkpoint the command line has compared the settings."""
+    if (path / "config.json").is_file() or not (path.is_file() or path.suffix == ".ckpt"):
+        source = load_model(path)
+        return source.state_dict(), settings_beside_weights(source)
+    if problem := damage(path):
+        raise InputError(f"{path} is damaged: {problem}; name another checkpoint")
+    return read(path).weights, {}
 
 
 @torch.no_grad()

@@ -1,0 +1,418 @@
+"""Run the command line on inputs that were altered at random, and report what ends in anything but a result or a line.
+
+    python -m tests.hostile.fuzz --runs 1000 --seed 0
+
+Each case is drawn from the seed and its own number, so ``--only 17`` does case 17 again, and shows what it printed. A
+case runs in a fork of this process, which has imported everything, with limits on time and memory.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from cola_lightning.cli import main, resolve
+
+SECONDS, MEMORY = 60, 6 * 2**30
+NUMBERS = [-1, 0, 1, 2, 3, 7, 0.5, -0.0, 1e-30, 1e30, 2**31, 2**63, 10**30, float("nan"), float("inf")]
+WORDS = [
+    "",
+    " ",
+    "x",
+    "null",
+    "true",
+    "1:30",
+    "010",
+    "1e-3",
+    "../..",
+    "/",
+    "/dev/null",
+    "é\u2028",
+    "\x00",
+    "a" * 5000,
+    "{",
+    "[1,",
+]
+SHAPES: list[Any] = [
+    None,
+    True,
+    [],
+    {},
+    [[]],
+    [1, "x"],
+    {"a": 1},
+    {"class_path": "CoLA"},
+    {"class_path": "subprocess.Popen"},
+]
+CODE = [{"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "TRACE"]}}, "os.system", "evil_module.Evil"]
+
+
+@dataclass
+class Prepared:
+    """What cases are made of, made once: a corpus, a run on it, and a folder that was exported from it."""
+
+    folder: Path
+    flags: list[str]
+    config: dict[str, Any]
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def exported(self) -> Path:
+        return self.folder / "exported"
+
+
+def prepare(folder: Path) -> Prepared:
+    draw, words = random.Random(0), ["the", "law", "of", "land", "and", "peace", "upon", "people"]
+    (folder / "corpus").mkdir()
+    for index in range(12):
+        (folder / "corpus" / f"{index:02}.txt").write_text(" ".join(draw.choices(words, k=60)))
+    rows = [json.dumps({"text": " ".join(draw.choices(words, k=30))}) for _ in range(20)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    with gzip.open(folder / "rows.jsonl.gz", "wt") as file:
+        file.write("\n".join(rows))
+    settings = {
+        "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.max_steps": 2, "trainer.log_every_n_steps": 1,
+        "trainer.num_sanity_val_steps": 0, "trainer.enable_progress_bar": "false", "trainer.limit_val_batches": 1,
+        "model.vocab_size": 300, "model.hidden_size": 16, "model.intermediate_size": 24, "model.num_hidden_layers": 2,
+        "model.num_attention_heads": 2, "model.projection": "CoLA", "model.projection.rank": 4,
+        "checkpoint.every_n_train_steps": 1, "data": "TextDataModule", "data.paths": f'["{folder}/corpus"]',
+        "data.vocab_size": 300, "data.sequence_length": 16, "data.batch_size": 2, "data.cache_dir": f"{folder}/cache",
+    }  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    main(["fit", *flags, f"--run_dir={folder}/run"])
+    main(["export", f"{folder}/run", f"{folder}/exported"])
+    return Prepared(folder, flags, resolve(flags))
+
+
+# -- altering ---------------------------------------------------------------------------------------------------------
+
+
+def value(draw: random.Random) -> Any:
+    return draw.choice([draw.choice(NUMBERS), draw.choice(WORDS), draw.choice(SHAPES), draw.choice(CODE)])
+
+
+def places(tree: Any, path: tuple = ()) -> list[tuple]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [path] * bool(path) + [place for key, each in items for place in places(each, (*path, key))]
+
+
+def alter_tree(tree: Any, draw: random.Random) -> Any:
+    """Set, remove, or copy elsewhere one to three values of nested dicts and lists."""
+    for _ in range(draw.randint(1, 3)):
+        found = places(tree)
+        if not found:
+            return value(draw)
+        *above, last = draw.choice(found)
+        owner = tree
+        for key in above:
+            owner = owner[key]
+        match draw.randrange(4):
+            case 0:
+                del owner[last]
+            case 1 if isinstance(owner, dict):
+                owner[draw.choice(["x", "class_path", "init_args", 3, "a.b"])] = value(draw)
+            case _:
+                owner[last] = value(draw)
+    return tree
+
+
+def alter_bytes(file: Path, draw: random.Random) -> None:
+    """Cut, flip, repeat, insert, or empty."""
+    content = bytearray(file.read_bytes())
+    at = draw.randrange(len(content) + 1)
+    match draw.randrange(5):
+        case 0:
+            del content[at:]
+        case 1:
+            for _ in range(draw.randint(1, 8)):
+                if content:
+                    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        case 2:
+            content[at:at] = content[:at][-200:]
+        case 3:
+            content[at:at] = draw.choice([b"\x00", b"\xff\xfe", b"\n\n", b"{", b"}" * 3, b"*a", b"&a ", b"NaN"])
+        case 4:
+            content.clear()
+    file.write_bytes(content)
+
+
+def alter_file(file: Path, draw: random.Random) -> None:
+    """A text of settings as the tree that it is, or any file as bytes."""
+    if file.suffix in (".json", ".yaml") and draw.random() < 0.7:
+        load, dump = (json.loads, json.dumps) if file.suffix == ".json" else (yaml.safe_load, yaml.safe_dump)
+        file.write_text(dump(alter_tree(load(file.read_text()), draw)))
+    else:
+        alter_bytes(file, draw)
+
+
+def any_file(folder: Path, draw: random.Random) -> Path:
+    return draw.choice(sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()))
+
+
+# -- cases: each returns a command line -------------------------------------------------------------------------------
+
+
+def use(path: Path, draw: random.Random, prepared: Prepared) -> list[str]:
+    """A command that opens a checkpoint, the directory of a run, or an exported folder."""
+    corpus = f"{prepared.folder}/corpus/00.txt"
+    return draw.choice(
+        [
+            ["generate", str(path), "--prompt", "the", "--max_new_tokens", "3"],
+            ["evaluate", str(path), "--text", corpus, "--json", "out.json"],
+            ["export", str(path), "out"],
+        ]
+    )
+
+
+def resumed(path: Path | str, draw: random.Random, prepared: Prepared, run_dir: str = "out") -> list[str]:
+    verb = draw.choice(["fit", "validate", "predict"])
+    more = [f"--run_dir={run_dir}", "--trainer.max_steps=3"] if verb == "fit" else [f"--run_dir={run_dir}"]
+    return [verb, *prepared.flags, f"--ckpt_path={path}", *more]
+
+
+def run_file(draw: random.Random, prepared: Prepared) -> list[str]:
+    Path("run.yaml").write_text(yaml.safe_dump(alter_tree(prepared.config, draw)))
+    if draw.random() < 0.3:
+        alter_bytes(Path("run.yaml"), draw)
+    ends = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--run_dir=out"]
+    verb = draw.choice(["fit", "fit", "validate", "estimate"])
+    return [verb, "--config=run.yaml", *(ends if verb != "estimate" else ends[:1])]
+
+
+def flags(draw: random.Random, prepared: Prepared) -> list[str]:
+    given = list(prepared.flags)
+    for _ in range(draw.randint(1, 3)):
+        index = draw.randrange(len(given))
+        name, _, old = given[index].partition("=")
+        match draw.randrange(5):
+            case 0:
+                del given[index]
+            case 1:
+                given[index] = f"{name[:-1]}={old}"
+            case 2:
+                given.insert(
+                    index, draw.choice(["--", "-", "--x", "fit", "--config", "--seed_everything=-1", "--data.seed=-5"])
+                )
+            case _:
+                new = value(draw)
+                given[index] = f"{name}={new if isinstance(new, str) else json.dumps(new)}".replace("\x00", "0")
+    verb = draw.choice(["fit", "fit", "validate", "estimate", "nothing"])
+    return [verb, *given, *(["--run_dir=out", "--trainer.max_steps=2"] if verb == "fit" else [])]
+
+
+def checkpoint_bytes(draw: random.Random, prepared: Prepared) -> list[str]:
+    shutil.copytree(prepared.run, "run", symlinks=True)
+    alter_bytes(draw.choice(sorted(p for p in Path("run/checkpoints").glob("step*"))), draw)
+    if draw.random() < 0.5:
+        return use(Path("run"), draw, prepared)
+    return resumed(draw.choice(["last", "run/checkpoints/last.ckpt"]), draw, prepared, run_dir="run")
+
+
+def checkpoint_content(draw: random.Random, prepared: Prepared) -> list[str]:
+    state = torch.load(prepared.run / "checkpoints" / "last.ckpt", weights_only=True)
+    part = draw.choice(
+        ["hyper_parameters", "loops", "callbacks", "lr_schedulers", "optimizer_states", "all", "all", "weights"]
+    )
+    if part == "all":
+        state = alter_tree(dict(state), draw)
+    elif part == "weights":
+        name = draw.choice(sorted(state["state_dict"]))
+        state["state_dict"][name] = draw.choice(
+            [torch.zeros(2, 2), torch.tensor(float("nan")), torch.zeros(0), None, 3, torch.ones(3, dtype=torch.int64)]
+        )
+    else:
+        state[part] = alter_tree(
+            json.loads(json.dumps(state[part], default=str)) if part != "optimizer_states" else state[part], draw
+        )
+    torch.save(state, "altered.ckpt")
+    return (use if draw.random() < 0.4 else resumed)(Path("altered.ckpt"), draw, prepared)
+
+
+def foreign_checkpoint(draw: random.Random, prepared: Prepared) -> list[str]:
+    one = torch.ones(1)
+    foreign: list[Any] = [{}, [], 3, one, {"model": {"w": one}}, {"state_dict": {}}, {"state_dict": {"w": one}}]
+    foreign += [{"state_dict": {"network.model.layers.0.x": one}}, {"hyper_parameters": 1, "state_dict": None}]
+    torch.save(draw.choice(foreign), "foreign.ckpt")
+    return (use if draw.random() < 0.5 else resumed)(Path("foreign.ckpt"), draw, prepared)
+
+
+def run_directory(draw: random.Random, prepared: Prepared) -> list[str]:
+    shutil.copytree(prepared.run, "run", symlinks=True)
+    for _ in range(draw.randint(1, 2)):
+        file = any_file(Path("run"), draw)
+        if not file.name.startswith("step"):
+            alter_file(file, draw)
+    return use(Path("run"), draw, prepared) if draw.random() < 0.7 else resumed("last", draw, prepared, run_dir="run")
+
+
+def exported_folder(draw: random.Random, prepared: Prepared) -> list[str]:
+    shutil.copytree(prepared.exported, "folder")
+    file = any_file(Path("folder"), draw)
+    file.unlink() if draw.random() < 0.15 else alter_file(file, draw)
+    if draw.random() < 0.2:
+        return ["fit", *prepared.flags, "--model.initial_weights=folder", "--run_dir=out"]
+    return use(Path("folder"), draw, prepared)
+
+
+def data(draw: random.Random, prepared: Prepared) -> list[str]:
+    shutil.copytree(prepared.folder / "corpus", "corpus")
+    for name in ("rows.jsonl", "rows.jsonl.gz"):
+        shutil.copy(prepared.folder / name, f"corpus/{name}")
+    for _ in range(draw.randint(1, 3)):
+        alter_bytes(any_file(Path("corpus"), draw), draw)
+    return ["fit", *prepared.flags, '--data.paths=["corpus"]', "--data.cache_dir=cache", "--run_dir=out"]
+
+
+def cache(draw: random.Random, prepared: Prepared) -> list[str]:
+    shutil.copytree(prepared.folder / "cache", "cache")
+    for _ in range(draw.randint(1, 2)):
+        file = any_file(Path("cache"), draw)
+        file.unlink() if draw.random() < 0.2 else alter_file(file, draw)
+    return ["fit", *prepared.flags, "--data.cache_dir=cache", "--run_dir=out"]
+
+
+CASES: list[Callable[[random.Random, Prepared], list[str]]] = [
+    run_file, run_file, flags, flags, checkpoint_bytes, checkpoint_content, checkpoint_content, foreign_checkpoint,
+    run_directory, exported_folder, exported_folder, data, cache,
+]  # fmt: skip
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+def child(number: int, seed: int, prepared: Prepared, place: Path) -> None:
+    """Make a case and run it; ends this process."""
+    os.setsid()
+    log = os.open(place / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.chdir(place)
+    draw = random.Random(f"{seed}-{number}")
+    case = CASES[number % len(CASES)]
+    Path("evil_module.py").write_text("open('TRACE', 'w')\nclass Evil: pass\n")
+    sys.path.insert(0, str(place))
+    status = 70
+    try:
+        command = case(draw, prepared)
+        print("COMMAND", command, flush=True)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        main(command)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def judge(place: Path, status: int | None) -> str:
+    """``right``, ``line``, or what is wrong."""
+    shown = (place / "log").read_text(errors="replace")
+    command, _, after = shown.partition("COMMAND ")[2].partition("\n")
+    if (place / "TRACE").exists():
+        return "CODE RUN"
+    if status is None:
+        return "HANG"
+    if os.WIFSIGNALED(status):
+        return f"SIGNAL {os.WTERMSIG(status)}"
+    if not command:
+        return "HARNESS"
+    if "Traceback (most recent call last)" in after:
+        return "TRACEBACK " + next(
+            (line for line in reversed(after.splitlines()) if line and not line.startswith(" ")), ""
+        )[:150]  # fmt: skip
+    code = os.WEXITSTATUS(status)
+    if code and not any("error: " in line for line in after.splitlines()):
+        return f"NO LINE (exit {code})"
+    return "line" if code else "right"
+
+
+def run(number: int, seed: int, prepared: Prepared) -> tuple[str, str]:
+    """What became of a case, and what it printed."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        place = Path(folder, "of", "a", "case")  # away from other files, as a run's directory is looked for above
+        place.mkdir(parents=True)
+        pid = os.fork()
+        if pid == 0:
+            child(number, seed, prepared, place)
+        ends, status = time.monotonic() + SECONDS, None
+        while time.monotonic() < ends:
+            done, ended = os.waitpid(pid, os.WNOHANG)
+            if done:
+                status = ended
+                break
+            time.sleep(0.02)
+        else:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        return judge(place, status), (place / "log").read_text(errors="replace")
+
+
+def fuzz(
+    numbers: range | list[int], seed: int, prepared: Prepared, seconds: float = 1e9
+) -> dict[int, tuple[str, str, str]]:
+    """Run cases until the time is over; by number: the kind of case, what became of it, what it printed."""
+    ends, found = time.monotonic() + seconds, {}
+    for number in numbers:
+        if time.monotonic() > ends:
+            break
+        found[number] = (CASES[number % len(CASES)].__name__, *run(number, seed, prepared))
+    return found
+
+
+def cli() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--begin", type=int, default=0, help="number of the first case")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after so long")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of cases to run, with what they print")
+    parser.add_argument("--keep", help="folder for what is used by all cases; made where it is not there")
+    options = parser.parse_args()
+    folder = Path(options.keep or tempfile.mkdtemp(prefix="fuzz-base-"))
+    folder.mkdir(exist_ok=True)
+    ready = folder / "prepared.json"
+    if ready.exists():
+        facts = json.loads(ready.read_text())
+        prepared = Prepared(folder, facts["flags"], facts["config"])
+    else:
+        prepared = prepare(folder)
+        ready.write_text(json.dumps({"flags": prepared.flags, "config": prepared.config}))
+    numbers = options.only or range(options.begin, options.begin + options.runs)
+    found = fuzz(numbers, options.seed, prepared, options.seconds)
+    for number, (kind, what, shown) in found.items():
+        if options.only:
+            print(shown)
+        if what not in ("right", "line"):
+            print(f"{number} {kind}: {what}")
+    print(
+        f"{len(found)} runs, seed {options.seed}:", dict(Counter(what.split(" ")[0] for _, what, _ in found.values()))
+    )
+    if not options.keep:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    cli()
