@@ -65,8 +65,8 @@ def settings_beside_weights(network: Llama) -> dict[str, Any]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights of a folder or a checkpoint, by their names in the network, and a folder's ``settings_beside_weights``;
-    of a checkpoint the command line has compared the settings."""
+    """The weights of a folder or a checkpoint, by their names in the network, and the ``settings_beside_weights`` of a
+    folder; of a checkpoint, the command line has compared the settings."""
     if (path / "config.json").is_file() or not (path.is_file() or path.suffix == ".ckpt"):
         source = load_model(path)
         return source.state_dict(), settings_beside_weights(source)

@@ -305,6 +305,8 @@ def child(number: int, seed: int, prepared: Prepared, place: Path) -> None:
     log = os.open(place / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
+    # Under pytest these are not the streams of the process.
+    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
     os.chdir(place)
     draw = random.Random(f"{seed}-{number}")
     case = CASES[number % len(CASES)]
