@@ -91,7 +91,7 @@ def test_what_cannot_be_restored_is_one_line(kind, altered, tiny_run, tmp_path, 
 
 
 def test_what_lightning_says_of_settings_is_one_line():
-    with pytest.raises(InputError, match="^a b$"), restore_explained():
+    with pytest.raises(InputError, match=r"^a b$"), restore_explained():
         raise MisconfigurationException("a\n  b")
     with pytest.raises(InputError, match="`gradient_clip_algorithm` no such is invalid"), restore_explained():
         L.Trainer(accelerator="cpu", gradient_clip_algorithm="no such", logger=False)
