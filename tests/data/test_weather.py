@@ -87,6 +87,7 @@ class BusyError(ConnectionError):
 @pytest.mark.parametrize(
     ("value", "least"),
     [("7", 7), ("0", 0.01), ("nonsense", 0.01), (format_datetime(datetime.now(UTC) + timedelta(seconds=90)), 60)],
+    ids=["seconds", "none", "nonsense", "a date"],  # the date is another one in each process that collects the tests
 )
 def test_a_busy_server_is_left_alone_for_as_long_as_it_asks(monkeypatch, value, least):
     pauses = []
