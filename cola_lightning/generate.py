@@ -1,6 +1,5 @@
 """The verb ``generate``: let a model continue prompts."""
 
-import math
 import re
 from argparse import Namespace
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import torch
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from cola_lightning.models import Llama
-from cola_lightning.models.generation import pad_left, stream
+from cola_lightning.models.generation import check_sampling, pad_left, stream
 from cola_lightning.parser import OptionParser
 from cola_lightning.trained import open_model, pick_device
 
@@ -117,24 +116,13 @@ def _certain(text: str, stops: list[str]) -> int:
 def _check(options: Namespace, prompts: list[str]) -> None:
     if not prompts:
         raise InputError("there is no prompt; give --prompt TEXT, or --file with one on each line")
-    least = {"max_new_tokens": (options.max_new_tokens, 1), "temperature": (options.temperature, 0)}
-    if options.top_k is not None:
-        least["top_k"] = (options.top_k, 1)
-    for name, (value, minimum) in least.items():
-        if value < minimum:
-            raise InputError(f"--{name} is {value}; it must be at least {minimum}")
-    if not math.isfinite(options.temperature):
-        raise InputError(f"--temperature is {options.temperature}; it must be a number of at least 0")
-    if not -(2**63) <= options.seed < 2**64:
-        raise InputError(f"--seed is {options.seed}; it must lie between -2^63 and 2^64 - 1")
+    check_sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.seed)
     for name, texts in (("prompt", prompts), ("stop", options.stop)):
         for text in texts:
             if any("\ud800" <= letter <= "\udfff" for letter in text):  # what Python makes of other bytes
                 raise InputError(f"--{name} {text!r} is not UTF-8; type it in a terminal that is set to UTF-8")
     if "" in options.stop:
         raise InputError("--stop is empty; name a text that ends the continuation, or leave it out")
-    if options.top_p is not None and not 0 < options.top_p <= 1:
-        raise InputError(f"--top_p is {options.top_p}; it must lie above 0 and not above 1")
 
 
 def _lines(file: str) -> list[str]:

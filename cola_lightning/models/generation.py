@@ -1,11 +1,12 @@
 """Continue prompts with a network that maps ids (B, T) to logits (B, T, V)."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from cola_lightning.errors import UnusableModelError
+from cola_lightning.errors import InputError, UnusableModelError
 from cola_lightning.models.cache import Cache
 from cola_lightning.models.llama import Llama
 
@@ -16,6 +17,33 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor,
     padding = torch.tensor([longest - len(ids) for ids in prompts])
     rows = [[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts]
     return torch.tensor(rows), padding
+
+
+def check_sampling(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int, prefix: str = "--"
+) -> None:
+    """Refuse settings that :func:`stream` cannot work with.
+
+    Args:
+        max_new_tokens, temperature, top_k, top_p: As for :func:`stream`.
+        seed: Of the generator.
+        prefix: What stands before a setting's name in the message.
+
+    Raises:
+        InputError: If one is out of range.
+    """
+    least: dict[str, tuple[float, float]] = {"max_new_tokens": (max_new_tokens, 1), "temperature": (temperature, 0)}
+    if top_k is not None:
+        least["top_k"] = (top_k, 1)
+    for name, (value, minimum) in least.items():
+        if value < minimum:
+            raise InputError(f"{prefix}{name} is {value}; it must be at least {minimum}")
+    if not math.isfinite(temperature):
+        raise InputError(f"{prefix}temperature is {temperature}; it must be a number of at least 0")
+    if not -(2**63) <= seed < 2**64:
+        raise InputError(f"{prefix}seed is {seed}; it must lie between -2^63 and 2^64 - 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"{prefix}top_p is {top_p}; it must lie above 0 and not above 1")
 
 
 @torch.no_grad()
