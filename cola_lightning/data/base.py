@@ -9,8 +9,9 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import Dataset
 
-from cola_lightning.data.identity import Identity, compare_runs
+from cola_lightning.data.identity import Identity, compare_runs, content_of
 from cola_lightning.data.loader import EvalLoader
+from cola_lightning.data.once import tell_all
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError, hide_secrets
 
@@ -142,6 +143,14 @@ class TokenDataModule(L.LightningDataModule):
     def _compare(self) -> None:
         """Note the identity of this data, refuse what changed since the run began, and say what is harmless."""
         self._known = self._identity()
+        content = [self._known["tokenizer"]["fingerprint"], *map(content_of, self._known.get("sources", []))]
+        everywhere = tell_all(content)
+        others = [rank for rank, other in enumerate(everywhere) if other != everywhere[0]]
+        if others:
+            raise InputError(
+                f"ranks {', '.join(map(str, others))} have other data or another tokenizer than rank 0, under the same "
+                f"names; bring the same files to every node"
+            )
         if self._began_with is not None:
             for change in compare_runs(self._began_with, self._known, self._stage == "fit"):
                 rank_zero_warn(hide_secrets(f"since the run began, something changed: {change}"))

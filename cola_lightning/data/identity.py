@@ -122,6 +122,12 @@ def describe_files(title: str, column: str, names: Sequence[str], fingerprints: 
     }
 
 
+def content_of(source: Identity) -> list[str | None]:
+    """What must be the same on all ranks: not the tags of a server, which may answer from several places."""
+    keys = ("names", "paths", "commit", "sizes", "prepared")
+    return [source[key] for key in keys] + [None if source["place"] == "a server" else source["contents"]]
+
+
 def _digest(parts: Any) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 

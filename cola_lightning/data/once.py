@@ -37,6 +37,15 @@ def ask_once(question: Callable[[], Answer]) -> Answer:
     return told[0]
 
 
+def tell_all(value: Any) -> list[Any]:
+    """What every rank called this with, by rank; all ranks call it in the same order."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_group(dist.group.WORLD))
+    return values
+
+
 @lru_cache(maxsize=1)
 def _group(world: Any) -> Any:
     """A group on the CPU, whatever device the ranks compute on."""

@@ -446,6 +446,22 @@ def test_a_model_is_evaluated_on_data_of_another_kind_with_its_own_tokenizer(cas
     assert module.tokenizer.fingerprint() == ids
 
 
+@pytest.mark.parametrize("case", [Streamed, Texts], indirect=True, ids=lambda kind: kind.__name__)
+def test_ranks_whose_nodes_hold_other_files_do_not_begin(case, monkeypatch):
+    data, _ = case
+    first = []
+
+    def two_ranks(content):
+        first.append(content)
+        return [first[0], first[-1]]
+
+    monkeypatch.setattr("cola_lightning.data.base.tell_all", two_ranks)
+    data.begin()
+    data.add_file()
+    with pytest.raises(InputError, match="ranks 1 have other data or another tokenizer than rank 0"):
+        data.begin()
+
+
 def test_the_command_line_refuses_text_that_was_added_and_leaves_the_run_as_it_is(corpus, tiny_run, tmp_path, capsys):
     shutil.copytree(corpus, tmp_path / "text")
     flags = [*tiny_run, f"--data.paths=['{tmp_path}/text']", f"--run_dir={tmp_path}/run", "--trainer.max_steps=3"]
