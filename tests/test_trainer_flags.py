@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from cola_lightning.callbacks import LogLines, Predictions, Throughput
 from cola_lightning.cli import main
+from cola_lightning.optim import WarmupCosine
 from cola_lightning.trainer_flags import defaults_beside, next_version
 from tests.conftest import tiny_trainer
 from tests.processes import Run
@@ -156,6 +158,24 @@ def test_a_default_callback_that_is_named_takes_the_place_of_the_default(fit):
     fit("--trainer.callbacks+=cola_lightning.callbacks.Throughput", "--trainer.callbacks.peak_tflops=1")
     named, other = Throughput(1.0), Rows()
     assert defaults_beside([named, other], [Throughput(), LogLines()])[0].__class__ is LogLines
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(torch.optim.SGD, lr=0.1), torch.optim.Adafactor, torch.optim.RAdam, torch.optim.NAdam,
+        torch.optim.Rprop,
+        torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Adamax, torch.optim.ASGD,
+    ],
+    ids=lambda make: getattr(make, "func", make).__name__,
+)  # fmt: skip
+def test_optimizers_of_torch_train(optimizer):
+    trainer, model, batches = tiny_trainer(steps=3)
+    model.make_optimizer, model.make_schedule = optimizer, partial(WarmupCosine, warmup_steps=0)
+    before = []
+    model.on_fit_start = lambda: before.extend(p.detach().clone() for p in model.parameters())
+    trainer.fit(model, DataLoader(batches, batch_size=None))
+    assert all(p.isfinite().all() and not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------

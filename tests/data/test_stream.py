@@ -159,3 +159,16 @@ def alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_overfitting_begins_again_where_the_first_iteration_did(workers):
+    """``overfit_batches: 2`` iterates anew after every two batches; without it an epoch is a part of the run."""
+
+    def batches(overfit):
+        loader = StreamLoader(MAKE, 12, 2, batches=2, workers=workers, overfit=overfit)
+        return [[batch["input_ids"].tolist() for batch in islice(loader, 2)] for _ in range(3)]
+
+    again, on = batches(overfit=True), batches(overfit=False)
+    assert again == [on[0]] * 3
+    assert on[0] != on[1] != on[2]
