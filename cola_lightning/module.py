@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -320,6 +321,14 @@ class LanguageModel(L.LightningModule):
         checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trains = self._trainer and self.trainer.state.fn == TrainerFn.FITTING
+        averages = trains and any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)
+        if trains and not averages and "current_model_state" in checkpoint:
+            # Its state_dict is the average, and does not belong to its optimizer's state.
+            raise InputError(
+                "the checkpoint holds an average of weights, of the callback WeightAveraging or EMAWeightAveraging, "
+                "which is not among --trainer.callbacks; name it again to go on"
+            )
         self._stored_settings = checkpoint.get("optimizer_settings")
         if self._trainer:
             keep_patience(self.trainer, checkpoint)

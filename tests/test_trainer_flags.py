@@ -154,6 +154,18 @@ def test_an_average_of_weights_is_what_is_saved_and_validated(fit):
     assert losses[-1] < losses[0]  # the network itself did learn
 
 
+def test_a_run_with_averages_goes_on_as_if_unbroken_and_not_without_its_callback(fit, refused):
+    flags = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.5"]
+    whole = fit(*flags, folder="whole")
+    half = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1", "--trainer.limit_val_batches=0"]
+    fit(*flags, *half)
+    assert "name it again to go on" in refused("--ckpt_path=last")
+    run = fit(*flags, "--ckpt_path=last")
+    ends = [torch.load(each / "checkpoints" / "last.ckpt", weights_only=True) for each in (whole, run)]
+    for kind in ("state_dict", "current_model_state"):
+        assert all(torch.equal(weight, ends[1][kind][name]) for name, weight in ends[0][kind].items())
+
+
 def test_a_default_callback_that_is_named_takes_the_place_of_the_default(fit):
     fit("--trainer.callbacks+=cola_lightning.callbacks.Throughput", "--trainer.callbacks.peak_tflops=1")
     named, other = Throughput(1.0), Rows()
