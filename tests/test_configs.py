@@ -140,6 +140,27 @@ def test_cola_has_the_references_hyper_parameters(size, capsys):
     assert model["schedule"]["init_args"]["min_ratio"] == 0.1
 
 
+# Of NamrataRShivagunde/low-rank-geometry, training_bash_scripts/1_full_rank/train_*.sh; at 7B the rate is 1B's.
+FULL_RANK = {"60m": (0.001, 1000), "130m": (0.001, 2000), "350m": (0.001, 6000), "1b": (0.0004, 10000)}
+
+
+@pytest.mark.parametrize("size", [*FULL_RANK, "7b"])
+def test_full_rank_has_the_rate_and_warmup_of_its_scripts(size, capsys):
+    model = printed(capsys, f"--config=configs/llama_{size}.yaml")["model"]
+    found = model["optimizer"]["init_args"]["lr"], model["schedule"]["init_args"]["warmup_steps"]
+    assert found == FULL_RANK.get(size, (FULL_RANK["1b"][0], 15000))
+
+
+@pytest.mark.parametrize(("overlay", "restart"), [("relora", 100), ("sst", 20)])
+@pytest.mark.parametrize("size", ["60m", "350m"])
+def test_schedules_that_restart_keep_the_run_files_warmup(overlay, restart, size, capsys):
+    flags = [f"--config=configs/llama_{size}.yaml", f"--config=configs/method/{overlay}.yaml"]
+    schedule = printed(capsys, *flags)["model"]["schedule"]
+    assert schedule["class_path"] == "cola_lightning.optim.WarmupCosineRestarts"
+    assert schedule["init_args"]["warmup_steps"] == FULL_RANK[size][1]
+    assert schedule["init_args"]["restart_warmup_steps"] == restart
+
+
 def test_every_method_of_the_comparison_parses():
     plan = yaml.safe_load((REPOSITORY / "recipes" / "compare_methods" / "plan.yaml").read_text())
     methods = {name: Method(**method) for name, method in plan["methods"].items()}

@@ -165,6 +165,20 @@ MAKERS = {
 }
 
 
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    # For m x n, m <= n, and rank r the papers have m r + 2 n r for GaLore, one more for Fira's limiter, and 2 n r + 2
+    # for APOLLO: the limiter and a seed, which here follows from the step. Beside them ours counts its steps.
+    [("galore", 6 * 2 + 2 * 9 * 2), ("fira", 6 * 2 + 2 * 9 * 2 + 1), ("apollo", 2 * 9 * 2 + 1), ("mini", 2 * 9 + 1)],
+)
+def test_states_hold_as_many_numbers_as_the_papers_say(name, numbers, shape):
+    p = matrix(shape)
+    run(optimizer := MAKERS[name]([p]), p, gradients(shape, 4))
+    assert sum(v.numel() for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)) == numbers
+    assert {key for key, v in optimizer.state[p].items() if not isinstance(v, torch.Tensor)} == {"step"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MAKERS)
 def test_goes_on_bit_for_bit_from_a_checkpoint_of_plain_data(name, dtype):
