@@ -1,5 +1,6 @@
 """TensorBoard's events, written by a run that a full disk must not end."""
 
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -9,6 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
+
+SECONDS_TO_CLOSE = 30.0
 
 
 class PatientLogger(TensorBoardLogger):
@@ -44,7 +47,13 @@ class PatientWriter:
         self._try(self.writer.flush)
 
     def close(self) -> None:
-        self._try(self.writer.close)
+        """Close the file, but wait no longer than ``SECONDS_TO_CLOSE``: TensorBoard's thread may be stuck on a disk
+        that does not answer, or gone, and the run is over."""
+        closing = threading.Thread(target=self._try, args=(self.writer.close,), daemon=True)
+        closing.start()
+        closing.join(SECONDS_TO_CLOSE)
+        if closing.is_alive():
+            rank_zero_warn(f"TensorBoard's events of {self.writer.get_logdir()} could not be closed; some may be lost")
 
     def _try(self, act: Callable[[], None]) -> None:
         try:

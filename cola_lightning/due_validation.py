@@ -4,31 +4,81 @@ The checkpoint of a step is written before its validation, so that nothing is lo
 wait for its end. But Lightning, going on from there, takes it as made; and with the last step made it does nothing.
 """
 
+import io
+import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 NOTE = "validated"
-"""File beside the checkpoints: the optimizer steps whose validation came to its end, one a line."""
+"""File beside the checkpoints: the optimizer steps whose validation came to its end, and what callbacks made of it.
+
+The checkpoint of a step is written before its validation, and the next may be far: a run that is killed between the two
+would not validate the step again, and would have lost the best value so far, or how long there was none better."""
 
 
 def note_validation(trainer: L.Trainer) -> None:
-    """Write down that the validation of this step is over, and strike out later steps, which will be made again."""
+    """Write down that the validation of this step is over, together with the states of the callbacks that it changed,
+    and strike out later steps, which will be made again."""
     folder = _folder(trainer)
-    if not folder or not trainer.is_global_zero or trainer.sanity_checking or trainer.global_step == 0:
+    if not folder or trainer.sanity_checking or trainer.global_step == 0:
+        return
+    states = _states(trainer)  # on all ranks, because a callback may add up what each of them has
+    if not trainer.is_global_zero:
         return
     steps = [step for step in validated(folder) if step < trainer.global_step] + [trainer.global_step]
-    with suppress(OSError):  # a full disk does not end the run, which at worst validates the step again
+    with suppress(OSError, RuntimeError):  # a full disk does not end the run, which at worst validates the step again
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / NOTE).write_text("".join(f"{step}\n" for step in steps), encoding="utf-8")
+        partial = folder / f"{NOTE}.partial"
+        torch.save({"steps": steps, "callbacks": states}, partial)
+        os.replace(partial, folder / NOTE)
 
 
 def validated(folder: Path) -> list[int]:
     """The steps whose validation is over, of the run whose checkpoints are in ``folder``."""
-    file = folder / NOTE
-    return [int(line) for line in file.read_text(encoding="utf-8").split()] if file.is_file() else []
+    return list(_read(folder).get("steps", []))
+
+
+def restore_validated(trainer: L.Trainer) -> None:
+    """Give callbacks back what they made of the validation of the step that the run goes on from, if it was made; all
+    ranks take part."""
+    states: dict[str, Any] = {}
+    for folder in _folders(trainer) if trainer.is_global_zero else []:
+        note = _read(folder)
+        if note.get("steps", [])[-1:] == [trainer.global_step]:
+            states = note["callbacks"]
+            break
+    states = trainer.strategy.broadcast(states)
+    for callback in trainer.callbacks:
+        if callback.state_key in states:
+            callback.load_state_dict(states[callback.state_key])
+
+
+def _states(trainer: L.Trainer) -> dict[str, Any]:
+    """States of the callbacks that do something at a validation's end, as far as they are plain data."""
+    states = {}
+    for callback in trainer.callbacks:
+        kind = type(callback)
+        hooks = ("on_validation_end", "on_validation_epoch_end")
+        if any(getattr(kind, hook) is not getattr(L.Callback, hook) for hook in hooks) and callback.state_dict():
+            with suppress(Exception):  # of what may not be loaded again, the checkpoint's state counts
+                torch.save(callback.state_dict(), content := io.BytesIO())
+                content.seek(0)
+                states[callback.state_key] = torch.load(content, weights_only=True)
+    return states
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The note; empty where there is none that can be read, so that the step is validated again."""
+    try:
+        note = torch.load(folder / NOTE, map_location="cpu", weights_only=True)
+        return note if isinstance(note, dict) else {}
+    except Exception:  # missing, cut short, or something else
+        return {}
 
 
 def validate_if_due(trainer: L.Trainer) -> None:
@@ -62,12 +112,18 @@ def _is_due(trainer: L.Trainer) -> bool:
     if not trainer.enable_validation or trainer.global_step == 0 or folder is None:
         return False
     due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # of which it asks the type alone
-    # A run that goes on in another folder has its validations noted beside the checkpoint that it came from.
-    folders = {folder, Path(trainer.ckpt_path).resolve().parent} if trainer.ckpt_path else {folder}
-    made = any(trainer.global_step in validated(each) for each in folders)
+    made = any(trainer.global_step in validated(each) for each in _folders(trainer))
     return trainer.strategy.broadcast(due and not made)  # by rank 0's clock, where validations go by time, and its disk
 
 
 def _folder(trainer: L.Trainer) -> Path | None:
     folder = getattr(trainer.checkpoint_callback, "dirpath", None)
     return Path(folder) if folder and not trainer.fast_dev_run else None
+
+
+def _folders(trainer: L.Trainer) -> list[Path]:
+    """Where validations may be noted. A run that goes on in another folder has its own beside the checkpoint that it
+    came from."""
+    folder = _folder(trainer)
+    before = [Path(trainer.ckpt_path).resolve().parent] if trainer.ckpt_path else []
+    return list(dict.fromkeys([*([folder] if folder else []), *before]))

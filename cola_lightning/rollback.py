@@ -33,12 +33,13 @@ def find_checkpoint(trainer: L.Trainer, step: int) -> Path:
 
 
 def _look(trainer: L.Trainer, step: int) -> Path | None:
-    callback: Any = trainer.checkpoint_callback
-    if callback is None:
-        return None
-    paths = {Path(path).resolve() for path in (callback.last_model_path, callback.best_model_path) if path}
-    if callback.dirpath:
-        paths |= {path.resolve() for path in written(Path(callback.dirpath))}
+    paths: set[Path] = set()
+    callback: Any
+    for callback in trainer.checkpoint_callbacks:  # of which ours need not be the first
+        named = (getattr(callback, name, None) for name in ("last_model_path", "best_model_path"))
+        paths |= {Path(path).resolve() for path in named if path}
+        if getattr(callback, "dirpath", None):
+            paths |= {path.resolve() for path in written(Path(callback.dirpath))}
     steps = {path: made for path in paths if (made := _step(path)) is not None}
     before = sorted((path for path in steps if steps[path] <= step), key=steps.__getitem__, reverse=True)
     after = sorted((path for path in steps if steps[path] > step), key=steps.__getitem__)

@@ -6,9 +6,11 @@ import signal
 
 import lightning as L
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cola_lightning.cli import main
+from cola_lightning.due_validation import NOTE
 from tests.processes import Run
 
 
@@ -26,6 +28,17 @@ class End(L.Callback):
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if self.validating and trainer.global_step == self.step and batch_idx == 0:
             os.kill(os.getpid(), self.number)
+
+
+class EndAt(L.Callback):
+    """Kills its own process at the start of the batch after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 TIMES = ("memory/host", "train/data_wait", "train/tokens_per_second")
@@ -88,6 +101,28 @@ def test_every_point_of_the_curves_is_there_once(start, unbroken, tmp_path, numb
     again = start(tmp_path / "run", ranks=ranks)
     again.done()
     assert scalars(tmp_path / "run") == unbroken[ranks]  # and not a second time
+
+
+def test_what_callbacks_made_of_a_validation_is_not_lost_before_the_next_checkpoint(start, tmp_path):
+    """The run is killed after the validation of step 3, whose checkpoint is older than that, and before another: the
+    best value so far, and how long EarlyStopping has waited, are those of the run that went on."""
+    flags = [
+        "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/perplexity",
+        "--trainer.callbacks.patience=2", "--trainer.callbacks.min_delta=1e9", "--trainer.max_steps=12",
+    ]  # fmt: skip
+    kill = ["--trainer.callbacks+=tests.test_due_validation.EndAt", "--trainer.callbacks.step=5"]
+    run = start(tmp_path, *flags, *kill)
+    assert run.wait() == [-signal.SIGKILL], run.output()
+    file = tmp_path / "checkpoints" / NOTE
+    note = torch.load(file, weights_only=True)
+    assert note["steps"] == [3]
+    assert note["callbacks"]["HyperParameters"]["best"] == pytest.approx(scalars(tmp_path)["val/perplexity"][0][1])
+    note["callbacks"]["HyperParameters"]["best"] = 1.0  # as if it had been better than all that come
+    torch.save(note, file)
+    start(tmp_path, *flags).done()
+    assert [value for _, value in scalars(tmp_path)["val/perplexity_best"]][1:] == [1.0, 1.0]
+    # The first validation sets EarlyStopping's best value, the two after it are no better: it stops after the third.
+    assert [step for step, _ in scalars(tmp_path)["val/perplexity"]] == [2, 5, 8]
 
 
 def test_what_is_counted_goes_on_over_a_stop_between_two_logs(start, tmp_path):

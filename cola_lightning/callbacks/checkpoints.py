@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from cola_lightning.checkpoints import lock
 from cola_lightning.checkpoints.newest import LINK, PARTIAL, checkpoint_name, newest_whole, step_of, written
 from cola_lightning.checkpoints.writer import CheckpointWriter, remove, size
-from cola_lightning.due_validation import note_validation, validate_if_due, validate_if_due_at_end
+from cola_lightning.due_validation import note_validation, restore_validated, validate_if_due, validate_if_due_at_end
 from cola_lightning.errors import InputError
 from cola_lightning.preemption import Preempted, StopSignal, own_signals, requeue
 from cola_lightning.provenance import run_folder
@@ -103,6 +103,7 @@ class Checkpoints(ModelCheckpoint):
         if self.writer:
             self.writer.group = self.stop.group
         self._last_global_step_saved = trainer.global_step  # where the run goes on from, if it does
+        restore_validated(trainer)
         validate_if_due(trainer)
 
     def on_train_batch_end(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cola_lightning.data.rows import IGNORE, Row, add_step_tokens
+from cola_lightning.data.stream import end_where_batches_are_lost
 from cola_lightning.signals import leave_signals_to_parent
 
 Batch = dict[str, Tensor]
@@ -140,3 +141,4 @@ def _loader(rows: Dataset, batches: object, workers: int) -> DataLoader:
 
 def _worker_init(worker: int) -> None:
     leave_signals_to_parent()
+    end_where_batches_are_lost()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 from itertools import islice
+from multiprocessing import queues
 from typing import Any
 
 import torch
@@ -359,7 +360,23 @@ class _Jointly(_Stream):
 
 def _worker_init(parent: int, worker: int) -> None:
     leave_signals_to_parent()
+    end_where_batches_are_lost()
     die_with(parent)
+
+
+def end_where_batches_are_lost() -> None:
+    """End this worker where a batch cannot be handed over, as with /dev/shm full. Python's queue would print an error
+    and drop the batch, and the training process would wait for it for ever; a worker that ended it hears of."""
+
+    def end(error: Exception, batch: object) -> None:
+        os.write(
+            2,
+            f"error: a batch could not be handed over by a worker of the data: {error}; see to /dev/shm, which "
+            "is the shared memory, or set --data.num_workers 0\n".encode(),
+        )
+        os._exit(1)
+
+    queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
 
 
 def die_with(parent: int) -> None:

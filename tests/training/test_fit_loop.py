@@ -86,7 +86,7 @@ def test_a_resumed_run_keeps_to_the_steps_of_an_unbroken_one(kind, end, tmp_path
     for step, own_folder, died in ((6, True, False), (end, False, False), (end, True, True)):
         shutil.copytree(tmp_path / "short", tmp_path / "run", symlinks=True)
         if died:
-            (tmp_path / "run" / NOTE).write_text("4\n")
+            torch.save({"steps": [4], "callbacks": {}}, tmp_path / "run" / NOTE)
         folder = tmp_path / ("run" if own_folder else "other")
         curves, _ = fit(data, folder, 20, tmp_path / "run" / f"step_{step:08}.ckpt", **settings)
         assert curves["train/loss"] == list(range(step, 20))

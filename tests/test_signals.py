@@ -1,0 +1,165 @@
+"""Signals from the first moment on. With several processes, in the middle of training: ``test_preemption``."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from cola_lightning import board
+from cola_lightning.checkpoints import damage, lock
+from cola_lightning.data.stream import end_where_batches_are_lost
+from cola_lightning.preemption import limit_rendezvous, own_signals
+from cola_lightning.signals import STOP
+from tests.processes import Run
+from tests.signal_run import Attack, fit, flags
+
+
+def test_random_signals_change_nothing_and_leave_nothing(tmp_path):
+    """A sample of what ``python -m tests.signal_run`` does for as long as one likes."""
+    report = Attack(flags(tmp_path), tmp_path, seed=5).run(15, ["ddp"])
+    assert not report.faults, "\n".join(report.faults)
+    assert report.trials
+    assert report.complete
+
+
+class Sleep(L.Callback):
+    """Sleeps where it is told to, and says so by a file."""
+
+    def __init__(self, where: str, sign: str, seconds: float = 60.0) -> None:
+        self.where, self.sign, self.seconds = where, Path(sign), seconds
+
+    def setup(self, trainer, pl_module, stage):
+        self._sleep("setup")
+
+    def on_sanity_check_start(self, trainer, pl_module):
+        self._sleep("sanity")
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            self._sleep("step")
+
+    def _sleep(self, where):
+        if where == self.where:
+            self.sign.touch()
+            time.sleep(self.seconds)
+
+
+def start(folder, tiny_run, where, *more, seconds=60.0) -> Run:
+    """Start a run that sleeps somewhere, and return when it does."""
+    sign = folder / "sign"
+    callback = {"where": where, "sign": sign, "seconds": seconds}
+    more = [*more, "--trainer.callbacks+=tests.test_signals.Sleep"]
+    more += [f"--trainer.callbacks.{name}={value}" for name, value in callback.items()]
+    run = Run(fit, ["fit", *tiny_run, f"--run_dir={folder / 'run'}", *more], ranks=1, folder=folder)
+    wait_for(sign, run)
+    return run
+
+
+def wait_for(sign, run):
+    deadline = time.monotonic() + 120
+    while not sign.exists():
+        assert time.monotonic() < deadline, run.output()
+        assert any(process.is_alive() for process in run.processes), run.output()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("where", "number"), [("setup", signal.SIGTERM), ("sanity", signal.SIGINT)])
+def test_before_training_a_signal_ends_the_process_at_once(tiny_run, tmp_path, where, number):
+    """Between Lightning's handlers and ours SIGTERM ended with 0, and SIGUSR1 wrote into the working directory."""
+    run = start(tmp_path, tiny_run, where, "--trainer.num_sanity_val_steps=1")
+    run.kill(number)
+    assert run.wait(10) == [128 + number], run.output()
+    assert "before training began: ended at once, nothing was lost" in run.output()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_end_a_run_with_a_checkpoint(tiny_run, tmp_path, number):
+    run = start(tmp_path, tiny_run, "step", "--checkpoint.every_n_train_steps=1000", seconds=2)
+    run.kill(number)
+    assert run.wait(60) == [128 + number], run.output()
+    assert "go on with --ckpt_path last" in run.output()
+    folder = tmp_path / "run" / "checkpoints"
+    assert os.readlink(folder / "last.ckpt") == "step_00000003.ckpt"
+    assert damage(folder / "last.ckpt") is None
+    assert not (folder / lock.NAME).exists()
+
+
+def test_a_second_ctrl_c_ends_at_once(tiny_run, tmp_path):
+    run = start(tmp_path, tiny_run, "step")
+    run.kill(signal.SIGINT)
+    time.sleep(0.5)
+    run.kill(signal.SIGINT)
+    assert run.wait(10) == [128 + signal.SIGINT], run.output()
+
+
+def test_a_rank_that_waits_for_one_that_is_gone_can_be_stopped(tiny_run, tmp_path):
+    """It waits in a library, where Python runs no handler."""
+    run = Run(
+        fit, ["fit", *tiny_run, f"--run_dir={tmp_path / 'run'}", "--trainer.devices=2", "--trainer.strategy=ddp"],
+        ranks=2, folder=tmp_path,
+    )  # fmt: skip
+    os.kill(run.processes[1].pid, signal.SIGKILL)
+    wait_for(tmp_path / "run" / lock.NAME, run)
+    time.sleep(1)
+    os.kill(run.processes[0].pid, signal.SIGTERM)
+    assert run.wait(10)[0] == 128 + signal.SIGTERM, run.output()
+
+
+def find_no_one() -> None:
+    strategy = SimpleNamespace(setup_environment=lambda: time.sleep(60))
+    limit_rendezvous(SimpleNamespace(strategy=strategy, world_size=4, global_rank=2), seconds=0.2)
+    strategy.setup_environment()
+
+
+def test_ranks_that_do_not_find_each_other_end_in_the_stated_time(tmp_path):
+    run = Run(find_no_one, ranks=1, folder=tmp_path)
+    assert run.wait(20) == [1]
+    assert "error: rank 2 did not find the other 3 ranks of this run within 0 s" in run.output()
+
+
+def test_lightning_neither_listens_nor_takes_a_file_from_the_working_directory(tmp_path, monkeypatch):
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "cola"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "hpc_ckpt_1.ckpt").touch()
+    trainer = L.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, enable_checkpointing=False)
+    assert trainer._checkpoint_connector._hpc_resume_path  # what Lightning would take
+    handlers = [signal.getsignal(number) for number in STOP]
+    own_signals(trainer)
+    assert trainer._checkpoint_connector._hpc_resume_path is None
+    trainer._signal_connector.register_signal_handlers()
+    assert [signal.getsignal(number) for number in STOP] == handlers
+
+
+def test_an_event_file_that_cannot_be_closed_does_not_keep_a_run_from_ending(tmp_path, monkeypatch):
+    monkeypatch.setattr(board, "SECONDS_TO_CLOSE", 0.1)
+    stuck = SimpleNamespace(close=lambda: time.sleep(30), get_logdir=lambda: str(tmp_path))
+    began = time.monotonic()
+    with pytest.warns(UserWarning, match="could not be closed"):
+        board.PatientWriter(stuck).close()
+    assert time.monotonic() - began < 20
+
+
+class Unsendable(Dataset):
+    """Its item cannot be handed to another process, as a tensor cannot where /dev/shm is full."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return lambda: None
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_the_worker_and_not_in_waiting(capfd):
+    loader = DataLoader(
+        Unsendable(), batch_size=None, num_workers=1, worker_init_fn=lambda _: end_where_batches_are_lost()
+    )
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        next(iter(loader))
+    assert "a batch could not be handed over" in capfd.readouterr().err
+    assert torch.utils.data.get_worker_info() is None
