@@ -87,7 +87,8 @@ def _processor_time() -> float:
 
 
 def _ready(data: C4DataModule) -> C4DataModule:
-    data.trainer = SimpleNamespace(max_steps=10**9, accumulate_grad_batches=1, distributed_sampler_kwargs=None)  # type: ignore[assignment]
+    trainer = {"max_steps": 10**9, "accumulate_grad_batches": 1, "distributed_sampler_kwargs": None}
+    data.trainer = SimpleNamespace(**trainer, overfit_batches=0)  # type: ignore[assignment]
     data.prepare_data()
     data.setup("fit")
     return data

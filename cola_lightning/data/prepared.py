@@ -85,7 +85,8 @@ class PreparedCorpus:
         elif share.last - share.first == share.parts:
             numbers = range(start, rows)
         else:
-            numbers = filter(share.has, range(start, rows))
+            parts = np.arange(start, rows) % share.parts
+            numbers = (start + np.flatnonzero((parts >= share.first) & (parts < share.last))).tolist()
         for number in numbers:
             document = ids[offsets[number] : offsets[number + 1]]
             if len(document):
