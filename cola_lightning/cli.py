@@ -1,5 +1,6 @@
 """What can be typed: Lightning's ``fit``, ``validate``, ``test``, ``predict``, and the verbs that need no Trainer."""
 
+import errno
 import io
 import json
 import os
@@ -487,8 +488,14 @@ def _run(args: list[str]) -> None:
         case ["factorise", *rest]:
             factorise.main(rest)
         case _:
-            with restore_explained():
-                train(args)
+            train(args)
+
+
+OF_A_PLACE = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+    errno.EFBIG, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO, errno.ENODEV, errno.ENXIO,
+}  # fmt: skip
+"""Errors of the operating system that tell of a place, not of this program."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -498,7 +505,7 @@ def main(args: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # letters that a terminal's encoding lacks end no command
     try:
-        with plain_data_only():
+        with plain_data_only(), restore_explained():
             _run(args)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where it can still be said that it failed
@@ -514,6 +521,15 @@ def main(args: list[str] | None = None) -> None:
     except (InputError, MisconfigurationException) as error:
         print("error:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)  # libraries' words may have more lines
         sys.exit(getattr(error, "exit_status", 2))
+    except OSError as error:
+        if error.errno not in OF_A_PLACE:
+            raise
+        place = error.filename or "a file"
+        print(f"error: {place} cannot be read or written: {error.strerror}; choose another place", file=sys.stderr)
+        sys.exit(1)
+    except MemoryError:
+        print("error: memory does not suffice; some size in the settings asks for more than there is", file=sys.stderr)
+        sys.exit(1)
     except RuntimeError as error:
         # EarlyStopping, whose monitor the run does not log; validation data of several loaders
         if re.search("conditioned on metric|but no `dataloader_idx` argument", str(error)):

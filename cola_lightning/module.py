@@ -38,6 +38,8 @@ from cola_lightning.training.settings import OptimizerSettings, keep_patience
 BeforeUpdate = Callable[["LanguageModel", Optimizer, Tensor | None], None]
 """``f(module, optimizer, norm)`` is called between clipping and the optimizer's update, with the gradient norm before
 clipping (none under DeepSpeed, which knows it only afterwards)."""
+MOST_LAYERS = 10_000
+"""A network of more would take minutes to build, and means a slip of the keyboard or a hostile file."""
 
 
 def at_log_step(trainer: L.Trainer, uncounted: int = 0) -> bool:
@@ -153,6 +155,8 @@ class LanguageModel(L.LightningModule):
             fused_projections=fused_projections,
             loss_chunk_size=loss_chunk_size,
         )
+        if num_hidden_layers > MOST_LAYERS:  # each is built, if without memory
+            raise InputError(f"--model.num_hidden_layers is {num_hidden_layers}; {MOST_LAYERS:,} is the most")
         with torch.device("meta"):
             network = self.build()  # refuses impossible sizes now rather than after the data is prepared
         self.parameter_count = sum(parameter.numel() for parameter in network.parameters())

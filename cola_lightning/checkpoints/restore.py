@@ -6,7 +6,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import lightning.pytorch
+import lightning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cola_lightning.checkpoints.formats import Format, format_of, read_state
@@ -82,7 +82,7 @@ def _lightning_refuses(error: Exception) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    home = str(Path(lightning.pytorch.__file__).parent)
+    home = str(Path(lightning.__file__).parent)
     return isinstance(error, ValueError) and trace is not None and trace.tb_frame.f_code.co_filename.startswith(home)
 
 

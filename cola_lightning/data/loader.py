@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cola_lightning.data.rows import IGNORE, Row, add_step_tokens
 from cola_lightning.data.stream import end_where_batches_are_lost
+from cola_lightning.errors import InputError
 from cola_lightning.signals import leave_signals_to_parent
 
 Batch = dict[str, Tensor]
@@ -130,6 +131,8 @@ class _Filled(Dataset):
 
 
 def _loader(rows: Dataset, batches: object, workers: int) -> DataLoader:
+    if workers < 0:
+        raise InputError(f"--data.num_workers is {workers}; it must be 0 or more")
     return DataLoader(
         rows,
         batch_sampler=batches,  # type: ignore[arg-type]
