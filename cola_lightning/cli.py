@@ -217,6 +217,9 @@ class CLI(LightningCLI):
                 print(completion.shell_script(parser, shell))
                 sys.exit()
         self.config = parser.parse_args(args)
+        seed = (self.config.get(self.config.get("subcommand") or "") or self.config).get("seed_everything")
+        if type(seed) is int and not 0 <= seed < 2**32:
+            raise InputError(f"--seed_everything is {seed}; it must lie between 0 and {2**32 - 1}")
         verb = self.config.get("subcommand")
         for group in ("trainer", "model", "checkpoint") if verb else ():
             if not isinstance(self.config[verb].get(group), Namespace):  # jsonargparse takes a number, and fails later
@@ -312,6 +315,9 @@ class CLI(LightningCLI):
         self.run_dir = config.run_dir and Path(config.run_dir).absolute()
         if self.run_dir and self.run_dir.exists() and not self.run_dir.is_dir():
             raise InputError(f"--run_dir {config.run_dir} is a file; name a directory, which need not exist yet")
+        folder = config.checkpoint.dirpath and Path(config.checkpoint.dirpath)
+        if folder and folder.exists() and not folder.is_dir():
+            raise InputError(f"--checkpoint.dirpath {folder} is a file; name a directory, which need not exist yet")
         if self.run_dir and trainer.default_root_dir not in (None, config.run_dir, str(self.run_dir)):
             raise InputError(
                 f"--run_dir {config.run_dir} and --trainer.default_root_dir {trainer.default_root_dir} both say where "

@@ -104,6 +104,8 @@ LOG = "--trainer.callbacks+=LearningRateMonitor"
         (["--trainer.strategy=ddp_spawn"], "ddp_spawn is for notebooks"),
         (["--trainer.barebones=true"], "log_every_n_steps=1"),
         (["--ckpt_path=best"], "--ckpt_path best is not there; name a checkpoint, or the run's newest by"),
+        (["--seed_everything=-1"], "--seed_everything is -1; it must lie between 0 and 4294967295"),
+        ([f"--checkpoint.dirpath={__file__}"], "is a file; name a directory"),
         (["--trainer.default_root_dir=other"], "both say where a run's files go"),
     ],
 )  # fmt: skip
