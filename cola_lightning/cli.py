@@ -61,6 +61,7 @@ from cola_lightning.data import prepare
 from cola_lightning.data.base import TokenDataModule
 from cola_lightning.errors import InputError
 from cola_lightning.hub import export
+from cola_lightning.merge_settings import differences, merge_settings, stand_ins
 from cola_lightning.models import Projection
 from cola_lightning.module import LanguageModel
 from cola_lightning.optim.schedules import open_lengths
@@ -260,15 +261,26 @@ class CLI(LightningCLI):
         check_sizes(stored, path)
         trusted = [*config.trust, *_class_paths(config.as_dict())]
         stored = check_named_code(stored, LanguageModel, path, trusted)
-        verb = self.typed.index(self.config.subcommand) + 1
-        below = ["--config", yaml.safe_dump({"model": stored})]
-        self.config = self.parser.parse_args([*self.typed[:verb], *below, *self.typed[verb:]])
+        merged = merge_settings(stored, self._typed_settings(), stand_ins().values())
+        self.config = self.parser.parse_args([*self.typed, "--config", yaml.safe_dump({"model": merged})])
         self.config[self.config.subcommand]["ckpt_path"] = None if config.weights_only_start else str(path)
         self.begin_weights = str(path) if config.weights_only_start else None
         model = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.config.subcommand]["model"]
-        for key, old in stored.items():
-            if model.get(key) != old:
-                rank_zero_warn(f"--model.{key} is {model.get(key)} now; in {path} it was {old}")
+        for place, old, new in differences(stored, model):
+            if place == "optimizer" and self.config.subcommand == "fit" and not config.weights_only_start:
+                raise InputError(
+                    f"--model.optimizer is {new}, but {path} holds the state of {old}; go on with that one, or begin a "
+                    "new run with its weights, by --weights_only_start true"
+                )
+            rank_zero_warn(f"--model.{place} is {new} now; in {path} it was {old}")
+
+    def _typed_settings(self) -> dict[str, Any]:
+        """What the command line and its files say of the model, without any default."""
+        verb = self.typed.index(self.config.subcommand) + 1
+        classes = {"model": {key: {"class_path": name} for key, name in stand_ins().items()}}
+        below = ["--config", yaml.safe_dump(classes)]
+        typed = self.parser.parse_args([*self.typed[:verb], *below, *self.typed[verb:]], defaults=False)
+        return typed[self.config.subcommand].as_dict()["model"]
 
     @staticmethod
     def _check_finite(path: Path) -> None:

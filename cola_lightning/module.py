@@ -170,6 +170,7 @@ class LanguageModel(L.LightningModule):
         )
         self._optimizer_settings: OptimizerSettings  # there once the optimizer is made
         self._stored_settings: list[dict[str, Any]] | None = None  # of the run that wrote the checkpoint
+        self._stored_position = 0  # of its schedule, in steps
         self.transforms: list[Callable[[Llama], None]] = []
         self._has_weights = initial_weights is not None  # others than those drawn
         self._transformed = 0  # how many of them the network has
@@ -287,7 +288,7 @@ class LanguageModel(L.LightningModule):
 
     def restore_settings(self) -> None:
         """After a checkpoint was loaded, let what this run was made with win over what the checkpoint holds."""
-        self._optimizer_settings.restore(self._stored_settings)
+        self._optimizer_settings.restore(self._stored_settings, self._stored_position)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The share of this micro-batch in the loss of its optimizer step: the sum of its losses, divided by the tokens
@@ -334,6 +335,9 @@ class LanguageModel(L.LightningModule):
                 "which is not among --trainer.callbacks; name it again to go on"
             )
         self._stored_settings = checkpoint.get("optimizer_settings")
+        if schedules := checkpoint.get("lr_schedulers"):
+            # ``restore_settings`` steps the schedule there. Its own state may be that of a schedule of another class.
+            self._stored_position, checkpoint["lr_schedulers"] = schedules[0]["last_epoch"], []
         if self._trainer:
             keep_patience(self.trainer, checkpoint)
         if self._trainer and "micro_batches" in checkpoint and "loops" in checkpoint:

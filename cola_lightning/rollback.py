@@ -71,9 +71,7 @@ def go_back(trainer: L.Trainer, path: Path, kept: type[Callback]) -> None:
     strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
     if strategy.lightning_restore_optimizer:
         strategy.load_optimizer_state_dict(checkpoint)
-    for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
-        config.scheduler.load_state_dict(deepcopy(state))
-    module.restore_settings()
+    module.restore_settings()  # the schedule too
     for callback in trainer.callbacks:
         if not isinstance(callback, Checkpoint | kept):
             callback.on_load_checkpoint(trainer, module, checkpoint)

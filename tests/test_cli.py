@@ -67,6 +67,28 @@ def test_a_finished_run_goes_on_with_more_steps(finished, tiny_run, tmp_path):
     assert curve(tmp_path / "run", "train/tokens")[8] == 9 * 4 * 31
 
 
+def test_the_line_that_started_a_run_goes_on_with_it(tiny_run, tmp_path, capsys, recwarn):
+    """It sets an argument of the default schedule before it names another one, as a flag after a run file does."""
+    line = ["fit", *tiny_run, f"--run_dir={tmp_path / 'run'}", "--ckpt_path=last", "--model.optimizer.lr=0.004"]
+    schedule = "--model.schedule=CosineAnnealingLR"
+    main([*line, schedule])
+    main([*line, schedule, "--trainer.max_steps=8"])
+    expected = [0.002 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    expected += [0.002 * (1 + math.cos(math.pi * step / 8)) for step in (6, 7)]
+    assert list(curve(tmp_path / "run", "train/learning_rate").values()) == pytest.approx(expected, abs=1e-9)
+    main([*line, "--trainer.max_steps=9", "--model.optimizer.lr=0.2"])
+    assert curve(tmp_path / "run", "train/learning_rate")[8] == pytest.approx(
+        0.1 * (1 + math.cos(math.pi * 8 / 9)), rel=1e-6
+    )
+    said = [str(warning.message) for warning in recwarn if "--model." in str(warning.message)]
+    assert any("--model.schedule.warmup_steps is left out" in line for line in said)
+    assert any("--model.optimizer.lr is 0.2 now; in" in line and line.endswith("it was 0.004") for line in said)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main([*line, "--model.optimizer=SGD", "--trainer.max_steps=10"])
+    assert "holds the state of torch.optim.AdamW; go on with that one" in capsys.readouterr().err
+
+
 def test_a_second_run_in_the_same_place_is_refused(finished, tiny_run, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["fit", *tiny_run, f"--run_dir={finished}"])

@@ -43,11 +43,12 @@ class OptimizerSettings:
         self._rates = [deepcopy(group["lr"]) for group in optimizer.param_groups]
         self._start = deepcopy(schedule.state_dict())
 
-    def restore(self, stored: list[Group] | None) -> None:
+    def restore(self, stored: list[Group] | None, position: int) -> None:
         """Set what differs from ``stored``, and bring the schedule to its step, after a checkpoint was loaded.
 
         Args:
             stored: ``groups`` of the run that wrote the checkpoint; if None, nothing of the checkpoint stays.
+            position: Steps of the schedule that were made.
         """
         for index, (group, made) in enumerate(zip(self.optimizer.param_groups, self.groups, strict=True)):
             before = stored[index] if stored and index < len(stored) else {}
@@ -57,7 +58,7 @@ class OptimizerSettings:
             group.update({key: deepcopy(made[key]) for key in changed if key != "lr"})  # which the schedule sets
             if any(key in changed for key in ON_DEVICE):
                 self._place_steps(group)
-        self._replay(self.schedule.last_epoch)
+        self._replay(position)
 
     def _place_steps(self, group: Group) -> None:
         on_device = any(group.get(key) for key in ON_DEVICE)

@@ -108,6 +108,13 @@ def test_new_settings_count_from_the_first_step_on_and_moments_go_on(schedule, t
     assert again.curve() == begun.curve()[8:]
 
 
+def test_a_schedule_of_another_class_goes_on_from_the_same_step(tmp_path):
+    run(tmp_path, 8, adam, lr_scheduler.CosineAnnealingLR)
+    for schedule in (cosine, partial(lr_scheduler.CyclicLR, base_lr=0.001, max_lr=0.01, step_size_up=3)):
+        resumed = run(tmp_path / "new", 8, adam, schedule, tmp_path / "step_00000004.ckpt")
+        assert resumed.curve() == run(tmp_path / "begun", 8, adam, schedule).curve()[4:]
+
+
 class Estimating(SGD):
     """Keeps state among its settings, as Prodigy does."""
 
