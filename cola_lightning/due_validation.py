@@ -14,6 +14,8 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from cola_lightning.training.settings import keep_patience
+
 NOTE = "validated"
 """File beside the checkpoints: the optimizer steps whose validation came to its end, and what callbacks made of it.
 
@@ -53,6 +55,7 @@ def restore_validated(trainer: L.Trainer) -> None:
             states = note["callbacks"]
             break
     states = trainer.strategy.broadcast(states)
+    keep_patience(trainer, states)
     for callback in trainer.callbacks:
         if callback.state_key in states:
             callback.load_state_dict(states[callback.state_key])

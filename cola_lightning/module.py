@@ -339,7 +339,7 @@ class LanguageModel(L.LightningModule):
             # ``restore_settings`` steps the schedule there. Its own state may be that of a schedule of another class.
             self._stored_position, checkpoint["lr_schedulers"] = schedules[0]["last_epoch"], []
         if self._trainer:
-            keep_patience(self.trainer, checkpoint)
+            keep_patience(self.trainer, checkpoint.get("callbacks", {}))
         if self._trainer and "micro_batches" in checkpoint and "loops" in checkpoint:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
             rescale_progress(progress, checkpoint["micro_batches"], self.trainer.accumulate_grad_batches)

@@ -12,7 +12,7 @@ from cola_lightning.rollback import find_checkpoint
 def trainer(folder, last=""):
     callback = SimpleNamespace(dirpath=str(folder), last_model_path=str(last), best_model_path="")
     strategy = SimpleNamespace(broadcast=lambda value: value)
-    return SimpleNamespace(checkpoint_callback=callback, is_global_zero=True, strategy=strategy)
+    return SimpleNamespace(checkpoint_callbacks=[callback], is_global_zero=True, strategy=strategy)
 
 
 def write(folder, step, **more):
@@ -46,6 +46,6 @@ def test_where_there_is_none_it_says_what_to_do(tmp_path):
     with pytest.raises(InputError, match="no checkpoint of this run to go back to; write them more often"):
         find_checkpoint(trainer(tmp_path), 9)
     alone = trainer(tmp_path)
-    alone.checkpoint_callback = None
+    alone.checkpoint_callbacks = []
     with pytest.raises(InputError, match="no checkpoint of this run"):
         find_checkpoint(alone, 9)

@@ -82,11 +82,11 @@ class OptimizerSettings:
                 self.schedule.step()
 
 
-def keep_patience(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Let the patience of an EarlyStopping callback win over the one that its state in a checkpoint holds."""
+def keep_patience(trainer: L.Trainer, states: dict[str, Any]) -> None:
+    """Let the patience of an EarlyStopping callback win over the one that ``states``, by callback, hold of it."""
     for callback in trainer.callbacks:
-        if isinstance(callback, EarlyStopping) and callback.state_key in checkpoint.get("callbacks", {}):
-            checkpoint["callbacks"][callback.state_key]["patience"] = callback.patience
+        if isinstance(callback, EarlyStopping) and callback.state_key in states:
+            states[callback.state_key]["patience"] = callback.patience
 
 
 def _is_plain(value: Any) -> bool:
