@@ -61,7 +61,7 @@ def trained(tmp_path_factory):
         out = tmp_path_factory.mktemp(strategy)
         alone = strategy.startswith("auto")
         if alone:
-            keeps = [*OTHERS, "none"] if micro_batch is None else ["none"]
+            keeps = ["none"] if strategy == "auto" and micro_batch else [*OTHERS, "none"]
         else:
             keeps = ["none"] if strategy in VARIANTS else [*KEEPS, *OTHERS]
         micro_batch = micro_batch or (GLOBAL_BATCH if alone else MICRO_BATCH)
@@ -73,14 +73,20 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def noise(trained) -> tuple[float, float]:
-    """How far rounding alone takes losses and norms apart in float32 on this machine: the same run, cut otherwise."""
-    whole = curve(trained("auto_32") / "none")
-    cuts = [curve(trained("auto_32", micro_batch) / "none") for micro_batch in (4, 2, 1)]
-    losses, norms = (max(distance(cut[part], whole[part]) for cut in cuts) for part in (0, 1))
-    assert 0 < losses < 1e-4
-    assert 0 < norms < 1e-4
-    return losses, norms
+def noise(trained):
+    """How far rounding alone takes losses and norms of a network apart in float32 on this machine: the largest distance
+    between runs of one process that cut the batch otherwise."""
+
+    @cache
+    def measured(keep: str) -> tuple[float, float]:
+        whole = curve(trained("auto_32") / keep)
+        cuts = [curve(trained("auto_32", micro_batch) / keep) for micro_batch in (4, 2, 1)]
+        losses, norms = (max(distance(cut[part], whole[part]) for cut in cuts) for part in (0, 1))
+        assert 0 < losses < 1e-4
+        assert 0 < norms < 1e-2  # LaX amplifies rounding most
+        return losses, norms
+
+    return measured
 
 
 def distance(values: list[float], expected: list[float]) -> float:
@@ -103,9 +109,10 @@ def test_two_processes_give_the_curve_of_one(trained, noise, strategy, keep):
     deepspeed = strategy.startswith("deepspeed")
     losses, norms = curve(trained(strategy) / keep)
     alone = trained("auto_32" if deepspeed else "auto")
-    expected_losses, expected_norms = curve(alone / (keep if keep in OTHERS else "none"))
+    network = keep if keep in OTHERS else "none"
+    expected_losses, expected_norms = curve(alone / network)
     assert len(losses) == STEPS
-    of_losses, of_norms = (10 * noise[0], 10 * noise[1]) if deepspeed else (1e-9, 1e-9)
+    of_losses, of_norms = (10 * bound for bound in noise(network)) if deepspeed else (1e-9, 1e-9)
     assert distance(losses, expected_losses) <= of_losses
     assert distance(norms, expected_norms) <= of_norms
 

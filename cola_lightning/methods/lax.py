@@ -72,8 +72,13 @@ class KroneckerGate(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.left)
-        nn.init.kaiming_uniform_(self.right)
+        # Draw from a stream of its own, and leave the global one as it was. The first layer drops its gate: a network
+        # that is built whole, and one that is filled module by module without that gate, then draw the same weights.
+        device = self.left.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int(torch.randint(2**62, (), device="cpu" if device.type == "meta" else device)))
+            nn.init.kaiming_uniform_(self.left)
+            nn.init.kaiming_uniform_(self.right)
 
     def forward(self, h: Tensor) -> Tensor:
         # The latent as b rows of a numbers: left acts within each row, right mixes the rows.
