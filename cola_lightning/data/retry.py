@@ -99,11 +99,13 @@ class Retry:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, and those that it came from."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
+    """The error, and those that it came from, each once: ``raise error.__cause__`` makes a circle of them."""
+    found: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and not any(one is other for other in found):
+        found.append(one)
+        yield one
+        one = one.__cause__ or one.__context__
 
 
 def _offline(error: Exception) -> bool:

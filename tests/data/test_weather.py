@@ -103,6 +103,20 @@ def test_a_busy_server_is_left_alone_for_as_long_as_it_asks(monkeypatch, value, 
     assert least <= pause <= 1.25 * max(least, 90 if least == 60 else 0.01)
 
 
+def test_errors_that_came_from_each_other_are_looked_at_once():
+    def ask():
+        try:
+            try:
+                raise ConnectionError("first")
+            except ConnectionError as error:
+                raise ValueError("second") from error
+        except ValueError as error:
+            raise error.__cause__ from None
+
+    with pytest.raises(InputError, match="first"):
+        Retry(0, wait=0.01).call(ask, "shard")
+
+
 def test_what_a_client_must_not_ask_for_is_an_error_at_once():
     def ask():
         try:
