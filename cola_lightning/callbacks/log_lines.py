@@ -33,11 +33,14 @@ class LogLines(L.Callback):
     def __init__(self, terminal: bool | None = None, file: bool = True) -> None:
         self.terminal, self.file = terminal, file
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Not when training starts: a resumed run with no step left may only make up for a validation.
         has_bar = any(isinstance(callback, ProgressBar) for callback in trainer.callbacks)
         shown = has_bar and get_console().is_terminal
         self._terminal = not shown if self.terminal is None else self.terminal
         self._path = run_folder(trainer) / FILE if self.file and not trainer.fast_dev_run else None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._times = deque([(trainer.global_step, time.monotonic())], maxlen=INTERVALS + 1)
 
     def on_train_batch_end(
