@@ -1,5 +1,7 @@
 import os
 import random
+import signal
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +20,10 @@ from cola_lightning.models import Llama
 from cola_lightning.models.layers import MakeProjection
 from cola_lightning.module import LanguageModel
 from tests.processes import kill_all
+
+# A background job of a script starts with SIGINT ignored, and what it starts inherits that. The tests send SIGINT.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden" / "cola_tiny"
 REPOSITORY = Path(__file__).parent.parent
