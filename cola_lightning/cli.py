@@ -84,7 +84,7 @@ TRAINING_VERBS = ("fit", "validate", "test", "predict")
 CLOSED_PIPE = 141
 """Exit status of a command that a closed pipe ended: 128 and the signal's number, as shells report it."""
 REFUSALS = (InputError, ModuleNotFoundError, MisconfigurationException)
-"""What a class says, as it is made, of settings that cannot work."""
+"""Errors that a class raises in its constructor for settings that cannot work."""
 USAGE = "[--config FILE] [--NAME VALUE ...]"
 MORE_VERBS = (
     "Besides: 'prepare' tokenises a data set beforehand, 'estimate --config FILE [--gpus N] [--gpu NAME]' tells what a "
@@ -275,7 +275,7 @@ class CLI(LightningCLI):
             rank_zero_warn(f"--model.{place} is {new} now; in {path} it was {old}")
 
     def _typed_settings(self) -> dict[str, Any]:
-        """What the command line and its files say of the model, without any default."""
+        """Settings of the model that the command line and its files state, without defaults."""
         verb = self.typed.index(self.config.subcommand) + 1
         classes = {"model": {key: {"class_path": name} for key, name in stand_ins().items()}}
         below = ["--config", yaml.safe_dump(classes)]

@@ -1,4 +1,4 @@
-"""What ``config.json`` of a folder says of the network, as transformers 5 understands it; else a line that refuses."""
+"""Read the network's settings from a folder's ``config.json`` as transformers 5 does, or refuse in one line."""
 
 import json
 import math

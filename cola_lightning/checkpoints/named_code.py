@@ -136,7 +136,7 @@ class _Check:
 
 
 def _annotations(owner: Callable) -> dict[str, Any]:
-    """Of the parameters; those without one, or whose one cannot be found out, are left out."""
+    """Collect the annotations of the parameters, but for those that have none or cannot be resolved."""
     try:
         parameters = inspect.signature(owner, eval_str=True).parameters.values()
     except (NameError, TypeError, AttributeError):  # some name is known to type checkers alone
@@ -157,7 +157,7 @@ def _plain(annotation: Any) -> Any:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """What an annotation is a union of; itself if it is none."""
+    """List the members of a union; of any other annotation, itself."""
     if get_origin(annotation) is Annotated:
         return _members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -182,7 +182,7 @@ def _makes_a_class(annotation: Any) -> bool:
 
 
 def _of_items(annotation: Any) -> Any:
-    """What the items of a list or tuple may be, all together; anything where it may be anything itself."""
+    """Annotation of the items of a list or tuple, as one union; Any where the value itself may be anything."""
     items = [
         item
         for each in _members(annotation)
@@ -194,6 +194,6 @@ def _of_items(annotation: Any) -> Any:
 
 
 def _of_values(annotation: Any) -> Any:
-    """What the values of a mapping may be; unknown where its annotation does not say."""
+    """Annotation of the values of a mapping; unknown where there is none."""
     values = [get_args(each)[1] for each in _members(annotation) if get_origin(each) in (dict, Mapping)]
     return Union[tuple(values)] if values else _UNKNOWN  # noqa: UP007

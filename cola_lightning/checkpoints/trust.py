@@ -30,7 +30,7 @@ _OF_DEEPSPEED = {
 _DEEPSPEED_NAMES = {f"{module}.{name}" for module, names in _OF_DEEPSPEED.items() for name in names}
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _SUFFIXES = (".pt", ".ckpt")
-"""Of the files of a folder that a library opens with ``torch.load``."""
+"""Name patterns of the files in a folder that a library opens with ``torch.load``."""
 
 
 # -- while loading ----------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ class CheckpointWriter:
     def __init__(self, trainer: L.Trainer) -> None:
         self.trainer = trainer
         self.group: distributed.ProcessGroup | None = None
-        """For exchanges on the CPU; without it they go over the run's own group."""
+        """Process group for exchanges on the CPU; None to use the run's own."""
         self._save = trainer.save_checkpoint
         trainer.save_checkpoint = self._save_or_warn  # type: ignore[method-assign]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

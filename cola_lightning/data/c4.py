@@ -368,7 +368,7 @@ class C4DataModule(TokenDataModule):
 
 
 class _Ranks(OneRank):
-    """What ranks tell each other, in a group of its own on the CPU, so that the device is not waited for."""
+    """Exchange between ranks in a process group on the CPU, so that nothing waits for the device."""
 
     def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo")

@@ -123,7 +123,7 @@ def describe_files(title: str, column: str, names: Sequence[str], fingerprints: 
 
 
 def content_of(source: Identity) -> list[str | None]:
-    """What must be the same on all ranks: not the tags of a server, which may answer from several places."""
+    """Select what must be the same on all ranks. A server's tags are left out, because several hosts may answer."""
     keys = ("names", "paths", "commit", "sizes", "prepared")
     return [source[key] for key in keys] + [None if source["place"] == "a server" else source["contents"]]
 

@@ -38,7 +38,7 @@ def ask_once(question: Callable[[], Answer]) -> Answer:
 
 
 def tell_all(value: Any) -> list[Any]:
-    """What every rank called this with, by rank; all ranks call it in the same order."""
+    """Gather the argument of every rank, in order of rank. All ranks call it in the same order."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()

@@ -22,7 +22,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.signals import leave_signals_to_parent
 
 States = dict[str, dict[str, Any]]
-"""Where lanes stand, by their number."""
+"""State of each lane, by its number."""
 
 MakeSomeLanes = Callable[[Iterable[int], States], Lanes]
 """``f(lanes, states)`` makes lanes that go on at their states, or begin where they have none."""
@@ -37,7 +37,7 @@ class StreamError(InputError):
 
 
 class Verdict(IntEnum):
-    """What the batches of an optimizer step came to; ranks agree on the smallest."""
+    """Outcome of fetching the batches of an optimizer step; ranks agree on the smallest."""
 
     FAILED = 0
     PASS_END = 1
@@ -45,7 +45,7 @@ class Verdict(IntEnum):
 
 
 class OneRank:
-    """What ranks tell each other, where there is one. Every rank calls every method in the same order."""
+    """Exchange between ranks; this one is for a single rank. Every rank calls every method in the same order."""
 
     def smallest(self, number: int) -> int:
         """The smallest of the ranks' numbers."""
@@ -255,7 +255,7 @@ class StreamLoader:
         return window, agreed, failure
 
     def _streams(self) -> list["_Stream"]:
-        """What each of this rank's processes runs from now on."""
+        """Assign lanes to each of this rank's processes, from now on."""
         states, workers = dict(self.states), self.dealt["workers"]
         if not self.dealt["jointly"]:
             turns = [self._turns(process) for process in range(workers)]

@@ -10,22 +10,21 @@ hold, and their APOLLO scales the projected gradient where the paper scales the 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
 from cola_lightning.errors import InputError
-from cola_lightning.optim.transformers_adamw import advance_moments, decay_weights
+from cola_lightning.optim.transformers_adamw import StepEachParameter, advance_moments, decay_weights
 
 TINY = 1e-8  # keeps a ratio of norms finite, as in the three reference implementations
 
 
-class ProjectedAdam(Optimizer):
-    """Base of the three: projection, moments, bias correction, weight decay.
+class ProjectedAdam(StepEachParameter):
+    """Base of the three: the projection, and what they do with moments.
 
     As in their reference implementations, moments, eps and decay are those of
     :class:`~cola_lightning.optim.TransformersAdamW`. Moments stay as they are when the projector changes.
@@ -56,19 +55,7 @@ class ProjectedAdam(Optimizer):
         """The direction (m x n), m < n, from the gradient G, its image R and the normalised image N (both R x n)."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step(p, group)
-        return loss
-
-    def _step(self, p: Tensor, group: dict[str, Any]) -> None:
+    def step_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
         tall = p.shape[0] >= p.shape[1]
         grad = p.grad.T if tall else p.grad  # type: ignore[union-attr]
         state = self.state[p]

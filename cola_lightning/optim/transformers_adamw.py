@@ -40,7 +40,27 @@ def decay_weights(p: Tensor, group: dict[str, Any]) -> None:
         p.mul_(1 - group["lr"] * group["weight_decay"])
 
 
-class TransformersAdamW(Optimizer):
+class StepEachParameter(Optimizer):
+    """Optimizer that updates one parameter at a time, in ``step_parameter`` of a subclass."""
+
+    def step_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Update a parameter that has a gradient, by the options of its group."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.step_parameter(p, group)
+        return loss
+
+
+class TransformersAdamW(StepEachParameter):
     """AdamW with eps added before the bias correction, and weight decay after the update.
 
     The authors' optimizers of GaLore, Fira and APOLLO use it for the parameters that they do not project: embedding,
@@ -64,19 +84,7 @@ class TransformersAdamW(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step(p, group)
-        return loss
-
-    def _step(self, p: Tensor, group: dict[str, Any]) -> None:
+    def step_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         state.setdefault("step", 0)
         normed, size = advance_moments(state, p.grad, group)  # type: ignore[arg-type]
