@@ -405,7 +405,7 @@ class CLI(LightningCLI):
         folders = [*checkpoint.absolute().parents[:2], *([run_dir] if run_dir else [])]
         kept = (folder / TOKENIZER for folder in folders if (folder / TOKENIZER / "tokenizer.json").is_file())
         state = read_state(checkpoint)
-        self.datamodule.begin_from(state, next(kept, None), training=self.subcommand == "fit")
+        self.datamodule.begin_from(state, next(kept, None), training=self.subcommand == "fit", path=checkpoint)
         name = type(self.datamodule).__qualname__
         if self.subcommand == "fit" and not isinstance(state.get(name), dict):
             raise incomplete(checkpoint, f"position in the data ({name})")

@@ -8,15 +8,28 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import Dataset
+from typing_extensions import TypedDict
 
-from cola_lightning.data.identity import Identity, compare_runs, content_of
+from cola_lightning.data.identity import Identity, StoredIdentity, StoredTokenizer, compare_runs, content_of
 from cola_lightning.data.loader import EvalLoader
 from cola_lightning.data.once import tell_all
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError, hide_secrets
+from cola_lightning.stored_data import check_stored
 
 IDENTITY = "identity"
 """What the state of every data module of this package has: what the run's data is."""
+_ALTERED = "it was altered; take another checkpoint, or begin a new run with its weights by --weights_only_start true"
+
+
+class StoredState(TypedDict):
+    """State of a data module in a checkpoint. A subclass adds its position."""
+
+    identity: StoredIdentity
+
+
+class _OtherIdentity(TypedDict):
+    tokenizer: StoredTokenizer
 
 
 def rows_of_a_step(rows: int | None, tokens: int | None, sequence_length: int) -> int | None:
@@ -65,6 +78,8 @@ class TokenDataModule(L.LightningDataModule):
     _run_tokenizer: Path | None = None
     _chosen: Tokenizer | None = None
     _stage: str = "fit"
+    _state_type: type = StoredState
+    """Shape of the state of this data module in a checkpoint."""
 
     @property
     def identity(self) -> Identity | None:
@@ -79,28 +94,36 @@ class TokenDataModule(L.LightningDataModule):
 
     # -- what the run began with --------------------------------------------------------------------------------------
 
-    def begin_from(self, checkpoint: dict[str, Any], run_tokenizer: Path | None, training: bool) -> None:
+    def begin_from(
+        self,
+        checkpoint: dict[str, Any],
+        run_tokenizer: Path | None,
+        training: bool,
+        path: object = "the checkpoint",
+    ) -> None:
         """Learn what a run began with, before any data is read: Lightning loads states only after ``setup``.
 
         Args:
             checkpoint: State of the whole checkpoint that the run goes on from, or that is evaluated.
             run_tokenizer: Folder of the tokenizer that the run keeps beside its checkpoints.
             training: Whether the run goes on.
+            path: The checkpoint, for messages.
 
         Raises:
             InputError: If the settings of this data are not those that the run began with, or the run's data is of
-                another kind.
+                another kind, or its state was altered.
         """
         state = checkpoint.get(type(self).__qualname__)
         if state:
             self._run_tokenizer = run_tokenizer
-            self._remember(state, training)
+            self._remember(state, training, path)
             return
         for name, other in checkpoint.items():
             if not isinstance(other, dict) or IDENTITY not in other:
                 continue
             if not training:  # a model may be evaluated on any text, but only with its own tokenizer
                 self._run_tokenizer = run_tokenizer
+                check_stored(other[IDENTITY], _OtherIdentity, f"{path} in {name}.{IDENTITY}", _ALTERED)
                 self._began_with = {"fixed": {}, "free": {}, "tokenizer": other[IDENTITY]["tokenizer"]}
             else:
                 raise InputError(
@@ -121,14 +144,15 @@ class TokenDataModule(L.LightningDataModule):
             if hasattr(self, "tokenizer"):  # setup is done, which else compares
                 self._compare()
 
-    def _remember(self, state: dict[str, Any], training: bool) -> None:
+    def _remember(self, state: dict[str, Any], training: bool, path: object = "the checkpoint") -> None:
         """Keep what the run began with, and refuse settings that differ."""
-        self._began_with = state.get(IDENTITY)
-        if not self._began_with:
+        if isinstance(state, dict) and not state.get(IDENTITY):
             raise InputError(
-                "the checkpoint does not say what data it was trained on, so that its position in it cannot be used; "
+                f"{path} does not say what data it was trained on, so that its position in it cannot be used; "
                 "begin a new run, with --model.initial_weights to go on from its weights"
             )
+        check_stored(state, self._state_type, f"{path} in {type(self).__qualname__}", _ALTERED)
+        self._began_with = state[IDENTITY]
         self._chosen = None  # to be chosen with the run's in mind
         compare_runs(self._began_with, self._settings(), training)
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from cola_lightning.data.base import IDENTITY, TokenDataModule, rows_of_a_step
+from cola_lightning.data.base import IDENTITY, StoredState, TokenDataModule, rows_of_a_step
 from cola_lightning.data.cache import cache_folder
 from cola_lightning.data.held_out import HeldOut
 from cola_lightning.data.identity import Identity
@@ -21,12 +21,16 @@ from cola_lightning.data.prepared import PreparedCorpus, is_prepared
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.rows import PackedRows, PaddedRows
 from cola_lightning.data.sources import DataFiles, Found, Source, TextCorpus, find
-from cola_lightning.data.stream import OneRank, StreamError, StreamLoader
+from cola_lightning.data.stream import LoaderState, OneRank, StreamError, StreamLoader
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.data.validation import ValidationSet
 from cola_lightning.errors import InputError
 
 Corpus = TextCorpus | PreparedCorpus
+
+
+class _State(StoredState, LoaderState):
+    pass
 
 
 class C4DataModule(TokenDataModule):
@@ -72,6 +76,8 @@ class C4DataModule(TokenDataModule):
     Raises:
         InputError: For values that cannot work.
     """
+
+    _state_type = _State
 
     def __init__(
         self,
@@ -318,8 +324,8 @@ class C4DataModule(TokenDataModule):
 
     # -- identity -----------------------------------------------------------------------------------------------------
 
-    def _remember(self, state: dict[str, Any], training: bool) -> None:
-        super()._remember(state, training)
+    def _remember(self, state: dict[str, Any], training: bool, path: object = "the checkpoint") -> None:
+        super()._remember(state, training, path)
         if self._pin(state[IDENTITY]) and self._held_out:  # from Python, where this comes after setup
             self.prepare_data()
             self.setup(self._stage)

@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from fsspec.core import url_to_fs
+from typing_extensions import TypedDict
 
 from cola_lightning.data.remote import is_local, path_of, storage_options
 from cola_lightning.data.retry import Retry
 from cola_lightning.errors import InputError
+from cola_lightning.stored_data import Count, Scalar
 
 READ_WHOLE = 64 << 20
 """Bytes that files may hold together for each to be read whole; of larger ones, samples are taken."""
@@ -27,6 +29,43 @@ _SAMPLE, _SAMPLES = 4096, 16
 _ON_HUB = re.compile(r"^hf://(?P<repository>.+?)@(?P<commit>[0-9a-f]{40})/")
 
 Identity = dict[str, Any]
+
+
+class StoredTokenizer(TypedDict):
+    """A tokenizer in an identity."""
+
+    name: str | None
+    fingerprint: str
+
+
+class StoredSource(TypedDict):
+    """A source in an identity; see :func:`describe_files`."""
+
+    title: str
+    column: str
+    place: str
+    commit: str | None
+    files: Count
+    names: str
+    paths: str | None
+    bytes: Count | None
+    sizes: str | None
+    contents: str | None
+    prepared: str | None
+    revision: NotRequired[str | None]
+    weight: NotRequired[float]
+
+
+class StoredIdentity(TypedDict):
+    """What a checkpoint holds of a run's data; see :func:`compare_runs`."""
+
+    fixed: dict[str, Scalar]
+    free: dict[str, Scalar]
+    tokenizer: StoredTokenizer
+    sources: NotRequired[list[StoredSource]]
+    validation: NotRequired[StoredSource | None]
+    ids: NotRequired[str | None]
+    failed: NotRequired[bool]
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -7,17 +7,21 @@ workers are given lanes, so a change of their number moves lanes about and touch
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from cola_lightning.data.held_out import HeldOut
-from cola_lightning.data.passes import ENCODED_TOGETHER, Corpus, Document, Reader, SourceReaders
+from cola_lightning.data.passes import ENCODED_TOGETHER, Corpus, Document, Reader, ReaderState, SourceReaders
 from cola_lightning.data.rows import IGNORE
+from cola_lightning.errors import InputError
+from cola_lightning.stored_data import Count
 
-__all__ = ["ENCODED_TOGETHER", "Batch", "Corpus", "Lane", "MakeLanes", "RowShape"]
+__all__ = ["ENCODED_TOGETHER", "Batch", "Corpus", "Lane", "LaneState", "MakeLanes", "RowShape"]
 
 Batch = dict[str, Tensor]
 
@@ -25,6 +29,26 @@ Batch = dict[str, Tensor]
 # reading. Of a longer one the state tells the place, because copying megabytes for each batch would take time that
 # grows with the square of the document's length.
 IDS_IN_STATE = 2048
+
+
+class RestState(TypedDict):
+    """What is left over of a document, in a :class:`LaneState`."""
+
+    source: Count
+    shard: Count
+    row: Count
+    begin: Count
+    ids: NotRequired[list[Annotated[int, Ge(0), Lt(2**31)]]]
+
+
+class LaneState(TypedDict):
+    """A state of :class:`Lane`; each list has an entry for each source."""
+
+    readers: list[ReaderState]
+    documents: list[Count]
+    tokens: list[Count]
+    held_out: list[Count]
+    rest: RestState | None
 
 
 @dataclass
@@ -170,8 +194,13 @@ class Lane:
             ids = np.concatenate((np.zeros(rest["begin"], dtype=np.int32), left))
         else:
             corpus = self.sources[self._rest_of].readers[self.index].corpus
-            _, document = next(iter(corpus.read(shard, row)))
-            [ids] = corpus.encode([document])
+            found = next(iter(corpus.read(shard, row)), None) if shard < len(corpus.shards) else None
+            if found is None:
+                raise InputError(
+                    f"the checkpoint places a lane in row {row} of shard {shard} of {corpus.title}, which there is "
+                    "not; it was altered, take another checkpoint"
+                )
+            [ids] = corpus.encode([found[1]])
         self._rest, self._begin = Document(ids, shard, row), rest["begin"]
 
 
@@ -224,6 +253,13 @@ class MakeLanes:
 
     def __call__(self, indices: Iterable[int], states: dict[str, dict[str, Any]]) -> Lanes:
         indices = list(indices)
+        for lane, state in states.items():
+            entries = {len(state[key]) for key in ("readers", "documents", "tokens", "held_out") if key in state}
+            if entries != {len(self.corpora)} or ((rest := state["rest"]) and rest["source"] >= len(self.corpora)):
+                raise InputError(
+                    f"the checkpoint's state of lane {lane} is not one of {len(self.corpora)} sources; it was altered, "
+                    "take another checkpoint"
+                )
         sources = []
         for number, corpus in enumerate(self.corpora):
             readers = {

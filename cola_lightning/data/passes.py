@@ -20,12 +20,15 @@ the next pass begins for all of them when no stretch has a document left.
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from random import Random
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
+from annotated_types import Ge, Le
+from typing_extensions import TypedDict
 
 from cola_lightning.data.held_out import HeldOut
 from cola_lightning.errors import InputError
+from cola_lightning.stored_data import Count
 
 ENCODED_TOGETHER = 64  # documents; enough to keep a tokenizer's threads busy
 ENCODED_CHARACTERS = 2_000_000  # at most, unless one document alone has more
@@ -87,6 +90,12 @@ def divide(shards: Sequence[int], lane: int, lanes: int) -> list[tuple[int, Shar
         first, last = max(begin - place * lanes, 0), min(end - place * lanes, lanes)
         stretch.append((shards[place], Share(first, last, lanes)))
     return stretch
+
+
+ReaderState = TypedDict(
+    "ReaderState", {"pass": Count, "unit": Count, "row": Count, "taken": Count, "through": Annotated[int, Ge(0), Le(1)]}
+)
+"""A state of :class:`Reader`."""
 
 
 class Reader:

@@ -14,15 +14,38 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from typing_extensions import TypedDict
 
-from cola_lightning.data.lanes import Batch, Lanes
+from cola_lightning.data.lanes import Batch, Lanes, LaneState
 from cola_lightning.data.passes import PassEndError
 from cola_lightning.data.rows import add_step_tokens
 from cola_lightning.errors import InputError
 from cola_lightning.signals import leave_signals_to_parent
+from cola_lightning.stored_data import Count
 
 States = dict[str, dict[str, Any]]
 """State of each lane, by its number."""
+
+
+class Assignment(TypedDict):
+    """How lanes are dealt out, in a state of :class:`StreamLoader`."""
+
+    at: Count
+    replicas: Count
+    workers: Count
+    jointly: bool
+    began: Count
+    always: bool
+    passes: Count
+
+
+class LoaderState(TypedDict):
+    """A state of :class:`StreamLoader`, of all ranks."""
+
+    batches: Count
+    dealt: Assignment
+    lanes: dict[str, LaneState]
+
 
 MakeSomeLanes = Callable[[Iterable[int], States], Lanes]
 """``f(lanes, states)`` makes lanes that go on at their states, or begin where they have none."""

@@ -12,7 +12,7 @@ from datasets import Dataset, Features, List, Value, load_from_disk
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset as Rows
 
-from cola_lightning.data.base import IDENTITY, TokenDataModule, rows_of_a_step
+from cola_lightning.data.base import IDENTITY, StoredState, TokenDataModule, rows_of_a_step
 from cola_lightning.data.cache import cache_folder, is_whole
 from cola_lightning.data.documents import find_files, read_documents
 from cola_lightning.data.identity import Identity, describe_files, fingerprint_files
@@ -22,10 +22,15 @@ from cola_lightning.data.retry import Retry
 from cola_lightning.data.rows import Documents, PackedRows, PaddedRows
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
+from cola_lightning.stored_data import Count
 
 CACHE_FORMAT = 2
 IDS = "ids.json"
 """File in a cached corpus: a digest of the ids of each part."""
+
+
+class _State(StoredState):
+    position: Count
 
 
 class TextDataModule(TokenDataModule):
@@ -55,6 +60,8 @@ class TextDataModule(TokenDataModule):
     Raises:
         InputError: If ``sequence_length`` is below 2 or ``batch_size`` below 1.
     """
+
+    _state_type = _State
 
     def __init__(
         self,

@@ -1,0 +1,125 @@
+"""Data that was read back from a file, and has another shape than it was written in, is refused in one line."""
+
+import re
+from typing import NotRequired
+
+import pytest
+from typing_extensions import TypedDict
+
+from cola_lightning.data import C4DataModule, TextDataModule
+from cola_lightning.errors import InputError
+from cola_lightning.stored_data import Count, StoredDataError, check_stored, shape_of
+
+
+class Inner(TypedDict):
+    name: str | None
+    steps: list[Count]
+
+
+class Outer(TypedDict):
+    inner: Inner
+    rate: float
+    flag: NotRequired[bool]
+
+
+GOOD = {"inner": {"name": None, "steps": [1, 2]}, "rate": 1, "more": object()}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"rate": 1.0}, "FILE holds no inner; REMEDY"),
+        ({**GOOD, "inner": {"name": "x"}}, "FILE holds no inner.steps; REMEDY"),
+        (
+            {**GOOD, "inner": {"name": 3, "steps": []}},
+            "FILE sets inner.name to 3, which should be a valid string; REMEDY",
+        ),
+        ({**GOOD, "inner": {"name": "", "steps": [1, "os.system"]}}, "FILE sets inner.steps.1 to 'os.system', which"),
+        ({**GOOD, "inner": {"name": "", "steps": [-1]}}, "FILE sets inner.steps.0 to -1, which should be greater than"),
+        ({**GOOD, "inner": {"name": "", "steps": [10**30]}}, f"FILE sets inner.steps.0 to {10**30}, which should be"),
+        (
+            {**GOOD, "inner": {"name": "", "steps": [True]}},
+            "FILE sets inner.steps.0 to True, which should be a valid int",
+        ),
+        ({**GOOD, "flag": "yes"}, "FILE sets flag to 'yes', which should be a valid boolean; REMEDY"),
+        ({**GOOD, "rate": "x" * 500}, f"FILE sets rate to '{'x' * 79} …, which should be a valid number"),
+        ([], "FILE holds [], which should be a valid dictionary; REMEDY"),
+        (None, "FILE holds None, which should be a valid dictionary; REMEDY"),
+    ],
+)
+def test_the_first_value_of_another_shape_is_named_with_its_place(content, said):
+    with pytest.raises(StoredDataError, match=re.escape(said)) as caught:
+        check_stored(content, Outer, "FILE", "REMEDY")
+    assert "\n" not in str(caught.value)
+
+
+def test_data_of_the_shape_is_accepted_with_what_else_it_holds():
+    check_stored(GOOD, Outer, "FILE", "REMEDY")
+
+
+def test_an_example_states_a_shape():
+    example = {"a.b": {"done": 3, "best": None, "list": [1]}, "on": True, "rate": 0.5}
+    check_stored(example, shape_of(example), "FILE", "REMEDY")
+    for change in ({"on": 1}, {"a.b": {"done": "x", "best": None, "list": []}}, {"rate": "x"}):
+        with pytest.raises(StoredDataError, match="which should be a valid"):
+            check_stored(example | change, shape_of(example), "FILE", "REMEDY")
+
+
+# -- states of data modules -------------------------------------------------------------------------------------------
+
+SOURCE = dict.fromkeys(["commit", "paths", "bytes", "sizes", "contents", "prepared"]) | {
+    "title": "corpus", "column": "text", "place": "a server", "files": 1, "names": "",
+}  # fmt: skip
+IDENTITY = {
+    "fixed": {},
+    "free": {},
+    "tokenizer": {"name": None, "fingerprint": "0"},
+    "sources": [SOURCE],
+    "validation": SOURCE,
+}
+READER = {"pass": 0, "unit": 0, "row": 0, "taken": 0, "through": 0}
+LANE = {"readers": [READER], "documents": [0], "tokens": [0], "held_out": [0], "rest": None}
+DEALT = {"at": 0, "replicas": 1, "workers": 1, "jointly": True, "began": 0, "always": True, "passes": 0}
+STATES = {
+    TextDataModule: {"position": 0, "identity": IDENTITY},
+    C4DataModule: {"batches": 0, "dealt": DEALT, "lanes": {"0": LANE}, "identity": IDENTITY},
+}
+
+
+def places(tree, path=()):
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [path] * bool(path) + [place for key, each in items for place in places(each, (*path, key))]
+
+
+def changed(tree, path, value):
+    """A copy with another value at a place; without it if the value is ``...``."""
+    key, *below = path
+    copy = dict(tree) if isinstance(tree, dict) else list(tree)
+    if below:
+        copy[key] = changed(tree[key], below, value)
+    elif value is ...:
+        del copy[key]
+    else:
+        copy[key] = value
+    return copy
+
+
+def data_module(kind, folder):
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / "a.txt").write_text("a")
+    return kind([str(folder / "corpus")]) if kind is TextDataModule else kind(str(folder / "corpus"))
+
+
+@pytest.mark.parametrize("kind", STATES, ids=lambda kind: kind.__name__)
+def test_no_state_of_a_data_module_is_used_whose_shape_was_altered(kind, tmp_path):
+    """Each value in turn is replaced by one that none of them can be, and each key that is always there is left out."""
+    module, state = data_module(kind, tmp_path), STATES[kind]
+    for place in places(state):
+        name = ".".join(map(str, place))
+        with pytest.raises(InputError, match=rf"FILE in {kind.__name__} (sets|holds) .*{re.escape(name)}"):
+            module.begin_from({kind.__name__: changed(state, place, {1, 2})}, None, training=True, path="FILE")
+        if not isinstance(place[-1], int) and place[-1] not in ("sources", "validation", "0", "identity"):
+            with pytest.raises(
+                InputError, match=rf"FILE in {kind.__name__} holds no {re.escape(name)}; it was altered"
+            ):
+                module.begin_from({kind.__name__: changed(state, place, ...)}, None, training=True, path="FILE")
