@@ -8,6 +8,7 @@ from tests.record_curves import (
     ALONE,
     ASSET,
     METHODS,
+    STEPS,
     STRATEGIES,
     TOLERANCE,
     difference,
@@ -25,6 +26,8 @@ def test_every_method_and_strategy_is_recorded():
     names = {name.rpartition("@")[0] for name in STORED}
     assert {*ALONE_HERE, *(f"strategy/{name}/none" for name in ("auto", "ddp", "fsdp2"))} <= names
     assert {f"method/{name}" for name in METHODS} - names == {"method/muon"}
+    shorter = {name: len(curve["loss"]) for name, curve in STORED.items() if len(curve["loss"]) != STEPS}
+    assert shorter == {"method/sst@64-true": 16}
 
 
 @pytest.mark.parametrize(
