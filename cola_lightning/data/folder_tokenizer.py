@@ -95,7 +95,7 @@ class FolderTokenizer(Tokenizer):
             InputError: If a text is no valid Unicode, or has an id that the network lacks.
         """
         try:
-            encodings = self.fast.encode_batch(texts, add_special_tokens=True)
+            encodings = self.fast.encode_batch_fast(texts, add_special_tokens=True)
         except TypeError as error:  # what the library says of half a surrogate pair
             raise InputError("a text is no valid Unicode; repair it") from error
         rows, before = [], len(self.prefix)

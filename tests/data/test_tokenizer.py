@@ -99,3 +99,13 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
     FastTokenizer(Unigram([("a", -1.0), ("b", -1.0)])).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(InputError, match="names no eos_token"):
         Tokenizer.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["unigram", "byte-level BPE"])
+def test_ids_are_those_of_the_library_for_each_document_whole_however_long(kind, texts, tmp_path):
+    """The library's own ``encode`` of one whole text says what is right."""
+    trained = kind == "byte-level BPE"
+    tokenizer = Tokenizer.train(iter(texts), 300) if trained else Tokenizer.load(str(t5_like(tmp_path / "t5")))
+    documents = ["", "a", "ab  ba \n\n é 漢字 😀\t c " * 9_000, "abc" * 50_000]
+    whole = [tokenizer.fast.encode(text, add_special_tokens=False).ids for text in documents]
+    assert tokenizer.encode(documents) == [[*ids, tokenizer.eos_id] for ids in whole]
