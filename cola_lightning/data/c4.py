@@ -343,6 +343,11 @@ class C4DataModule(TokenDataModule):
         if len(pinned) != len(named) or pinned == named:
             return False
         *self.sources, self.validation = pinned
+        kept = [
+            (source.title, source.revision) for source, before in zip(pinned, named, strict=True) if source != before
+        ]
+        for title, commit in dict.fromkeys(kept):
+            rank_zero_info(f"{title} is read at commit {commit}, which the run began with")
         return True
 
     def _settings(self) -> Identity:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from jsonargparse import auto_cli
+from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cola_lightning.data.lanes import ENCODED_TOGETHER
@@ -60,8 +61,10 @@ def prepare(
     for split in splits or [source.split]:
         target = Path(folder).expanduser() / split
         begun = _begun(target)
-        if begun and begun.get("format") == FORMAT and source.revision == begun["revision"]:
-            revision = begun["identity"]["commit"]  # the hub's files as they were when it was begun
+        same = begun if begun and begun.get("format") == FORMAT and source.revision == begun["revision"] else None
+        if same and (commit := same["identity"]["commit"]):  # the hub's files as they were when it was begun
+            revision = commit
+            rank_zero_info(f"{source.title} is read at commit {commit}, which {target} was begun with")
         corpus = TextCorpus(replace(source, split=split, revision=revision), encoder, retry)
         _prepare_split(corpus, target, source.revision, num_workers)
         revision = corpus.identity()["commit"] or revision  # all splits are of one commit

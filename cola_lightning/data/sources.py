@@ -74,7 +74,9 @@ def find(source: Source, retry: Retry) -> Found:
     Raises:
         InputError: If the data set, its revision or configuration does not exist.
     """
-    builder = retry.call(lambda: _resolve(source), source.title)
+    # What is waited for: where files are named by their addresses, the title is only their format.
+    asked = next(iter(_addresses(source)), source.title)
+    builder = retry.call(lambda: _resolve(source), asked)
     # Each file once, though patterns may overlap; and none that is not whole yet, or is a copy.
     files = {
         str(split): [name for name in dict.fromkeys(map(str, some)) if not name.endswith(UNFINISHED)]

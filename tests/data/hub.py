@@ -14,14 +14,20 @@ PAGE = 50  # entries of a folder that are listed in one answer
 class Hub:
     """Serves ``FOLDER/datasets/OWNER/NAME`` and ``FOLDER/models/OWNER/NAME``, each with the one branch ``main``.
 
-    ``busy[path]`` are the statuses that the next requests for a path end with, before it is answered.
+    ``busy[path]`` are the statuses that the next requests for a path end with, before it is answered. ``newer[name]``
+    are folders that later commits of a repository hold; the last of them is ``main``.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.requests, self.busy = folder, [], {}
+        self.folder, self.requests, self.busy, self.newer = folder, [], {}, {}
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def commits(self, kind: str, name: str) -> dict[str, Path]:
+        """The folder that each commit of a repository holds, the newest last."""
+        folders = [self.folder / kind / name, *self.newer.get(name, [])]
+        return {sha1(f"{name}@{number}".encode()).hexdigest(): folder for number, folder in enumerate(folders)}
 
     def close(self) -> None:
         self.server.shutdown()
@@ -47,13 +53,14 @@ class _Handler(BaseHTTPRequestHandler):
             kind, rest = ("datasets", rest) if kind == "datasets" else ("models", [kind, *rest])
         if kind not in ("datasets", "models") or len(rest) < 2:
             return self.missing("EntryNotFound")
-        folder = self.hub.folder / kind / rest[0] / rest[1]
-        if not folder.is_dir():
+        commits = self.hub.commits(kind, "/".join(rest[:2]))
+        if not all(folder.is_dir() for folder in commits.values()):
             return self.missing("RepoNotFound")
-        commit = sha1(str(rest[:2]).encode()).hexdigest()
         verb, revision, inside = next(iter(rest[2:]), None), next(iter(rest[3:]), "main"), "/".join(rest[4:])
-        if revision not in ("main", commit):
+        commit = list(commits)[-1] if revision == "main" else revision
+        if commit not in commits:
             return self.missing("RevisionNotFound")
+        folder = commits[commit]
         if verb in (None, "revision"):
             return self.object({"id": "/".join(rest[:2]), "sha": commit, "siblings": []})
         if verb == "tree":

@@ -1,23 +1,51 @@
-"""Data modules that stream from the hub; started by test_hub.py, because the hub's address is read at import.
+"""Runs that stream from the hub, each in a fork of this process, because one import then serves them all.
 
-Standard input names the runs, one JSON object a line: ``arguments``, ``ranks``, ``batches``. What each rank saw, or the
-error that it ended with, is one JSON object a line of standard output.
+test_hub.py starts it, with the hub's address in the environment, where the hub's client reads it at import. Standard
+input names the jobs, one JSON object a line; the answer to each is one JSON line, a list with an object for each rank:
+
+* ``arguments``, ``ranks``, ``batches``: make a data module, and say what each rank saw, or the error it ended with;
+* ``command``: run the command line with these arguments, and say its exit status and what it wrote.
+
+``cold`` empties the hub's cache before, and ``offline`` is HF_HUB_OFFLINE.
 """
 
 import json
 import os
+import shutil
+import signal
 import socket
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 
+import datasets
+import huggingface_hub
+import lightning as L
 import torch.distributed as dist
 
+from cola_lightning.cli import main as command_line
 from cola_lightning.data import C4DataModule, Source
 from cola_lightning.errors import InputError
 from tests.data.test_c4 import ready, take
 
 
-def run(arguments: dict, ranks: int, rank: int, batches: int) -> dict:
+class KillAt(L.Callback):
+    """Kill the process after an optimizer step, once its checkpoint is written.
+
+    Args:
+        step: Which.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stream(arguments: dict, ranks: int, rank: int, batches: int) -> dict:
     sources = arguments.pop("sources", None)
     validation = arguments.pop("validation", None)
     data = C4DataModule(
@@ -31,33 +59,67 @@ def run(arguments: dict, ranks: int, rank: int, batches: int) -> dict:
     seen = [batch["input_ids"].tolist() for batch in take(data, batches)]
     texts = [data.tokenizer.decode(row) for batch in seen for row in batch]
     held_out = [data.tokenizer.decode(batch["input_ids"][0].tolist()) for batch in data.val_dataloader()]
-    return {"texts": texts, "held_out": held_out, "shards": len(data._corpora[0].shards), "ledger": data.ledger()}
+    return {"texts": texts, "held_out": held_out, "shards": len(data._corpora[0].shards)}
+
+
+def stream_on_rank(job: dict, rank: int, port: int) -> dict:
+    warnings.simplefilter("ignore")
+    try:
+        if job["ranks"] > 1:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            dist.init_process_group("gloo", rank=rank, world_size=job["ranks"])
+        return stream(job["arguments"], job["ranks"], rank, job["batches"])
+    except InputError as error:
+        return {"error": str(error)}
+
+
+def run(job: dict, folder: Path) -> list[dict]:
+    """Fork for each rank, and collect what they say."""
+    if job.get("cold"):
+        shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(job.get("ranks", 1)):
+        if child := os.fork():
+            children.append(child)
+            continue
+        # Standard output is the answer's.
+        output = os.open(folder / f"said.{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        status = 1
+        try:
+            if job.get("offline"):  # which both clients read at import
+                huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+            if "command" in job:
+                command_line(job["command"])
+            else:
+                (folder / f"seen.{rank}").write_text(json.dumps(stream_on_rank(job, rank, port)))
+            status = 0
+        except SystemExit as exit:
+            status = exit.code
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    answers = []
+    for rank, child in enumerate(children):
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        answer = {"status": status, "said": (folder / f"said.{rank}").read_text()}
+        seen = folder / f"seen.{rank}"
+        if seen.exists():
+            answer |= json.loads(seen.read_text())
+            seen.unlink()
+        answers.append(answer)
+    return answers
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
-    for line in sys.stdin:
-        job = json.loads(line)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = []
-        for rank in range(job["ranks"]):
-            if child := os.fork():
-                children.append(child)
-                continue
-            try:
-                if job["ranks"] > 1:
-                    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                    dist.init_process_group("gloo", rank=rank, world_size=job["ranks"])
-                seen = run(job["arguments"], job["ranks"], rank, job["batches"])
-            except InputError as error:
-                seen = {"error": str(error)}
-            sys.stdout.write(json.dumps(seen) + "\n")
-            sys.stdout.flush()
-            os._exit(0)
-        for child in children:
-            os.waitpid(child, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        for line in sys.stdin:
+            print(json.dumps(run(json.loads(line), Path(folder))), flush=True)
 
 
 if __name__ == "__main__":

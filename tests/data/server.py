@@ -9,12 +9,13 @@ from pathlib import Path
 
 class Server:
     """Serves the files of a folder. ``faults[name]`` are used up one by each GET of that file: a number below 1 drops
-    the connection after that share of the file, a number above is the status to answer with, None is no fault.
+    the connection after that share of the file, a number above is the status to answer with, None is no fault. An event
+    is waited for before the answer.
 
     Clients that hear of no ``ranges`` read a file as one stream; others fetch blocks of some megabytes."""
 
     def __init__(self, folder: Path) -> None:
-        self.faults: dict[str, list[float | None]] = defaultdict(list)
+        self.faults: dict[str, list[float | threading.Event | None]] = defaultdict(list)
         self.requests: list[str] = []
         self.ranges = "none"
         self.tags: dict[str, str] = {}  # the ETag of a file, where the server knows one
@@ -43,6 +44,9 @@ class _Handler(SimpleHTTPRequestHandler):
         self.owner.requests.append(name)
         faults = self.owner.faults[name]
         fault = faults.pop(0) if faults else None
+        if isinstance(fault, threading.Event):
+            fault.wait()
+            fault = None
         if fault is None:
             super().do_GET()
         elif fault > 1:

@@ -2,18 +2,21 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 import zstandard
 
+from cola_lightning.data.prepared import PreparedCorpus
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.sources import Source, TextCorpus, find
 from cola_lightning.data.tokenizer import Tokenizer
@@ -97,50 +100,53 @@ def arguments(name: str, cache: Path) -> dict:
     return written | small
 
 
-def run(hub: Hub, jobs: list[dict], home: Path, **environment) -> list[dict]:
-    environment = (
-        os.environ
-        | {
-            "HF_ENDPOINT": hub.url,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(home),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(REPOSITORY),
-            "no_proxy": "127.0.0.1",
-        }
-        | environment
-    )
-    result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("hub_runs.py")],
-        input="\n".join(map(json.dumps, jobs)),
-        env=environment,
+@pytest.fixture(scope="module")
+def run(hub, tmp_path_factory):
+    """A function that runs a job of hub_runs.py, and returns what each of its ranks answered."""
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path_factory.mktemp("home")),
+        "PYTHONPATH": str(REPOSITORY),
+        "no_proxy": "127.0.0.1",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.data.hub_runs"],
         cwd=REPOSITORY,
-        capture_output=True,
+        env=environment,
         text=True,
-        timeout=240,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
-    seen = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    assert len(seen) == sum(job["ranks"] for job in jobs), result.stderr
-    return seen
+
+    def run(**job) -> list[dict]:
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    with process:
+        yield run
 
 
 @pytest.fixture(scope="module")
-def seen(hub, tmp_path_factory) -> dict[str, dict]:
+def seen(hub, run, tmp_path_factory) -> dict[str, dict]:
     """What a run over each of the layouts saw; of C4 while the hub is busy."""
     shard = "datasets/allenai/c4/resolve/{}/en/c4-validation.00000-of-00001.json.gz"
-    commit = "0" * 40
+    [commit] = hub.commits("datasets", "allenai/c4")
     hub.busy = {"datasets/allenai/c4/resolve/main/README.md": [503], shard.format(commit): [429, 503]}
     cache = tmp_path_factory.mktemp("cache")
-    jobs = [
-        {"arguments": arguments(name, cache), "ranks": 1, "batches": 40 if name != "c4" else 20} for name in LAYOUTS
-    ]
-    return dict(zip(LAYOUTS, run(hub, jobs, tmp_path_factory.mktemp("home")), strict=True))
+    seen = {}
+    for name in LAYOUTS:
+        [seen[name]] = run(arguments=arguments(name, cache), ranks=1, batches=10)
+    assert not any(hub.busy.values()), "the hub was not asked while it was busy"
+    return seen
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_layout_is_streamed_and_validated_on(seen, name):
     found = seen[name]
     assert "error" not in found
+    assert found["status"] == 0, found["said"]
     begins = {
         "c4": ("cfour",),
         "mixture": ("cfour", "fineweb"),
@@ -160,18 +166,18 @@ def test_each_layout_is_streamed_and_validated_on(seen, name):
         assert not set(found["held_out"]) & set(found["texts"])
     else:
         assert all(text.strip().startswith("held") for text in found["held_out"])
-    for text in set(found["texts"]):
-        assert found["texts"].count(text) <= 1 or len(found["texts"]) > 100
+    # Forty rows of a document each, of sixty documents at least.
+    assert len(set(found["texts"])) == len(found["texts"]) == 40
 
 
-def test_one_rank_asks_the_hub_for_all(hub, tmp_path):
+def test_one_rank_asks_the_hub_for_all(hub, run, tmp_path):
     """Everything but the shards is asked for once, by two ranks with a worker each as by one."""
-    hub.busy = {}
     asked = []
     for ranks in (1, 2):
         hub.requests.clear()
-        job = {"arguments": arguments("c4", tmp_path / str(ranks)), "ranks": ranks, "batches": 2}
-        assert all("error" not in rank for rank in run(hub, [job], tmp_path / f"home{ranks}"))
+        found = run(arguments=arguments("c4", tmp_path / str(ranks)), ranks=ranks, batches=2, cold=True)
+        assert [rank["status"] for rank in found] == [0] * ranks, found
+        assert not any("error" in rank for rank in found)
         asked.append([request for request in hub.requests if ".json.gz" not in request and "harness" not in request])
     assert sorted(asked[0]) == sorted(asked[1])
     assert len(asked[0]) <= 25
@@ -180,13 +186,72 @@ def test_one_rank_asks_the_hub_for_all(hub, tmp_path):
     assert sum("/revision/" in request for request in asked[0]) <= 1
 
 
-def test_offline_is_said_at_once(hub, tmp_path):
-    job = {"arguments": arguments("c4", tmp_path) | {"retry_wait": 60.0}, "ranks": 1, "batches": 1}
-    job["arguments"]["tokenizer"] = str(hub.folder / "models/someone/words")
-    began = time.monotonic()
-    [found] = run(hub, [job], tmp_path / "home", HF_HUB_OFFLINE="1")
+def test_offline_is_said_at_once(hub, run, tmp_path):
+    settings = arguments("c4", tmp_path) | {"retry_wait": 600.0, "tokenizer": str(hub.folder / "models/someone/words")}
+    hub.requests.clear()
+    [found] = run(arguments=settings, ranks=1, batches=1, offline=True, cold=True)
     assert "allenai/c4/en is not on this machine, and HF_HUB_OFFLINE is set" in found["error"]
-    assert time.monotonic() - began < 60
+    assert not hub.requests
+
+
+def test_a_run_keeps_to_the_commit_of_the_hub_that_it_began_with(hub, run, tmp_path):
+    """Killed, and gone on with when the hub's main has moved on, it ends with the weights of one left alone."""
+    newer = tmp_path / "newer"
+    shutil.copytree(hub.folder / "datasets/allenai/c4", newer)
+    for number, shard in enumerate(sorted(newer.glob("en/c4-train.*"))):
+        write_shard(shard, sentences(f"newer{number} ", 4))
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    flags = {f"model.{name}": size for name, size in sizes.items()}
+    flags |= {"model.num_attention_heads": 2, "model.projection.rank": 4, "data.tokenizer": "someone/words"}
+    flags |= {"data.batch_size": 4, "data.global_batch_size": 4, "data.validation_tokens": 300}
+    flags |= {"data.shuffle_buffer": 4, "data.cache_dir": tmp_path / "cache", "trainer.accelerator": "cpu"}
+    flags |= {"trainer.devices": 1, "trainer.max_steps": 5, "trainer.val_check_interval": 3}
+    flags |= {"trainer.enable_progress_bar": "false", "checkpoint.every_n_train_steps": 2}
+    fit = ["fit", f"--config={REPOSITORY}/configs/cola_60m.yaml", *(f"--{name}={flags[name]}" for name in flags)]
+    [whole] = run(command=[*fit, f"--run_dir={tmp_path}/whole"])
+    assert whole["status"] == 0, whole["said"]
+    run_dir = f"--run_dir={tmp_path}/killed"
+    kill = ["--trainer.callbacks+=tests.data.hub_runs.KillAt", "--trainer.callbacks.step=3"]
+    [killed] = run(command=[*fit, run_dir, *kill])
+    assert killed["status"] == -signal.SIGKILL, killed["said"]
+    [began] = hub.commits("datasets", "allenai/c4")
+    hub.newer["allenai/c4"] = [newer]
+    hub.requests.clear()
+    [resumed] = run(command=[*fit, run_dir, "--ckpt_path=last"])
+    asked = {request for request in hub.requests if "c4-train" in request}
+    [fresh] = run(arguments=arguments("c4", tmp_path), ranks=1, batches=1)
+    assert all(text.strip().startswith("newer") for text in fresh["texts"])  # main did move
+    assert resumed["status"] == 0, resumed["said"]
+    assert f"allenai/c4/en is read at commit {began}, which the run began with" in resumed["said"]
+    assert asked
+    assert all(f"/resolve/{began}/" in request for request in asked)
+    weights = [
+        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "killed")
+    ]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def test_prepare_keeps_to_the_commit_of_the_hub_that_it_began_with(hub, run, tmp_path):
+    name, last = "HuggingFaceFW/fineweb-edu", "sample/10BT/002_00000.parquet"
+    newer = tmp_path / "newer"
+    shutil.copytree(hub.folder / "datasets" / name, newer)
+    write_parquet(newer / last, sentences("newer ", 7))
+    config = tmp_path / "prepare.yaml"
+    config.write_text(json.dumps({"source": {"path": name, "name": "sample-10BT"}, "folder": f"{tmp_path}/made"}))
+    command = ["prepare", f"--config={config}", "--tokenizer=someone/words", "--num_workers=1"]
+    [began] = hub.commits("datasets", name)
+    hub.busy = {f"datasets/{name}/resolve/{began}/{last}": [403] * 9}
+    [broken] = run(command=command)
+    assert broken["status"] == 2, broken["said"]
+    assert f"{last} (row 0) cannot be read" in broken["said"]
+    hub.busy, hub.newer[name] = {}, [newer]
+    [finished] = run(command=command)
+    assert finished["status"] == 0, finished["said"]
+    assert (
+        f"{name}/sample-10BT is read at commit {began}, which {tmp_path}/made/train was begun with" in finished["said"]
+    )
+    assert PreparedCorpus(Source(f"{tmp_path}/made")).index["documents"] == 3 * 60
 
 
 def test_a_package_that_is_missing_for_a_bucket_is_named(monkeypatch):

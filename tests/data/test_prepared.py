@@ -2,7 +2,9 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from cola_lightning.data.sources import Source, TextCorpus
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from tests.data.conftest import sentences, write_shard
+from tests.data.server import Server
+from tests.data.test_stream import alive
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -168,29 +172,53 @@ def test_source_without_a_document(run, tmp_path, source):
         run(source=Source("json", data_files=f"{tmp_path}/empty.json.gz"))
 
 
-def test_verb_reads_its_file_and_is_killed_and_run_again(source, c4, tmp_path):
-    """SIGKILL while it works; what was finished stays, and its processes go with it."""
-    for number in range(3, 40):
-        write_shard(tmp_path / "text" / f"train-{number:02}.json.gz", sentences(f"{number}", 400))
-    settings = {"source": {"path": source.path}, "folder": f"{tmp_path}/made", "tokenizer": f"{c4}/tokenizer"}
+def test_verb_reads_its_file_and_is_killed_and_run_again(c4, tmp_path):
+    """SIGKILL while its processes wait for a server; what was finished stays, and its processes go with it."""
+    names = [f"train-{number}.json.gz" for number in range(6)]
+    for name in names:
+        write_shard(tmp_path / name, sentences(name, 30))
+    server, answers = Server(tmp_path), threading.Event()
+    server.faults |= {name: [None, answers] for name in names[3:]}  # the first is asked whether it is there
+    settings = {
+        "source": {"path": "json", "data_files": [f"{server.url}/{name}" for name in names]},
+        "folder": f"{tmp_path}/made",
+        "tokenizer": f"{c4}/tokenizer",
+    }
     config = tmp_path / "prepare.yaml"
     config.write_text(json.dumps(settings))
     command = [sys.executable, "-m", "cola_lightning", "prepare", "--config", str(config), "--num_workers", "2"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
     folder = tmp_path / "made" / "train"
-    until = time.monotonic() + 60
-    while len(list(folder.glob("000*.json"))) < 3 and time.monotonic() < until:
-        time.sleep(0.01)
+    while len(list(folder.glob("000*.json"))) < 3 or [*map(server.requests.count, names[3:5])] != [2, 2]:
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = children_of(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = {file: file.stat().st_mtime_ns for file in folder.glob("000*.ids.bin")}
-    assert 3 <= len(finished) < 40
-    time.sleep(0.3)
-    assert {file: file.stat().st_mtime_ns for file in folder.glob("000*.ids.bin")} == finished
+    assert [file.name for file in sorted(finished)] == [f"{number:05}.ids.bin" for number in range(3)]
+    assert len(children) >= 2
+    until = time.monotonic() + 60
+    while any(alive(child) for child in children) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not any(alive(child) for child in children)
     assert not (folder / "index.json").exists()
+    answers.set()
     main(["--config", str(config), "--num_workers=1"])
+    server.close()
     assert finished.items() <= {file: file.stat().st_mtime_ns for file in folder.glob("000*.ids.bin")}.items()
-    PreparedCorpus(Source(f"{tmp_path}/made")).verify()
+    corpus = PreparedCorpus(Source(f"{tmp_path}/made"))
+    corpus.verify()
+    assert corpus.index["documents"] == 6 * 30
+
+
+def children_of(process: int) -> list[int]:
+    """The processes that a process has started."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # one that ends at this moment
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    return [child for child, parent in parents.items() if parent == process]
 
 
 def test_no_workers_is_refused(run):
