@@ -13,7 +13,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import TypedDict
 
+from cola_lightning.errors import InputError
+from cola_lightning.stored_data import Count, StoredDataError, check_stored
 from cola_lightning.training.settings import keep_patience
 
 NOTE = "validated"
@@ -21,6 +24,11 @@ NOTE = "validated"
 
 The checkpoint of a step is written before its validation, and the next may be far: a run that is killed between the two
 would not validate the step again, and would have lost the best value so far, or how long there was none better."""
+
+
+class _Note(TypedDict):
+    steps: list[Count]
+    callbacks: dict[str, dict[Any, Any]]
 
 
 def note_validation(trainer: L.Trainer) -> None:
@@ -58,7 +66,10 @@ def restore_validated(trainer: L.Trainer) -> None:
     keep_patience(trainer, states)
     for callback in trainer.callbacks:
         if callback.state_key in states:
-            callback.load_state_dict(states[callback.state_key])
+            try:
+                callback.load_state_dict(states[callback.state_key])
+            except StoredDataError as error:
+                raise InputError(f"the file {NOTE} beside the checkpoint {error}; or delete it") from error
 
 
 def _states(trainer: L.Trainer) -> dict[str, Any]:
@@ -79,7 +90,8 @@ def _read(folder: Path) -> dict[str, Any]:
     """The note; empty where there is none that can be read, so that the step is validated again."""
     try:
         note = torch.load(folder / NOTE, map_location="cpu", weights_only=True)
-        return note if isinstance(note, dict) else {}
+        check_stored(note, _Note, folder / NOTE, "")
+        return note
     except Exception:  # missing, cut short, or something else
         return {}
 

@@ -106,7 +106,10 @@ def _devices(devices: int | str | list) -> int:
         devices = [each for each in devices.split(",") if each.strip()] if "," in devices else devices
     if isinstance(devices, list):
         return len(devices)
-    return 1 if devices == "auto" or int(devices) < 1 else int(devices)
+    try:
+        return 1 if devices == "auto" or int(devices) < 1 else int(devices)
+    except ValueError:
+        raise InputError(f"--trainer.devices is {devices}; it must be a number, a list of numbers, or auto") from None
 
 
 def _describe(callback: CoLAM) -> str:

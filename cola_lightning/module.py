@@ -23,6 +23,7 @@ from cola_lightning.batching import (
     step_tokens_of_all_ranks,
     tell_step_tokens,
 )
+from cola_lightning.checkpoints.restore import check_progress, first_step_explained
 from cola_lightning.data.rows import IGNORE
 from cola_lightning.errors import InputError
 from cola_lightning.initial import begin_with
@@ -172,6 +173,7 @@ class LanguageModel(L.LightningModule):
         self._stored_settings: list[dict[str, Any]] | None = None  # of the run that wrote the checkpoint
         self._stored_position = 0  # of its schedule, in steps
         self.transforms: list[Callable[[Llama], None]] = []
+        self._is_restored = False  # and no step made since
         self._has_weights = initial_weights is not None  # others than those drawn
         self._transformed = 0  # how many of them the network has
         self._finished = False  # compiled or sharded, so that no transform can follow
@@ -305,7 +307,9 @@ class LanguageModel(L.LightningModule):
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Make the step, and where it is to be logged, log the mean over all tokens of all ranks since the last log;
         the device is asked no more often. By the end of a batch, when a checkpoint may be written, it is logged."""
-        super().optimizer_step(*arguments, **options)
+        with first_step_explained(self.trainer.ckpt_path) if self._is_restored else nullcontext():
+            super().optimizer_step(*arguments, **options)
+        self._is_restored = False
         if not self.trainer.fit_loop._should_accumulate():  # DeepSpeed comes here for every micro-batch
             self._step_tokens = None
         if not at_log_step(self.trainer, uncounted=1):  # it is counted when this returns
@@ -326,6 +330,8 @@ class LanguageModel(L.LightningModule):
         checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer:
+            check_progress(checkpoint, self.trainer)
         trains = self._trainer and self.trainer.state.fn == TrainerFn.FITTING
         averages = trains and any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)
         if trains and not averages and "current_model_state" in checkpoint:
@@ -334,7 +340,7 @@ class LanguageModel(L.LightningModule):
                 "the checkpoint holds an average of weights, of the callback WeightAveraging or EMAWeightAveraging, "
                 "which is not among --trainer.callbacks; name it again to go on"
             )
-        self._stored_settings = checkpoint.get("optimizer_settings")
+        self._stored_settings, self._is_restored = checkpoint.get("optimizer_settings"), trains
         if schedules := checkpoint.get("lr_schedulers"):
             # ``restore_settings`` steps the schedule there. Its own state may be that of a schedule of another class.
             self._stored_position, checkpoint["lr_schedulers"] = schedules[0]["last_epoch"], []

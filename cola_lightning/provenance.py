@@ -9,8 +9,11 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from typing_extensions import TypedDict
 
+from cola_lightning.data.identity import StoredSource
 from cola_lightning.errors import InputError
+from cola_lightning.stored_data import check_stored
 
 RUN, TOKENIZER = "run.json", "tokenizer"
 LIBRARIES = ("cola-lightning", "torch", "lightning", "deepspeed", "tokenizers", "datasets")
@@ -69,6 +72,18 @@ def commit() -> str | None:
         return None
 
 
+class _Data(TypedDict, total=False):
+    sources: list[StoredSource]
+
+
+class _Run(TypedDict, total=False):
+    """What ``run.json`` says, as far as it is used."""
+
+    commit: str | None
+    libraries: dict[str, str]
+    data: _Data | None
+
+
 def read_provenance(run_dir: Path | None) -> dict[str, Any]:
     """What ``run.json`` says; nothing where there is none.
 
@@ -84,6 +99,5 @@ def read_provenance(run_dir: Path | None) -> dict[str, Any]:
         raise InputError(
             f"{file} cannot be read as JSON: {error}; remove it, and its facts are not recorded"
         ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("libraries", {}), dict):
-        raise InputError(f"{file} is not what a run writes; remove it to do without its facts")
+    check_stored(content, _Run, file, "remove the file, to do without its facts")
     return content

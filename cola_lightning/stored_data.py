@@ -19,6 +19,10 @@ Count = Annotated[int, Ge(0), Le(2**62)]
 Scalar = bool | int | float | str | None
 
 
+ALTERED = "it was altered; take another checkpoint, or begin a new run with its weights by --weights_only_start true"
+"""What to do about a checkpoint."""
+
+
 class StoredDataError(InputError):
     """Data that was read back has another shape than it was written in."""
 
@@ -50,29 +54,37 @@ def check_stored(content: object, kind: Any, place: object, remedy: str) -> None
             shown = shown if len(shown) <= 80 else f"{shown[:80]} …"
             wanted = str(first["msg"]).replace("Input should", "should", 1)
             problem = f"sets {key} to {shown}, which {wanted}" if key else f"holds {shown}, which {wanted}"
-        raise StoredDataError(f"{place} {' '.join(problem.split())}; {remedy}") from None
+        raise StoredDataError(f"{place} {' '.join(problem.split())}; {remedy}".strip()) from None
 
 
-def shape_of(example: Any) -> Any:
-    """The type that states the shape of an example: the keys of its dicts, each with a value of the same type. Whole
-    numbers are counts; where the example has None, or a list, anything may stand that is so or is one."""
+def shape_of(example: Any, total: bool = True) -> Any:
+    """The type that states the shape of an example: the keys of its dicts, each with a value of the same type.
+
+    Args:
+        example: Nested dicts, lists, numbers and texts. Whole numbers in it are counts. Where it has None, anything may
+            stand.
+        total: Whether every key must be there.
+    """
     if isinstance(example, Mapping):
-        return TypedDict("Stored", {key: shape_of(value) for key, value in example.items()})  # type: ignore[operator]
+        fields = {key: shape_of(value, total) for key, value in example.items()}
+        return TypedDict("Stored", fields, total=total)  # type: ignore[operator]
     if isinstance(example, bool) or not isinstance(example, int):
-        return Any if example is None else type(example)
+        plain = isinstance(example, bool | float | str | list)
+        return type(example) if plain else Any if example is None else _instance_of(type(example))
     return Count
+
+
+def _instance_of(kind: type) -> Any:
+    from pydantic import InstanceOf
+
+    return InstanceOf[kind]  # type: ignore[valid-type]
 
 
 @lru_cache(maxsize=64)
 def _adapter(kind: Any) -> Any:
-    from pydantic import ConfigDict, TypeAdapter
+    from pydantic import TypeAdapter
 
-    return TypeAdapter(kind, config=None if _has_config(kind) else ConfigDict(arbitrary_types_allowed=True))
-
-
-def _has_config(kind: Any) -> bool:
-    """Whether pydantic takes the configuration from the type itself, as it does for a TypedDict."""
-    return hasattr(kind, "__total__")
+    return TypeAdapter(kind)
 
 
 def _follow(content: Any, steps: tuple[Any, ...]) -> tuple[str, Any]:

@@ -5,8 +5,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
+from typing_extensions import TypedDict
 
 from cola_lightning.module import LanguageModel
+from cola_lightning.stored_data import ALTERED, check_stored
 
 PERPLEXITY, BEST = "val/perplexity", "val/perplexity_best"
 METRICS = (PERPLEXITY, BEST, "val/perplexity_as_published", "train/loss")
@@ -14,6 +16,10 @@ TRAINER = ("max_steps", "gradient_clip_val", "accumulate_grad_batches", "precisi
 DATA = ("batch_size", "global_batch_size", "sequence_length")
 # TensorBoard lists what the first run that it finds has; with these, a full-rank run does not hide them in others.
 LISTED = {"projection.rank": 0.0, "callbacks": ""}
+
+
+class _State(TypedDict):
+    best: float
 
 
 class HyperParameters(L.Callback):
@@ -27,6 +33,7 @@ class HyperParameters(L.Callback):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_stored(state_dict, _State, "in the state of HyperParameters", ALTERED)
         self.best = state_dict["best"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:

@@ -14,16 +14,26 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import TypedDict
 
 from cola_lightning.callbacks.loggers import write_text
 from cola_lightning.errors import InputError
 from cola_lightning.module import LanguageModel, at_log_step
 from cola_lightning.provenance import run_folder
 from cola_lightning.rollback import find_checkpoint, go_back
+from cola_lightning.stored_data import ALTERED, Count, check_stored
 
 
 class TrainingDivergedError(InputError):
     """A run that neither skipping steps nor going back could save."""
+
+
+class _State(TypedDict):
+    skipped: Count
+    rollbacks: Count
+    in_a_row: Count
+    good_step: Count
+    values: TypedDict("_Values", {"loss": list[float], "gradient norm": list[float]})
 
 
 class LossGuard(L.Callback):
@@ -89,10 +99,12 @@ class LossGuard(L.Callback):
         return counts | {"values": {name: list(spikes.values) for name, spikes in self.spikes.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state = dict(state_dict)
-        for name, values in state.pop("values").items():
-            self.spikes[name].values.extend(values)
-        vars(self).update(state)
+        check_stored(state_dict, _State, "in the state of LossGuard", ALTERED)
+        state = state_dict
+        for name, spikes in self.spikes.items():
+            spikes.values.extend(state["values"][name])
+        for name in ("skipped", "rollbacks", "in_a_row", "good_step"):
+            setattr(self, name, state[name])
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 

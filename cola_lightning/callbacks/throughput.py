@@ -7,13 +7,19 @@ from typing import Any
 
 import lightning as L
 import torch
+from typing_extensions import TypedDict
 
 from cola_lightning.costs import Flops, Run, gpu_reported
 from cola_lightning.data.rows import IGNORE
 from cola_lightning.module import LanguageModel, at_log_step
+from cola_lightning.stored_data import ALTERED, Count, check_stored
 
 FETCH = "[_TrainingEpochLoop].train_dataloader_next"
 """What Lightning tells its profiler that it does while it takes the next batch from the loader."""
+
+
+class _State(TypedDict):
+    tokens: Count
 
 
 class Throughput(L.Callback):
@@ -52,6 +58,7 @@ class Throughput(L.Callback):
         return {"tokens": self.tokens + self._carried + since}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_stored(state_dict, _State, "in the state of Throughput", ALTERED)
         self.tokens, self._carried = 0, state_dict["tokens"]
         self._restart_clock()
 

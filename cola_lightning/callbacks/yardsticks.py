@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from cola_lightning.data.rows import IGNORE
+from cola_lightning.stored_data import ALTERED, StoredDataError
 
 
 class Yardsticks(L.Callback):
@@ -40,6 +41,9 @@ class Yardsticks(L.Callback):
         return {"train": self._counted()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        counts = state_dict.get("train")
+        if not isinstance(counts, Tensor) or counts.is_floating_point() or counts.dim() != 1:
+            raise StoredDataError(f"in the state of Yardsticks sets train to {counts!r:.80}, not to counts; {ALTERED}")
         self._carried, self._train = state_dict["train"], torch.zeros_like(self._train)
 
     def on_train_batch_end(

@@ -4,14 +4,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import lightning
+import torch
+from annotated_types import Ge, Len
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.distributed import DistError
+from torch.optim import Optimizer
+from typing_extensions import TypedDict
 
 from cola_lightning.checkpoints.formats import Format, format_of, read_state
 from cola_lightning.checkpoints.trust import read_index
 from cola_lightning.errors import InputError
+from cola_lightning.stored_data import ALTERED, Count, StoredDataError, check_stored, shape_of
 
 FLAG = "--weights_only_start"
 
@@ -50,6 +57,82 @@ def incomplete(path: Path, missing: str) -> InputError:
     )
 
 
+class _Schedule(TypedDict):
+    last_epoch: Count
+
+
+class _Progress(TypedDict, total=False):
+    """What this package takes out of a checkpoint, apart from weights and the states of callbacks and data."""
+
+    global_step: Count
+    callbacks: dict[str, dict[Any, Any]]
+    lr_schedulers: list[_Schedule]
+    optimizer_settings: list[dict[str, Any]]
+    micro_batches: Annotated[int, Ge(1)]
+    train_loss: Annotated[list[float], Len(2, 2)]
+
+
+def check_progress(checkpoint: Mapping[str, Any], trainer: "lightning.Trainer") -> None:
+    """Check the counts of a checkpoint that is about to be restored, and what else is plain data of known shape.
+
+    Lightning takes over any value, and fails with it later: after an epoch, or in the first validation.
+
+    Raises:
+        StoredDataError: Names the first that is of another shape than a run writes.
+    """
+    check_stored(checkpoint, _Progress, "", ALTERED)
+    for schedule in checkpoint.get("lr_schedulers", []):
+        if schedule["last_epoch"] > checkpoint["global_step"]:  # its steps are made again one by one
+            raise StoredDataError(
+                f"holds a schedule that is at step {schedule['last_epoch']}, after {checkpoint['global_step']} steps "
+                f"of the optimizer; {ALTERED}"
+            )
+    loops = {
+        "fit": ("fit_loop", trainer.fit_loop),
+        "validate": ("validate_loop", trainer.validate_loop),
+        "test": ("test_loop", trainer.test_loop),
+        "predict": ("predict_loop", trainer.predict_loop),
+    }
+    name, loop = loops[trainer.state.fn.value]
+    if checkpoint.get("loops") is not None:
+        # Another release may write more or fewer counts; Lightning says which of them it cannot do without.
+        kind = TypedDict("_Loops", {name: shape_of(loop.state_dict(), total=False)})  # type: ignore[misc]
+        check_stored(checkpoint["loops"], kind, "in loops", ALTERED)
+    for callback in trainer.callbacks:
+        state = checkpoint.get("callbacks", {}).get(callback.state_key)
+        if isinstance(callback, EarlyStopping) and state is not None:
+            check_stored(state, shape_of(callback.state_dict()), f"in callbacks.{callback.state_key}", ALTERED)
+
+
+@contextmanager
+def first_step_explained(path: object) -> Iterator[None]:
+    """Turn an error of the optimizer itself, in the first step after its state was restored, into one line. A state may
+    hold another key or shape than the optimizer makes, which torch takes over and stumbles over here."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, AssertionError, ValueError, RuntimeError) as error:
+        of_machine = (torch.OutOfMemoryError, torch.AcceleratorError, DistError)
+        if isinstance(error, (InputError, *of_machine)) or not _in_optimizer(error):
+            raise
+        raise InputError(
+            f"{path} holds a state that the optimizer cannot go on from ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}); {ALTERED}"
+        ) from error
+
+
+def _in_optimizer(error: BaseException) -> bool:
+    """Whether it arose in an optimizer's step, and not in the forward or backward pass that the step calls."""
+    inside, trace = False, error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_name
+        if isinstance(trace.tb_frame.f_locals.get("self"), Optimizer):
+            inside = True
+        elif name in ("closure", "training_step", "backward"):
+            inside = False
+        trace = trace.tb_next
+    return inside
+
+
 @contextmanager
 def restore_explained() -> Iterator[None]:
     """Turn what goes wrong while Lightning restores a checkpoint, whatever it is, into one line; and what Lightning
@@ -60,6 +143,10 @@ def restore_explained() -> Iterator[None]:
     """
     try:
         yield
+    except StoredDataError as error:
+        if (path := _restored(error)) is None or str(path) in str(error):
+            raise
+        raise InputError(f"{path} {error}") from error
     except InputError:
         raise
     except Exception as error:
@@ -96,5 +183,9 @@ def _restored(error: BaseException) -> Any:
             "restore" in code.co_name or "resume" in code.co_name
         ):
             return frame.f_locals["self"].trainer.ckpt_path
+        if code.co_name == "restore_settings" and code.co_filename.endswith("module.py"):
+            return frame.f_locals["self"].trainer.ckpt_path
+        if code.co_name == "go_back" and code.co_filename.endswith("rollback.py"):
+            return frame.f_locals["path"]
         trace = trace.tb_next
     return None

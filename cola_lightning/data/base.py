@@ -15,11 +15,10 @@ from cola_lightning.data.loader import EvalLoader
 from cola_lightning.data.once import tell_all
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError, hide_secrets
-from cola_lightning.stored_data import check_stored
+from cola_lightning.stored_data import ALTERED, check_stored
 
 IDENTITY = "identity"
 """What the state of every data module of this package has: what the run's data is."""
-_ALTERED = "it was altered; take another checkpoint, or begin a new run with its weights by --weights_only_start true"
 
 
 class StoredState(TypedDict):
@@ -123,7 +122,7 @@ class TokenDataModule(L.LightningDataModule):
                 continue
             if not training:  # a model may be evaluated on any text, but only with its own tokenizer
                 self._run_tokenizer = run_tokenizer
-                check_stored(other[IDENTITY], _OtherIdentity, f"{path} in {name}.{IDENTITY}", _ALTERED)
+                check_stored(other[IDENTITY], _OtherIdentity, f"{path} in {name}.{IDENTITY}", ALTERED)
                 self._began_with = {"fixed": {}, "free": {}, "tokenizer": other[IDENTITY]["tokenizer"]}
             else:
                 raise InputError(
@@ -151,7 +150,7 @@ class TokenDataModule(L.LightningDataModule):
                 f"{path} does not say what data it was trained on, so that its position in it cannot be used; "
                 "begin a new run, with --model.initial_weights to go on from its weights"
             )
-        check_stored(state, self._state_type, f"{path} in {type(self).__qualname__}", _ALTERED)
+        check_stored(state, self._state_type, f"{path} in {type(self).__qualname__}", ALTERED)
         self._began_with = state[IDENTITY]
         self._chosen = None  # to be chosen with the run's in mind
         compare_runs(self._began_with, self._settings(), training)

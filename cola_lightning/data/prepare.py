@@ -16,15 +16,18 @@ import numpy as np
 from jsonargparse import auto_cli
 from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing_extensions import TypedDict
 
+from cola_lightning.data.identity import StoredSource
 from cola_lightning.data.lanes import ENCODED_TOGETHER
-from cola_lightning.data.prepared import FORMAT, INDEX, PLAN, TOKENIZER, read_record
+from cola_lightning.data.prepared import FORMAT, INDEX, PLAN, TOKENIZER, StoredShard, read_record
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.sources import Source, TextCorpus
 from cola_lightning.data.stream import die_with
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError, hide_secrets
 from cola_lightning.parser import Parser
+from cola_lightning.stored_data import StoredDataError, check_stored
 
 
 def prepare(
@@ -75,6 +78,11 @@ def main(args: list[str]) -> None:
     auto_cli(prepare, args=args, prog="cola_lightning prepare", parser_class=Parser, as_positional=False)
 
 
+class _Plan(TypedDict):
+    identity: StoredSource
+    revision: str | None
+
+
 def _prepare_split(corpus: TextCorpus, folder: Path, revision: str | None, num_workers: int) -> None:
     dtype = "<u2" if corpus.tokenizer.vocab_size <= 2**16 else "<i4"
     fixed = {
@@ -115,7 +123,17 @@ def _begun(folder: Path) -> dict[str, Any] | None:
     plan = read_record(folder / PLAN)
     if plan is None and (folder / PLAN).exists():
         raise InputError(f"{folder / PLAN} is damaged; choose another --folder, or delete this one")
+    if plan and plan.get("format") == FORMAT:
+        check_stored(plan, _Plan, folder / PLAN, "choose another --folder, or delete this one")
     return plan
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    try:
+        check_stored(record, StoredShard, "", "")
+    except StoredDataError:
+        return False
+    return True
 
 
 def _missing(corpus: TextCorpus, folder: Path) -> list[int]:
@@ -123,7 +141,7 @@ def _missing(corpus: TextCorpus, folder: Path) -> list[int]:
     missing, changed = [], []
     for shard, fingerprint in enumerate(corpus.fingerprints):
         record = read_record(folder / _record(shard))
-        if record is None:
+        if record is None or not _is_record(record):
             missing.append(shard)
         elif record.get("fingerprint") != fingerprint:
             changed.append(shard)

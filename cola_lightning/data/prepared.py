@@ -14,19 +14,48 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Len
+from typing_extensions import TypedDict
 
-from cola_lightning.data.identity import Identity
+from cola_lightning.data.identity import Identity, StoredSource
 from cola_lightning.data.passes import WHOLE, Share
 from cola_lightning.data.shards import in_ranges
 from cola_lightning.data.sources import Source
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
+from cola_lightning.stored_data import Count, check_stored
 
 FORMAT = 2
 INDEX, PLAN, TOKENIZER = "index.json", "plan.json", "tokenizer"
+
+
+class _File(TypedDict):
+    bytes: Count
+    sha256: str
+
+
+class StoredShard(TypedDict):
+    """The record of a shard."""
+
+    source: str
+    fingerprint: str
+    record: str
+    documents: Count
+    tokens: Count
+    files: Annotated[dict[str, _File], Len(2, 2)]
+
+
+class _Index(TypedDict):
+    identity: StoredSource
+    tokenizer: str
+    tokenizer_name: str | None
+    dtype: Literal["<u2", "<i4"]
+    documents: Count
+    tokens: Count
+    shards: list[StoredShard]
 
 
 def is_prepared(source: Source) -> bool:
@@ -63,6 +92,7 @@ class PreparedCorpus:
             raise InputError(f"{self.folder / INDEX} is damaged; delete it, and run the same 'prepare' again")
         if self.index.get("format") != FORMAT:
             raise InputError(f"{self.folder} has format {self.index.get('format')}, not {FORMAT}; prepare it anew")
+        check_stored(self.index, _Index, self.folder / INDEX, "delete it, and run the same 'prepare' again")
         self.shards: list[str] = [shard["source"] for shard in self.index["shards"]]
         for shard in self.index["shards"]:
             for name, facts in shard["files"].items():

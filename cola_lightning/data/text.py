@@ -11,6 +11,7 @@ from typing import Any, Literal
 from datasets import Dataset, Features, List, Value, load_from_disk
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset as Rows
+from typing_extensions import TypedDict
 
 from cola_lightning.data.base import IDENTITY, StoredState, TokenDataModule, rows_of_a_step
 from cola_lightning.data.cache import cache_folder, is_whole
@@ -22,11 +23,16 @@ from cola_lightning.data.retry import Retry
 from cola_lightning.data.rows import Documents, PackedRows, PaddedRows
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
-from cola_lightning.stored_data import Count
+from cola_lightning.stored_data import Count, check_stored
 
 CACHE_FORMAT = 2
 IDS = "ids.json"
 """File in a cached corpus: a digest of the ids of each part."""
+
+
+class _Digests(TypedDict):
+    train: str
+    validation: str
 
 
 class _State(StoredState):
@@ -149,6 +155,7 @@ class TextDataModule(TokenDataModule):
     def _load(self, folder: Path) -> tuple[Tokenizer, dict[str, str], Documents, Documents]:
         """All that a cached folder holds."""
         ids = json.loads((folder / IDS).read_text(encoding="utf-8"))
+        check_stored(ids, _Digests, folder / IDS, "delete it")
         parts = (Documents(load_from_disk(folder / name).data.column("ids")) for name in ("train", "validation"))
         return Tokenizer.load(str(folder / "tokenizer")), ids, *parts
 

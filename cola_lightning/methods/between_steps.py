@@ -9,9 +9,11 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.optim import Optimizer
+from typing_extensions import TypedDict
 
 from cola_lightning.errors import InputError
 from cola_lightning.models.layers import Projection
+from cola_lightning.stored_data import ALTERED, check_stored
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -47,6 +49,10 @@ def schedule_cycle(trainer: L.Trainer, argument: str) -> int:
         f"{argument} is not given, and the run's schedule has no cycle_steps to take it from; give a number of steps, "
         f"or set --model.schedule cola_lightning.optim.WarmupCosineRestarts"
     )
+
+
+class _State(TypedDict):
+    seed: int | None
 
 
 class BetweenSteps(L.Callback):
@@ -111,5 +117,6 @@ class BetweenSteps(L.Callback):
         return {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_stored(state_dict, _State, f"in the state of {type(self).__name__}", ALTERED)
         if not self._seed_is_given:
             self.seed = state_dict["seed"]

@@ -28,12 +28,14 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from typing_extensions import TypedDict
 
 from cola_lightning.errors import InputError
 from cola_lightning.methods.between_steps import BetweenSteps, generator
 from cola_lightning.methods.low_rank import check_rank
 from cola_lightning.models.layers import Projection
 from cola_lightning.optim.row_adamw import RowAdamW
+from cola_lightning.stored_data import ALTERED, Count, check_stored
 
 
 class SwitchLoRA(Projection):
@@ -96,6 +98,22 @@ class SwitchLoRA(Projection):
             left, right = right.T, counterpart[rows]
         self.weight.addmm_(left, right, alpha=self.scale)
         switched[rows] = candidates
+
+
+class _Sides(TypedDict):
+    A: Count
+    B: Count
+
+
+class _Recent(TypedDict):
+    A: list[list[Count]]
+    B: list[list[Count]]
+
+
+class _State(TypedDict):
+    pools: list[dict[str, Any]]
+    done: list[_Sides]
+    recent: list[_Recent]
 
 
 class SwitchLoRASwitch(BetweenSteps):
@@ -225,6 +243,7 @@ class SwitchLoRASwitch(BetweenSteps):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        check_stored(state_dict, _State, "in the state of SwitchLoRASwitch", ALTERED)
         self.pools, self.done, self.recent = (state_dict[key] for key in ("pools", "done", "recent"))
 
 

@@ -17,6 +17,9 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from typing_extensions import TypedDict
+
+from cola_lightning.stored_data import ALTERED, check_stored
 
 Group = dict[str, Any]
 ON_DEVICE = ("fused", "capturable")
@@ -56,6 +59,10 @@ class OptimizerSettings:
                 key for key, value in made.items() if key not in before or _as_list(before[key]) != _as_list(value)
             ]
             group.update({key: deepcopy(made[key]) for key in changed if key != "lr"})  # which the schedule sets
+            # A text where a number belongs would come to light in the middle of a step.
+            numbers = [key for key, value in made.items() if type(value) in (int, float) and _is_plain(group.get(key))]
+            kind = TypedDict("_Group", dict.fromkeys(numbers, float))  # type: ignore[misc]
+            check_stored(group, kind, f"in optimizer_states.param_groups.{index}", ALTERED)
             if any(key in changed for key in ON_DEVICE):
                 self._place_steps(group)
         self._replay(position)

@@ -159,7 +159,12 @@ def alter_file(file: Path, draw: random.Random) -> None:
     """A text of settings as the tree that it is, or any file as bytes."""
     if file.suffix in (".json", ".yaml") and draw.random() < 0.7:
         load, dump = (json.loads, json.dumps) if file.suffix == ".json" else (yaml.safe_load, yaml.safe_dump)
-        file.write_text(dump(alter_tree(load(file.read_text()), draw)))
+        try:
+            content = load(file.read_text())
+        except (ValueError, yaml.YAMLError):  # altered before, so that it is no tree any more
+            alter_bytes(file, draw)
+        else:
+            file.write_text(dump(alter_tree(content, draw)))
     else:
         alter_bytes(file, draw)
 
@@ -290,7 +295,8 @@ def cache(draw: random.Random, prepared: Prepared) -> list[str]:
     return ["fit", *prepared.flags, "--data.cache_dir=cache", "--run_dir=out"]
 
 
-CASES: list[Callable[[random.Random, Prepared], list[str]]] = [
+Case = Callable[[random.Random, Prepared], list[str]]
+CASES: list[Case] = [
     run_file, run_file, flags, flags, checkpoint_bytes, checkpoint_content, checkpoint_content, foreign_checkpoint,
     run_directory, exported_folder, exported_folder, data, cache,
 ]  # fmt: skip
@@ -299,7 +305,7 @@ CASES: list[Callable[[random.Random, Prepared], list[str]]] = [
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
-def child(number: int, seed: int, prepared: Prepared, place: Path) -> None:
+def child(case: Case, draw: random.Random, prepared: Prepared, place: Path) -> None:
     """Make a case and run it; ends this process."""
     os.setsid()
     log = os.open(place / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -308,8 +314,6 @@ def child(number: int, seed: int, prepared: Prepared, place: Path) -> None:
     # Under pytest these are not the streams of the process.
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
     os.chdir(place)
-    draw = random.Random(f"{seed}-{number}")
-    case = CASES[number % len(CASES)]
     Path("evil_module.py").write_text("open('TRACE', 'w')\nclass Evil: pass\n")
     sys.path.insert(0, str(place))
     status = 70
@@ -351,14 +355,14 @@ def judge(place: Path, status: int | None) -> str:
     return "line" if code else "right"
 
 
-def run(number: int, seed: int, prepared: Prepared) -> tuple[str, str]:
+def run(case: Case, draw: random.Random, prepared: Prepared) -> tuple[str, str]:
     """What became of a case, and what it printed."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         place = Path(folder, "of", "a", "case")  # away from other files, as a run's directory is looked for above
         place.mkdir(parents=True)
         pid = os.fork()
         if pid == 0:
-            child(number, seed, prepared, place)
+            child(case, draw, prepared, place)
         ends, status = time.monotonic() + SECONDS, None
         while time.monotonic() < ends:
             done, ended = os.waitpid(pid, os.WNOHANG)
@@ -380,7 +384,8 @@ def fuzz(
     for number in numbers:
         if time.monotonic() > ends:
             break
-        found[number] = (CASES[number % len(CASES)].__name__, *run(number, seed, prepared))
+        case, draw = CASES[number % len(CASES)], random.Random(f"{seed}-{number}")
+        found[number] = (case.__name__, *run(case, draw, prepared))
     return found
 
 
