@@ -165,6 +165,7 @@ class C4DataModule(TokenDataModule):
         self._compare()
         self._say_what_was_found()
         self._validation_documents = documents = validation.load()
+        rank_zero_info(f"validate on {documents.summary()} of {validation.corpus.title}")
         if self.row_type == "packed":
             self.validation_rows = PackedRows(documents, self.sequence_length, pad_id, apart)
         else:
@@ -240,7 +241,15 @@ class C4DataModule(TokenDataModule):
                     folders = [source.path] if Path(source.path).expanduser().is_dir() and not source.data_files else []
                     found = self._find(source)
                     others = [name for split, names in found.files.items() if split != source.split for name in names]
-                    for line in describe(corpus.title, corpus.shards, folders, found.filesystem, others):
+                    for line in describe(
+                        corpus.title,
+                        corpus.shards,
+                        folders,
+                        found.filesystem,
+                        others,
+                        found.repeated.get(source.split, 0),
+                        found.unfinished.get(source.split, []),
+                    ):
                         rank_zero_info(f"{kind} {line}")
 
     # -- batches ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import glob
 import importlib.util
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,8 +32,16 @@ def find_files(paths: list[str]) -> list[Path]:
     return sorted(files)
 
 
+def find_left_out(paths: list[str]) -> tuple[int, list[Path]]:
+    """Count the files that several entries name, which are read once, and list those that a pattern matches and that
+    are not read, because their endings are others."""
+    names = Counter(file for entry in paths for file in _expand(entry))
+    others = [file for entry in paths for file in _matches(entry) if not file.name.endswith(SUFFIXES)]
+    return sum(count > 1 for count in names.values()), sorted(set(others))
+
+
 def _expand(entry: str) -> list[Path]:
-    root = _in_package(entry) if entry.startswith("package:") else Path(entry).expanduser()
+    root = _root(entry)
     if root.is_dir():
         # Hidden files and folders are copies and tools' own: .git, .ipynb_checkpoints, the ._x of a Mac.
         return [
@@ -46,8 +55,19 @@ def _expand(entry: str) -> list[Path]:
         if not root.name.endswith(SUFFIXES):
             raise InputError(f"{root} is not one of {', '.join(SUFFIXES)}; convert it or rename it")
         return [root.resolve()]
-    matches = (Path(match) for match in glob.glob(str(root), recursive=True))
-    return [path.resolve() for path in matches if path.name.endswith(SUFFIXES) and path.is_file()]
+    return [path.resolve() for path in _matches(entry) if path.name.endswith(SUFFIXES)]
+
+
+def _matches(entry: str) -> list[Path]:
+    """The files that a pattern matches; none where the entry is a file or folder itself."""
+    root = _root(entry)
+    if root.exists():
+        return []
+    return [path for path in map(Path, glob.glob(str(root), recursive=True)) if path.is_file()]
+
+
+def _root(entry: str) -> Path:
+    return _in_package(entry) if entry.startswith("package:") else Path(entry).expanduser()
 
 
 def _in_package(entry: str) -> Path:

@@ -12,7 +12,13 @@ _NAMED = 3  # files that a line names
 
 
 def describe(
-    title: str, files: Sequence[str], folders: Iterable[str] = (), filesystem: Any = None, others: Sequence[str] = ()
+    title: str,
+    files: Sequence[str],
+    folders: Iterable[str] = (),
+    filesystem: Any = None,
+    others: Sequence[str] = (),
+    repeated: int = 0,
+    left_out: Sequence[str] = (),
 ) -> list[str]:
     """Make the lines that a run says at its start about a source.
 
@@ -22,10 +28,18 @@ def describe(
         folders: Folders on a disk that they were looked for in; what else they hold is listed.
         filesystem: Of the files that are not on a disk, where it is known; asked only for what it knows already.
         others: Files that belong to other splits.
+        repeated: Number of files that several of the user's patterns match.
+        left_out: Files that the user's patterns match, and that are not read.
     """
     sizes = _sizes(files, filesystem)
     known = f", {_bytes(sum(size for size in sizes if size is not None))}" if None not in sizes else ""
-    lines = [f"{title}: {len(files):,} file{'s' * (len(files) != 1)}{known}"]
+    lines = [f"{title}: {_count(len(files), 'file')}{known}"]
+    if repeated:
+        lines.append(f"{title}: {_count(repeated, 'file')} named more than once, read once")
+    in_folders = [Path(folder).expanduser().resolve() for folder in folders]  # whose lines name these too
+    left_out = [name for name in left_out if not any(map(Path(name).resolve().is_relative_to, in_folders))]
+    if left_out:
+        lines.append(f"{title}: left out: {_count(len(left_out), 'other file')} {_some(left_out)}")
     for folder in folders:
         if left := _left_out(
             Path(folder).expanduser(), {Path(name).resolve() for name in [*files, *others] if is_local(name)}
@@ -41,17 +55,23 @@ def _left_out(folder: Path, files: set[Path]) -> list[str]:
             path = Path(root, name)
             hidden, linked = name.startswith("."), path.is_symlink()
             if hidden or linked:
-                groups.setdefault("hidden folders" if hidden else "linked folders", []).append(name)
+                groups.setdefault("hidden folder" if hidden else "linked folder", []).append(name)
         folders[:] = [name for name in folders if not name.startswith(".") and not Path(root, name).is_symlink()]
         for name in sorted(names):
             if Path(root, name).resolve() not in files:
-                kind = "hidden files" if name.startswith(".") else "other files"
+                kind = "hidden file" if name.startswith(".") else "other file"
                 groups.setdefault(kind, []).append(name)
     found = Counter({kind: len(names) for kind, names in groups.items()})
-    return [
-        f"{count} {kind} ({', '.join(groups[kind][:_NAMED])}{', …' * (count > _NAMED)})"
-        for kind, count in sorted(found.items())
-    ]
+    return [f"{_count(count, kind)} {_some(groups[kind])}" for kind, count in sorted(found.items())]
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = [name.replace("\\", "/").rpartition("/")[2] for name in names[:_NAMED]]
+    return f"({', '.join(shown)}{', …' * (len(names) > _NAMED)})"
 
 
 def _sizes(files: Sequence[str], filesystem: Any) -> list[int | None]:

@@ -55,6 +55,10 @@ class Documents:
     def __getitem__(self, index: int) -> np.ndarray:
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
+    def summary(self) -> str:
+        """Say how many they are, and how many tokens they hold."""
+        return f"{len(self):,} document{'s' * (len(self) != 1)}, {len(self.ids):,} tokens"
+
 
 class PaddedRows(Dataset):
     """One document a row, cut at ``length`` with its end-of-document id kept last, and padded on the right.

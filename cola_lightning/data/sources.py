@@ -2,8 +2,9 @@
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,19 @@ class Source:
 
 @dataclass
 class Found:
-    """The files of a data set, by split, and what is known of where they are."""
+    """The files of a data set, by split, and what is known of where they are.
+
+    Args:
+        files: Addresses of the files that are read.
+        filesystem: Of the hub, with the list of its files.
+        unfinished: Addresses that were left out, because their endings say that they are not whole, or are copies.
+        repeated: Number of files that several patterns name; each is read once.
+    """
 
     files: dict[str, list[str]]
     filesystem: Any = None
+    unfinished: dict[str, list[str]] = field(default_factory=dict)
+    repeated: dict[str, int] = field(default_factory=dict)
 
 
 def find(source: Source, retry: Retry) -> Found:
@@ -77,13 +87,16 @@ def find(source: Source, retry: Retry) -> Found:
     # What is waited for: where files are named by their addresses, the title is only their format.
     asked = next(iter(_addresses(source)), source.title)
     builder = retry.call(lambda: _resolve(source), asked)
-    # Each file once, though patterns may overlap; and none that is not whole yet, or is a copy.
-    files = {
-        str(split): [name for name in dict.fromkeys(map(str, some)) if not name.endswith(UNFINISHED)]
-        for split, some in (builder.config.data_files or {}).items()
-    }
-    first = next((file for some in files.values() for file in some if file.startswith("hf://")), None)
-    return Found(files, url_to_fs(first, **storage_options(first))[0] if first else None)
+    found = Found({})
+    for split, some in (builder.config.data_files or {}).items():
+        # Each file once, though patterns may overlap; and none that is not whole yet, or is a copy.
+        names = Counter(map(str, some))
+        found.files[str(split)] = [name for name in names if not name.endswith(UNFINISHED)]
+        found.unfinished[str(split)] = [name for name in names if name.endswith(UNFINISHED)]
+        found.repeated[str(split)] = sum(names[name] > 1 for name in found.files[str(split)])
+    if first := next((file for some in found.files.values() for file in some if file.startswith("hf://")), None):
+        found.filesystem = url_to_fs(first, **storage_options(first))[0]
+    return found
 
 
 class TextCorpus:

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from cola_lightning.data.base import IDENTITY, StoredState, TokenDataModule, rows_of_a_step
 from cola_lightning.data.cache import cache_folder, is_whole
-from cola_lightning.data.documents import find_files, read_documents
+from cola_lightning.data.documents import find_files, find_left_out, read_documents
 from cola_lightning.data.identity import Identity, describe_files, fingerprint_files
 from cola_lightning.data.inventory import describe
 from cola_lightning.data.loader import TrainLoader
@@ -25,7 +25,7 @@ from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from cola_lightning.stored_data import Count, check_stored
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 IDS = "ids.json"
 """File in a cached corpus: a digest of the ids of each part."""
 
@@ -150,6 +150,8 @@ class TextDataModule(TokenDataModule):
         tokenizer, self._ids, train, validation = self._load(folder)
         self.tokenizer = self._known_tokenizer() or tokenizer
         self._compare()
+        for kind, documents in (("train on", train), ("validate on", validation)):
+            rank_zero_info(f"{kind} {documents.summary()}")
         self.train_rows, self.validation_rows = self._rows(train), self._rows(validation)
 
     def _load(self, folder: Path) -> tuple[Tokenizer, dict[str, str], Documents, Documents]:
@@ -219,13 +221,19 @@ class TextDataModule(TokenDataModule):
 
     def _say_what_was_found(self) -> None:
         for kind, paths in (("train on", self.paths), ("validate on", self.validation_paths)):
-            files = [str(file) for file in find_files(paths)] if paths else []
-            folders = [path for path in paths or [] if Path(path).expanduser().is_dir()]
-            for line in describe(", ".join(paths), files, folders) if paths else []:
+            if not paths:
+                continue
+            files = list(map(str, find_files(paths)))
+            folders = [path for path in paths if Path(path).expanduser().is_dir()]
+            repeated, others = find_left_out(paths)
+            for line in describe(", ".join(paths), files, folders, repeated=repeated, left_out=list(map(str, others))):
                 rank_zero_info(f"{kind} {line}")
 
     def _documents(self, paths: list[str], scratch: Path) -> Dataset:
-        arguments = {"paths": paths, "text_column": self.text_column, "separator": self.separator}
+        # A tuple, because the library calls the generator once for each entry of a list, and a file that two entries
+        # name would be read twice.
+        files = tuple(map(str, find_files(paths)))
+        arguments: dict[str, Any] = {"files": files, "text_column": self.text_column, "separator": self.separator}
         # Looked at first, because the library would wrap an error from inside the generator in one of its own.
         if next(_texts(**arguments), None) is None:
             raise InputError(f"{', '.join(paths)} holds no text; every document is empty")
@@ -306,8 +314,8 @@ class TextDataModule(TokenDataModule):
         return self._settings() | {"tokenizer": tokenizer, "ids": self._ids["train"]}
 
 
-def _texts(paths: list[str], text_column: str, separator: str | None) -> Iterator[dict[str, str]]:
-    for text in read_documents(find_files(paths), text_column, separator):
+def _texts(files: tuple[str, ...], text_column: str, separator: str | None) -> Iterator[dict[str, str]]:
+    for text in read_documents(list(map(Path, files)), text_column, separator):
         yield {"text": text}
 
 

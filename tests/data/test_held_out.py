@@ -111,11 +111,43 @@ def test_a_run_says_what_it_found_and_left_out(c4, tmp_path, folder, caplog):
     size = sum(file.stat().st_size for file in folder.glob("*.json.gz"))
     held_out = Source("json", split="validation", data_files=arguments(c4)["data_files"])
     with caplog.at_level(logging.INFO):
-        ready(streamed(c4, path=str(folder), data_files=None, validation=held_out))
+        data = ready(streamed(c4, path=str(folder), data_files=None, validation=held_out))
     found = [line for line in caplog.messages if line.startswith(("train on", "validate on"))]
     assert found[0] == f"train on {folder}: 3 files, {size / 1000:.1f} kB"
     assert found[1] == (
-        f"train on {folder}: left out in {folder}: 1 hidden folders (.git); 1 linked folders (elsewhere); "
+        f"train on {folder}: left out in {folder}: 1 hidden folder (.git); 1 linked folder (elsewhere); "
         f"2 other files (notes.bak, train-9.json.gz.part)"
     )
     assert found[2].startswith("validate on json: 1 file, ")
+    documents, ids = data._validation_documents, data._validation_documents.ids
+    assert found[3] == f"validate on {len(documents)} documents, {len(ids)} tokens of json"
+
+
+def test_a_run_says_what_patterns_name_twice_and_what_they_match_that_is_not_read(c4, tmp_path, folder, caplog):
+    (folder / "train-9.json.gz.part").write_text("x")
+    files = {"train": [f"{folder}/*", f"{folder}/train-[01]*"], "validation": f"{c4}/c4-validation*"}
+    with caplog.at_level(logging.INFO):
+        data = ready(streamed(c4, data_files=files))
+    assert len(data._corpora[0].shards) == 3
+    assert "train on json: 2 files named more than once, read once" in caplog.messages
+    assert "train on json: left out: 1 other file (train-9.json.gz.part)" in caplog.messages
+
+
+def test_text_files_are_counted_and_what_is_left_out_is_said(tmp_path, folder, caplog):
+    (folder / "notes.bak").write_text("x")
+    (folder / "more").mkdir()
+    (folder / "more" / "one.txt").write_text("one more text")
+    paths = [f"{folder}/*", f"{folder}/train-[01]*", f"{folder}/more"]
+    data = TextDataModule(paths=paths, validation_fraction=0.1, vocab_size=300, cache_dir=f"{tmp_path}/c")
+    with caplog.at_level(logging.INFO):
+        data.prepare_data()
+        data.setup("fit")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.name.endswith((".gz", ".txt")))
+    names = ", ".join(paths)
+    assert [line for line in caplog.messages if line.startswith("train on")] == [
+        f"train on {names}: 4 files, {size / 1000:.1f} kB",
+        f"train on {names}: 2 files named more than once, read once",
+        f"train on {names}: left out: 1 other file (notes.bak)",
+        f"train on 541 documents, {len(data.train_rows.ids):,} tokens",
+    ]
+    assert caplog.messages[-1].startswith("validate on 60 documents, ")
