@@ -20,7 +20,6 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.enums import StrEnum
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -52,14 +51,14 @@ from cola_lightning.checkpoints import (
     refuse_code,
 )
 from cola_lightning.checkpoints.folders import check_finite
-from cola_lightning.checkpoints.formats import Format, format_of
+from cola_lightning.checkpoints.formats import weights_in_parts
 from cola_lightning.checkpoints.lock import lock, release
 from cola_lightning.checkpoints.newest import newest_whole
 from cola_lightning.checkpoints.restore import check_complete, incomplete, restore_explained
 from cola_lightning.config_files import ConfigFile
 from cola_lightning.data import prepare
 from cola_lightning.data.base import TokenDataModule
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, UnusableModelError
 from cola_lightning.hub import export
 from cola_lightning.merge_settings import differences, merge_settings, stand_ins
 from cola_lightning.models import Projection
@@ -72,6 +71,7 @@ from cola_lightning.provenance import TOKENIZER, run_folder, write_provenance
 from cola_lightning.signals import LISTENER
 from cola_lightning.strategies import refuse_mismatch, refuse_unknown
 from cola_lightning.trainer_flags import (
+    check_numbers,
     check_settings,
     check_trainer,
     defaults_beside,
@@ -225,6 +225,7 @@ class CLI(LightningCLI):
         for group in ("trainer", "model", "checkpoint") if verb else ():
             if not isinstance(self.config[verb].get(group), Namespace):  # jsonargparse takes a number, and fails later
                 raise InputError(f"--{group} is {self.config[verb].get(group)!r}; it must be a mapping of settings")
+        check_numbers((self.config[verb] if verb else self.config).as_dict())
         if verb and self.config[verb].get("weights_only", True) is not True:
             raise InputError(
                 "--weights_only is fixed: a checkpoint holds tensors and plain data, and nothing else is loaded; leave "
@@ -255,7 +256,7 @@ class CLI(LightningCLI):
             return
         if self.config.subcommand == "fit" and not config.weights_only_start:
             check_complete(path)
-        if not config.allow_nan and rank_zero_only.rank == 0 and format_of(path) is Format.FILE:
+        if not config.allow_nan and rank_zero_only.rank == 0:
             self._check_finite(path)
         stored = model_settings(path)
         check_sizes(stored, path)
@@ -284,12 +285,11 @@ class CLI(LightningCLI):
 
     @staticmethod
     def _check_finite(path: Path) -> None:
-        weights = read_state(path).get("state_dict")
-        tensors = {name: each for name, each in dict(weights or {}).items() if isinstance(each, Tensor)}
-        try:
-            check_finite(tensors, path)
-        except InputError as error:
-            raise InputError(f"{error}, or add --allow_nan true") from error
+        for weights in weights_in_parts(path):
+            try:
+                check_finite(weights, path)
+            except UnusableModelError as error:
+                raise InputError(f"{error}, or add --allow_nan true") from error
 
     def _find_checkpoint(self, config: Any) -> Path | None:
         """The checkpoint that ``--ckpt_path`` means; None where a run is to go on from its last and has none yet."""

@@ -26,6 +26,7 @@ from cola_lightning.batching import (
 from cola_lightning.checkpoints.restore import check_progress, first_step_explained
 from cola_lightning.data.rows import IGNORE
 from cola_lightning.errors import InputError
+from cola_lightning.host_memory import check_memory
 from cola_lightning.initial import begin_with
 from cola_lightning.metrics import Perplexity, PublishedPerplexity, TokenLoss
 from cola_lightning.models import FullRank, Llama, MakeProjection
@@ -223,7 +224,10 @@ class LanguageModel(L.LightningModule):
             return
         rank_zero_info(f"Building a network of {self.parameter_count:,} parameters")
         strategy = self.trainer.strategy if self._trainer else None
-        with torch.device("meta") if builds_lazily(strategy) else nullcontext():
+        lazily = builds_lazily(strategy)
+        if self._trainer and not lazily and self.trainer.strategy.root_device.type == "cpu":
+            check_memory(4 * self.parameter_count, "its weights", "lower --model.hidden_size or another of its sizes")
+        with torch.device("meta") if lazily else nullcontext():
             self.network = self.build()
         self._transformed = 0
         if self.initial_weights:

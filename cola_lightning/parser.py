@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
@@ -45,8 +45,15 @@ class OptionParser(argparse.ArgumentParser):
     """The standard library's parser, which says in one line what it did not understand.
 
     Raises:
-        InputError: For what is typed wrong.
+        InputError: For what is typed wrong, and for whole numbers of more than 64 bits.
     """
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().parse_known_args(*args, **kwargs)
+        for name, value in vars(found[0]).items():
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise InputError(f"--{name} is {value}; it must be below 2^63")
+        return found
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; {self.prog} --help lists the options")

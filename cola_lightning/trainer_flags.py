@@ -1,6 +1,7 @@
 """What the command line makes of Lightning's own flags: callbacks, loggers, and what cannot go together."""
 
 import inspect
+import math
 import re
 from collections.abc import Iterable, Iterator
 from importlib import import_module
@@ -91,6 +92,29 @@ def check_settings(trainer: Any) -> None:
         raise InputError(
             f"--trainer.strategy {strategy} is for notebooks, and cannot start a run of the command line; take ddp"
         )
+
+
+def check_numbers(settings: Any, place: str = "-") -> None:
+    """Refuse settings that are no number (NaN), infinite ones of the model and the data, and whole numbers of more than
+    64 bits, which no library can count with. Comparisons with NaN are false, so that checks of ranges let it through.
+
+    Args:
+        settings: Of a command, nested.
+        place: Where they stand, for the message.
+
+    Raises:
+        InputError: Names the first.
+    """
+    if isinstance(settings, dict | list):
+        entries = settings.items() if isinstance(settings, dict) else enumerate(settings)
+        for key, value in entries:
+            check_numbers(value, f"{place}{'-' if place == '-' else '.'}{key}")
+    elif isinstance(settings, float) and not math.isfinite(settings):
+        flag = place.replace(".init_args", "")
+        if math.isnan(settings) or flag.startswith(("--model.", "--data.")):
+            raise InputError(f"{flag} is {settings}; it must be a finite number")
+    elif isinstance(settings, int) and abs(settings) >= 2**63:
+        raise InputError(f"{place.replace('.init_args', '')} is {settings}; it must be below 2^63")
 
 
 def next_version(folder: Path) -> Path:

@@ -7,6 +7,8 @@
 | DeepSpeed | a folder of DeepSpeed's |
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -31,6 +33,11 @@ _ENGINE = {
     "skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size",
     "checkpoint_parallel_dimensions", "ds_config", "ds_version",
 }  # fmt: skip
+
+
+_MASTERS = {"single_partition_of_fp32_groups", "fp32_flat_groups"}
+"""Under these names ZeRO keeps its float32 weights, beside the states of the optimizer."""
+PART = 2**30
 
 
 class Format(Enum):
@@ -106,6 +113,41 @@ def read(path: str | Path) -> Checkpoint:
     return Checkpoint(weights, state.pop("hyper_parameters", {}), state)
 
 
+def weights_in_parts(path: Path) -> Iterator[dict[str, Tensor]]:
+    """The weights of a checkpoint a few at a time, so that no more than about ``PART`` bytes of them are in memory.
+
+    Those of DeepSpeed are what its ranks hold: whole tensors, or flat pieces of many (ZeRO-3's parameters are in the
+    float32 masters alone).
+
+    Raises:
+        InputError: If it cannot be read, or would run code.
+    """
+    match format_of(path):
+        case Format.FILE:  # mapped
+            yield {name: each for name, each in read_state(path)["state_dict"].items() if isinstance(each, Tensor)}
+        case Format.SHARDS:
+            yield from _shards_in_parts(path)
+        case Format.DEEPSPEED:
+            refuse_code(path)
+            for file in sorted((path / "checkpoint").glob("*.pt")):
+                with plain_data_only(), _deepspeed(path):
+                    state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                optimizer = state.get("optimizer_state_dict") if isinstance(state, dict) else None
+                held = {key: optimizer[key] for key in _MASTERS & set(optimizer or {})}
+                if isinstance(state, dict) and isinstance(state.get("module"), dict):
+                    held |= state["module"]
+                yield {f"{file.name}: {name}": each for name, each in _tensors(held)}
+
+
+def _tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors in nested dicts and lists, each with the keys that lead to it."""
+    if isinstance(content, Tensor):
+        yield name, content
+    elif isinstance(content, dict | list | tuple):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from _tensors(value, f"{name}.{key}".lstrip("."))
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """Everything but sharded weights and optimizer states; tensors of a single file are mapped, not read.
 
@@ -145,24 +187,44 @@ def _describe(state: Any) -> str:
 
 
 def _read_shards(path: Path) -> dict[str, Tensor]:
+    return {name: tensor for part in _shards_in_parts(path) for name, tensor in part.items()}
+
+
+def _shards_in_parts(path: Path) -> Iterator[dict[str, Tensor]]:
     prefix = "state_dict."
     entries = read_index(path).state_dict_metadata
-    tensors = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+    weights = [
+        (key, entry)
         for key, entry in entries.items()
         if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
+    ]
     refuse_code(path)
-    with plain_data_only():
-        sharded.load(tensors, checkpoint_id=path, no_dist=True)
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    while weights:
+        tensors: dict[str, Tensor] = {}
+        while weights and (not tensors or sum(tensor.nbytes for tensor in tensors.values()) < PART):
+            key, entry = weights.pop(0)
+            tensors[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with plain_data_only():
+            sharded.load(tensors, checkpoint_id=path, no_dist=True)
+        yield {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 
 def _read_deepspeed(path: Path) -> dict[str, Tensor]:
     refuse_code(path)
-    try:
+    with plain_data_only(), _deepspeed(path):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-    except ImportError:
-        raise InputError(f"{path} was written by DeepSpeed, which is not installed; pip install deepspeed") from None
-    with plain_data_only(), deepspeed_data():
+
         return get_fp32_state_dict_from_zero_checkpoint(str(path), tag="checkpoint")
+
+
+@contextmanager
+def _deepspeed(path: Path) -> Iterator[None]:
+    """Let its plain data be read, or say that it is not installed."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(deepspeed_data())
+        except ImportError:
+            raise InputError(
+                f"{path} was written by DeepSpeed, which is not installed; pip install deepspeed"
+            ) from None
+        yield

@@ -25,6 +25,7 @@ from cola_lightning.data.stream import LoaderState, OneRank, StreamError, Stream
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.data.validation import ValidationSet
 from cola_lightning.errors import InputError
+from cola_lightning.host_memory import check_batch, check_memory, check_workers
 
 Corpus = TextCorpus | PreparedCorpus
 
@@ -114,6 +115,10 @@ class C4DataModule(TokenDataModule):
         for argument, (value, minimum) in least.items():
             if value < minimum:
                 raise InputError(f"{argument} is {value}; it must be at least {minimum}")
+        check_batch(batch_size, sequence_length)
+        check_workers(num_workers)
+        # The state of each is kept in a checkpoint, and its readers in memory.
+        check_memory(lanes * 2**13, f"--data.lanes {lanes}", "take a small multiple of ranks x workers")
         weights = {source.title: source.weight for source in self.sources}
         if len(weights) < len(self.sources):
             raise InputError("two sources have the same path and name; each may be named once")
@@ -262,6 +267,7 @@ class C4DataModule(TokenDataModule):
                 f"--trainer.overfit_batches {trainer.overfit_batches} is a share of the data, but a stream has no "
                 "length; state a number of batches"
             )
+        check_batch(self.batch_size, self.sequence_length, trainer.accumulate_grad_batches)
         share = self._share()
         if self.num_workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not outlive the fork of a worker

@@ -23,6 +23,7 @@ from cola_lightning.data.retry import Retry
 from cola_lightning.data.rows import Documents, PackedRows, PaddedRows
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
+from cola_lightning.host_memory import check_batch, check_memory, check_workers
 from cola_lightning.stored_data import Count, check_stored
 
 CACHE_FORMAT = 3
@@ -92,6 +93,10 @@ class TextDataModule(TokenDataModule):
             raise InputError(f"sequence_length is {sequence_length}; a row needs at least 2 tokens")
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        check_batch(batch_size, sequence_length)
+        check_workers(num_workers)
+        # The trainer makes room for all of it at once, in a table of texts.
+        check_memory(vocab_size * 64, f"a tokenizer of --data.vocab_size {vocab_size}", "choose a smaller one")
         if not 0 < validation_fraction < 1:
             raise InputError(f"validation_fraction is {validation_fraction}; it must lie between 0 and 1")
         if not 0 <= seed < 2**32:
@@ -262,6 +267,7 @@ class TextDataModule(TokenDataModule):
         trainer = self.trainer
         assert trainer is not None
         share, overfit = self._share(), trainer.overfit_batches > 0
+        check_batch(self.batch_size, self.sequence_length, trainer.accumulate_grad_batches)
         run = trainer.max_steps * trainer.accumulate_grad_batches
         self._train_loader = TrainLoader(
             self.train_rows,

@@ -6,6 +6,7 @@ V vocabulary, H attention heads (K key/value heads), E = D / H head dimension.
 Parameter names are those of Hugging Face's ``LlamaForCausalLM``, so its weights load without renaming.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
@@ -21,6 +22,10 @@ from cola_lightning.models.rope_scaling import Scaling, check_scaling
 
 Call = Callable[[Sequence[Projection], Tensor], Sequence[Tensor]]
 """``f(projections, x)`` are the outputs of projections that share the input ``x``."""
+
+
+LARGEST_SIZE = 10**9
+"""The most layers, rows, columns or positions that a network may be asked for; products of two still fit 64 bits."""
 
 
 class Attention(nn.Module):
@@ -233,11 +238,17 @@ class Llama(nn.Module):
         for name, value in sizes.items():
             if value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1")
+            if value > LARGEST_SIZE:
+                raise InputError(f"{name} is {value}; {LARGEST_SIZE:,} is the most")
         if hidden_size % num_attention_heads:
             raise InputError(
                 f"num_attention_heads {num_attention_heads} does not divide hidden_size {hidden_size}; "
                 f"choose a divisor, for instance {_nearest_divisor(hidden_size, num_attention_heads)}"
             )
+        if not 1 < rope_theta < math.inf:
+            raise InputError(f"rope_theta is {rope_theta}; it must be a number above 1, for instance 10000")
+        if not 0 <= rms_norm_eps < math.inf:
+            raise InputError(f"rms_norm_eps is {rms_norm_eps}; it must be a number of at least 0, for instance 1e-6")
         head_dim = hidden_size // num_attention_heads
         if head_dim % 2:
             raise InputError(
@@ -304,4 +315,5 @@ class Llama(nn.Module):
 
 
 def _nearest_divisor(n: int, wanted: int) -> int:
-    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return min(sorted([*small, *(n // d for d in small)]), key=lambda d: abs(d - wanted))

@@ -1,11 +1,17 @@
 """Checkpoints that are whole, and yet not enough for a run to go on from."""
 
+import shutil
+
 import lightning as L
 import pytest
 import torch
+from deepspeed.checkpoint import constants
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.distributed import checkpoint as sharded
 
 from cola_lightning.checkpoints import read
+from cola_lightning.checkpoints.formats import weights_in_parts
+from cola_lightning.checkpoints.integrity import checksum, contents, seal
 from cola_lightning.checkpoints.restore import restore_explained
 from cola_lightning.cli import main
 from cola_lightning.errors import InputError
@@ -72,6 +78,52 @@ def test_weights_that_are_no_numbers_are_refused_unless_a_flag_allows_them(verb,
     assert "holds NaN or infinity; take an earlier checkpoint, or add --allow_nan true" in refused(command, capsys)
     if verb == "validate":
         main([*command, "--allow_nan=true"])
+
+
+def as_shards(state, folder, place):
+    """As FSDP2 writes it in shards, with the weights in several parts."""
+    sharded.save({"state_dict": state.pop("state_dict")}, checkpoint_id=folder, no_dist=True)
+    torch.save(state, folder / "meta.pt")
+
+
+def as_deepspeed(state, folder, place):
+    """As ZeRO writes it: weights in a file of the model, and float32 masters in flat pieces, by rank."""
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "latest").write_text("checkpoint")
+    module = state.pop("state_dict")
+    masters = [torch.cat([weight.flatten() for weight in module.values()])]
+    if place in ("single_partition_of_fp32_groups", "fp32_flat_groups"):
+        module = {name: torch.zeros(1) for name in module}
+        states = {"optimizer_state_dict": {place: masters}}
+        torch.save(states, folder / "checkpoint" / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    torch.save({"module": module, **state}, folder / "checkpoint" / "mp_rank_00_model_states.pt")
+
+
+FOLDERS = [
+    (as_shards, "network.model.layers.0.mlp.down_proj.A.weight"),
+    (as_deepspeed, "mp_rank_00_model_states.pt: network.model.layers.0.mlp.down_proj.A.weight"),
+    (as_deepspeed, constants.SINGLE_PARTITION_OF_FP32_GROUPS),
+    (as_deepspeed, constants.FP32_FLAT_GROUPS),
+]
+
+
+@pytest.mark.parametrize(("write", "place"), FOLDERS, ids=lambda value: getattr(value, "__name__", value))
+def test_weights_of_a_folder_that_are_no_numbers_are_refused(
+    write, place, trained_run, tiny_run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("cola_lightning.checkpoints.formats.PART", 1000)  # bytes, so that there are several parts
+    folder, lines = tmp_path / "folder.ckpt", []
+    for value in (0.0, float("nan")):
+        state = torch.load(trained_run / "checkpoints" / "last.ckpt", weights_only=True)
+        state["state_dict"]["network.model.layers.0.mlp.down_proj.A.weight"][-1, -1] = value
+        write(state, folder, place)
+        seal(folder, {name: checksum(folder / name) for name in contents(folder)})
+        assert len(list(weights_in_parts(folder))) == (2 if "fp32" in place else 1) or write is as_shards
+        lines.append(refused(["validate", *tiny_run, f"--ckpt_path={folder}", f"--run_dir={tmp_path / 'out'}"], capsys))
+        shutil.rmtree(folder)
+    assert "NaN" not in lines[0], "what is refused there is the strategy"
+    assert lines[1].endswith("holds NaN or infinity; take an earlier checkpoint, or add --allow_nan true")
+    assert f"{place}" in lines[1]
 
 
 WRONG = {

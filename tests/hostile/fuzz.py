@@ -20,6 +20,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,7 @@ def run(case: Case, draw: random.Random, prepared: Prepared) -> tuple[str, str]:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         place = Path(folder, "of", "a", "case")  # away from other files, as a run's directory is looked for above
         place.mkdir(parents=True)
+        (place / "log").touch()
         pid = os.fork()
         if pid == 0:
             child(case, draw, prepared, place)
@@ -371,7 +373,9 @@ def run(case: Case, draw: random.Random, prepared: Prepared) -> tuple[str, str]:
                 break
             time.sleep(0.02)
         else:
-            os.killpg(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has no group of its own yet
+                os.killpg(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         return judge(place, status), (place / "log").read_text(errors="replace")
 
