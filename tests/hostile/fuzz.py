@@ -30,7 +30,9 @@ import yaml
 
 from cola_lightning.cli import main, resolve
 
-SECONDS, MEMORY = 60, 6 * 2**30
+SECONDS, WAITED, MEMORY = 60, 300, 6 * 2**30
+"""What a case may take: seconds of a processor, which do not depend on what else the machine does; seconds in all,
+for what waits for ever; and bytes."""
 NUMBERS = [-1, 0, 1, 2, 3, 7, 0.5, -0.0, 1e-30, 1e30, 2**31, 2**63, 10**30, float("nan"), float("inf")]
 WORDS = [
     "",
@@ -319,6 +321,7 @@ def child(case: Case, draw: random.Random, prepared: Prepared, place: Path) -> N
     sys.path.insert(0, str(place))
     status = 70
     try:
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
         command = case(draw, prepared)
         print("COMMAND", command, flush=True)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -340,7 +343,7 @@ def judge(place: Path, status: int | None) -> str:
     command, _, after = shown.partition("COMMAND ")[2].partition("\n")
     if (place / "TRACE").exists():
         return "CODE RUN"
-    if status is None:
+    if status is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
         return "HANG"
     if os.WIFSIGNALED(status):
         return f"SIGNAL {os.WTERMSIG(status)}"
@@ -365,7 +368,7 @@ def run(case: Case, draw: random.Random, prepared: Prepared) -> tuple[str, str]:
         pid = os.fork()
         if pid == 0:
             child(case, draw, prepared, place)
-        ends, status = time.monotonic() + SECONDS, None
+        ends, status = time.monotonic() + WAITED, None
         while time.monotonic() < ends:
             done, ended = os.waitpid(pid, os.WNOHANG)
             if done:

@@ -1,6 +1,7 @@
 """A sample of the fuzzer's cases; thousands more by ``python -m tests.hostile.fuzz``. And what it found, by kind."""
 
 import random
+import threading
 
 import pytest
 import torch
@@ -20,6 +21,28 @@ def test_what_is_altered_at_random_ends_in_a_result_or_a_line(prepared):
     assert not wrong, "\n".join(f"{number}: {found[number][2][-2000:]}" for number in wrong)
     assert len(found) == 3 * len(CASES)
     assert {what for _, what, _ in found.values()} == {"right", "line"}
+
+
+def spins(draw, prepared):
+    while True:
+        pass
+
+
+def waits(draw, prepared):
+    threading.Event().wait()
+
+
+def names_code(draw, prepared):
+    import evil_module  # noqa: F401  lies in the working directory, and leaves a trace
+
+    return ["nothing"]
+
+
+@pytest.mark.parametrize(("case", "what"), [(spins, "HANG"), (waits, "HANG"), (names_code, "CODE RUN")])
+def test_the_harness_tells_what_does_not_end_and_what_runs_code(prepared, case, what, monkeypatch):
+    monkeypatch.setattr("tests.hostile.fuzz.SECONDS", 2)
+    monkeypatch.setattr("tests.hostile.fuzz.WAITED", 2 if case is waits else 300)
+    assert run(case, random.Random(0), prepared)[0] == what
 
 
 ALTERED = [
