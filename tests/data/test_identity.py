@@ -146,6 +146,16 @@ class Prepared(Streamed):
         file = self.folder / "prepared" / "a" / "train" / "00001.ids.bin"
         file.write_bytes(file.read_bytes()[:-2])
 
+    def edit_file(self):
+        file = self.folder / "prepared" / "a" / "train" / "00001.ids.bin"
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 1
+        file.write_bytes(content)
+
+    def change_validation_text(self):
+        super().change_validation_text()
+        self.make()
+
     def prepare_with_another_tokenizer(self):
         self.make("other", self.folder / "prepared_anew")
 
@@ -195,6 +205,15 @@ class Texts(Streamed):
         file = self.text / "a" / "1.jsonl"
         file.write_text(file.read_text().replace("congress", "Congress"))
 
+    def name_another_folder(self):
+        shutil.copytree(self.text / "a", self.text / "b")
+        (self.text / "b" / "1.jsonl").write_text((self.text / "b" / "1.jsonl").read_text().replace("war", "law"))
+        self.options["paths"] = [str(self.text / "b")]
+
+    def name_a_second_folder(self):
+        shutil.copytree(self.text / "a", self.text / "b")
+        self.options["paths"].append(str(self.text / "b"))
+
     def move(self):
         self.text = self.text.rename(self.folder / "moved")
         self.options["paths"] = [str(self.text / "a")]
@@ -238,6 +257,8 @@ TEXT_CHANGES = [
     *COMMON,
     ("edit_file", "refused", "the files of .*/a have other contents"),
     ("cut_file", "refused", r"the files of .*/a hold [\d,]+ bytes; they held [\d,]+"),
+    ("name_another_folder", "refused", "the files of .*/b have other contents"),
+    ("name_a_second_folder", "refused", r"/a, .*/b has 12 files; it had 6"),
     ({"text_column": "url"}, "refused", "text_column of .*/a is 'url'; it was 'text'"),
     ({"rows": "padded"}, "refused", SETTING.format("rows", "padded", "packed")),
     ({"sequence_length": 16}, "refused", SETTING.format("sequence_length", 16, 32)),
@@ -256,6 +277,8 @@ CHANGES = {
     Prepared: [
         *C4_CHANGES,
         ("cut_file", "refused", r"00001\.ids\.bin has [\d,]+ bytes, not [\d,]+"),
+        ("edit_file", "refused", r"00001\.ids\.bin is corrupted: its SHA-256 is"),
+        ("change_validation_text", "said", r"of the validation text, .*may not be comparable"),
         ("prepare_with_another_tokenizer", "refused", "the tokenizer .* makes other ids than"),
         ("name_another_tokenizer", "refused", "was prepared with another tokenizer than"),
         ("stream", "said", r"text/a is read in place of .*prepared/a; its files are the same"),
