@@ -10,10 +10,11 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cola_lightning.data.rows import IGNORE, Row, add_step_tokens
 from cola_lightning.data.stream import end_where_batches_are_lost
+from cola_lightning.data.transfer import SentBatch
 from cola_lightning.errors import InputError
 from cola_lightning.signals import leave_signals_to_parent
 
@@ -67,7 +68,7 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         if self.overfit:
             self.position = 0
-        batches = iter(_loader(self.rows, self._indices(), self.workers))
+        batches = _loader(self.rows, self._indices(), self.workers)
         while True:
             for batch in add_step_tokens(list(islice(batches, self.window))):
                 # Counted as it is handed over, so that a checkpoint taken after this batch goes on at the next.
@@ -106,7 +107,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         batches = [self.indices(batch) for batch in range(len(self))]
-        return iter(_loader(_Filled(self.rows), batches, workers=0))
+        return _loader(_Filled(self.rows), batches, workers=0)
 
     def indices(self, batch: int) -> list[int]:
         """The rows of a batch of this rank; those that fill it up have the length of the data set or more.
@@ -130,16 +131,22 @@ class _Filled(Dataset):
         return row | {"labels": torch.full_like(row["labels"], IGNORE)}
 
 
-def _loader(rows: Dataset, batches: object, workers: int) -> DataLoader:
+def _loader(rows: Dataset, batches: object, workers: int) -> Iterator[Batch]:
     if workers < 0:
         raise InputError(f"--data.num_workers is {workers}; it must be 0 or more")
-    return DataLoader(
+    loader = DataLoader(
         rows,
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_worker_init,
+        collate_fn=_collate,
     )
+    return (sent.batch for sent in loader)
+
+
+def _collate(rows: list[Row]) -> SentBatch:
+    return SentBatch(default_collate(rows))
 
 
 def _worker_init(worker: int) -> None:

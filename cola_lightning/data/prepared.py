@@ -158,10 +158,11 @@ class PreparedCorpus:
 
     def _map(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         ids, offsets = (self.folder / name for name in self.index["shards"][shard]["files"])
-        begins = np.load(offsets, mmap_mode="r")
+        # As plain arrays, because numpy takes some microseconds more for each slice of a memmap.
+        begins = np.load(offsets, mmap_mode="r").view(np.ndarray)
         if not ids.stat().st_size:  # an empty file cannot be mapped
             return np.empty(0, dtype=self.index["dtype"]), begins
-        return np.memmap(ids, dtype=self.index["dtype"], mode="r"), begins
+        return np.memmap(ids, dtype=self.index["dtype"], mode="r").view(np.ndarray), begins
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_open"}

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 from itertools import islice
@@ -19,6 +18,7 @@ from typing_extensions import TypedDict
 from cola_lightning.data.lanes import Batch, Lanes, LaneState
 from cola_lightning.data.passes import PassEndError
 from cola_lightning.data.rows import add_step_tokens
+from cola_lightning.data.transfer import SentBatch
 from cola_lightning.errors import InputError
 from cola_lightning.signals import leave_signals_to_parent
 from cola_lightning.stored_data import Count
@@ -77,20 +77,6 @@ class OneRank:
     def gather(self, value: Any) -> list[Any]:
         """The ranks' values."""
         return [value]
-
-
-@dataclass
-class _Made:
-    """A batch on its way from a worker, with where the lanes stand after it whose state changed.
-
-    A class of its own, because PyTorch would look into a dict or a tuple for tensors, number by number.
-    """
-
-    batch: Batch
-    states: States
-
-    def pin_memory(self, device: Any = None) -> "_Made":
-        return _Made({name: tensor.pin_memory() for name, tensor in self.batch.items()}, self.states)
 
 
 class StreamLoader:
@@ -262,9 +248,9 @@ class StreamLoader:
         rotation = [(self.dealt["at"] + turn) % self.lanes for turn in range(self.lanes)]
         return rotation[worker * self.replicas + self.rank :: self.replicas * self.dealt["workers"]]
 
-    def _window(self, items: Iterator["_Made | Exception"]) -> tuple[list[_Made], Verdict, StreamError | None]:
+    def _window(self, items: Iterator[SentBatch | Exception]) -> tuple[list[SentBatch], Verdict, StreamError | None]:
         """The batches of an optimizer step, or none and why."""
-        window: list[_Made] = []
+        window: list[SentBatch] = []
         verdict, failure = Verdict.READ, None
         for item in islice(items, self.window):
             if isinstance(item, Exception):
@@ -288,7 +274,7 @@ class StreamLoader:
             _Jointly(self.make_lanes, states, self.batch_size, *place, process, workers) for process in range(workers)
         ]
 
-    def _items(self) -> Iterable["_Made | Exception"]:
+    def _items(self) -> Iterable[SentBatch | Exception]:
         ahead = {"prefetch_factor": max(2, 1 + self.window // self.workers)} if self.workers else {}
         return DataLoader(
             _Streams(self._streams()),
@@ -306,7 +292,7 @@ class _Streams(IterableDataset):
     def __init__(self, streams: list["_Stream"]) -> None:
         self.streams = streams
 
-    def __iter__(self) -> Iterator["_Made | Exception"]:
+    def __iter__(self) -> Iterator[SentBatch | Exception]:
         info = get_worker_info()
         return iter(self.streams[info.id if info else 0])
 
@@ -318,13 +304,13 @@ class _Stream:
     def __init__(self, make_lanes: MakeSomeLanes, states: States, batch_size: int) -> None:
         self.make_lanes, self.states, self.batch_size = make_lanes, states, batch_size
 
-    def __iter__(self) -> Iterator["_Made | Exception"]:
+    def __iter__(self) -> Iterator[SentBatch | Exception]:
         try:
             yield from self.batches()
         except (InputError, PassEndError) as error:
             yield type(error)(*error.args)
 
-    def batches(self) -> Iterator[_Made]:
+    def batches(self) -> Iterator[SentBatch]:
         raise NotImplementedError
 
 
@@ -335,12 +321,12 @@ class _Apart(_Stream):
         super().__init__(make_lanes, states, batch_size)
         self.turns = turns
 
-    def batches(self) -> Iterator[_Made]:
+    def batches(self) -> Iterator[SentBatch]:
         lanes = self.make_lanes(self.turns, self.states)
         while True:
             for index in self.turns:
                 batch = lanes.batch(index, self.batch_size)
-                yield _Made(batch, lanes.changed())
+                yield SentBatch(batch, lanes.changed())
 
 
 class _Jointly(_Stream):
@@ -370,14 +356,14 @@ class _Jointly(_Stream):
         self.position, self.replicas, self.rank = position, replicas, rank
         self.lanes, self.worker, self.workers = lanes, worker, workers
 
-    def batches(self) -> Iterator[_Made]:
+    def batches(self) -> Iterator[SentBatch]:
         lanes = self.make_lanes(range(self.lanes), self.states)
         group = 0
         while True:
             first = self.position + group * self.replicas
             batches = [lanes.batch((first + rank) % self.lanes, self.batch_size) for rank in range(self.replicas)]
             if group % self.workers == self.worker:
-                yield _Made(batches[self.rank], lanes.changed())
+                yield SentBatch(batches[self.rank], lanes.changed())
             group += 1
 
 
