@@ -58,14 +58,20 @@ class Trained:
         for folder in (self.path, self.run_dir / TOKENIZER if self.run_dir else self.path):
             if (folder / "tokenizer.json").is_file():
                 return Tokenizer.load(str(folder))
-        data = self.configuration().get("data") or {}
-        if named := (data.get("init_args") or {}).get("tokenizer"):
+        named = self._data_arguments().get("tokenizer")
+        if named and isinstance(named, str):
             return Tokenizer.load(named)
         raise InputError(f"{self.path} does not say which tokenizer it was trained with; name it by --tokenizer")
 
     def sequence_length(self) -> int | None:
         """Tokens of the rows that it was trained on; None where that is not known."""
-        return ((self.configuration().get("data") or {}).get("init_args") or {}).get("sequence_length")
+        length = self._data_arguments().get("sequence_length")
+        return length if type(length) is int and length > 0 else None
+
+    def _data_arguments(self) -> dict[str, Any]:
+        """Arguments of the data module, which may be one of the user's, with arguments of any kind."""
+        arguments = (self.configuration().get("data") or {}).get("init_args")
+        return arguments if isinstance(arguments, dict) else {}
 
     def configuration(self) -> dict[str, Any]:
         """What the run was started with; empty where that is not known.

@@ -5,15 +5,18 @@ import math
 import shutil
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from annotated_types import Len
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typing_extensions import TypedDict
 
 from cola_lightning.compare.child import run
 from cola_lightning.compare.plan import Cell, Plan, folder_name, learning_rates
 from cola_lightning.errors import InputError
 from cola_lightning.provenance import commit, read_provenance
+from cola_lightning.stored_data import Count, check_stored
 
 RESULT, FAILED, COSTS, CONFIG, LOG = "result.json", "failed.txt", "costs.json", "cell.yaml", "output.log"
 
@@ -38,14 +41,14 @@ class Bench:
         return self.root / folder_name(method) / f"lr-x{factor:g}-seed-{seed}"
 
     def result(self, method: str, factor: float, seed: int) -> dict[str, Any] | None:
-        return read(self.folder(method, factor, seed) / RESULT)
+        return read(self.folder(method, factor, seed) / RESULT, _Result)
 
     def failure(self, method: str, factor: float, seed: int) -> str | None:
         file = self.folder(method, factor, seed) / FAILED
         return file.read_text(encoding="utf-8") if file.is_file() else None
 
     def costs(self, method: str) -> dict[str, Any] | None:
-        measured = read(self.root / folder_name(method) / COSTS)
+        measured = read(self.root / folder_name(method) / COSTS, _Costs)
         return measured and measured["subjects"][0]
 
     def sweep(self, method: str) -> dict[float, dict[str, Any]]:
@@ -111,7 +114,7 @@ class Bench:
     def _check_data(self, folder: Path, result: dict[str, Any]) -> None:
         """Refuse a result on other text than that of a run which finished before."""
         for file in sorted(self.root.glob(f"*/*/{RESULT}")):
-            if (other := read(file)) and other["data"] != result["data"]:
+            if (other := read(file, _Result)) and other["data"] != result["data"]:
                 raise InputError(
                     f"{folder} was trained on other text than {file.parent}: the files changed between the two; choose "
                     f"another --folder, or delete the runs on the old text"
@@ -160,8 +163,46 @@ def outcome(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def read(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+class _Result(TypedDict):
+    """What :func:`outcome` found, as far as others are compared with it."""
+
+    perplexity: float
+    perplexity_as_published: float
+    learning_rates: list[float]
+    steps: Count
+    tokens: Count
+    tokens_per_second: float
+    curve: list[list[float]]
+    commit: str | None
+    data: list[dict[str, Any]]
+    method: str
+    factor: float
+    seed: Count
+
+
+class _Costs(TypedDict):
+    subjects: Annotated[list[dict[str, Any]], Len(1)]
+
+
+def read(file: Path, kind: type) -> dict[str, Any] | None:
+    """What a comparison wrote before; None if it did not.
+
+    Args:
+        file: JSON.
+        kind: Its shape.
+
+    Raises:
+        InputError: If it is damaged.
+    """
+    if not file.is_file():
+        return None
+    remedy = "delete the file, and it is made again"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON: {error}; {remedy}") from error
+    check_stored(content, kind, file, remedy)
+    return content
 
 
 def write(file: Path, content: dict[str, Any]) -> None:

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typing_extensions import TypedDict
 
 from cola_lightning.errors import hide_secrets
 from cola_lightning.provenance import libraries, read_provenance
+from cola_lightning.stored_data import Count, StoredDataError, check_stored
 from cola_lightning.trained import Trained
 
 NOT_KNOWN = "not recorded"
@@ -88,9 +90,27 @@ def facts(trained: Trained) -> dict[str, str]:
     }
 
 
+class _Source(TypedDict, total=False):
+    path: str | None
+    name: str | None
+    revision: str | None
+    paths: list[str]
+
+
+class _Arguments(_Source, total=False):
+    """Arguments of this package's data modules that a card tells."""
+
+    sources: list[_Source] | None
+    sequence_length: Count
+
+
 def _data(data: dict[str, Any], identity: dict[str, Any]) -> str:
     """Name the sources: as the run found them where that is known, with their commits; else as they were named."""
     arguments = data.get("init_args") or {}
+    try:
+        check_stored(arguments, _Arguments, "", "")
+    except StoredDataError:  # of a data module of the user's
+        return NOT_KNOWN
     sources = arguments.get("sources") or [arguments]
     found = identity.get("sources") or []
     if len(found) == len(sources):
@@ -110,8 +130,9 @@ def _data(data: dict[str, Any], identity: dict[str, Any]) -> str:
 
 
 def _tokens(state: dict[str, Any]) -> str:
-    for name, kept in (state.get("callbacks") or {}).items():
-        if name.startswith("Throughput"):
+    callbacks = state.get("callbacks")
+    for name, kept in callbacks.items() if isinstance(callbacks, dict) else ():
+        if str(name).startswith("Throughput") and isinstance(kept, dict) and type(kept.get("tokens")) is int:
             return f"{kept['tokens']:,}"
     return NOT_KNOWN
 

@@ -1,13 +1,19 @@
 """Data that was read back from a file, and has another shape than it was written in, is refused in one line."""
 
+import json
 import re
 from typing import NotRequired
 
 import pytest
 from typing_extensions import TypedDict
 
+from cola_lightning.compare import cells
 from cola_lightning.data import C4DataModule, TextDataModule
+from cola_lightning.data.prepared import PreparedCorpus
+from cola_lightning.data.sources import Source
 from cola_lightning.errors import InputError
+from cola_lightning.hub import card
+from cola_lightning.provenance import read_provenance
 from cola_lightning.stored_data import Count, StoredDataError, check_stored, shape_of
 
 
@@ -63,6 +69,47 @@ def test_an_example_states_a_shape():
     for change in ({"on": 1}, {"a.b": {"done": "x", "best": None, "list": []}}, {"rate": "x"}):
         with pytest.raises(StoredDataError, match="which should be a valid"):
             check_stored(example | change, shape_of(example), "FILE", "REMEDY")
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"subjects": []}', '{"subjects": ["x"]}'])
+def test_a_damaged_file_of_a_comparison_is_one_line(tmp_path, content):
+    (tmp_path / "costs.json").write_text(content)
+    with pytest.raises(InputError, match=r"costs.json .*; delete the file, and it is made again$"):
+        cells.read(tmp_path / "costs.json", cells._Costs)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"libraries": {"torch": 2}}', '{"data": []}', '{"data": {"sources": [{"title": "x"}]}}'],
+)
+def test_a_damaged_file_of_a_run_is_one_line(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(InputError, match=r"run.json .*remove"):
+        read_provenance(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments", [3, {"sources": ["x"]}, {"sources": {"a": 1}}, {"sequence_length": "x"}, {"path": {"a": 1}}]
+)
+def test_a_card_does_without_the_arguments_of_a_data_module_of_the_users(arguments):
+    assert card._data({"class_path": "mine.Data", "init_args": arguments}, {}) == card.NOT_KNOWN
+
+
+@pytest.mark.parametrize("callbacks", [None, [], {"Throughput": 3}, {"Throughput": {"tokens": "x"}}, {3: 4}])
+def test_a_card_does_without_counts_that_are_none(callbacks):
+    assert card._tokens({"callbacks": callbacks}) == card.NOT_KNOWN
+
+
+def test_an_index_of_a_prepared_corpus_is_checked(tmp_path):
+    index = {"format": 2, "identity": SOURCE, "tokenizer": "0", "tokenizer_name": None, "dtype": "<u2"}
+    index |= {"documents": 1, "tokens": 1, "shards": [{"source": "a", "files": []}]}
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"index.json holds no shards.0.fingerprint; delete it, and"):
+        PreparedCorpus(Source(str(tmp_path), split="train"))
 
 
 # -- states of data modules -------------------------------------------------------------------------------------------
