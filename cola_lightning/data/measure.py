@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 import time
 from collections.abc import Iterator
 from datetime import date
@@ -22,6 +23,8 @@ from cola_lightning.data.tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]
 
+PLAIN = "`datasets` + `DataLoader`"
+
 
 def measure(
     files: str,
@@ -30,13 +33,15 @@ def measure(
     prepared: str,
     batch_size: int = 32,
     sequence_length: int = 256,
-    seconds: float = 6.0,
-    times: int = 3,
+    seconds: float = 3.0,
+    times: int = 5,
     workers: tuple[int, ...] = (1, 2),
 ) -> None:
-    """Print, as a table, the tokens a second of each loader alone: padding is not counted, nor the first batches. Each
-    is measured several times and the best is printed, for on a machine that does other things the rest is noise; what
-    it gives for a second of processor time is nearly free of that.
+    """Print, as a table, the tokens a second of each loader alone: padding is not counted, nor the first batches. The
+    loaders take turns, ``times`` rounds of ``seconds`` each. A figure is over all rounds together, because lanes
+    tokenize many documents at a time and nearly all at once; the range is that of the rounds. The ratio to plain
+    ``datasets`` is one of tokens for a second of processor time of all processes, which other work on the machine
+    changes little; tokens for a second of the clock want an idle machine.
 
     Args:
         files: Pattern of gzip-JSON shards to stream.
@@ -50,40 +55,62 @@ def measure(
         workers: Numbers of worker processes to measure with.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    streamed = {"path": "json", "data_files": {"train": files, "validation": validation_files}, "tokenizer": tokenizer}
+    sources = {
+        "streamed": {"path": "json", "data_files": {"train": files, "validation": validation_files}},
+        "prepared": {"path": prepared},
+    }
     common = {"name": None, "batch_size": batch_size, "sequence_length": sequence_length, "validation_tokens": 10_000}
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
-    print("\n| loader | rows | workers | tokens/s | tokens/CPU-s |\n|---|---|---|---|---|")
+    cells: dict[tuple[str, str, int], Iterator[Batch]] = {}
     for count in workers:
         plain = _plain(files, Tokenizer.load(tokenizer), batch_size, sequence_length, count)
-        _report("`datasets` + `DataLoader`", "padded", count, plain, seconds, times)
-    for label, source in (("streamed", streamed), ("prepared", {"path": prepared})):
+        cells[PLAIN, "padded", count] = plain
+    for label, source in sources.items():
         for rows in ("padded", "packed"):
             for count in workers:
-                data = _ready(C4DataModule(**common, **source, rows=rows, num_workers=count))
-                _report(label, rows, count, iter(data.train_dataloader()), seconds, times)
+                data = _ready(C4DataModule(**common, **source, tokenizer=tokenizer, rows=rows, num_workers=count))
+                cells[label, rows, count] = iter(data.train_dataloader())
+    taken: dict[tuple[str, str, int], list[tuple[int, float, float]]] = {cell: [] for cell in cells}
+    for (_, _, count), batches in cells.items():
+        for _ in islice(batches, 4 * count):  # what was read ahead while the processes started
+            pass
+    for _ in range(times):
+        for cell, batches in cells.items():
+            taken[cell].append(_round(batches, seconds))
+            time.sleep(0.3)  # until its workers have read ahead again, so that the next loader does not pay for it
+    print("\n| loader | rows | workers | tokens/s | tokens/CPU-s (range) | to plain `datasets` |")
+    print("|---|---|---|---|---|---|")
+    for (label, rows, count), rounds in taken.items():
+        wall, thrift = _speed(rounds)
+        each = sorted(_speed([one])[1] for one in rounds)
+        base = _speed(taken[PLAIN, "padded", count])[1]
+        print(
+            f"| {label} | {rows} | {count} | {wall:,.0f} | {thrift:,.0f} ({each[0]:,.0f} to {each[-1]:,.0f}) | "
+            f"{thrift / base:.2f} |"
+        )
 
 
-def _report(label: str, rows: str, workers: int, batches: Iterator[Batch], seconds: float, times: int) -> None:
-    for _ in islice(batches, 4 * workers):  # what was read ahead while the processes started
-        pass
-    speed, thrift = (max(values) for values in zip(*(_speed(batches, seconds) for _ in range(times)), strict=True))
-    print(f"| {label} | {rows} | {workers} | {speed:,.0f} | {thrift:,.0f} |", flush=True)
-
-
-def _speed(batches: Iterator[Batch], seconds: float) -> tuple[float, float]:
-    """Tokens for each second, and for each second of processor time of this process and its workers."""
+def _round(batches: Iterator[Batch], seconds: float) -> tuple[int, float, float]:
+    """Tokens, seconds, and seconds of processor time of this process and its workers."""
     tokens = 0
     begin, used = time.perf_counter(), _processor_time()
     while time.perf_counter() - begin < seconds:
         tokens += int((next(batches)["labels"] != IGNORE).sum())
-    return tokens / (time.perf_counter() - begin), tokens / (_processor_time() - used)
+    return tokens, time.perf_counter() - begin, _processor_time() - used
+
+
+def _speed(rounds: list[tuple[int, float, float]]) -> tuple[float, float]:
+    """Tokens for each second, and for each second of processor time, over all rounds."""
+    tokens, wall, processor = (sum(values) for values in zip(*rounds, strict=True))
+    return tokens / wall, tokens / processor
 
 
 def _processor_time() -> float:
+    """Seconds of this process, of its workers, and of the workers that ended, as they do between two passes."""
     stats = [Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split() for child in active_children()]
     ticks = sum(int(stat[11]) + int(stat[12]) for stat in stats)
-    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK") + ended.ru_utime + ended.ru_stime
 
 
 def _ready(data: C4DataModule) -> C4DataModule:
@@ -102,7 +129,12 @@ def _plain(files: str, tokenizer: Tokenizer, batch_size: int, length: int, worke
         return {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
 
     stream = load_dataset("json", data_files=files, split="train", streaming=True).shuffle(seed=42, buffer_size=1000)
-    stream = stream.map(encode, batched=True, batch_size=64, remove_columns=["text", "timestamp", "url"])
+    stream = stream.map(
+        encode,
+        batched=True,
+        batch_size=64,
+        remove_columns=["text", "timestamp", "url"],
+    )
     while True:
         yield from DataLoader(stream.with_format("torch"), batch_size=batch_size, num_workers=workers)
 
