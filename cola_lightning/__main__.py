@@ -1,11 +1,25 @@
+"""The command, as ``python -m cola_lightning`` and as the installed script ``cola_lightning``."""
+
+import os
 import sys
+from contextlib import suppress
 
 from cola_lightning import signals
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Own the signals of a training command, then import what it needs, which takes seconds, and run it."""
     if sys.argv[1:2] and sys.argv[1] in ("fit", "validate", "test", "predict"):
         signals.die_with_launcher()
-        signals.LISTENER.listen()  # importing the rest takes seconds
-    from cola_lightning.cli import main
+        signals.LISTENER.listen()
+    # ``python -m`` looks for a user's classes in the working directory. A script looks in its own folder instead.
+    with suppress(FileNotFoundError):  # of a working directory that was removed
+        if not sys.flags.safe_path and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+    from cola_lightning.cli import main as run
 
+    run()
+
+
+if __name__ == "__main__":
     main()

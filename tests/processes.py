@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import Any
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.parity_run", "cola_lightning.cli"])
+_PRELOADED = ["tests.parity_run", "cola_lightning.cli"]
+_SERVER.set_forkserver_preload(_PRELOADED)
 _RUNS: list["Run"] = []
+
+
+def preload(*modules: str) -> None:
+    """Have the server import these too. It has to be called before the first run."""
+    _SERVER.set_forkserver_preload([*_PRELOADED, *modules])
 
 
 @atexit.register  # after multiprocessing.util registered, so called before that waits for every child
@@ -77,6 +83,8 @@ def _rank(target: Callable, arguments: tuple, environment: dict[str, str], log: 
     for name in [name for name in os.environ if name.startswith(("PYTEST", "SLURM"))]:
         del os.environ[name]
     os.environ.update(environment)
+    # A process of the server would have it start the workers of its data too. A real run forks them.
+    multiprocessing.set_start_method("fork", force=True)
     with log.open("a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)

@@ -1,41 +1,41 @@
 """Signals at random moments, as long as one likes: ``python -m tests.signal_run --seconds 600 --seed 1``.
 
 Each trial starts a real run, which goes on from its last checkpoint, and sends a signal of one of five kinds to one of
-its processes or to all, at a random moment from the first millisecond on. However that ends, no process may be left
-after a minute, each exit status must be one that recipes/cluster lists, and a run that is complete at last must have
-what an unbroken one has, bit for bit: weights, optimizer, schedule, data.
+its processes or to all, at a random moment of one phase: start-up from the first millisecond on, restoring (in a new
+run the sanity validation), training, saving, validation, the end. All set-ups, phases and signals come equally often.
+However that ends, no process may be left after a minute, each exit status must be one that recipes/cluster lists for
+what happened, and a run that is complete at last must have what an unbroken one has, bit for bit: weights, optimizer,
+schedule, data.
 """
 
 import argparse
+import itertools
+import json
 import os
 import random
+import re
+import shutil
 import signal
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from cola_lightning import signals
-from cola_lightning.checkpoints import damage, read
+from cola_lightning.checkpoints import damage
 from cola_lightning.checkpoints.newest import LINK
-from cola_lightning.cli import main
-from tests.parity_run import DeepSpeedOnCPU
-from tests.processes import Run
+from tests.processes import Run, preload
+from tests.signal_phases import PHASES, differences, everything, fit, members, phases
 
 KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGKILL)
-LENGTH = 60
-
-
-class ZeRO2(DeepSpeedOnCPU):
-    """ZeRO-2, which Lightning admits on GPUs only."""
-
-    def __init__(self, stage: int = 2) -> None:
-        super().__init__(stage=stage, process_group_backend="gloo", logging_batch_size_per_gpu=2, pin_memory=False)
-
+LENGTH, SAVE_EVERY, VALIDATE_EVERY = 36, 12, 18
+SECONDS_LEFT = 60.0
+"""How long after a signal a process may be left."""
+SECONDS_OF_LAUNCHER = {"start": 2.0, "restore": 2.0}
+"""How long after one process failed the others are ended, as a launcher does: at once while they cannot know of it, and
+else ``SECONDS_TO_HEAR``, because they should hear of it themselves."""
+SECONDS_TO_HEAR = 15.0
 
 SETUPS: dict[str, tuple[int, list[str]]] = {
     "one process": (1, []),
@@ -49,23 +49,29 @@ SETUPS: dict[str, tuple[int, list[str]]] = {
             "--trainer.strategy.save_distributed_checkpoint=true",
         ],
     ),
-    "zero 2": (2, ["--trainer.strategy=tests.signal_run.ZeRO2", "--trainer.strategy.stage=2"]),
+    "zero 2": (2, ["--trainer.strategy=tests.signal_phases.ZeRO2", "--trainer.strategy.stage=2"]),
 }
 """Number of processes and flags of each."""
 
 
-def fit(flags: list[str]) -> None:
-    """What ``python -m cola_lightning`` does, without the seconds of its imports."""
-    signals.LISTENER.listen()
-    main(flags)
-
-
 @dataclass
-class Report:
-    """What happened: trials by set-up, signal and exit statuses; runs that were compared; what was wrong."""
+class Trial:
+    """A signal and what came of it."""
 
-    trials: Counter = field(default_factory=Counter)
-    complete: list[str] = field(default_factory=list)
+    setup: str
+    signal: str
+    targets: list[int]
+    phase: str
+    """Of the first target when the signal was sent."""
+    delay: float
+    """Seconds since that phase began."""
+    statuses: list[int]
+    """As a shell reports them."""
+    seconds: float
+    """From the signal to the end of the last process."""
+    launcher: bool
+    """Whether the others had to be ended, as a launcher does."""
+    complete: bool
     faults: list[str] = field(default_factory=list)
 
 
@@ -76,135 +82,181 @@ class Attack:
         flags: Of a run of few steps, without its directory, devices and length.
         folder: For all that the runs write.
         seed: Decides signals, targets and moments, but not the machine's speed.
+        log: File that gets a line of JSON for each trial.
     """
 
-    def __init__(self, flags: list[str], folder: Path, seed: int) -> None:
-        self.flags, self.folder, self.draw, self.report = flags, folder, random.Random(seed), Report()
-        self.durations: dict[str, float] = {}
+    def __init__(self, flags: list[str], folder: Path, seed: int, log: Path | None = None) -> None:
+        self.flags, self.folder, self.draw, self.log = flags, folder, random.Random(seed), log
+        self.documented = documented_statuses()
+        self.usual: dict[str, dict[str, float]] = {}
+        """Longest seconds of each phase of an unbroken run."""
+        self.names = {setup: (f"run{number}" for number in itertools.count()) for setup in SETUPS}
+        self.current: dict[str, str] = {}
+        self.compared: Counter[str] = Counter()
 
-    def start(self, setup: str, name: str) -> Run:
+    def run(self, seconds: float, setups: list[str], signals: int = 10**9) -> list[Trial]:
+        """Send so many signals, but no longer than so many seconds; then finish what was begun."""
+        deadline = time.monotonic() + seconds
+        trials: list[Trial] = []
+        for setup, phase, number in itertools.islice(self._plan(setups), 10 * min(signals, 10**6)):
+            if time.monotonic() > deadline or len(trials) == signals:
+                break
+            if setup not in self.usual:
+                self._unbroken(setup)
+            if trial := self.trial(setup, phase, number):
+                trials.append(trial)
+                if trial.complete:
+                    trial.faults += self._compare(setup)
+                if trial.complete or trial.faults:
+                    self._forget(setup, keep=bool(trial.faults))
+                if self.log:
+                    with self.log.open("a") as log:
+                        log.write(json.dumps(asdict(trial)) + "\n")
+        for setup in list(self.current):
+            self._start(setup, self.current[setup]).done()
+            trials[-1].faults += self._compare(setup)
+        return trials
+
+    def _plan(self, setups: list[str]) -> Iterator[tuple[str, str, signal.Signals]]:
+        """Every signal in every phase of every set-up, again and again in another order."""
+        while True:
+            rounds = {setup: list(itertools.product(PHASES, KINDS)) for setup in setups}
+            for each in rounds.values():
+                self.draw.shuffle(each)
+            for row in zip(*rounds.values(), strict=True):
+                yield from ((setup, *cell) for setup, cell in zip(setups, row, strict=True))
+
+    def _start(self, setup: str, name: str) -> Run:
         ranks, more = SETUPS[setup]
         folder = self.folder / setup.replace(" ", "_") / name
         flags = [
             "fit", *self.flags, f"--run_dir={folder}", "--ckpt_path=last", f"--trainer.devices={ranks}",
-            f"--trainer.max_steps={LENGTH}", "--checkpoint.every_n_train_steps=20", "--trainer.val_check_interval=30",
-            "--trainer.num_sanity_val_steps=1", *more,
+            f"--trainer.max_steps={LENGTH}", f"--checkpoint.every_n_train_steps={SAVE_EVERY}",
+            f"--trainer.val_check_interval={VALIDATE_EVERY}", "--trainer.num_sanity_val_steps=1", *more,
         ]  # fmt: skip
-        return Run(fit, flags, ranks=ranks, folder=folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("phases*"):
+            old.unlink()
+        return Run(fit, flags, folder, ranks=ranks, folder=folder)
 
-    def last(self, setup: str, name: str) -> Path:
+    def _last(self, setup: str, name: str) -> Path:
         return self.folder / setup.replace(" ", "_") / name / "checkpoints" / LINK
 
-    def run(self, seconds: float, setups: list[str]) -> Report:
-        """Attack the set-ups in turn for so long, and finish what was begun."""
-        for setup in setups:
-            began = time.monotonic()
-            self.start(setup, "unbroken").done()
-            self.durations[setup] = time.monotonic() - began
-        deadline = time.monotonic() + seconds
-        number, begun = 0, set()
-        while time.monotonic() < deadline and not self.report.faults:
-            setup = setups[number % len(setups)]
-            name = f"run{sum(done == setup for done in self.report.complete)}"
-            begun.add((setup, name))
-            if self.trial(setup, name):
-                self.compare(setup, name)
-            number += 1
-        for setup, name in sorted(begun):
-            if not self.report.faults and not self.complete(setup, name):
-                self.start(setup, name).done()
-                self.compare(setup, name)
-        return self.report
+    def _unbroken(self, setup: str) -> None:
+        self._start(setup, "unbroken").done()
+        noted = phases(self._last(setup, "unbroken").parent.parent / "phases0")
+        noted.append((time.monotonic(), ""))
+        usual = dict.fromkeys(PHASES, 0.05)
+        for (begin, phase), (end, _) in itertools.pairwise(noted):
+            usual[phase] = max(usual[phase], end - begin)
+        self.usual[setup] = usual
 
-    def trial(self, setup: str, name: str) -> bool:
-        """Start the run and send it one signal; whether it is complete then."""
-        number, ranks = self.draw.choice(KINDS), SETUPS[setup][0]
-        targets = self.draw.choice([range(ranks), *([rank] for rank in range(ranks))])
-        moment = self.draw.random() ** 1.5 * 1.1 * self.durations[setup]
-        run = self.start(setup, name)
-        time.sleep(moment)
-        for rank in targets:
-            process = run.processes[rank]
-            if process.is_alive():
-                os.kill(process.pid, number)
-        what = f"{setup}, {number.name} to {list(targets)} after {moment:.2f} s"
-        statuses = self.wait(run)
-        self.report.trials[setup, number.name, tuple(statuses)] += 1
-        if None in statuses:
-            self.report.faults.append(f"{what}: still running after a minute\n{run.output()}")
-            return False
-        allowed = {0, 128 + number, -number}
-        if ranks > 1:
-            allowed |= {1, -signal.SIGTERM, 128 + signal.SIGTERM}  # another is gone, or the launcher ended this one
-            allowed |= {-signal.SIGABRT} if number == signal.SIGKILL else set()
-        before_main = moment < 0.5 and number == signal.SIGINT  # Python's own way
-        if not set(statuses) <= allowed and not before_main:
-            self.report.faults.append(f"{what}: ended with {statuses}\n{run.output()}")
-        if statuses[0] == 0 and not self.complete(setup, name):
-            self.report.faults.append(f"{what}: exit status 0 without the last step\n{run.output()}")
-        return self.complete(setup, name)
+    def trial(self, setup: str, phase: str, number: signal.Signals) -> Trial | None:
+        """Start the run and send it one signal; None if it ended before that could be done."""
+        ranks = SETUPS[setup][0]
+        if setup not in self.current:
+            self.current[setup] = next(self.names[setup])
+        name = self.current[setup]
+        targets = list(self.draw.choice([range(ranks), *([rank] for rank in range(ranks))]))
+        delay, visit = self.draw.random() * self.usual[setup][phase], self.draw.randint(1, 2)
+        if phase == "restore" and not self._last(setup, name).exists():
+            phase = "validation"  # of a new run, before it trains
+            visit = 1
+        run = self._start(setup, name)
+        began = time.monotonic()
+        trace = self._last(setup, name).parent.parent / f"phases{targets[0]}"
+        if phase != "start":
+            while sum(each == phase for _, each in phases(trace)) < visit and all(p.is_alive() for p in run.processes):
+                if visit == 2 and phases(trace)[-1:] and phases(trace)[-1][1] == "end":
+                    break  # there is no second visit
+                time.sleep(0.002)
+        time.sleep(delay)
+        sent = time.monotonic()
+        alive = [rank for rank in targets if run.processes[rank].is_alive()]
+        for rank in alive:
+            os.kill(run.processes[rank].pid, number)
+        noted = [(moment, each) for moment, each in phases(trace) if moment <= sent] or [(began, "start")]
+        phase = noted[-1][1]
+        if phase == "validation" and not any(each == "train" for _, each in noted):
+            phase = "sanity"
+        launched = self._wait(run, sent, SECONDS_OF_LAUNCHER.get(phase, SECONDS_TO_HEAR))
+        seconds = time.monotonic() - sent
+        left = members([process.pid for process in run.processes])
+        complete = self._last(setup, name).resolve().name == f"step_{LENGTH:08}.ckpt"
+        raw = [process.exitcode for process in run.processes]
+        statuses = [-1 if code is None else code if code >= 0 else 128 - code for code in raw]
+        trial = Trial(
+            setup, number.name, alive, phase, round(sent - noted[-1][0], 4), statuses, round(seconds, 1), launched,
+            complete,
+        )  # fmt: skip
+        if left:
+            trial.faults.append(f"still there after {seconds:.0f} s: {left}")
+        run.kill(signal.SIGKILL)
+        for pid in left:
+            if pid in members([process.pid for process in run.processes]):
+                os.kill(pid, signal.SIGKILL)
+        trial.faults += judge(trial, self.documented)
+        if trial.faults:
+            trial.faults.append(run.output())
+        return trial if alive or trial.faults else None
 
-    def wait(self, run: Run) -> list[int | None]:
-        """Exit statuses; None after a minute. As a launcher does, end the others where one has failed."""
-        deadline, failed = time.monotonic() + 60, None
-        while time.monotonic() < deadline and any(process.is_alive() for process in run.processes):
+    def _wait(self, run: Run, sent: float, patience: float) -> bool:
+        """Wait until no process is left, at most a minute. As a launcher does, end the others where one has failed;
+        whether that was done."""
+        failed, launched = None, False
+        sessions = [process.pid for process in run.processes]
+        while time.monotonic() < sent + SECONDS_LEFT:
+            alive = [process for process in run.processes if process.is_alive()]
+            if not alive and not members(sessions):
+                break
             if failed is None and any(process.exitcode for process in run.processes):
                 failed = time.monotonic()
-            if failed is not None and time.monotonic() > failed + 15:
+            if alive and failed is not None and not launched and time.monotonic() > failed + patience:
                 run.kill(signal.SIGTERM)
-                failed = float("inf")
-            time.sleep(0.02)
-        statuses = [process.exitcode for process in run.processes]
-        run.kill(signal.SIGKILL)
-        return statuses
+                launched = True
+            time.sleep(0.05)
+        return launched
 
-    def complete(self, setup: str, name: str) -> bool:
-        last = self.last(setup, name)
-        return last.exists() and last.resolve().name == f"step_{LENGTH:08}.ckpt"
-
-    def compare(self, setup: str, name: str) -> None:
-        """Note what differs from the unbroken run, and begin another."""
-        one, other = (self.last(setup, each) for each in ("unbroken", name))
+    def _compare(self, setup: str) -> list[str]:
+        """What differs from the unbroken run."""
+        one, other = (self._last(setup, name) for name in ("unbroken", self.current[setup]))
         if problem := damage(other):
-            self.report.faults.append(f"{setup}: {other} is damaged: {problem}")
-        for part, difference in differences(everything(one), everything(other)):
-            self.report.faults.append(f"{setup}: {part} differs: {difference}")
-        self.report.complete.append(setup)
+            return [f"{other} is damaged: {problem}"]
+        self.compared[setup] += 1
+        return [f"{part} differs: {difference}" for part, difference in differences(everything(one), everything(other))]
+
+    def _forget(self, setup: str, keep: bool) -> None:
+        folder = self._last(setup, self.current.pop(setup)).parent.parent
+        if not keep:
+            shutil.rmtree(folder)
 
 
-def everything(path: Path) -> dict[str, Any]:
-    """All that a checkpoint holds and that decides how the run goes on."""
-    if path.is_file():
-        state = torch.load(path, weights_only=True)
-    elif (path / ".metadata").is_file():
-        from torch.distributed.checkpoint import FileSystemReader
-        from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
-        from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-        parts: dict[str, Any] = {}
-        _load_state_dict(parts, FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-        state = {"parts": parts, "rest": torch.load(path / "meta.pt", weights_only=True)}
-    else:
-        checkpoint = read(path)
-        state = {"weights": checkpoint.weights, "state": checkpoint.state}
-    return state
+def documented_statuses() -> set[int]:
+    """The exit statuses in recipes/cluster's table."""
+    text = (Path(__file__).parent.parent / "recipes" / "cluster" / "README.md").read_text(encoding="utf-8")
+    _, _, table = text.partition("| exit status |")
+    rows = itertools.takewhile(lambda line: line.startswith("|"), table.splitlines()[1:])
+    return {int(number) for row in rows for number in re.findall(r"\b\d+\b", row.split("|")[1]) if number != "128"}
 
 
-def differences(one: Any, other: Any, where: str = "") -> list[tuple[str, str]]:
-    """What is not the same, bit for bit."""
-    if isinstance(one, torch.Tensor):
-        same = isinstance(other, torch.Tensor) and torch.equal(one, other)
-        return [] if same else [(where, "tensors")]
-    if isinstance(one, dict):
-        if not isinstance(other, dict) or one.keys() != other.keys():
-            return [(where, f"{one!r:.300} and {other!r:.300}")]
-        return [found for key in one for found in differences(one[key], other[key], f"{where}/{key}")]
-    if isinstance(one, list | tuple):
-        if not isinstance(other, list | tuple) or len(one) != len(other):
-            return [(where, f"{one!r:.300} and {other!r:.300}")]
-        pairs = enumerate(zip(one, other, strict=True))
-        return [found for index, (a, b) in pairs for found in differences(a, b, f"{where}/{index}")]
-    return [] if one == other or one != one else [(where, f"{one!r:.300} and {other!r:.300}")]
+def judge(trial: Trial, documented: Iterable[int]) -> list[str]:
+    """What is wrong with the exit statuses, by what recipes/cluster says."""
+    number = 128 + signal.Signals[trial.signal]
+    gone = any(trial.statuses) and len(trial.statuses) > 1  # so that another may fail, or be ended by its launcher
+    faults = []
+    for rank, status in enumerate(trial.statuses):
+        what = f"rank {rank} ended with {status}"
+        if status not in documented:
+            faults.append(f"{what}, which is not documented")
+        elif status == 0 and not trial.complete and (rank == 0 or trial.statuses[0] != number):
+            faults.append(f"{what} without the last step")
+        elif status not in (0, number, *((1, 128 + signal.SIGTERM) if gone else ())):
+            faults.append(f"{what}, which is for another end")
+        elif status == 1 and set(trial.statuses) == {1}:
+            faults.append(f"{what}, though no process was gone")
+        elif status == 128 + signal.SIGTERM != number and not trial.launcher:
+            faults.append(f"{what}, though nobody sent that")
+    return faults
 
 
 def flags(folder: Path) -> list[str]:
@@ -225,16 +277,40 @@ def flags(folder: Path) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
+def table(trials: list[Trial]) -> str:
+    """Count signals by set-up and phase, and by signal and exit statuses."""
+    columns = [*PHASES[:2], "sanity", *PHASES[2:]]
+    cells = Counter((trial.setup, trial.phase) for trial in trials)
+    lines = [f"{'':24}" + "".join(f"{phase:>11}" for phase in columns) + f"{'all':>8}{'complete':>10}"]
+    for setup in dict.fromkeys(trial.setup for trial in trials):
+        own = [trial for trial in trials if trial.setup == setup]
+        row = "".join(f"{cells[setup, phase]:11}" for phase in columns)
+        lines.append(f"{setup:24}{row}{len(own):8}{sum(trial.complete for trial in own):10}")
+    ends = Counter((trial.signal, tuple(trial.statuses)) for trial in trials)
+    lines += [f"{name:8} {statuses!s:14} {times}" for (name, statuses), times in sorted(ends.items())]
+    slowest = max((trial.seconds for trial in trials), default=0)
+    lines.append(f"{len(trials)} signals; the last process ended at most {slowest} s after its signal")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--signals", type=int, default=10**9, help="End after so many, if that is sooner.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--setups", nargs="*", default=list(SETUPS), choices=list(SETUPS))
+    parser.add_argument("--log", type=Path, help="File that gets a line of JSON for each trial.")
+    parser.add_argument("--summary", action="store_true", help="Do no more than count what --log holds.")
     options = parser.parse_args()
+    if options.summary:
+        print(table([Trial(**json.loads(line)) for line in options.log.read_text().splitlines()]))
+        raise SystemExit
+    preload("deepspeed", "tests.signal_phases")  # else each rank takes seconds for them
     with tempfile.TemporaryDirectory() as place:
-        report = Attack(flags(Path(place)), Path(place), options.seed).run(options.seconds, options.setups)
-    for (setup, name, statuses), times in sorted(report.trials.items()):
-        print(f"{setup:24} {name:8} {statuses!s:14} {times}")
-    print(f"{sum(report.trials.values())} signals; complete and compared: {dict(Counter(report.complete))}")
-    print("\n\n".join(report.faults) or "nothing was wrong")
-    raise SystemExit(bool(report.faults))
+        attack = Attack(flags(Path(place)), Path(place), options.seed, options.log)
+        trials = attack.run(options.seconds, options.setups, options.signals)
+    print(table(trials))
+    print(f"complete and compared: {dict(attack.compared)}")
+    wrong = [(trial, fault) for trial in trials for fault in trial.faults]
+    print("\n\n".join(f"{trial}:\n{fault}" for trial, fault in wrong) or "nothing was wrong")
+    raise SystemExit(bool(wrong))

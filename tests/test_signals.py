@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,15 +18,17 @@ from cola_lightning.data.stream import end_where_batches_are_lost
 from cola_lightning.preemption import limit_rendezvous, own_signals
 from cola_lightning.signals import STOP
 from tests.processes import Run
-from tests.signal_run import Attack, fit, flags
+from tests.signal_phases import fit
+from tests.signal_run import Attack, flags
 
 
 def test_random_signals_change_nothing_and_leave_nothing(tmp_path):
     """A sample of what ``python -m tests.signal_run`` does for as long as one likes."""
-    report = Attack(flags(tmp_path), tmp_path, seed=5).run(15, ["ddp"])
-    assert not report.faults, "\n".join(report.faults)
-    assert report.trials
-    assert report.complete
+    attack = Attack(flags(tmp_path), tmp_path, seed=5)
+    trials = attack.run(30, ["ddp", "fsdp2"])
+    assert not [(trial, fault) for trial in trials for fault in trial.faults]
+    assert trials
+    assert attack.compared
 
 
 class Sleep(L.Callback):
@@ -163,3 +166,9 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_worker_and_not_in_waiting(c
         next(iter(loader))
     assert "a batch could not be handed over" in capfd.readouterr().err
     assert torch.utils.data.get_worker_info() is None
+
+
+def test_the_installed_script_begins_where_python_m_does():
+    """It imported for seconds before it listened."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert project["scripts"]["cola_lightning"] == "cola_lightning.__main__:main"

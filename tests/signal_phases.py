@@ -1,0 +1,138 @@
+"""The processes of ``tests.signal_run``: each writes down which phase of its run it is in, so that a signal can be sent
+in any of them, and what two checkpoints hold can be compared bit for bit."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+
+from cola_lightning import signals
+from cola_lightning.callbacks import Checkpoints
+from cola_lightning.checkpoints import read
+from cola_lightning.cli import main
+from tests.parity_run import DeepSpeedOnCPU
+
+PHASES = ("start", "restore", "train", "save", "validation", "end")
+
+
+class ZeRO2(DeepSpeedOnCPU):
+    """ZeRO-2, which Lightning admits on GPUs only."""
+
+    def __init__(self, stage: int = 2) -> None:
+        super().__init__(stage=stage, process_group_backend="gloo", logging_batch_size_per_gpu=2, pin_memory=False)
+
+
+def fit(flags: list[str], folder: Path | None = None) -> None:
+    """Do what ``python -m cola_lightning`` does, without the seconds of its imports; write its phases to a folder.
+
+    The process begins a session, so that whatever it starts can be found.
+    """
+    for number in signals.STOP:  # a harness in the background of a shell is started with SIGINT ignored
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signals.LISTENER.listen()
+    os.setsid()
+    if folder is not None:
+        _trace_phases(folder)
+    main(flags)
+
+
+def _trace_phases(folder: Path) -> None:
+    trace = Trace(folder / f"phases{os.environ.get('RANK', '0')}")
+    trace.note("start")
+    trace.around(_CheckpointConnector, "resume_start", "restore")
+    trace.around(_CheckpointConnector, "resume_end", after="start")
+    trace.around(_EvaluationLoop, "run", "validation", after=None)
+    trace.around(Checkpoints, "on_train_start", after="train")
+    trace.around(Checkpoints, "_try_save", "save", after=None)
+    trace.around(Checkpoints, "on_train_end", "end")
+
+
+class Trace:
+    """A file with a line for each change of phase: the system's clock and the phase's name."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.phase = ""
+
+    def note(self, phase: str) -> None:
+        self.phase = phase
+        os.write(self.file, f"{time.monotonic()} {phase}\n".encode())
+
+    def around(self, owner: type, name: str, before: str = "", after: str | None = "") -> None:
+        """Note a phase before and one after a method; None for the phase that there was before, "" for no change."""
+        inner: Callable = getattr(owner, name)
+
+        @wraps(inner)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            earlier = self.phase
+            if before:
+                self.note(before)
+            result = inner(*args, **kwargs)
+            if after is None or after:
+                self.note(earlier if after is None else after)
+            return result
+
+        setattr(owner, name, noted)
+
+
+def phases(path: Path) -> list[tuple[float, str]]:
+    """What a process has written down so far."""
+    if not path.exists():
+        return []
+    lines = [line.split() for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [(float(moment), phase) for moment, phase in lines]
+
+
+def members(sessions: list[int]) -> dict[int, str]:
+    """The processes, by number, that belong to these sessions and have not ended."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                name, _, rest = (folder / "stat").read_text().rpartition(")")
+            except OSError:
+                continue  # it has ended meanwhile
+            state, _, _, session = rest.split()[:4]
+            if int(session) in sessions and state not in "ZX":
+                found[int(folder.name)] = name.partition("(")[2]
+    return found
+
+
+def everything(path: Path) -> dict[str, Any]:
+    """All that a checkpoint holds and that decides how the run goes on."""
+    if path.is_file():
+        return torch.load(path, weights_only=True)
+    if (path / ".metadata").is_file():
+        from torch.distributed.checkpoint import FileSystemReader
+        from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
+        from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+        parts: dict[str, Any] = {}
+        _load_state_dict(parts, FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+        return {"parts": parts, "rest": torch.load(path / "meta.pt", weights_only=True)}
+    checkpoint = read(path)
+    return {"weights": checkpoint.weights, "state": checkpoint.state}
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[tuple[str, str]]:
+    """What is not the same, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        same = isinstance(other, torch.Tensor) and torch.equal(one, other)
+        return [] if same else [(where, "tensors")]
+    if isinstance(one, dict):
+        if not isinstance(other, dict) or one.keys() != other.keys():
+            return [(where, f"{one!r:.300} and {other!r:.300}")]
+        return [found for key in one for found in differences(one[key], other[key], f"{where}/{key}")]
+    if isinstance(one, list | tuple):
+        if not isinstance(other, list | tuple) or len(one) != len(other):
+            return [(where, f"{one!r:.300} and {other!r:.300}")]
+        pairs = enumerate(zip(one, other, strict=True))
+        return [found for index, (a, b) in pairs for found in differences(a, b, f"{where}/{index}")]
+    return [] if one == other or one != one else [(where, f"{one!r:.300} and {other!r:.300}")]
