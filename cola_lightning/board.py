@@ -23,10 +23,10 @@ class PatientLogger(TensorBoardLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
-        fresh = self._experiment is None
         writer = super().experiment
-        if fresh and isinstance(writer, SummaryWriter):
-            writer.file_writer.event_writer = PatientWriter(writer.file_writer.event_writer)
+        events = writer.file_writer if isinstance(writer, SummaryWriter) else None  # None once it is closed
+        if events is not None and not isinstance(events.event_writer, PatientWriter):
+            events.event_writer = PatientWriter(events.event_writer)
         return writer
 
 

@@ -67,6 +67,7 @@ from cola_lightning.optim.schedules import open_lengths
 from cola_lightning.parser import Parser
 from cola_lightning.precision import refuse_precision
 from cola_lightning.preemption import await_ranks, limit_rendezvous, own_signals
+from cola_lightning.private_apis import check_private_apis, commands_of
 from cola_lightning.provenance import TOKENIZER, run_folder, write_provenance
 from cola_lightning.signals import LISTENER
 from cola_lightning.strategies import refuse_mismatch, refuse_unknown
@@ -208,11 +209,11 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.typed = args
-        for subparser in getattr(self, "_subcommand_parsers", {}).values():
+        for subparser in commands_of(parser).values():
             subparser.set_defaults({"weights_only": True})  # nothing but tensors and plain data is loaded from a file
         match args:
             case ["schema"]:
-                print(json.dumps(completion.json_schema(self._subcommand_parsers["fit"]), indent=1))
+                print(json.dumps(completion.json_schema(commands_of(parser)["fit"]), indent=1))
                 sys.exit()
             case ["completion", shell]:
                 print(completion.shell_script(parser, shell))
@@ -231,12 +232,15 @@ class CLI(LightningCLI):
                 "--weights_only is fixed: a checkpoint holds tensors and plain data, and nothing else is loaded; leave "
                 "the option away"
             )
+        self._choose_checkpoint()
+        self._hide_checkpoint()
 
-    def _parse_ckpt_path(self) -> None:
+    def _choose_checkpoint(self) -> None:
         """Find the checkpoint that is meant, look whether it can be trusted, and take from it what the command line and
         its files are silent about.
 
-        Lightning's own way with the last is the reverse: there, what the checkpoint holds replaces what was typed.
+        Lightning does the reverse: there, what the checkpoint holds replaces what was typed. It does so between
+        ``parse_arguments`` and ``before_instantiate_classes``, so ``ckpt_path`` is hidden from it in between.
         """
         self.begin_weights: str | None = None
         config = self.config.get("subcommand") and self.config[self.config.subcommand]
@@ -274,6 +278,12 @@ class CLI(LightningCLI):
                     "new run with its weights, by --weights_only_start true"
                 )
             rank_zero_warn(f"--model.{place} is {new} now; in {path} it was {old}")
+
+    def _hide_checkpoint(self) -> None:
+        """Keep ``ckpt_path`` aside until ``before_instantiate_classes`` puts it back."""
+        self.checkpoint_path: str | None = None
+        if verb := self.config.get("subcommand"):
+            self.checkpoint_path, self.config[verb]["ckpt_path"] = self.config[verb].get("ckpt_path"), None
 
     def _typed_settings(self) -> dict[str, Any]:
         """Settings of the model that the command line and its files state, without defaults."""
@@ -321,7 +331,9 @@ class CLI(LightningCLI):
     # -- what is made of it -------------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
-        """Find the directory of the run, for loggers need it when they are made."""
+        """Find the directory of the run, because loggers need it when they are made."""
+        if self.subcommand:
+            self.config[self.subcommand]["ckpt_path"] = self.checkpoint_path
         config = self.config[self.subcommand] if self.subcommand else self.config
         trainer = config.trainer
         self.run_dir = config.run_dir and Path(config.run_dir).absolute()
@@ -352,12 +364,16 @@ class CLI(LightningCLI):
                 raise
             raise InputError(" ".join(str(cause).split())) from error
 
+    def _setting(self, name: str) -> Any:
+        """A setting of this command, with its classes made."""
+        return (self.config_init[self.subcommand] if self.subcommand else self.config_init).get(name)
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        trainer, run_dir = self._get(self.config_init, "trainer"), self.run_dir
-        checkpoint = self._get(self.config_init, "checkpoint")
+        trainer, run_dir = self._setting("trainer"), self.run_dir
+        checkpoint = self._setting("checkpoint")
         if run_dir and checkpoint.dirpath is None:
             checkpoint.dirpath = str(run_dir / "checkpoints")
-        resumes = self._get(self.config_init, "ckpt_path")
+        resumes = self._setting("ckpt_path")
         if self.subcommand == "fit" and run_dir and not resumes and list(Path(checkpoint.dirpath).glob("*.ckpt")):
             raise InputError(
                 f"{run_dir} holds a run already; go on with it by --ckpt_path last (if that finds all its checkpoints "
@@ -427,7 +443,7 @@ class Settings(CLI):
     """The settings of a run that is not made: a trainer would ask for the devices that they name."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        return self._get(self.config_init, "trainer")
+        return self._setting("trainer")
 
 
 def _class_paths(settings: Any) -> list[str]:
@@ -478,6 +494,7 @@ def resolve(flags: list[str]) -> dict[str, Any]:
 
 def train(args: list[str]) -> None:
     """Lightning's verbs, with signals and the run's directory in this process's own hands until they end."""
+    check_private_apis(only_imported=True)
     began = LISTENER.listen()
     try:
         await_ranks(CLI(args).trainer)

@@ -5,6 +5,7 @@ arguments as any ``torch.nn.Module``; those few are left open here, for listing 
 fails on the metaclasses among them.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -12,14 +13,16 @@ from inspect import signature
 from pydoc import locate
 from typing import Any, get_args, get_origin
 
-from jsonargparse import ArgumentParser, _completions, _completions_jsonschema
+from jsonargparse import ArgumentParser
 from torch import Tensor, nn
+
+from cola_lightning.private_apis import replace_subclass_lists
 
 
 def json_schema(parser: ArgumentParser) -> dict[str, Any]:
     """The schema of a run file: what the parser takes, and ``config`` for the files that it builds on."""
     with _open_ended():
-        schema = _completions_jsonschema.config_jsonschema(parser)
+        schema = json.loads(parser.get_completion_script("jsonschema"))
     _make_partial(schema)
     schema["properties"]["config"] = {
         "description": "File or files that this one builds on, relative to it.",
@@ -64,20 +67,15 @@ def _takes_maker_of(cls: type, candidate: Any) -> bool:
 def _open_ended(nested: bool = True) -> Iterator[None]:
     """``nested``: whether classes are listed that are made of others of their own kind, as an optimizer of two
     optimizers is. A schema refers to itself there; options, which name each level, would have no end."""
-    modules = (_completions, _completions_jsonschema)
-    original: Callable = _completions.get_all_subclass_paths
 
-    def bounded(cls: Any, *args: Any, **kwargs: Any) -> list[str]:
-        if cls in (nn.Module, Tensor, object) or (isinstance(cls, type) and issubclass(cls, type)):
-            return []
-        paths = original(cls, *args, **kwargs)
-        return paths if nested else [path for path in paths if not _takes_maker_of(cls, locate(path))]
+    def change(original: Callable) -> Callable:
+        def bounded(cls: Any, *args: Any, **kwargs: Any) -> list[str]:
+            if cls in (nn.Module, Tensor, object) or (isinstance(cls, type) and issubclass(cls, type)):
+                return []
+            paths = original(cls, *args, **kwargs)
+            return paths if nested else [path for path in paths if not _takes_maker_of(cls, locate(path))]
 
-    for module in modules:
-        module.get_all_subclass_paths = bounded
-    try:
-        with redirect_stdout(sys.stderr):  # deepspeed talks when it is imported
-            yield
-    finally:
-        for module in modules:
-            module.get_all_subclass_paths = original
+        return bounded
+
+    with replace_subclass_lists(change), redirect_stdout(sys.stderr):  # deepspeed talks when it is imported
+        yield

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import TypedDict
 
 from cola_lightning.errors import InputError
+from cola_lightning.private_apis import is_validation_due, keep_logging_position
 from cola_lightning.stored_data import Count, StoredDataError, check_stored
 from cola_lightning.training.settings import keep_patience
 
@@ -101,13 +102,12 @@ def validate_if_due(trainer: L.Trainer) -> None:
     if not _is_due(trainer):
         return
     rank_zero_info(f"Validating step {trainer.global_step}, after which the run was stopped")
-    loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
-    first = connector._first_loop_iter
-    trainer.validating = True
-    loop.restarting = False
-    loop.run()
-    trainer.training = True
-    connector._first_loop_iter = first
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    with keep_logging_position(trainer):
+        trainer.validating = True
+        loop.restarting = False
+        loop.run()
+        trainer.training = True
 
 
 def validate_if_due_at_end(trainer: L.Trainer) -> None:
@@ -123,10 +123,10 @@ def validate_if_due_at_end(trainer: L.Trainer) -> None:
 
 
 def _is_due(trainer: L.Trainer) -> bool:
-    loop, folder = trainer.fit_loop, _folder(trainer)
+    folder = _folder(trainer)
     if not trainer.enable_validation or trainer.global_step == 0 or folder is None:
         return False
-    due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # of which it asks the type alone
+    due = is_validation_due(trainer)
     made = any(trainer.global_step in validated(each) for each in _folders(trainer))
     return trainer.strategy.broadcast(due and not made)  # by rank 0's clock, where validations go by time, and its disk
 

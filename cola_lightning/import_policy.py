@@ -15,16 +15,14 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from typing import Any
 
-from jsonargparse import _common, _typehints, _util, set_parsing_settings
+from jsonargparse import set_parsing_settings
+
+from cola_lightning.private_apis import ImportDenied, check_import_path, keep_untyped_values, replace_import_check
 
 _STANDARD = sorted(name for name in sys.stdlib_module_names if name != "__future__")
 
 
-def _leave_as_data(value: Any, *_: Any, **__: Any) -> Any:
-    return value
-
-
-def check_import(path: str, before: Any = _common.check_import_path) -> None:
+def check_import(path: str, before: Any = check_import_path) -> None:
     """Refuse an import path that is denied, or that the source of its module does not bind.
 
     Raises:
@@ -40,7 +38,7 @@ def check_import(path: str, before: Any = _common.check_import_path) -> None:
     if spec is None or wanted is None or spec.name in sys.modules:
         return
     if not _binds(spec, wanted):
-        raise _common.ImportDenied(f"Importing '{path}' is not allowed: {spec.name} holds no {wanted}.")
+        raise ImportDenied(f"Importing '{path}' is not allowed: {spec.name} holds no {wanted}.")
 
 
 def _deepest(parts: list[str]) -> tuple[ModuleSpec | None, str | None]:
@@ -92,17 +90,8 @@ def _bound(body: list[ast.stmt]) -> list[str]:
 
 def _install() -> None:
     set_parsing_settings(import_path_denylist=_STANDARD, instantiate_subclass_spec_in_any=False)
-    # jsonargparse has no setting for these two. An upgrade that renames them fails loudly, here.
-    for module, name, replacement in (
-        (_util, "check_import_path", check_import),
-        (_typehints, "check_import_path", check_import),
-        (_typehints, "adapt_classes_any", _leave_as_data),
-    ):
-        if not hasattr(module, name):
-            raise ImportError(
-                f"jsonargparse has no {module.__name__}.{name} any more; see cola_lightning.import_policy"
-            )
-        setattr(module, name, replacement)
+    replace_import_check(check_import)  # jsonargparse has no setting for this, nor for the next
+    keep_untyped_values()
 
 
 _install()

@@ -1,18 +1,13 @@
 """Loss and perplexity, once right and once as the published tables have it."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from cola_lightning.private_apis import ExactMetric
 
 
-class _Sums(Metric):
-    """States that follow the module to its device, but not to its precision: sums in bf16 would stop growing."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Any:
-        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
+class _Sums(ExactMetric):
+    """Sums that stay in float64 under any precision, because in bf16 they would stop growing."""
 
     def reset(self) -> None:
         # Trainer.validate runs in inference mode, but the validations of a fit after it do not; they could not add to

@@ -32,6 +32,7 @@ from cola_lightning.metrics import Perplexity, PublishedPerplexity, TokenLoss
 from cola_lightning.models import FullRank, Llama, MakeProjection
 from cola_lightning.optim import MakeOptimizer, MakeSchedule, Parameters, WarmupCosine
 from cola_lightning.optim.schedules import check_schedule, make_schedule
+from cola_lightning.private_apis import is_accumulating, unscales_by_itself
 from cola_lightning.sharding import builds_lazily, shard
 from cola_lightning.strategies import check_optimizer, clip_gradients
 from cola_lightning.training.fit_loop import prepare_fit_loop
@@ -44,12 +45,20 @@ MOST_LAYERS = 10_000
 """A network of more would take minutes to build, and means a slip of the keyboard or a hostile file."""
 
 
+def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
+    """The trainer of a module; None where it has none."""
+    try:
+        return module.trainer
+    except RuntimeError:
+        return None
+
+
 def at_log_step(trainer: L.Trainer, uncounted: int = 0) -> bool:
     """Whether an optimizer step that the trainer will log has just been made; ``uncounted`` is 1 where the trainer has
     yet to count it."""
     step = trainer.global_step + uncounted
     every = trainer.log_every_n_steps  # 0 for never, as under --trainer.barebones
-    return every > 0 and step % every == 0 and not trainer.fit_loop._should_accumulate()
+    return every > 0 and step % every == 0 and not is_accumulating(trainer)
 
 
 def next_token_losses(
@@ -223,9 +232,10 @@ class LanguageModel(L.LightningModule):
             self._transform()
             return
         rank_zero_info(f"Building a network of {self.parameter_count:,} parameters")
-        strategy = self.trainer.strategy if self._trainer else None
+        trainer = attached_trainer(self)
+        strategy = trainer.strategy if trainer else None
         lazily = builds_lazily(strategy)
-        if self._trainer and not lazily and self.trainer.strategy.root_device.type == "cpu":
+        if strategy and not lazily and strategy.root_device.type == "cpu":
             check_memory(4 * self.parameter_count, "its weights", "lower --model.hidden_size or another of its sizes")
         with torch.device("meta") if lazily else nullcontext():
             self.network = self.build()
@@ -314,7 +324,7 @@ class LanguageModel(L.LightningModule):
         with first_step_explained(self.trainer.ckpt_path) if self._is_restored else nullcontext():
             super().optimizer_step(*arguments, **options)
         self._is_restored = False
-        if not self.trainer.fit_loop._should_accumulate():  # DeepSpeed comes here for every micro-batch
+        if not is_accumulating(self.trainer):  # DeepSpeed comes here for every micro-batch
             self._step_tokens = None
         if not at_log_step(self.trainer, uncounted=1):  # it is counted when this returns
             return
@@ -334,10 +344,11 @@ class LanguageModel(L.LightningModule):
         checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._trainer:
-            check_progress(checkpoint, self.trainer)
-        trains = self._trainer and self.trainer.state.fn == TrainerFn.FITTING
-        averages = trains and any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)
+        trainer = attached_trainer(self)
+        if trainer:
+            check_progress(checkpoint, trainer)
+        trains = trainer and trainer.state.fn == TrainerFn.FITTING
+        averages = trains and any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
         if trains and not averages and "current_model_state" in checkpoint:
             # Its state_dict is the average, and does not belong to its optimizer's state.
             raise InputError(
@@ -348,15 +359,15 @@ class LanguageModel(L.LightningModule):
         if schedules := checkpoint.get("lr_schedulers"):
             # ``restore_settings`` steps the schedule there. Its own state may be that of a schedule of another class.
             self._stored_position, checkpoint["lr_schedulers"] = schedules[0]["last_epoch"], []
-        if self._trainer:
-            keep_patience(self.trainer, checkpoint.get("callbacks", {}))
-        if self._trainer and "micro_batches" in checkpoint and "loops" in checkpoint:
+        if trainer:
+            keep_patience(trainer, checkpoint.get("callbacks", {}))
+        if trainer and "micro_batches" in checkpoint and "loops" in checkpoint:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-            rescale_progress(progress, checkpoint["micro_batches"], self.trainer.accumulate_grad_batches)
+            rescale_progress(progress, checkpoint["micro_batches"], trainer.accumulate_grad_batches)
         self._has_weights = True
         self.train_loss.reset()
         sums = torch.tensor(checkpoint.get("train_loss", (0.0, 0.0)), dtype=torch.float64)
-        if self._trainer and self.trainer.is_global_zero and sums.any():
+        if trainer and trainer.is_global_zero and sums.any():
             self.train_loss.update(*sums)
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
@@ -421,7 +432,7 @@ class LanguageModel(L.LightningModule):
                 "--trainer.gradient_clip_algorithm value is not offered; clipping is by norm, as in the papers"
             )
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if scaler is not None and unscales_by_itself(optimizer):
             scaler.unscale_(optimizer)  # 16-mixed leaves it to a fused optimizer, whose step comes after clipping
         norm = clip_gradients(self.trainer.strategy, list(self.parameters()), gradient_clip_val)
         if norm is not None:

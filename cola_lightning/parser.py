@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 
 import cola_lightning.import_policy  # noqa: F401  denies what no run file may name
 from cola_lightning.errors import InputError, did_you_mean, hide_secrets
+from cola_lightning.private_apis import commands_of, options_of
 
 GIVEN = ("in_features", "out_features", "params", "optimizer")
 """Arguments that come from the network and the run, not from the command line."""
@@ -35,8 +36,8 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a parser within another: it tries the next type
             super().error(message, ex)
-        verbs = self._subcommands_action._name_parser_map if self._subcommands_action else {}
-        options = {option for parser in (self, *verbs.values()) for option in parser._option_string_actions}
+        verbs = commands_of(self)
+        options = {option for parser in (self, *verbs.values()) for option in options_of(parser)}
         print(f"error: {hide_secrets(explain(message, options, verbs, _names(self.bases)))}", file=sys.stderr)
         sys.exit(2)
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
 
 from cola_lightning.errors import InputError
+from cola_lightning.private_apis import ignore_signals, skip_sigterm_broadcast
 from cola_lightning.signals import LISTENER, Phase
 
 SECONDS_TO_FIND_EACH_OTHER = 300.0
@@ -60,8 +60,7 @@ class StopSignal:
         """Look for signals from now on: training begins."""
         if trainer.world_size > 1:
             self.group = distributed.new_group(backend="gloo", timeout=self.timeout)
-        # This exchange replaces Lightning's, which is a broadcast on the device at each batch.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        skip_sigterm_broadcast(trainer)  # because this exchange replaces it
         LISTENER.phase = Phase.TRAINING
 
     def agreed(self) -> int:
@@ -89,23 +88,11 @@ class StopSignal:
         return number
 
 
-class _OwnCheckpoints(_CheckpointConnector):
-    """Takes no ``hpc_ckpt_….ckpt`` out of the working directory unasked, as Lightning does under SLURM."""
-
-    _hpc_resume_path = None
-
-
 def own_signals(trainer: L.Trainer) -> None:
     """Keep Lightning from listening to signals: its hooks would save in the middle of a step, under SLURM into the
     working directory, and go on from such a file at the next start.
-
-    Raises:
-        AttributeError: If Lightning has changed, so that this would have no effect.
     """
-    trainer._signal_connector.register_signal_handlers  # noqa: B018
-    trainer._checkpoint_connector._hpc_resume_path  # noqa: B018
-    trainer._signal_connector.register_signal_handlers = lambda: None
-    trainer._checkpoint_connector.__class__ = _OwnCheckpoints
+    ignore_signals(trainer)
     if trainer.is_global_zero:
         LISTENER.before_exit = requeue
 

@@ -12,6 +12,7 @@ from cola_lightning.checkpoints.formats import read_state
 from cola_lightning.checkpoints.integrity import damage
 from cola_lightning.checkpoints.newest import written
 from cola_lightning.errors import InputError
+from cola_lightning.private_apis import set_last_saved_step, set_logged_step
 
 
 def find_checkpoint(trainer: L.Trainer, step: int) -> Path:
@@ -80,7 +81,7 @@ def go_back(trainer: L.Trainer, path: Path, kept: type[Callback]) -> None:
     loop = trainer.fit_loop.epoch_loop
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
     loop.automatic_optimization.optim_progress.load_state_dict(progress)
-    loop._batches_that_stepped = trainer.global_step  # the loggers' step
+    set_logged_step(trainer, trainer.global_step)
     # A checkpoint at a step that is passed again is written again.
     for callback in trainer.checkpoint_callbacks:
-        callback._last_global_step_saved = trainer.global_step
+        set_last_saved_step(callback, trainer.global_step)

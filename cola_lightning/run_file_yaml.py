@@ -8,8 +8,9 @@ import re
 from typing import Any
 
 import yaml
-from jsonargparse import _loaders_dumpers
 from yaml.nodes import MappingNode, Node, SequenceNode
+
+from cola_lightning.private_apis import replace_yaml_loader
 
 DEPTH = 50
 """Levels of nesting at most; a whole configuration has about ten."""
@@ -114,6 +115,4 @@ def _refuse_twice(node: MappingNode) -> None:
         seen[key.value] = line
 
 
-if not hasattr(_loaders_dumpers, "yaml_default_loader"):
-    raise ImportError("jsonargparse keeps its YAML loader elsewhere now; see cola_lightning.run_file_yaml")
-_loaders_dumpers.yaml_default_loader = Loader
+replace_yaml_loader(Loader)

@@ -62,17 +62,17 @@ def fill(module: nn.Module, device: torch.device) -> None:
 
     Of a sharded parameter, the whole is drawn on every rank, each keeps its part, and the rest is forgotten.
     """
-    own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
-    if not own and not any(buffer is not None for buffer in module._buffers.values()):
+    own = dict(module.named_parameters(recurse=False))
+    if not own and not any(True for _ in module.buffers(recurse=False)):
         return
     sharded = {name: parameter for name, parameter in own.items() if isinstance(parameter, DTensor)}
     for name, parameter in sharded.items():
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        module._parameters[name] = nn.Parameter(whole, parameter.requires_grad)
+        module.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))
     module.reset_parameters()
     for name, parameter in sharded.items():
-        whole = module._parameters[name].detach()
-        module._parameters[name] = parameter
+        whole = module.get_parameter(name).detach()
+        module.register_parameter(name, parameter)
         part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
         with torch.no_grad():
             parameter.to_local().copy_(part.to_local())

@@ -23,6 +23,7 @@ from cola_lightning.checkpoints import read_state, refuse_code
 from cola_lightning.checkpoints.formats import Format, format_of
 from cola_lightning.checkpoints.trust import deepspeed_data, plain_data_only
 from cola_lightning.errors import InputError, did_you_mean
+from cola_lightning.private_apis import guard_engine_writers, set_data_parallel_size
 
 if not torch.accelerator.is_available():  # else DeepSpeed says on stdout that it found none, amid what is printed there
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -39,7 +40,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint)
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's "auto" is one per node
+        set_data_parallel_size(self, self.num_nodes * self.num_processes)  # Lightning's "auto" is one per node
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -77,19 +78,12 @@ class ZeROStrategy(DeepSpeedStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         self.problem = None
-        engine = self.deepspeed_engine
-        # Whatever writes a file between two collectives, but for the last file, written before the last of these.
-        writers = [(engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")]
-        for owner, name in writers:
-            setattr(owner, name, self._guarded(getattr(owner, name)))
-        try:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-        except OSError as error:
-            self.problem = self.problem or str(error)
-            torch.distributed.barrier()
-        finally:
-            for owner, name in writers:
-                delattr(owner, name)
+        with guard_engine_writers(self.deepspeed_engine, self._guarded):
+            try:
+                super().save_checkpoint(checkpoint, filepath, storage_options)
+            except OSError as error:
+                self.problem = self.problem or str(error)
+                torch.distributed.barrier()
 
     def _guarded(self, write: Callable[..., None]) -> Callable[..., None]:
         def attempt(*arguments: Any, **named: Any) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from cola_lightning.callbacks import CoLAM, CRNetRecompute
 from cola_lightning.callbacks.throughput import flops_per_token
@@ -21,6 +20,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.models.loss import at_least_float32
 from cola_lightning.module import LanguageModel, next_token_losses
 from cola_lightning.optim import Parameters
+from cola_lightning.private_apis import tree_leaves
 
 Mark = Callable[[str], Any]
 """``mark(part)`` is called when a part of a step is over."""

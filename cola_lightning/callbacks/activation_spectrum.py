@@ -17,6 +17,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.methods import LowRank
 from cola_lightning.models import Llama
 from cola_lightning.module import LanguageModel
+from cola_lightning.private_apis import is_accumulating
 from cola_lightning.spectrum import effective_rank, squared_singular_values
 
 ACTIVATIONS = (
@@ -79,7 +80,7 @@ class ActivationSpectrum(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.fit_loop._should_accumulate() or trainer.global_step % self.every_n_steps:
+        if is_accumulating(trainer) or trainer.global_step % self.every_n_steps:
             return
         spectra = self.measure(trainer, pl_module.network, batch)
         if trainer.is_global_zero:

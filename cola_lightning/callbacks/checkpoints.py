@@ -6,12 +6,10 @@ import shutil
 import time
 from contextlib import suppress
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cola_lightning.checkpoints import lock
@@ -20,6 +18,14 @@ from cola_lightning.checkpoints.writer import CheckpointWriter, remove, size
 from cola_lightning.due_validation import note_validation, restore_validated, validate_if_due, validate_if_due_at_end
 from cola_lightning.errors import InputError
 from cola_lightning.preemption import Preempted, StopSignal, own_signals, requeue
+from cola_lightning.private_apis import (
+    LatestCheckpoint,
+    is_accumulating,
+    is_last_batch,
+    is_validation_due,
+    log_step_now,
+    validates_by_time,
+)
 from cola_lightning.provenance import run_folder
 from cola_lightning.signals import LISTENER, Phase
 
@@ -33,7 +39,7 @@ class UnsavedError(InputError):
     exit_status = 1
 
 
-class Checkpoints(ModelCheckpoint):
+class Checkpoints(LatestCheckpoint):
     """Writes ``step_….ckpt`` every so many optimizer steps, at the end of a run however it ends, and when a signal asks
     it to stop.
 
@@ -73,7 +79,7 @@ class Checkpoints(ModelCheckpoint):
             raise InputError(f"--checkpoint.minutes_at_end is {minutes_at_end}; it must be 0 or more")
         # Lightning knows a ModelCheckpoint by its class; what it does is all replaced below.
         super().__init__(dirpath, every_n_train_steps=every_n_train_steps, save_top_k=-1)
-        self.keep, self.minutes_at_end = keep, minutes_at_end
+        self.every_n_train_steps, self.keep, self.minutes_at_end = every_n_train_steps, keep, minutes_at_end
         self.stop = StopSignal()
         self.writer: CheckpointWriter | None = None
         self._loops: tuple[int, dict[str, Any]] = (-1, {})
@@ -102,18 +108,18 @@ class Checkpoints(ModelCheckpoint):
         self.stop.install(trainer)
         if self.writer:
             self.writer.group = self.stop.group
-        self._last_global_step_saved = trainer.global_step  # where the run goes on from, if it does
+        self.last_saved_step = trainer.global_step  # where the run goes on from, if it does
         restore_validated(trainer)
         validate_if_due(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.fit_loop._should_accumulate() or trainer.fast_dev_run:
+        if is_accumulating(trainer) or trainer.fast_dev_run:
             return  # between two steps a checkpoint would lose the gradient gathered so far
-        if self._ends(trainer) or trainer.global_step % self._every_n_train_steps == 0:
+        if self._ends(trainer) or trainer.global_step % self.every_n_train_steps == 0:
             self.save(trainer)
-        if trainer.global_step != self._last_global_step_saved and self._may_end(trainer):
+        if trainer.global_step != self.last_saved_step and self._may_end(trainer):
             self._loops = trainer.global_step, deepcopy(trainer.fit_loop.state_dict())
         if number := self.stop.agreed():
             self.save(trainer)
@@ -121,7 +127,7 @@ class Checkpoints(ModelCheckpoint):
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Wait for a validation's end only where its step has a checkpoint; one that is broken off is made up for."""
-        if trainer.global_step == self._last_global_step_saved and (number := self.stop.agreed()):
+        if trainer.global_step == self.last_saved_step and (number := self.stop.agreed()):
             self._end(trainer, number)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -155,18 +161,16 @@ class Checkpoints(ModelCheckpoint):
         """Whether the step just made is the last, as far as is known now."""
         loop = trainer.fit_loop
         last_epoch = loop.max_epochs not in (None, -1) and loop.epoch_progress.current.processed + 1 >= loop.max_epochs
-        over = last_epoch and loop.epoch_loop._num_ready_batches_reached()
+        over = last_epoch and is_last_batch(trainer)
         return trainer.should_stop or trainer.global_step == trainer.max_steps or over
 
     def _may_end(self, trainer: L.Trainer) -> bool:
         """Whether the run may end before another step: it should, or a validation comes, after which a callback may
         stop it. Validations by the clock may come after any step."""
-        loop = trainer.fit_loop
-        by_clock = getattr(trainer, "_val_check_time_interval", None) is not None
-        return self._ends(trainer) or by_clock or loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        return self._ends(trainer) or validates_by_time(trainer) or is_validation_due(trainer)
 
     def _end(self, trainer: L.Trainer, number: int) -> NoReturn:
-        saved = trainer.global_step == self._last_global_step_saved
+        saved = trainer.global_step == self.last_saved_step
         how = "go on with --ckpt_path last" if saved else f"step {trainer.global_step} could not be saved"
         rank_zero_info(f"Stopping after step {trainer.global_step}, for signal {number} was received; {how}")
         if trainer.is_global_zero:
@@ -200,10 +204,10 @@ class Checkpoints(ModelCheckpoint):
         Raises:
             UnsavedError: At the end of a run, if it cannot be written for as long as stated.
         """
-        if self._last_global_step_saved == trainer.global_step:
+        if self.last_saved_step == trainer.global_step:
             return
         if not at_end:
-            _log_step(trainer)
+            log_step_now(trainer)  # because a run that goes on from this checkpoint will not
         path = Path(self.dirpath or "", checkpoint_name(trainer.global_step))
         self._saving_at_end = at_end
         try:
@@ -218,14 +222,14 @@ class Checkpoints(ModelCheckpoint):
                 "make the steps after it again by --ckpt_path last"
             )
         if problem:
-            again = "at its end" if self._ends(trainer) else f"in {self._every_n_train_steps} steps"
+            again = "at its end" if self._ends(trainer) else f"in {self.every_n_train_steps} steps"
             rank_zero_warn(
                 f"{path} could not be written: {problem}. The run goes on and tries again {again}; the newest "
                 f"checkpoint is {newest}"
             )
             return
-        self._last_global_step_saved = trainer.global_step
-        self._last_checkpoint_saved = self.best_model_path = self.last_model_path = str(path)
+        self.last_saved_step = trainer.global_step
+        self.best_model_path = self.last_model_path = str(path)
 
     def _save_patiently(self, trainer: L.Trainer, path: Path) -> str | None:
         began, pause = time.monotonic(), 1.0
@@ -306,21 +310,11 @@ class Checkpoints(ModelCheckpoint):
     def _folder(self, trainer: L.Trainer) -> Path:
         return Path(self.dirpath or run_folder(trainer) / "checkpoints").absolute()
 
-    def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
-        """What Lightning takes for ``ckpt_path="last"``."""
-        newest = newest_whole(self._folder(trainer))
-        return {str(newest)} if newest else set()
+    def latest(self, trainer: L.Trainer) -> Path | None:
+        return newest_whole(self._folder(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         return {}  # the folder says it all, also where it was moved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
-
-
-def _log_step(trainer: L.Trainer) -> None:
-    """Log the step now, for a run that goes on from its checkpoint will not, and not again when the batch ends."""
-    connector = trainer._logger_connector
-    connector.update_train_step_metrics()
-    name = "update_train_step_metrics"
-    vars(connector)[name] = partial(vars(connector).pop, name)  # in place of the next call, and gone with it

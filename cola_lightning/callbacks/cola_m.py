@@ -3,7 +3,6 @@
 from typing import Literal
 
 import lightning as L
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 
 from cola_lightning.errors import InputError
@@ -11,6 +10,7 @@ from cola_lightning.methods.cola_m import Selective
 from cola_lightning.methods.low_rank import LowRank
 from cola_lightning.methods.reversible import Reversible
 from cola_lightning.models import CrossLayer, Llama
+from cola_lightning.private_apis import has_own_checkpointing
 
 
 class CoLAM(L.Callback):
@@ -49,8 +49,7 @@ class CoLAM(L.Callback):
         others = [c for c in trainer.callbacks if isinstance(c, CoLAM) and c is not self]
         if others:
             raise InputError("CoLAM is among the callbacks twice; a layer can be checkpointed one way only")
-        strategy = trainer.strategy
-        if isinstance(strategy, FSDPStrategy) and getattr(strategy, "_activation_checkpointing_kwargs", None):
+        if has_own_checkpointing(trainer.strategy):
             raise InputError(
                 "the FSDP strategy has an activation_checkpointing_policy of its own; remove it or the CoLAM callback"
             )

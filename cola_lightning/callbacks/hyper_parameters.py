@@ -8,6 +8,7 @@ from torch.utils.tensorboard.summary import hparams
 from typing_extensions import TypedDict
 
 from cola_lightning.module import LanguageModel
+from cola_lightning.private_apis import event_writer, logged_step
 from cola_lightning.stored_data import ALTERED, check_stored
 
 PERPLEXITY, BEST = "val/perplexity", "val/perplexity_best"
@@ -43,7 +44,7 @@ class HyperParameters(L.Callback):
                 # Only the names count here: of metrics, the tab takes the latest value that is logged under each.
                 experiment, _, _ = hparams(LISTED | values, dict.fromkeys(METRICS, 0.0))
                 _, start, _ = hparams(values, {})
-                writer = logger.experiment._get_file_writer()
+                writer = event_writer(logger.experiment)
                 writer.add_summary(experiment)
                 writer.add_summary(start)
 
@@ -53,12 +54,12 @@ class HyperParameters(L.Callback):
             return
         self.best = min(self.best, float(value))
         for logger in trainer.loggers:
-            logger.log_metrics({BEST: self.best}, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics({BEST: self.best}, step=logged_step(trainer))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
         for logger in trainer.loggers if trainer.is_global_zero else []:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment._get_file_writer().add_summary(hparams({}, {})[2])  # the run is complete
+                event_writer(logger.experiment).add_summary(hparams({}, {})[2])  # the run is complete
 
 
 def hyper_parameters(trainer: L.Trainer, module: LanguageModel) -> dict[str, int | float | str]:

@@ -3,10 +3,11 @@
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar
+
+from cola_lightning.private_apis import DescribedProgressBar
 
 
-class Progress(RichProgressBar):
+class Progress(DescribedProgressBar):
     """Lightning's bar, in optimizer steps of the whole run; by itself it counts micro-batches of an epoch."""
 
     @property
@@ -18,5 +19,5 @@ class Progress(RichProgressBar):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
-    def _get_train_description(self, current_epoch: int) -> str:
+    def training_description(self) -> str:
         return f"{'Training':{len(self.validation_description)}}"  # as wide as validation's, or the bar flickers

@@ -5,7 +5,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from cola_lightning.methods.between_steps import mixed_seed, run_seed
+from cola_lightning.methods.between_steps import mixed_seed
+from cola_lightning.private_apis import global_seed
 
 
 class StepSeed(L.Callback):
@@ -17,4 +18,4 @@ class StepSeed(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        torch.manual_seed(mixed_seed(run_seed(), trainer.global_step, batch_idx, trainer.global_rank))
+        torch.manual_seed(mixed_seed(global_seed(), trainer.global_step, batch_idx, trainer.global_rank))

@@ -12,10 +12,8 @@ from typing_extensions import TypedDict
 from cola_lightning.costs import Flops, Run, gpu_reported
 from cola_lightning.data.rows import IGNORE
 from cola_lightning.module import LanguageModel, at_log_step
+from cola_lightning.private_apis import FETCH
 from cola_lightning.stored_data import ALTERED, Count, check_stored
-
-FETCH = "[_TrainingEpochLoop].train_dataloader_next"
-"""What Lightning tells its profiler that it does while it takes the next batch from the loader."""
 
 
 class _State(TypedDict):

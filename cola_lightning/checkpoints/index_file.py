@@ -13,7 +13,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -23,6 +22,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+
+from cola_lightning.private_apis import StorageInfo
 
 LIMIT = 1 << 30
 """Bytes of an index at most; that of a 7B model on 64 ranks has about 20 MB."""
@@ -73,7 +74,7 @@ _RECORDS: dict[type, dict[str, Callable[[object], bool]]] = {
     Metadata: {
         "state_dict_metadata": _map(_is_text, _a(TensorStorageMetadata, BytesStorageMetadata)),
         "planner_data": _or_none(_map(_is_text, _is_path_of_keys)),
-        "storage_data": _or_none(_map(_a(MetadataIndex), _a(_StorageInfo))),
+        "storage_data": _or_none(_map(_a(MetadataIndex), _a(StorageInfo))),
         "storage_meta": _or_none(_a(StorageMeta)),
         "version": _or_none(_is_text),
     },
@@ -91,7 +92,7 @@ _RECORDS: dict[type, dict[str, Callable[[object], bool]]] = {
         "load_id": _or_none(_is_text),
         "modules": _list(_is_text),
     },
-    _StorageInfo: {
+    StorageInfo: {
         "relative_path": _is_text,
         "offset": _is_count,
         "length": _is_count,

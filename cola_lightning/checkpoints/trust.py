@@ -13,13 +13,13 @@ from pathlib import Path, PurePath
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
-import lightning.pytorch.strategies.fsdp
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 
 from cola_lightning.checkpoints.index_file import ForeignError, parse_index, tensor_bytes
 from cola_lightning.errors import InputError
+from cola_lightning.private_apis import replace_fsdp_loader, replace_index_reader
 
 # Classes of plain data that DeepSpeed writes besides what torch itself regards as safe.
 _OF_DEEPSPEED = {
@@ -49,13 +49,8 @@ def plain_data_only() -> Iterator[None]:
         for name, value in ((_FORCE, "1"), (_FORCE_NOT, None)):
             stack.callback(_set_variable, name, os.environ.get(name))
             _set_variable(name, value)
-        # A reader that an upgrade has renamed fails loudly here, by AttributeError.
-        for owner, name, safe in (
-            (FileSystemReader, "read_metadata", _read_metadata),
-            (lightning.pytorch.strategies.fsdp, "_lazy_load", _load_mapped),
-        ):
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, safe)
+        stack.enter_context(replace_index_reader(_read_metadata))
+        stack.enter_context(replace_fsdp_loader(_load_mapped))
         yield
 
 
@@ -79,12 +74,11 @@ def _load_mapped(path: str | Path) -> Any:
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
-def _read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Metadata:
-    """Stand in for ``FileSystemReader.read_metadata``; torch asks for the index of a rank by ``rank``."""
-    file = Path(self._get_metadata_path(kwargs.get("rank")))
+def _read_metadata(reader: FileSystemReader, file: Path) -> Metadata:
+    """Stand in for ``FileSystemReader.read_metadata``."""
     metadata = _index(file)
     metadata.storage_meta = metadata.storage_meta or StorageMeta()
-    metadata.storage_meta.load_id = self.load_id
+    metadata.storage_meta.load_id = reader.load_id
     return metadata
 
 

@@ -5,11 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import (
     FlopCounterMode,
     flop_registry,
@@ -18,21 +15,24 @@ from torch.utils.flop_counter import (
     shape_wrapper,
 )
 
-aten = torch.ops.aten
+from cola_lightning.private_apis import (
+    CPU_ATTENTION,
+    CPU_ATTENTION_BACKWARD,
+    TorchDispatchMode,
+    storage_key,
+    tree_leaves,
+)
+
 # The counter knows every attention kernel but the CPU's. As for the others, causality is not taken off.
-CPU_ATTENTION = {
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(
-        q, k, v
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda g, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(g, q, k, v)
-    ),
+CPU_FORMULAS = {
+    CPU_ATTENTION: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
+    CPU_ATTENTION_BACKWARD: (lambda g, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(g, q, k, v)),
 }
 
 
 def count_flops(run: Callable[[], Any]) -> int:
     """FLOPs of the matrix products and attention in ``run()``; a multiply-add counts as two."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS) as counter:
         run()
     return counter.get_total_flops()
 
@@ -46,7 +46,7 @@ def kept_bytes(run: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
     return recorder.live([result])
 
 
-FORMULAS = {**flop_registry, **{op: shape_wrapper(formula) for op, formula in CPU_ATTENTION.items()}}
+FORMULAS = {**flop_registry, **{op: shape_wrapper(formula) for op, formula in CPU_FORMULAS.items()}}
 
 
 class Recorder(TorchDispatchMode):
@@ -64,20 +64,19 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.known = {storage_key(tensor) for tensor in known}
         self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
         self.flops: Counter[str] = Counter()
         self.peak = self._bound = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = FORMULAS.get(func._overloadpacket)
+        formula = FORMULAS.get(func.overloadpacket)
         if formula is not None:
-            self.flops[str(func._overloadpacket)] += formula(*args, **(kwargs or {}), out_val=out)
+            self.flops[str(func.overloadpacket)] += formula(*args, **(kwargs or {}), out_val=out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                key = storage._cdata
+                storage, key = leaf.untyped_storage(), storage_key(leaf)
                 if key in self.known or (key in self.seen and not self.seen[key][0].expired()):
                     continue
                 self.seen[key] = (StorageWeakRef(storage), storage.nbytes())
@@ -89,7 +88,7 @@ class Recorder(TorchDispatchMode):
 
     def live(self, besides: Iterable[Tensor] = ()) -> int:
         """Bytes that are alive now, those of ``besides`` left out."""
-        excluded = {tensor.untyped_storage()._cdata for tensor in besides}
+        excluded = {storage_key(tensor) for tensor in besides}
         self.seen = {key: (ref, size) for key, (ref, size) in self.seen.items() if not ref.expired()}
         self._bound = sum(size for _, size in self.seen.values())
         return self._bound - sum(size for key, (_, size) in self.seen.items() if key in excluded)

@@ -36,6 +36,7 @@ from lightning.pytorch.strategies import (
 import cola_lightning.strategies  # noqa: F401  (registers fsdp2)
 from cola_lightning.costs.parameters import Parameters
 from cola_lightning.errors import InputError
+from cola_lightning.private_apis import ddp_options
 
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "64-true": (torch.float64, None),
@@ -110,7 +111,7 @@ def lay_out(strategy: str | Strategy, precision: str | int | None, gpus: int) ->
 def _strategy(strategy: str | Strategy, gpus: int) -> tuple[type, dict[str, Any], str]:
     """Its class, options and name. A strategy that is named is not made: DeepSpeed's wants DeepSpeed installed."""
     if isinstance(strategy, Strategy):
-        options = {**getattr(strategy, "_ddp_kwargs", {}), **getattr(strategy, "kwargs", {})}
+        options = {**ddp_options(strategy), **getattr(strategy, "kwargs", {})}
         for attribute in ("cpu_offload", "sharding_strategy", "config"):
             options[attribute] = getattr(strategy, attribute, None)
         return type(strategy), options, type(strategy).__name__

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function
 from torch.optim import Optimizer
 
@@ -21,6 +20,7 @@ from cola_lightning.costs.counters import Recorder
 from cola_lightning.models import Llama
 from cola_lightning.module import next_token_losses
 from cola_lightning.optim import Parameters
+from cola_lightning.private_apis import fake_tensors
 
 Build = Callable[..., Llama]
 Transforms = tuple[Callable[[Llama], None], ...]
@@ -156,7 +156,7 @@ def trace(
         fused_norm: RMSNorm is one kernel, as on GPUs; on a CPU it is several, which keep more.
     """
     with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode())
+        stack.enter_context(fake_tensors())
         stack.enter_context(default_dtype(dtype))
         network = build(num_hidden_layers=min(layers, TRACED))
         for transform in transforms:
@@ -247,7 +247,7 @@ def optimizer_states(
     build: Build, layers: int, make_optimizer: Callable[..., Optimizer], dtype: torch.dtype
 ) -> OptimizerStates:
     """Make a step on fake parameters of ``dtype`` and see what the optimizer holds afterwards."""
-    with FakeTensorMode(), default_dtype(dtype):
+    with fake_tensors(), default_dtype(dtype):
         network = build(num_hidden_layers=min(layers, TRACED))
         for parameter in network.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None

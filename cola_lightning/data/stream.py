@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
 from functools import partial
 from itertools import islice
-from multiprocessing import queues
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from cola_lightning.data.passes import PassEndError
 from cola_lightning.data.rows import add_step_tokens
 from cola_lightning.data.transfer import SentBatch
 from cola_lightning.errors import InputError
+from cola_lightning.private_apis import on_unsendable_item
 from cola_lightning.signals import leave_signals_to_parent
 from cola_lightning.stored_data import Count
 
@@ -385,7 +385,7 @@ def end_where_batches_are_lost() -> None:
         )
         os._exit(1)
 
-    queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
+    on_unsendable_item(end)
 
 
 def die_with(parent: int) -> None:

@@ -1,6 +1,5 @@
 """What the methods share that act on the network between two optimizer steps: ReLoRA, SwitchLoRA, SST."""
 
-import os
 from hashlib import blake2b
 from typing import Any
 
@@ -13,6 +12,7 @@ from typing_extensions import TypedDict
 
 from cola_lightning.errors import InputError
 from cola_lightning.models.layers import Projection
+from cola_lightning.private_apis import global_seed
 from cola_lightning.stored_data import ALTERED, check_stored
 
 
@@ -25,11 +25,6 @@ def generator(*numbers: int) -> torch.Generator:
     """A generator that depends on these numbers alone: on all ranks it draws the same, on any device, and a resumed run
     needs no state of it. It draws on the CPU."""
     return torch.Generator().manual_seed(mixed_seed(*numbers))
-
-
-def run_seed() -> int:
-    """The seed of the run, ``seed_everything``; 0 where there is none."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def schedule_cycle(trainer: L.Trainer, argument: str) -> int:
@@ -91,7 +86,7 @@ class BetweenSteps(L.Callback):
                 f"{type(self).__name__} changes weights and optimizer state in place, which {type(strategy).__name__} "
                 f"shards or hides; set --trainer.strategy ddp, or auto"
             )
-        self.seed = run_seed() if self.seed is None else self.seed
+        self.seed = global_seed() if self.seed is None else self.seed
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.network, self.optimizer = pl_module.network, trainer.optimizers[0]

@@ -14,21 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cola_lightning.methods.low_rank import LATENT
 from cola_lightning.models.llama import Block
 from cola_lightning.models.positions import Rotary
+from cola_lightning.private_apis import ATTENTION_OPS, operation_marks
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
-ATTENTION = {
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-}
 
 
 class Selective:
@@ -59,10 +53,10 @@ class Selective:
 
 
 def _policy(latents: bool, attention: bool, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = (latents and op in PRODUCTS and is_latent()) or (attention and op in ATTENTION)
+    kept = (latents and op in PRODUCTS and is_latent()) or (attention and op in ATTENTION_OPS)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def is_latent() -> bool:
     """Whether the operation being run, or traced, makes a latent; told by its owner's mark and not by its shape."""
-    return LATENT.items() <= traceback.current_meta.get("custom", {}).items()
+    return LATENT.items() <= operation_marks().items()

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx.traceback import annotate
 from torch.nn.functional import linear
 
 from cola_lightning.errors import InputError
 from cola_lightning.models.layers import NormalLinear, Projection
+from cola_lightning.private_apis import mark_operations
 
 LATENT = {"cola_lightning": "latent"}
 """Mark of the operations that make a latent. Set in eager execution and carried through ``torch.compile``."""
@@ -53,7 +53,7 @@ class LowRank(Projection):
 
     def latent(self, x: Tensor) -> Tensor:
         """``A x``: (…, in) -> (…, R), before any nonlinearity; marked, so that it can be told from other products."""
-        with annotate(LATENT):
+        with mark_operations(LATENT):
             return self.A(x)
 
     @staticmethod
@@ -70,7 +70,7 @@ class LowRank(Projection):
         """One down-projection to all their latents, then the up-projection of each."""
         weights = [projection.A.weight for projection in projections]
         stacked = torch.cat(weights)
-        with annotate(LATENT):
+        with mark_operations(LATENT):
             z = linear(x, stacked)
         parts = cls.activate(z).split([len(weight) for weight in weights], dim=-1)
         return [projection.B(part) for projection, part in zip(projections, parts, strict=True)]

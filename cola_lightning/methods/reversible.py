@@ -17,11 +17,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from cola_lightning.errors import InputError
-from cola_lightning.methods.cola_m import ATTENTION
 from cola_lightning.methods.low_rank import LowRank
 from cola_lightning.models.llama import Block, Llama
 from cola_lightning.models.loss import at_least_float32
 from cola_lightning.models.positions import Rotary
+from cola_lightning.private_apis import ATTENTION_OPS
 
 MakeLatent = Callable[[LowRank, Tensor], Tensor]
 """``f(projection, x)`` is the latent (B, T, R) of ``projection`` for its input ``x``, made or remembered."""
@@ -101,7 +101,7 @@ class _Run(Function):
 
         ctx.remember_attention, ctx.recall_attention = nullcontext(), nullcontext()
         if policy.attention:
-            ctx.remember_attention, ctx.recall_attention = create_selective_checkpoint_contexts(list(ATTENTION))
+            ctx.remember_attention, ctx.recall_attention = create_selective_checkpoint_contexts(list(ATTENTION_OPS))
         z = attention_latent(block, x, rotary, make, ctx.remember_attention)
         ctx.latent_dtype = z.dtype
         x = x + block.self_attn.o_proj.expand(z)

@@ -34,9 +34,10 @@ from cola_lightning.errors import InputError
 from cola_lightning.methods.between_steps import BetweenSteps, generator, schedule_cycle
 from cola_lightning.methods.low_rank import check_rank
 from cola_lightning.models.layers import Projection
+from cola_lightning.private_apis import ExactParameters, foreach
 
 
-class SST(Projection):
+class SST(ExactParameters, Projection):
     """``Σ_i σ_i u_i v_iᵀ x``; to be used with the callback :class:`SSTRounds`.
 
     Vectors are rows: U (M, out) and V (M, in) hold those at rest, u (R, out) and v (R, in) those at work, ``active``
@@ -50,6 +51,8 @@ class SST(Projection):
     Raises:
         InputError: If the rank is out of range.
     """
+
+    exact = ("sigma",)  # float32 also where the rest is cast to 16 bits
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
@@ -69,14 +72,6 @@ class SST(Projection):
         shape = self.U.shape[1], self.V.shape[1]
         self._decompose(torch.empty(shape, device=self.U.device, dtype=self.sigma.dtype).normal_(std=0.02))
         self._activate(self._sample(torch.rand(self.sigma.shape, device=self.U.device, dtype=self.sigma.dtype)))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "SST":
-        """As for any module, but σ stays as it is where the rest is cast to 16 bits."""
-        exact = self.sigma.data
-        super()._apply(fn, recurse)
-        if self.sigma.dtype.itemsize < exact.dtype.itemsize:
-            self.sigma.data = exact.to(self.sigma.device)
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
@@ -185,7 +180,7 @@ class SSTRounds(BetweenSteps):
 
     def after_step(self, trainer: L.Trainer, step: int) -> None:
         every: int = self.iteration_steps  # type: ignore[assignment]  # known since the start
-        torch._foreach_clamp_min_([projection.sigma for projection in self.projections], 0)
+        foreach.clamp_min_([projection.sigma for projection in self.projections], 0)
         for projection in self.projections:
             for vectors in (projection.u, projection.v):
                 normalize(vectors, dim=-1, out=vectors)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cola_lightning.errors import InputError
+from cola_lightning.private_apis import foreach
 
 
 class RowAdamW(Optimizer):
@@ -90,16 +91,16 @@ class RowAdamW(Optimizer):
         steps, held, first, second = ([state[k] for state in states] for k in ("step", "held", "exp_avg", "exp_avg_sq"))
         moving = [(h == 0).to(p.dtype) for h, p in zip(held, parameters, strict=True)]
         grads = [parameter.grad * m for parameter, m in zip(parameters, moving, strict=True)]
-        torch._foreach_add_(steps, 1)
-        torch._foreach_sub_(held, 1)
-        torch._foreach_clamp_min_(held, 0)
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+        foreach.add_(steps, 1)
+        foreach.sub_(held, 1)
+        foreach.clamp_min_(held, 0)
+        foreach.lerp_(first, grads, 1 - beta1)
+        foreach.mul_(second, beta2)
+        foreach.addcmul_(second, grads, grads, 1 - beta2)
         if group["weight_decay"]:
             for parameter, m in zip(parameters, moving, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"] * m)
-        roots = torch._foreach_sqrt(second)
+        roots = foreach.sqrt(second)
         for parameter, step, m, root in zip(parameters, steps, first, roots, strict=True):
             # A held row has moments of zero and moves by nothing.
             root = root.div((1 - beta2**step).sqrt()).add_(group["eps"])

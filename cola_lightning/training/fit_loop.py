@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 
 from cola_lightning.errors import InputError
+from cola_lightning.private_apis import is_accumulating, is_last_batch, validate_also
 
 
 def prepare_fit_loop(trainer: L.Trainer) -> None:
@@ -30,26 +31,20 @@ def prepare_fit_loop(trainer: L.Trainer) -> None:
         vars(loop).pop("run", None)
         _setup_data(trainer)
         align_progress(trainer)
-        validates, epoch_loop = loop.epoch_loop._should_check_val_fx, loop.epoch_loop
-        # An attribute of the object hides the method of its class; it is deleted afterwards.
-        vars(epoch_loop)["_should_check_val_fx"] = lambda fetcher: validates(fetcher) or is_last_step(trainer)
-        try:
+        with validate_also(trainer, lambda: is_last_step(trainer)):
             inner()
-        finally:
-            del vars(epoch_loop)["_should_check_val_fx"]
 
     vars(loop)["run"] = run
 
 
 def is_last_step(trainer: L.Trainer) -> bool:
     """Whether the run ends after the optimizer step just made, by ``max_steps`` or ``max_epochs``, and validates."""
-    loop = trainer.fit_loop
-    if not trainer.enable_validation or trainer.global_step == 0 or loop.epoch_loop._should_accumulate():
+    if not trainer.enable_validation or trainer.global_step == 0 or is_accumulating(trainer):
         return False
     if trainer.global_step == trainer.max_steps:
         return True
     limited = trainer.max_epochs is not None and trainer.max_epochs != -1
-    return limited and loop.epoch_loop._num_ready_batches_reached() and trainer.current_epoch + 1 >= trainer.max_epochs
+    return limited and is_last_batch(trainer) and trainer.current_epoch + 1 >= trainer.max_epochs
 
 
 def _setup_data(trainer: L.Trainer) -> None:

@@ -1,0 +1,530 @@
+"""Private APIs of Lightning, torch, jsonargparse and DeepSpeed: every use of one, each behind a small function.
+
+A new version may change such an API without notice. :func:`check_private_apis` compares each with what this file was
+written for, and names what has changed; the command line calls it before a run, and the tests call it in full. No other
+file of this package uses a private API (tests/test_private_apis.py). CONTRIBUTING.md says what to do when a library
+is upgraded.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import multiprocessing.queues
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jsonargparse
+import lightning as L
+import lightning.pytorch.strategies.fsdp as fsdp_strategy
+import torch
+from jsonargparse import _common, _completions, _completions_jsonschema, _loaders_dumpers, _typehints, _util
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo  # noqa: F401
+from torch.fx import traceback
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
+from torch.utils._pytree import tree_leaves  # noqa: F401
+from torchmetrics import Metric
+
+from cola_lightning.errors import InputError
+
+
+class PrivateAPIError(InputError):
+    """A library's private API is not what this file was written for."""
+
+    exit_status = 1
+
+
+# -- Lightning's fit loop ---------------------------------------------------------------------------------------------
+
+FETCH = "[_TrainingEpochLoop].train_dataloader_next"
+"""The action that Lightning's profiler measures while the next batch is taken from the loader."""
+
+
+def is_accumulating(trainer: L.Trainer) -> bool:
+    """Whether the batch just made ends no optimizer step."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def is_last_batch(trainer: L.Trainer) -> bool:
+    """Whether the batch just made is the last of its epoch."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def is_validation_due(trainer: L.Trainer) -> bool:
+    """Whether Lightning validates after the batch just made."""
+    loop = trainer.fit_loop
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # it asks the fetcher's type alone
+
+
+@contextmanager
+def validate_also(trainer: L.Trainer, condition: Callable[[], bool]) -> Iterator[None]:
+    """Validate where ``condition()`` holds too, as long as this lasts."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    decide = epoch_loop._should_check_val_fx
+    # An attribute of the object hides the method of its class; it is deleted afterwards.
+    vars(epoch_loop)["_should_check_val_fx"] = lambda fetcher: decide(fetcher) or condition()
+    try:
+        yield
+    finally:
+        del vars(epoch_loop)["_should_check_val_fx"]
+
+
+def validates_by_time(trainer: L.Trainer) -> bool:
+    """Whether ``val_check_interval`` is a length of time."""
+    return trainer._val_check_time_interval is not None
+
+
+def logged_step(trainer: L.Trainer) -> int:
+    """The step under which loggers get what is logged now."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def set_logged_step(trainer: L.Trainer, step: int) -> None:
+    """Let loggers count on from ``step``."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step
+
+
+@contextmanager
+def keep_logging_position(trainer: L.Trainer) -> Iterator[None]:
+    """Put the place in the loop that the logger connector knows back at the end, as Lightning does around a validation
+    within training."""
+    connector = trainer._logger_connector
+    first = connector._first_loop_iter
+    yield
+    connector._first_loop_iter = first
+
+
+def log_step_now(trainer: L.Trainer) -> None:
+    """Send what this step has logged to the loggers now, and not again when the batch ends."""
+    connector, name = trainer._logger_connector, "update_train_step_metrics"
+    connector.update_train_step_metrics()
+    vars(connector)[name] = functools.partial(vars(connector).pop, name)  # in place of the next call, and gone with it
+
+
+def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
+    """Leave out the broadcast on the device by which Lightning's ranks tell each other of SIGTERM at each batch."""
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+def ignore_signals(trainer: L.Trainer) -> None:
+    """Let Lightning handle no signal, and take no ``hpc_ckpt_….ckpt`` out of the working directory under SLURM."""
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    connector: Any = trainer._checkpoint_connector
+    connector.__class__ = type("NoHPCCheckpoints", (type(connector),), {"_hpc_resume_path": None})
+
+
+# -- Lightning's callbacks and strategies -----------------------------------------------------------------------------
+
+
+class LatestCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint whose subclass decides what ``Trainer.fit(ckpt_path="last")`` means."""
+
+    def latest(self, trainer: L.Trainer) -> Path | None:
+        """The checkpoint to go on from, or None."""
+        raise NotImplementedError
+
+    def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
+        found = self.latest(trainer)
+        return {str(found)} if found else set()
+
+    @property
+    def last_saved_step(self) -> int:
+        """The optimizer steps behind the newest checkpoint."""
+        return self._last_global_step_saved
+
+    @last_saved_step.setter
+    def last_saved_step(self, step: int) -> None:
+        set_last_saved_step(self, step)
+
+
+class DescribedProgressBar(RichProgressBar):
+    """A progress bar whose subclass chooses what stands before the bar of training."""
+
+    def training_description(self) -> str:
+        """The text before the bar."""
+        raise NotImplementedError
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return self.training_description()
+
+
+def set_last_saved_step(callback: ModelCheckpoint, step: int) -> None:
+    """Let a callback take ``step`` for the last that it saved: it writes no step twice in a row."""
+    callback._last_global_step_saved = step
+
+
+def global_seed() -> int:
+    """The seed that ``seed_everything`` was given; 0 where it was not called."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:
+    """Choose the ranks among which FSDP2 shards, once their number is known."""
+    strategy._data_parallel_size = size
+
+
+def ddp_options(strategy: Strategy) -> dict[str, Any]:
+    """What DistributedDataParallel is made with; empty for other strategies."""
+    return strategy._ddp_kwargs if isinstance(strategy, DDPStrategy) else {}
+
+
+def has_own_checkpointing(strategy: Strategy) -> bool:
+    """Whether an FSDP strategy was given an ``activation_checkpointing_policy``."""
+    return isinstance(strategy, FSDPStrategy) and bool(strategy._activation_checkpointing_kwargs)
+
+
+@contextmanager
+def replace_fsdp_loader(load: Callable[[Path], Any]) -> Iterator[None]:
+    """Let FSDP of the first generation read a checkpoint in one file by ``load``, not by an unpickler of its own."""
+    with _replaced(fsdp_strategy, "_lazy_load", load):
+        yield
+
+
+# -- torch ------------------------------------------------------------------------------------------------------------
+
+aten = torch.ops.aten
+ATTENTION_OPS = {
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+"""Operations that ``scaled_dot_product_attention`` becomes."""
+CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
+CPU_ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+_FOREACH = ("add_", "sub_", "clamp_min_", "lerp_", "mul_", "addcmul_", "sqrt")
+foreach = SimpleNamespace(**{name: getattr(torch, f"_foreach_{name}") for name in _FOREACH})
+"""One operation on each tensor of a list, in few kernels: ``foreach.add_`` is ``torch._foreach_add_``."""
+
+
+def fake_tensors() -> AbstractContextManager:
+    """Make tensors that have a shape and a type and no content, as long as this lasts."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a moment to import
+
+    return FakeTensorMode()
+
+
+def storage_key(tensor: Tensor) -> int:
+    """A number that tensors have in common that share their memory, fake ones too."""
+    return tensor.untyped_storage()._cdata
+
+
+def mark_operations(mark: dict[str, Any]) -> AbstractContextManager:
+    """Mark the operations that are run, or traced, as long as this lasts."""
+    return traceback.annotate(mark)
+
+
+def operation_marks() -> dict[str, Any]:
+    """The marks of the operation that is run, or traced, now."""
+    return traceback.current_meta.get("custom", {})
+
+
+def unscales_by_itself(optimizer: Optimizer) -> bool:
+    """Whether ``GradScaler`` leaves it to this optimizer's step to unscale gradients, as a fused one's does."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+@contextmanager
+def replace_index_reader(read: Callable[[FileSystemReader, Path], Any]) -> Iterator[None]:
+    """Let ``torch.distributed.checkpoint`` read the index of a checkpoint by ``read(reader, file)``, and unpickle none.
+    It asks for the index of a rank by ``rank``."""
+
+    def read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Any:
+        return read(self, Path(self._get_metadata_path(kwargs.get("rank"))))
+
+    with _replaced(FileSystemReader, "read_metadata", read_metadata):
+        yield
+
+
+def event_writer(experiment: Any) -> Any:
+    """The writer of TensorBoard's events behind a SummaryWriter; opened anew where it was closed."""
+    return experiment._get_file_writer()
+
+
+class ExactParameters(nn.Module):
+    """A module some of whose parameters keep their number of bits where the rest is cast to fewer.
+
+    Attributes:
+        exact: Their names.
+    """
+
+    exact: tuple[str, ...] = ()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = {name: getattr(self, name).data for name in self.exact}
+        super()._apply(fn, recurse)
+        for name, data in before.items():
+            parameter = getattr(self, name)
+            if parameter.dtype.itemsize < data.dtype.itemsize:
+                parameter.data = data.to(parameter.device)
+        return self
+
+
+class ExactMetric(Metric):
+    """A metric whose states follow the module to its device, but not to its precision."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = ()) -> Any:
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
+
+
+# -- jsonargparse and argparse ----------------------------------------------------------------------------------------
+
+
+def commands_of(parser: jsonargparse.ArgumentParser) -> dict[str, jsonargparse.ArgumentParser]:
+    """The parser of each command."""
+    action = parser._subcommands_action
+    return action._name_parser_map if action else {}
+
+
+def options_of(parser: jsonargparse.ArgumentParser) -> list[str]:
+    """All options of a parser, such as ``--config``."""
+    return list(parser._option_string_actions)
+
+
+def replace_yaml_loader(loader: type) -> None:
+    """Let jsonargparse read config files, and the values of flags, by this class of PyYAML's loaders."""
+    _replace(_loaders_dumpers, "yaml_default_loader", loader)
+
+
+check_import_path = _common.check_import_path
+ImportDenied = _common.ImportDenied
+
+
+def replace_import_check(check: Callable[[str], None]) -> None:
+    """Let jsonargparse ask ``check(path)`` before it imports what a value names; it raises ``ImportDenied``."""
+    for module in (_util, _typehints):
+        _replace(module, "check_import_path", check)
+
+
+def keep_untyped_values() -> None:
+    """Let jsonargparse make no object of a mapping with a ``class_path`` where a value may be anything."""
+    _replace(_typehints, "adapt_classes_any", lambda value, *_, **__: value)
+
+
+@contextmanager
+def replace_subclass_lists(change: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Let completion scripts and schemas list the subclasses that ``change(function)`` gives in place of jsonargparse's
+    ``function(cls, …)``."""
+    changed = change(_completions.get_all_subclass_paths)
+    with (
+        _replaced(_completions, "get_all_subclass_paths", changed),
+        _replaced(_completions_jsonschema, "get_all_subclass_paths", changed),
+    ):
+        yield
+
+
+# -- DeepSpeed and multiprocessing ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def guard_engine_writers(engine: Any, guard: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Let a DeepSpeed engine write each file of a checkpoint through ``guard(write)``.
+
+    Those are all that it writes between two collectives, but for the last file, written before the last of these.
+    """
+    writers = [(engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")]
+    for owner, name in writers:
+        setattr(owner, name, guard(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        for owner, name in writers:
+            delattr(owner, name)
+
+
+def on_unsendable_item(act: Callable[[Exception, Any], None]) -> None:
+    """In this process, call ``act(error, item)`` where a queue cannot send an item; else it is dropped with a
+    traceback, and the reader waits for it."""
+    _replace(multiprocessing.queues.Queue, "_on_queue_feeder_error", staticmethod(act))
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+class Expected(NamedTuple):
+    """What this file relies on.
+
+    Attributes:
+        library: As ``pip`` knows it.
+        path: ``module:name`` or ``module:Class.name``.
+        parameters: Names of the arguments; None where it is no function, or its arguments do not matter.
+        mentions: Names and texts that the code of this function has: an attribute that it sets or reads, a method that
+            it calls and this file replaces.
+    """
+
+    library: str
+    path: str
+    parameters: str | None = None
+    mentions: tuple[str, ...] = ()
+
+
+_EPOCH_LOOP = "lightning.pytorch.loops.training_epoch_loop:_TrainingEpochLoop"
+_CONNECTORS = "lightning.pytorch.trainer.connectors"
+_MODEL_CHECKPOINT = "lightning.pytorch.callbacks.model_checkpoint:ModelCheckpoint"
+_STRATEGIES = "lightning.pytorch.strategies"
+_FSDP2 = f"{_STRATEGIES}.model_parallel:ModelParallelStrategy"
+_READER = "torch.distributed.checkpoint.filesystem:FileSystemReader"
+_LOADERS = "jsonargparse._loaders_dumpers"
+_ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
+EXPECTED = (
+    Expected("lightning", f"{_EPOCH_LOOP}._should_accumulate", "self"),
+    Expected("lightning", f"{_EPOCH_LOOP}._num_ready_batches_reached", "self"),
+    Expected("lightning", f"{_EPOCH_LOOP}._should_check_val_fx", "self, data_fetcher"),
+    Expected("lightning", f"{_EPOCH_LOOP}.on_advance_end", mentions=("_should_check_val_fx", "_batches_that_stepped")),
+    Expected("lightning", f"{_EPOCH_LOOP}._broadcast_sigterm_tensor", "self"),
+    Expected("lightning", f"{_EPOCH_LOOP}.advance", mentions=("_broadcast_sigterm_tensor",)),
+    Expected("lightning", f"{_EPOCH_LOOP}._on_before_fetch", mentions=("].train_dataloader_next",)),
+    Expected("lightning", f"{_EPOCH_LOOP}._on_after_fetch", mentions=("].train_dataloader_next",)),
+    Expected("lightning", "lightning.pytorch.loops.fit_loop:_FitLoop.advance", mentions=("_data_fetcher",)),
+    Expected(
+        "lightning",
+        "lightning.pytorch.trainer.trainer:Trainer.__init__",
+        mentions=("_signal_connector", "_checkpoint_connector", "_logger_connector"),
+    ),
+    Expected(
+        "lightning",
+        "lightning.pytorch.trainer.setup:_init_debugging_flags",
+        mentions=("_val_check_time_interval",),
+    ),
+    Expected("lightning", f"{_CONNECTORS}.signal_connector:_SignalConnector.register_signal_handlers", "self"),
+    Expected("lightning", "lightning.pytorch.trainer.trainer:Trainer._run", mentions=("register_signal_handlers",)),
+    Expected("lightning", f"{_CONNECTORS}.checkpoint_connector:_CheckpointConnector._hpc_resume_path"),
+    Expected(
+        "lightning",
+        f"{_CONNECTORS}.checkpoint_connector:_CheckpointConnector._parse_ckpt_path",
+        mentions=("_hpc_resume_path", "_find_last_checkpoints"),
+    ),
+    Expected(
+        "lightning",
+        f"{_CONNECTORS}.logger_connector:_LoggerConnector.update_train_step_metrics",
+        "self",
+        mentions=("_first_loop_iter",),
+    ),
+    Expected("lightning", f"{_EPOCH_LOOP}.advance", mentions=("update_train_step_metrics",)),
+    Expected("lightning", f"{_MODEL_CHECKPOINT}._find_last_checkpoints", "self, trainer"),
+    Expected(
+        "lightning",
+        "lightning.pytorch.callbacks.progress.rich_progress:RichProgressBar._get_train_description",
+        "self, current_epoch",
+    ),
+    Expected("lightning", f"{_MODEL_CHECKPOINT}.__init__", mentions=("_last_global_step_saved",)),
+    Expected("lightning", "lightning.fabric.utilities.seed:seed_everything", mentions=("PL_GLOBAL_SEED",)),
+    Expected("lightning", f"{_FSDP2}.__init__", mentions=("_data_parallel_size",)),
+    Expected("lightning", f"{_STRATEGIES}.ddp:DDPStrategy.__init__", mentions=("_ddp_kwargs",)),
+    Expected("lightning", f"{_STRATEGIES}.fsdp:FSDPStrategy.__init__", mentions=("_activation_checkpointing_kwargs",)),
+    Expected("lightning", f"{_STRATEGIES}.fsdp:FSDPStrategy.load_checkpoint", mentions=("_lazy_load",)),
+    Expected("torch", "torch.amp.grad_scaler:GradScaler.step", mentions=("_step_supports_amp_scaling",)),
+    Expected("torch", "torch.optim.adam:Adam.__init__", mentions=("_step_supports_amp_scaling",)),
+    Expected("torch", "torch.fx.traceback:annotate", "annotation_dict"),
+    Expected("torch", "torch._subclasses.fake_tensor:FakeTensorMode"),
+    Expected("torch", "torch:UntypedStorage._cdata"),
+    Expected("torch", f"{_READER}._get_metadata_path", "self, rank"),
+    Expected(
+        "torch",
+        f"{_READER}.read_metadata",
+        mentions=("_get_metadata_path",),
+    ),
+    Expected("torch", "torch.utils.tensorboard:SummaryWriter._get_file_writer", "self"),
+    Expected("torch", "torch.nn:Module._apply", "self, fn, recurse"),
+    Expected("torchmetrics", "torchmetrics:Metric._apply", "self, fn, exclude_state"),
+    Expected("jsonargparse", "jsonargparse._core:ArgumentParser.add_subcommands", mentions=("_subcommands_action",)),
+    Expected("jsonargparse", f"{_LOADERS}:get_yaml_default_loader", mentions=("yaml_default_loader",)),
+    Expected("jsonargparse", "jsonargparse._common:check_import_path", "path"),
+    Expected("jsonargparse", "jsonargparse._util:import_object", mentions=("check_import_path",)),
+    Expected("jsonargparse", "jsonargparse._typehints:adapt_typehints", mentions=("adapt_classes_any",)),
+    Expected("jsonargparse", "jsonargparse._completions:get_all_subclass_paths"),
+    Expected("jsonargparse", "jsonargparse._completions_jsonschema:get_all_subclass_paths"),
+    Expected("deepspeed", f"{_ENGINE}._copy_recovery_script", "self, save_path"),
+    Expected("deepspeed", f"{_ENGINE}._save_zero_checkpoint", mentions=("checkpoint_engine", "_copy_recovery_script")),
+)
+
+
+def check_private_apis(only_imported: bool = False) -> None:
+    """Compare the libraries that are installed with what this file relies on.
+
+    Args:
+        only_imported: Look only at modules that are imported already, which takes a few milliseconds.
+
+    Raises:
+        PrivateAPIError: Names each API that is missing or changed, and the library's version.
+    """
+    problems = []
+    for expected in EXPECTED:
+        module = expected.path.partition(":")[0]
+        if (only_imported and module not in sys.modules) or not _installed(expected.library):
+            continue
+        if problem := _problem(expected):
+            problems.append(f"{expected.library} {importlib.metadata.version(expected.library)}: {problem}")
+    if not problems and not _marks_are_seen():
+        problems.append(f"torch {torch.__version__}: torch.fx.traceback.annotate does not show in current_meta")
+    if problems:
+        raise PrivateAPIError(
+            f"{'; '.join(problems)}. Install the versions that pyproject.toml allows, or mend {__name__}"
+        )
+
+
+def _marks_are_seen() -> bool:
+    with mark_operations({"probe": True}):
+        return operation_marks().get("probe") is True
+
+
+def _installed(library: str) -> bool:
+    try:
+        importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _problem(expected: Expected) -> str | None:
+    module, _, names = expected.path.partition(":")
+    found: Any
+    try:
+        found = importlib.import_module(module)
+        for name in names.split("."):
+            found = inspect.getattr_static(found, name) if inspect.isclass(found) else getattr(found, name)
+    except (ImportError, AttributeError):
+        return f"{expected.path} is missing"
+    if expected.parameters is not None:
+        parameters = ", ".join(inspect.signature(found).parameters)
+        if parameters != expected.parameters:
+            return f"{expected.path} takes ({parameters}), not ({expected.parameters})"
+    code = getattr(inspect.unwrap(found), "__code__", None) if expected.mentions else None
+    absent = [word for word in expected.mentions if code is None or word not in _words(code)]
+    return f"{expected.path} has no {' and no '.join(absent)}" if absent else None
+
+
+def _words(code: Any) -> set[str]:
+    """Names and texts in a function's code, those of functions within it too."""
+    words = {*code.co_names, *(text for text in code.co_consts if isinstance(text, str))}
+    return words.union(*(_words(inner) for inner in code.co_consts if inspect.iscode(inner)))
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = _replace(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _replace(owner: Any, name: str, value: Any) -> Any:
+    """Set an attribute and return what it was. It has to be there: to set one that was renamed would do nothing."""
+    try:
+        before = getattr(owner, name)
+    except AttributeError:
+        raise PrivateAPIError(f"{owner.__name__}.{name} is missing; mend {__name__}, which replaces it") from None
+    setattr(owner, name, value)
+    return before
