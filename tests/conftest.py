@@ -12,6 +12,7 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"/tmp/torchinductor-test-{os.environ.ge
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from cola_lightning.cli import main
@@ -19,7 +20,8 @@ from cola_lightning.methods import CoLA
 from cola_lightning.models import Llama
 from cola_lightning.models.layers import MakeProjection
 from cola_lightning.module import LanguageModel
-from tests.processes import kill_all
+from tests import processes
+from tests.processes import child_processes, end_all
 
 # A background job of a script starts with SIGINT ignored, and what it starts inherits that. The tests send SIGINT.
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -69,13 +71,47 @@ def tiny_trainer(*callbacks, steps: int, vocab_size: int = 50, **trainer) -> tup
 
 @pytest.fixture(autouse=True)
 def _nothing_stays_behind():
-    """No process, and none of the variables by which a launcher tells a process its rank: with LOCAL_RANK left there by
-    Lightning, the next run would take itself for one of several and wait for the others."""
-    before = dict(os.environ)
+    """Fail a test that leaves a process group, a thread or a process behind, after ending it.
+
+    A process group in this process would make the next run believe that it is one of several. Threads that end with
+    the process (daemons) may stay, and so may what pytest's and multiprocessing's own servers are. Remove the variables
+    by which a launcher tells a process its rank: with LOCAL_RANK left there by Lightning, the next run would wait for
+    other ranks.
+    """
+    variables, threads, children = dict(os.environ), set(threading.enumerate()), child_processes()
     yield
-    kill_all()
-    for name in [name for name in os.environ if name not in before and not name.startswith("PYTEST")]:
+    left = end_all()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        left.append("a process group (use the fixture `process_group`)")
+    for name in [name for name in os.environ if name not in variables and not name.startswith("PYTEST")]:
         del os.environ[name]
+    left += [f"thread {t.name}" for t in set(threading.enumerate()) - threads if not t.daemon and not _ends(t)]
+    left += [f"process {child}" for child in sorted(child_processes() - children)]
+    assert not left, f"the test left behind: {', '.join(left)}"
+
+
+def _ends(thread: threading.Thread) -> bool:
+    """Wait a little for a thread that nobody refers to any more, or that works for a pool of its library."""
+    if thread.name.startswith(("asyncio_", "ThreadPoolExecutor", "QueueFeederThread")):
+        return True
+    thread.join(5)
+    return not thread.is_alive()
+
+
+@pytest.fixture
+def process_group():
+    """End the process group of a test that trains under a distributed strategy in this process; Lightning keeps it."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let only tests that are marked start ranks, so that the fast subset stays in one process."""
+    processes.allowed = bool(item.get_closest_marker("distributed") or item.get_closest_marker("slow"))
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")

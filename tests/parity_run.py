@@ -21,6 +21,7 @@ from cola_lightning.methods import CoLA, LaX, LoRA, SLTrain
 from cola_lightning.module import LanguageModel
 from cola_lightning.optim import WarmupCosine
 from cola_lightning.strategies import FSDP2Strategy, ZeROStrategy, refuse_mismatch
+from tests.recorder import Curve
 
 STEPS, GLOBAL_BATCH, MICRO_BATCH, CLIP = 20, 8, 2, 0.5
 METHODS = {
@@ -91,28 +92,6 @@ class Data(L.LightningDataModule):
             rank=ranks["rank"], window=window,
         )  # fmt: skip
         return self.loader
-
-
-class Curve(L.Callback):
-    def __init__(self):
-        self.losses, self.norms = [], []
-
-    def on_train_start(self, trainer, pl_module):
-        self.step = trainer.global_step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step > self.step:
-            self.step = trainer.global_step
-            self.note(trainer)
-
-    def on_train_end(self, trainer, pl_module):
-        self.note(trainer)
-
-    def note(self, trainer):
-        """The values of the step before, which are logged when it has ended."""
-        if "train/loss" in trainer.callback_metrics:
-            self.losses.append(float(trainer.callback_metrics["train/loss"]))
-            self.norms.append(float(trainer.callback_metrics["train/gradient_norm"]))
 
 
 def strategy_named(name: str, micro_batch: int) -> object:

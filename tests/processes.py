@@ -1,4 +1,7 @@
-"""The ranks of a run as real processes, started quickly: a server imports everything once and forks for each."""
+"""Start the ranks of a run as real processes, quickly: a server imports everything once and forks for each.
+
+This is the tests' one way to start ranks; what needs a fresh interpreter (a command line, an import) uses subprocess.
+"""
 
 import atexit
 import multiprocessing
@@ -9,6 +12,8 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +28,39 @@ def preload(*modules: str) -> None:
     _SERVER.set_forkserver_preload([*_PRELOADED, *modules])
 
 
-@atexit.register  # after multiprocessing.util registered, so called before that waits for every child
-def kill_all() -> None:
-    """End what a failed test has left: nobody would wait for it, and the test process not end before it."""
+allowed = True
+"""Whether the test that runs now may start ranks: whether it is marked ``distributed`` or ``slow``."""
+
+
+def end_all() -> list[str]:
+    """End what a failed test has left, and name it."""
+    left = []
     while _RUNS:
-        _RUNS.pop().kill(signal.SIGKILL)
+        run = _RUNS.pop()
+        left += [f"rank {rank}" for rank, process in enumerate(run.processes) if process.is_alive()]
+        run.kill(signal.SIGKILL)
+    return left
+
+
+# After multiprocessing.util registered, so called before that waits for every child: nobody would end them.
+atexit.register(end_all)
+
+
+def child_processes() -> set[int]:
+    """The children of this process, but for multiprocessing's servers; empty where there is no /proc."""
+    servers = {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
+    children: set[int] = set()
+    for tasks in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            children |= {int(child) for child in tasks.read_text().split()}
+    return children - servers
 
 
 class Run:
     """``target(*arguments)`` on so many ranks, in processes of their own, with what torchrun would tell them."""
 
     def __init__(self, target: Callable, *arguments: Any, ranks: int, folder: Path, **environment: str) -> None:
+        assert allowed, "a test that starts ranks is marked: @pytest.mark.distributed"
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("PYTHONPATH", str(Path(__file__).parent.parent))
         with socket.socket() as probe:

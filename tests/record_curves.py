@@ -25,8 +25,9 @@ import torch
 from jsonargparse import Namespace
 
 from cola_lightning.cli import CLI
-from tests.parity_run import STEPS, Curve, Data, train_each
+from tests.parity_run import STEPS, Data, train_each
 from tests.processes import Run
+from tests.recorder import Curve
 
 REPOSITORY = Path(__file__).parent.parent
 ASSET = REPOSITORY / "tests" / "assets" / "curves.json"

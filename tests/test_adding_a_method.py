@@ -11,6 +11,8 @@ from cola_lightning.checkpoints import read
 from cola_lightning.cli import main
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):

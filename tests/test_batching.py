@@ -98,6 +98,7 @@ def test_gradients_are_those_of_the_mean_over_the_tokens_of_the_step_however_it_
     torch.testing.assert_close(found, expected_gradients(), rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.distributed
 def test_two_ranks_have_the_gradients_of_one(tmp_path):
     Run(gradients, 2, str(tmp_path), 1, ranks=2, folder=tmp_path).done()
     for rank in range(2):

@@ -49,6 +49,7 @@ def test_a_checkpoint_is_plain_data(finished):
     assert checkpoint["global_step"] == 6
 
 
+@pytest.mark.slow
 def test_resuming_in_place_gives_the_unbroken_curve(finished, tiny_run, tmp_path):
     run_dir = tmp_path / "run"
     half = ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1", "--checkpoint.every_n_train_steps=1"]
@@ -67,6 +68,7 @@ def test_a_finished_run_goes_on_with_more_steps(finished, tiny_run, tmp_path):
     assert curve(tmp_path / "run", "train/tokens")[8] == 9 * 4 * 31
 
 
+@pytest.mark.slow
 def test_the_line_that_started_a_run_goes_on_with_it(tiny_run, tmp_path, capsys, recwarn):
     """It sets an argument of the default schedule before it names another one, as a flag after a run file does."""
     line = ["fit", *tiny_run, f"--run_dir={tmp_path / 'run'}", "--ckpt_path=last", "--model.optimizer.lr=0.004"]
@@ -95,7 +97,8 @@ def test_a_second_run_in_the_same_place_is_refused(finished, tiny_run, capsys):
     assert f"error: {finished} holds a run already; go on with it by --ckpt_path last" in capsys.readouterr().err
 
 
-def test_a_checkpoint_answers_only_where_nothing_was_typed(finished, tiny_run, capsys, recwarn):
+@pytest.mark.slow
+def test_options_that_were_not_typed_come_from_the_checkpoint(finished, tiny_run, capsys, recwarn):
     data = [flag for flag in tiny_run if flag.startswith("--data") or flag.startswith("--trainer.enable")]
     checkpoint = finished / "checkpoints" / "last.ckpt"
     main(["validate", *data, "--trainer.accelerator=cpu", f"--ckpt_path={checkpoint}"])
@@ -109,6 +112,7 @@ def test_a_checkpoint_answers_only_where_nothing_was_typed(finished, tiny_run, c
     shutil.rmtree(finished / "other")
 
 
+@pytest.mark.slow
 def test_test_and_predict_run(finished, tiny_run, tmp_path, capsys):
     checkpoint = f"--ckpt_path={finished / 'checkpoints' / 'last.ckpt'}"
     main(["test", *tiny_run, checkpoint])
@@ -120,6 +124,7 @@ def test_test_and_predict_run(finished, tiny_run, tmp_path, capsys):
     assert math.exp(loss) == pytest.approx(curve(finished, "val/perplexity")[5], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_printed_configuration_runs_as_it_is(finished, tiny_run, tmp_path, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["fit", *tiny_run, f"--run_dir={tmp_path / 'run'}", "--print_config"])
@@ -177,6 +182,7 @@ def test_files_build_on_files(tiny_run, tmp_path, capsys):
     assert settings["model"]["optimizer"]["init_args"]["momentum"] == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -197,6 +203,7 @@ def test_bad_files_are_named(content, message, tmp_path, capsys):
     assert re.search(message, error, re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -16,6 +16,8 @@ from cola_lightning.checkpoints import read
 from tests.conftest import REPOSITORY
 from tests.test_preemption import slow, steps
 
+pytestmark = pytest.mark.distributed
+
 # Starts the tasks of one node as SLURM would, each with its number; the signal goes to the tasks, as SLURM's does.
 SRUN = """#!/bin/bash
 while [[ "$1" == -* ]]; do shift; done

@@ -9,6 +9,8 @@ import yaml
 from cola_lightning.cli import main
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 RUN_FILES = sorted(file for file in (REPOSITORY / "configs").rglob("*.yaml") if file.parent.name != "prepare")
 
 

@@ -12,6 +12,8 @@ from cola_lightning.cli import CLI, main, resolve
 from cola_lightning.compare.plan import Method, Plan, learning_rates
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 OVER_ALL = [REPOSITORY / "configs" / name for name in ("fast.yaml", "monitor.yaml")]
 RUN_FILES = sorted({*(REPOSITORY / "configs").glob("*.yaml")} - {*OVER_ALL})
 OVERLAYS = [

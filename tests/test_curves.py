@@ -17,6 +17,8 @@ from tests.record_curves import (
     record_strategies,
 )
 
+pytestmark = pytest.mark.slow
+
 STORED = json.loads(ASSET.read_text())["curves"]
 QUICK = ("method/cola", "method/cr_net_recompute", "method/galore", "method/switch_lora", "cola_m/latents")
 ALONE_HERE = [name for name in ALONE if is_portable(f"{name}@64-true")]

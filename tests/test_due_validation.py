@@ -13,6 +13,8 @@ from cola_lightning.cli import main
 from cola_lightning.due_validation import NOTE
 from tests.processes import Run
 
+pytestmark = pytest.mark.distributed
+
 
 class End(L.Callback):
     """Sends its own process a signal in the validation of a step, or so that it stops after the step, before that."""

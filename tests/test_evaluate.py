@@ -67,6 +67,7 @@ def test_every_token_is_predicted_once_from_its_window(length, stride, tokenizer
     assert result["loss"] == pytest.approx(nats / count, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_kinds_of_files_and_of_models_give_the_same(trained_run, texts, tmp_path, capsys):
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -157,6 +158,7 @@ metric_list: [{{metric: acc}}]
     return rows
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_a_task_of_lm_eval_is_scored_as_our_own_network_scores_it(trained_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -185,9 +187,7 @@ def test_a_task_of_lm_eval_is_scored_as_our_own_network_scores_it(trained_run, t
     assert "lm-eval knows no task no_such_task_at_all" in capsys.readouterr().err
 
 
-def test_a_loss_beyond_what_exp_can_hold_is_told_without_its_perplexity(
-    trained_run, corpus, tmp_path, monkeypatch, capsys
-):
+def test_a_loss_too_large_for_a_perplexity_is_reported_alone(trained_run, corpus, tmp_path, monkeypatch, capsys):
     trained = open_model(trained_run)
     with torch.no_grad():
         trained.network.lm_head.weight.mul_(3e4)

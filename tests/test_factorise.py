@@ -73,7 +73,8 @@ def dense_folder(trained_run, tmp_path_factory):
     return folder
 
 
-def test_a_run_begins_where_the_factorised_model_stands(dense_folder, tiny_run, corpus, tmp_path, capsys):
+@pytest.mark.slow
+def test_a_run_starts_from_the_factorised_model(dense_folder, tiny_run, corpus, tmp_path, capsys):
     out = tmp_path / "cola"
     main(["factorise", str(dense_folder), str(out), "--projection=CoLA", "--projection.rank=12", f"--text=[{corpus}]"])
     shown = capsys.readouterr().out
@@ -96,6 +97,7 @@ def test_a_run_begins_where_the_factorised_model_stands(dense_folder, tiny_run, 
     main(["generate", str(run), "--prompt=the", "--max_new_tokens=2"])
 
 
+@pytest.mark.slow
 def test_tied_heads_and_stretched_positions_of_the_dense_model_stay(dense_folder, tiny_run, corpus, tmp_path):
     """Low rank at full rank is the dense model itself, in transformers, and after a run that learns nothing."""
     folder, out, run = tmp_path / "llama", tmp_path / "low_rank", tmp_path / "run"

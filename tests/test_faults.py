@@ -24,6 +24,8 @@ from tests.conftest import loader, tiny_trainer
 from tests.parity_run import train
 from tests.processes import Run
 
+pytestmark = pytest.mark.distributed
+
 LENGTH = 12
 
 
@@ -101,7 +103,7 @@ def test_memory_that_runs_out_ends_a_run_with_advice_and_it_goes_on(start, asser
 
 
 @pytest.mark.parametrize("harm", ["cut short", "altered"])
-def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(start, assert_nothing_lost, tmp_path, harm):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(start, assert_nothing_lost, tmp_path, harm):
     folder = tmp_path / "run"
     start(folder).done()
     newest = folder / "checkpoints" / f"step_{LENGTH:08}.ckpt"
@@ -139,7 +141,7 @@ def disk(tmp_path):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk_is_told_and_the_run_goes_on(start, assert_nothing_lost, tmp_path, disk):
+def test_a_full_disk_is_reported_and_the_run_goes_on(start, assert_nothing_lost, tmp_path, disk):
     """With all that a run writes on it, not the checkpoints alone; some events are lost, the later ones are not."""
     place = disk(3 * 2**20)
     folder = place / "run"
@@ -158,7 +160,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(start, assert_nothing_lost, tmp
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2_sharded", "deepspeed_2", "deepspeed_3"])
-def test_where_ranks_write_together_none_waits_for_one_that_could_not(tmp_path, disk, strategy):
+def test_no_rank_waits_for_one_that_could_not_write_its_part(tmp_path, disk, strategy):
     """There is room for the checkpoint of step 10 on the disk, and not for that of step 20 beside it."""
     Run(train, strategy, 2, str(tmp_path / "unbroken"), ranks=2, folder=tmp_path / "logs").done()
     size = sum(file.stat().st_size for file in (tmp_path / "unbroken" / "step_00000010.ckpt").rglob("*"))
@@ -212,7 +214,7 @@ def fit_on_disks(places: list[str], log: str) -> None:
     Path(log).write_text(json.dumps(ends))
 
 
-def test_on_no_disk_does_a_run_end_well_without_its_last_step(tmp_path):
+def test_a_run_without_its_last_step_on_disk_fails_on_every_file_system(tmp_path):
     """Twenty sizes, in KiB (a checkpoint has about 50), few inodes, and one that may not be written to."""
     options = [f"size={size}k" for size in SIZES[1:]] + ["size=4k,nr_inodes=1"]
     options += [f"nr_inodes={count}" for count in (2, 3, 4, 5, 6, 7)] + ["ro"]

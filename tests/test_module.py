@@ -16,7 +16,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA
 from cola_lightning.module import LanguageModel
 from cola_lightning.optim import WarmupCosine
-from tests.parity_run import Curve
+from tests.recorder import Curve, Recorder
 
 
 def tiny(**settings) -> LanguageModel:
@@ -86,26 +86,25 @@ def test_validation_reports_both_perplexities(precision):
     assert result["val/perplexity_as_published"] == pytest.approx(published, rel=tolerance)
 
 
-class Watch(L.Callback):
-    def __init__(self):
-        self.logged, self.clipped = [], []
+def norms() -> tuple[Recorder, Recorder]:
+    """Recorders of the logged norm of each step, and of that of the gradient with which it was made."""
 
-    def on_before_zero_grad(self, trainer, pl_module, optimizer):
-        grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        if grads:  # after a step: none before the first
-            self.clipped.append(torch.nn.utils.get_total_norm(grads).item())
+    def clipped(trainer, module, optimizer):
+        return torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]).item()
 
-    def on_train_batch_end(self, trainer, *_):
-        self.logged.append(float(trainer.callback_metrics["train/gradient_norm"]))
+    return (
+        Recorder(norm=lambda trainer, *_: float(trainer.callback_metrics["train/gradient_norm"])),
+        Recorder("on_before_zero_grad", norm=clipped),
+    )
 
 
 def test_clips_by_global_norm_and_logs_the_norm_before():
-    watch = Watch()
+    logged, clipped = norms()
     batches = [rows([[3, 4, 5, 6, 7]])] * 4
-    run = trainer(max_steps=4, max_epochs=1, gradient_clip_val=0.01, callbacks=[watch])
+    run = trainer(max_steps=4, max_epochs=1, gradient_clip_val=0.01, callbacks=[logged, clipped])
     run.fit(tiny(), DataLoader(batches, batch_size=None))
-    assert min(watch.logged) > 0.02
-    assert watch.clipped == pytest.approx([0.01] * 3, rel=1e-3)
+    assert min(logged.values["norm"]) > 0.02
+    assert clipped.values["norm"][1:] == pytest.approx([0.01] * 3, rel=1e-3)
     assert {"train/loss", "train/learning_rate"} <= run.callback_metrics.keys()
 
 
@@ -250,14 +249,14 @@ def test_in_bf16_a_fast_path_is_no_further_from_float32_than_the_plain_one(path,
 
 def test_a_fused_optimizer_is_clipped_after_gradients_are_unscaled():
     """Under 16-mixed. Lightning leaves unscaling to the step of such an optimizer, which comes after clipping."""
-    watch = Watch()
+    logged, clipped = norms()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024)
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
-    run = trainer(max_steps=3, max_epochs=1, gradient_clip_val=0.01, callbacks=[watch], plugins=[plugin])
+    run = trainer(max_steps=3, max_epochs=1, gradient_clip_val=0.01, callbacks=[logged, clipped], plugins=[plugin])
     model = tiny(optimizer=partial(torch.optim.AdamW, fused=True))
     run.fit(model, DataLoader([rows([[3, 4, 5, 6, 7]])] * 3, batch_size=None))
-    assert 0.02 < min(watch.logged) < max(watch.logged) < 20
-    assert watch.clipped == pytest.approx([0.01] * 2, rel=1e-2)
+    assert 0.02 < min(logged.values["norm"]) < max(logged.values["norm"]) < 20
+    assert clipped.values["norm"][1:] == pytest.approx([0.01] * 2, rel=1e-2)
 
 
 def test_clipping_by_value_is_refused():

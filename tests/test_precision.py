@@ -16,7 +16,7 @@ from cola_lightning.precision import refuse_precision
         ("bf16-mixed", (7, 5), "needs a GPU with bfloat16 .* choose 16-mixed or 32-true"),
     ],
 )
-def test_what_cannot_be_had_is_told(monkeypatch, precision, capability, message):
+def test_unavailable_precision_is_reported(monkeypatch, precision, capability, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     with pytest.raises(InputError, match=message):

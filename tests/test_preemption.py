@@ -15,6 +15,8 @@ from cola_lightning.cli import main
 from cola_lightning.preemption import requeue
 from tests.processes import Run
 
+pytestmark = pytest.mark.distributed
+
 
 class Slow(L.Callback):
     """Time to be hit by a signal, and a sign of life: one byte of a file for each step."""
@@ -128,7 +130,7 @@ def scontrol(tmp_path, monkeypatch):
     return tmp_path / "requeued"
 
 
-def test_slurm_is_asked_only_where_it_warned_of_the_time_limit(scontrol, monkeypatch):
+def test_slurm_requeues_only_after_its_warning_of_the_time_limit(scontrol, monkeypatch):
     requeue(signal.SIGUSR1)  # not under SLURM
     monkeypatch.setenv("SLURM_JOB_ID", "123")
     requeue(signal.SIGTERM)
@@ -140,7 +142,7 @@ def test_slurm_is_asked_only_where_it_warned_of_the_time_limit(scontrol, monkeyp
     assert scontrol.read_text() == "requeue 123\nrequeue 120_3\n"
 
 
-def test_a_job_that_cannot_be_requeued_is_told(monkeypatch):
+def test_a_job_that_cannot_be_requeued_is_reported(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "123")
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.warns(UserWarning, match="job 123 was not requeued .*scontrol"):

@@ -12,6 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 # What a test run sets and a user's shell does not; Lightning limits threads there after a run in parallel.
 FOREIGN = ("PYTEST", "PYTHONPATH", "COV", "OMP_", "PL_")
 COMMANDS = re.findall(r"^python3 -m venv .*$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)

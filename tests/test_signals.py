@@ -21,6 +21,8 @@ from tests.processes import Run
 from tests.signal_phases import fit
 from tests.signal_run import Attack, flags
 
+pytestmark = pytest.mark.distributed
+
 
 def test_random_signals_change_nothing_and_leave_nothing(tmp_path):
     """A sample of what ``python -m tests.signal_run`` does for as long as one likes."""
@@ -158,7 +160,7 @@ class Unsendable(Dataset):
         return lambda: None
 
 
-def test_a_batch_that_cannot_be_handed_over_ends_the_worker_and_not_in_waiting(capfd):
+def test_a_batch_that_cannot_be_sent_ends_the_worker_at_once(capfd):
     loader = DataLoader(
         Unsendable(), batch_size=None, num_workers=1, worker_init_fn=lambda _: end_where_batches_are_lost()
     )

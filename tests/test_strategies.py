@@ -100,6 +100,7 @@ def curve(folder: Path) -> tuple[list[float], list[float]]:
     return json.loads((folder / "curve.json").read_text())
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("strategy", "keep"),
     [(name, keep) for name in EVERY for keep in (*KEEPS, *OTHERS)] + [(name, "none") for name in VARIANTS],
@@ -117,6 +118,7 @@ def test_two_processes_give_the_curve_of_one(trained, noise, strategy, keep):
     assert distance(norms, expected_norms) <= of_norms
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("micro_batch", [4, 2, 1])
 def test_the_curve_does_not_depend_on_how_the_batch_is_cut(trained, micro_batch):
     cut, whole = (curve(trained("auto", size) / "none") for size in (micro_batch, None))
@@ -124,12 +126,14 @@ def test_the_curve_does_not_depend_on_how_the_batch_is_cut(trained, micro_batch)
     assert distance(cut[1], whole[1]) <= 1e-9
 
 
+@pytest.mark.distributed
 def test_clipping_is_at_work_and_the_model_learns(trained):
     losses, norms = curve(trained("auto") / "none")
     assert sum(norm > CLIP for norm in norms) >= STEPS / 2
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["auto", *EVERY, *VARIANTS])
 def test_a_resumed_run_goes_on_bit_for_bit_and_any_checkpoint_gives_its_weights(trained, tmp_path, strategy):
     whole = trained(strategy) / "none"
@@ -149,6 +153,7 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_any_checkpoint_gives_its_weights(
         torch.testing.assert_close(weight, alone.weights[name], rtol=0, atol=1e-3 if deepspeed else 1e-9)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("first", "then", "micro_batch"),
     [("ddp", "fsdp2", 2), ("fsdp2", "auto", 2), ("ddp", "auto", 8), ("auto", "ddp", 4)],
@@ -165,6 +170,7 @@ def test_one_file_goes_on_under_another_strategy(trained, tmp_path, first, then,
     assert distance(norms, expected_norms[10:]) <= 1e-9
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("first", "then", "message"),
     [
@@ -213,6 +219,7 @@ def type_name(name: str, flags: list[str]) -> None:
 NAMES = ["ddp", "fsdp2", *(f"deepspeed_stage_{stage}" for stage in ("1", "2", "3", "2_offload", "3_offload"))]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bare_name_on_the_command_line_trains_clips_and_logs_the_norm(name, tiny_run, tmp_path):
     flags = [
@@ -263,6 +270,7 @@ def accumulate_gradients(ranks: int, out: str) -> None:
     Path(out, f"sent{trainer.global_rank}").write_text(json.dumps(sent))
 
 
+@pytest.mark.distributed
 def test_gradients_are_sent_once_an_optimizer_step(tmp_path):
     run = Run(accumulate_gradients, 2, str(tmp_path), ranks=2, folder=tmp_path)
     run.done()
@@ -294,6 +302,7 @@ def build(strategy: str, ranks: int, out: str) -> None:
     trainer.fit(Measured(64, 1024, 2736, 6, 8, projection=partial(CoLA, rank=512)), datamodule=Data(1))
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_3"])
 def test_no_rank_holds_the_whole_network_where_it_is_sharded(tmp_path, strategy):
     run = Run(build, strategy, 2, str(tmp_path), ranks=2, folder=tmp_path)
@@ -303,7 +312,7 @@ def test_no_rank_holds_the_whole_network_where_it_is_sharded(tmp_path, strategy)
         assert share > 0.95 if strategy == "ddp" else 0.45 < share < 0.75, run.output()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP needs a GPU")
+@pytest.mark.gpu
 def test_fsdp_trains_clips_and_resumes_on_a_gpu(tmp_path):
     def fit(steps, **resume):
         _, model, batches = tiny_trainer(steps=steps)

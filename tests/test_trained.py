@@ -25,7 +25,7 @@ def test_a_run_its_checkpoint_and_a_checkpoint_elsewhere_are_the_same_model(trai
     assert open_model(copy).tokenizer(str(trained_run / "tokenizer")).vocab_size == 300
 
 
-def test_a_run_without_its_tokenizer_is_asked_for_the_one_it_named(trained_run, tmp_path):
+def test_a_run_without_its_tokenizer_loads_the_one_it_names(trained_run, tmp_path):
     shutil.copytree(trained_run, tmp_path / "run", symlinks=True)
     shutil.move(tmp_path / "run" / "tokenizer", tmp_path / "elsewhere")
     config = tmp_path / "run" / "config.yaml"
@@ -57,6 +57,7 @@ def test_a_device_that_is_not_there_is_refused():
         pick_device("abacus")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["generate", "export", "evaluate", "factorise"])
 def test_a_flipped_bit_is_found_by_every_command(command, trained_run, corpus, tmp_path, capsys):
     content = bytearray((trained_run / "checkpoints" / "last.ckpt").read_bytes())
@@ -76,6 +77,7 @@ def test_a_flipped_bit_is_found_by_every_command(command, trained_run, corpus, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["generate", "export", "evaluate"])
 def test_weights_that_are_no_numbers_end_every_command_with_1(command, trained_run, corpus, tmp_path, capsys):
     state = torch.load(trained_run / "checkpoints" / "last.ckpt", weights_only=True)

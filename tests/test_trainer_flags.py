@@ -20,6 +20,8 @@ from cola_lightning.trainer_flags import defaults_beside, next_version
 from tests.conftest import tiny_trainer
 from tests.processes import Run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
@@ -299,7 +301,7 @@ def test_measuring_writes_nothing_into_the_run_and_the_card_has_the_value_of_its
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-def test_an_untrained_network_is_told(verb, fit, recwarn):
+def test_an_untrained_network_is_reported(verb, fit, recwarn):
     fit(verb=verb)
     assert any(f"The network is untrained: {verb} was given no checkpoint" in str(each.message) for each in recwarn)
 

@@ -14,6 +14,8 @@ from cola_lightning.cli import main
 from tests.conftest import REPOSITORY
 from tests.test_evaluate import write_task
 
+pytestmark = pytest.mark.slow
+
 SECTION = (REPOSITORY / "README.md").read_text().split("## Use a model")[1].split("\n## ")[0]
 COMMANDS = re.findall(r"^python -m cola_lightning (.*)$", SECTION, re.MULTILINE)
 

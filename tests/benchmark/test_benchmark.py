@@ -21,6 +21,7 @@ def run(folder, *args):
     return json.loads((folder / "b.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_step_is_counted_and_timed(flags, tmp_path, capsys):
     result = run(tmp_path, *flags, "--trainer.precision=bf16-true", "--trainer.callbacks+=CoLAM")
     [subject] = result["subjects"]
@@ -44,6 +45,7 @@ def test_a_step_is_counted_and_timed(flags, tmp_path, capsys):
     assert "tokens/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_networks_are_measured_side_by_side_with_another_own_and_anothers(flags, tmp_path):
     overlay = REPOSITORY / "configs" / "method" / "cola_m.yaml"
     peers = ["--peer=tests.benchmark.peers:same", "--peer=tests.benchmark.peers:wrapped"]
@@ -61,6 +63,7 @@ def test_networks_are_measured_side_by_side_with_another_own_and_anothers(flags,
     assert cola_m["saved_hidden_states_per_layer"] < plain["saved_hidden_states_per_layer"] / 5
 
 
+@pytest.mark.slow
 def test_a_peer_learns_as_our_network_does(flags):
     cli = CLI([*flags, "--trainer.precision=64-true"], run=False)
     own = Own("own", cli.trainer, cli.model, cli.datamodule)
@@ -77,7 +80,8 @@ def test_a_peer_learns_as_our_network_does(flags):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
-def test_traces_open_elsewhere(flags, tmp_path):
+@pytest.mark.slow
+def test_traces_are_chrome_traces(flags, tmp_path):
     run(tmp_path, *flags, f"--profile={tmp_path / 'traces'}")
     [file] = (tmp_path / "traces").iterdir()
     assert file.name.endswith(".pt.trace.json")

@@ -54,6 +54,7 @@ def test_spectra_are_those_of_the_activations_without_padding(keep):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.network.modules())
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_looked_into_too():
     callback = ActivationSpectrum(every_n_steps=2)
     run, model, batches = tiny_trainer(callback, steps=3)

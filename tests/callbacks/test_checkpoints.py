@@ -95,6 +95,7 @@ def die_while_writing(folder: str) -> None:
     fit(folder, 6)
 
 
+@pytest.mark.distributed
 def test_a_crash_while_writing_leaves_what_was_there(tmp_path):
     folder = tmp_path / "run"
     assert Run(die_while_writing, str(folder), ranks=1, folder=tmp_path).wait() == [-signal.SIGKILL]
@@ -121,8 +122,9 @@ def fill_the_disk(folder: str, ranks: int) -> None:
     sys.exit(UnsavedError.exit_status)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_full_disk_ends_no_run_before_its_time_and_then_no_run_well(tmp_path, ranks):
+def test_a_full_disk_lets_the_run_go_on_and_fail_at_its_end(tmp_path, ranks):
     folder = tmp_path / "run"
     run = Run(fill_the_disk, str(folder), ranks, ranks=ranks, folder=tmp_path)
     assert run.wait() == [1] * ranks, run.output()
@@ -209,7 +211,7 @@ def test_a_rename_that_fails_is_treated_as_a_failed_write(tmp_path, fail_first_r
     assert names(tmp_path) == ["last.ckpt", "step_00000004.ckpt"]
 
 
-def test_where_no_rename_succeeds_the_run_does_not_end_well(tmp_path, monkeypatch):
+def test_a_run_fails_at_its_end_if_no_rename_succeeds(tmp_path, monkeypatch):
     def fail(source, target):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -247,6 +249,7 @@ def test_a_link_that_cannot_be_made_does_not_lead_back(tmp_path, monkeypatch):
     assert newest_whole(tmp_path) == tmp_path / "step_00000006.ckpt"
 
 
+@pytest.mark.distributed
 def test_another_process_cannot_run_in_the_same_folder(tmp_path):
     holder = Run(hold, str(tmp_path), ranks=1, folder=tmp_path / "logs")
     deadline = time.monotonic() + 60

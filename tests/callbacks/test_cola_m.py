@@ -16,16 +16,9 @@ from cola_lightning.models import FullRank
 from cola_lightning.module import LanguageModel
 from cola_lightning.optim import WarmupCosine
 from tests.conftest import tiny_llama
+from tests.recorder import Recorder, loss
 
 KEEPS = ["residual_and_latents", "latents", "block_input"]
-
-
-class Losses(L.Callback):
-    def __init__(self):
-        self.values = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.values.append(outputs["loss"].item())
 
 
 def train(tmp_path, *callbacks, skip=0, ckpt_path=None, **trainer):
@@ -43,16 +36,17 @@ def train(tmp_path, *callbacks, skip=0, ckpt_path=None, **trainer):
     starts = torch.randint(63, (100, 4, 1), generator=torch.Generator().manual_seed(1))
     ids = 1 + (starts + torch.arange(24)) % 63
     batches = [{"input_ids": rows, "labels": rows} for rows in ids[skip:]]
-    losses = Losses()
+    losses = Recorder(loss=loss)
     run = L.Trainer(
         accelerator="cpu", max_steps=50, logger=False, enable_checkpointing=False, gradient_clip_val=0.5,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
         callbacks=[losses, *callbacks], **({"max_epochs": 1} | trainer),
     )  # fmt: skip
     run.fit(model, DataLoader(batches, batch_size=None), ckpt_path=ckpt_path, weights_only=True)
-    return losses.values, model, run
+    return losses.values["loss"], model, run
 
 
+@pytest.mark.slow
 def test_fifty_steps_give_the_same_curve(tmp_path):
     plain, model, _ = train(tmp_path, precision="64-true")
     for keep in KEEPS:
@@ -65,6 +59,7 @@ def test_fifty_steps_give_the_same_curve(tmp_path):
     assert plain[-1] < 0.5 * plain[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_curves_under_bf16_with_accumulation(precision, tmp_path):
     exact, plain = (
@@ -78,6 +73,7 @@ def test_curves_under_bf16_with_accumulation(precision, tmp_path):
             assert torch.equal(curve, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", KEEPS)
 def test_a_run_resumes_with_it_and_without(keep, tmp_path):
     whole, *_ = train(tmp_path, precision="64-true")
@@ -127,6 +123,7 @@ def batches(first=0):
     return DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "projection"),
     [(CoLAM(keep), partial(CoLA, rank=8)) for keep in KEEPS] + [(CRNetRecompute(), partial(CRNet, rank=8))],

@@ -24,6 +24,7 @@ def board(tiny_run, tmp_path_factory):
     return EventAccumulator(str(run_dir)).Reload()
 
 
+@pytest.mark.slow
 def test_the_layout_names_tags_that_a_run_has(board):
     (event,) = board.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
@@ -41,7 +42,7 @@ def hparams_data(board, tag):
     return plugin_data_pb2.HParamsPluginData.FromString(content)
 
 
-def test_the_run_stands_in_the_hparams_tab_under_readable_names(board):
+def test_the_hparams_tab_lists_the_run_under_readable_names(board):
     values = dict(hparams_data(board, "_hparams_/session_start_info").session_start_info.hparams)
     numbers = {
         "hidden_size": 32, "num_hidden_layers": 2, "projection.rank": 8, "optimizer.lr": 0.001, "max_steps": 6,

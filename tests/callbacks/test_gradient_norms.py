@@ -3,7 +3,6 @@
 import math
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
@@ -12,6 +11,7 @@ from cola_lightning.callbacks import GradientNorms
 from cola_lightning.callbacks import gradient_norms as file
 from cola_lightning.callbacks.gradient_norms import gradient_norms, group_of
 from tests.conftest import loader, tiny_llama, tiny_trainer
+from tests.recorder import Recorder, metrics
 
 
 def test_every_parameter_has_the_group_that_its_name_says():
@@ -41,27 +41,19 @@ def test_norms_are_those_of_all_numbers_of_a_group():
     )
 
 
-class Seen(L.Callback):
-    def __init__(self):
-        self.values = {}
-
-    def on_train_batch_start(self, trainer, *_):
-        self.values[trainer.global_step] = dict(trainer.callback_metrics)
-
-
 def test_logged_before_clipping_and_at_log_steps_only(monkeypatch):
-    asked, seen = [], Seen()
+    asked, seen = [], Recorder("on_train_batch_start", metrics=metrics)
     monkeypatch.setattr(file, "gradient_norms", lambda module: asked.append(1) or gradient_norms(module))
     run, model, batches = tiny_trainer(GradientNorms(), seen, steps=5, log_every_n_steps=2, gradient_clip_val=1e-3)
     run.fit(model, loader(batches))
     assert len(asked) == 2
-    values = seen.values[2]
+    values = seen.by_step("metrics")[2]
     squares = sum(float(value) ** 2 for name, value in values.items() if name.startswith("gradient_norm/"))
     assert math.sqrt(squares) == pytest.approx(float(values["train/gradient_norm"]), rel=1e-5)
     assert squares > 1e-3
 
 
-def test_where_gradients_cannot_be_told_apart_it_says_so_and_logs_nothing(monkeypatch):
+def test_flattened_gradients_are_not_logged_and_a_warning_says_so(monkeypatch):
     callback = GradientNorms()
     monkeypatch.setattr(file, "gradient_norms", lambda module: pytest.fail("was asked"))
     with pytest.warns(UserWarning, match="GradientNorms logs nothing: under FSDPStrategy"):

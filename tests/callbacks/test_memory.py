@@ -22,6 +22,7 @@ def write_to_memory(out: str) -> None:
 
 
 @pytest.mark.skipif(not STATM.exists(), reason="/proc is Linux's")
+@pytest.mark.distributed
 def test_the_resident_set_holds_what_was_written_to(tmp_path):
     """In a process of its own, past the allocator, which in this one may have the memory already."""
     Run(write_to_memory, str(tmp_path), ranks=1, folder=tmp_path).done()
@@ -61,7 +62,7 @@ def test_on_cuda_the_peak_is_that_of_an_interval(monkeypatch):
     assert logged == {"allocated": 2, "reserved": 5, "peak": 3}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_run_on_a_gpu_logs_all_three():
     import lightning as L
 

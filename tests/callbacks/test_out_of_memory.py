@@ -14,6 +14,8 @@ from cola_lightning.methods import CoLA
 from cola_lightning.models import FullRank, Llama
 from tests.conftest import loader, tiny_trainer
 
+pytestmark = pytest.mark.slow
+
 
 class Full(L.Callback):
     """Stands for a device that is full at the third step."""

@@ -22,7 +22,7 @@ class Data(L.LightningDataModule):
         return loader(self.batches[:1])
 
 
-def test_texts_go_to_tensorboard_and_the_last_to_the_terminal(texts, tmp_path, caplog):
+def test_texts_are_logged_to_tensorboard_and_the_last_is_printed(texts, tmp_path, caplog):
     tokenizer = Tokenizer.train(iter(texts), 280)
     prompts = ["the nation", "peace"]
     logger = TensorBoardLogger(tmp_path, name="", version="")

@@ -10,20 +10,7 @@ from cola_lightning.costs.counters import count_flops
 from cola_lightning.methods import CoLA
 from cola_lightning.module import LanguageModel
 from tests.conftest import loader, tiny_trainer
-
-
-class Slow(L.Callback):
-    """Makes validation take its time, and watches what is logged."""
-
-    def __init__(self):
-        self.speeds = {}
-
-    def on_validation_batch_end(self, *_):
-        time.sleep(0.2)
-
-    def on_train_batch_start(self, trainer, *_):
-        if "train/tokens_per_second" in trainer.callback_metrics:
-            self.speeds[trainer.global_step] = float(trainer.callback_metrics["train/tokens_per_second"])
+from tests.recorder import Recorder, metrics
 
 
 def learnt(batches):
@@ -71,14 +58,15 @@ def test_validation_is_outside_the_clock(monkeypatch):
         def on_validation_batch_start(self, *_):
             now[0] += 100.0
 
-    watch = Slow()
+    watch = Recorder("on_train_batch_start", metrics=metrics)
     run, model, batches = tiny_trainer(Clock(), Throughput(), watch, steps=4, val_check_interval=2, log_every_n_steps=1)
     run.fit(model, loader(batches), loader(batches[:1]))
     expected = {step: learnt(batches[step - 1 : step]) for step in (1, 2, 3)}
-    assert watch.speeds == pytest.approx(expected)
+    speeds = {step: logged["train/tokens_per_second"] for step, logged in watch.by_step("metrics").items() if step}
+    assert speeds == pytest.approx(expected)
 
 
-def test_the_device_is_not_asked_between_logs(monkeypatch):
+def test_the_device_is_not_synchronized_between_logs(monkeypatch):
     callback = Throughput()
     run, model, batches = tiny_trainer(callback, steps=4, log_every_n_steps=4)
     asked = []
@@ -89,16 +77,7 @@ def test_the_device_is_not_asked_between_logs(monkeypatch):
     assert len(asked) == 1
 
 
-class Seen(L.Callback):
-    def __init__(self):
-        self.values = []
-
-    def on_train_batch_start(self, trainer, *_):
-        if trainer.global_step:
-            self.values.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
-def test_what_was_waited_for_data_is_told_from_the_rest(monkeypatch):
+def test_time_spent_waiting_for_data_is_logged(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
@@ -112,11 +91,11 @@ def test_what_was_waited_for_data_is_told_from_the_rest(monkeypatch):
         def on_train_batch_start(self, *_):
             now[0] += 3.0
 
-    seen = Seen()
+    seen = Recorder("on_train_batch_start", metrics=metrics)
     run, model, batches = tiny_trainer(Throughput(), Clock(), seen, steps=4)
     profiler = run.profiler
     run.fit(model, SlowLoader(batches))
-    assert [value["train/data_wait"] for value in seen.values] == pytest.approx([0.25] * 3)
+    assert [value["train/data_wait"] for value in seen.values["metrics"][1:]] == pytest.approx([0.25] * 3)
     assert run.profiler is profiler
 
 
@@ -128,7 +107,7 @@ def test_mfu_and_hfu_are_counted_flops_over_the_peak(monkeypatch):
         def on_train_batch_start(self, *_):
             now[0] += 2.0
 
-    seen = Seen()
+    seen = Recorder("on_train_batch_start", metrics=metrics)
     run, model, batches = tiny_trainer(
         Throughput(peak_tflops=1e-6), CoLAM(), Clock(), seen, steps=4, accumulate_grad_batches=2
     )
@@ -136,11 +115,12 @@ def test_mfu_and_hfu_are_counted_flops_over_the_peak(monkeypatch):
     flops = flops_per_token(model, 8)
     assert flops.recomputed > 0
     positions = 2 * 3 * 8  # padding is computed too
-    assert seen.values[-1]["train/mfu"] == pytest.approx(flops.model * positions / 4.0 / 1e6)
-    assert seen.values[-1]["train/hfu"] == pytest.approx(flops.hardware * positions / 4.0 / 1e6)
-    assert seen.values[-1]["train/tflops_per_device"] == pytest.approx(flops.model * positions / 4.0 / 1e12)
+    assert seen.values["metrics"][-1]["train/mfu"] == pytest.approx(flops.model * positions / 4.0 / 1e6)
+    assert seen.values["metrics"][-1]["train/hfu"] == pytest.approx(flops.hardware * positions / 4.0 / 1e6)
+    assert seen.values["metrics"][-1]["train/tflops_per_device"] == pytest.approx(flops.model * positions / 4.0 / 1e12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["residual_and_latents", "latents", "block_input"])
 def test_flops_of_a_token_are_those_of_a_real_step(keep):
     layers, hidden, length = 3, 32, 16

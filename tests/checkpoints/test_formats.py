@@ -19,7 +19,7 @@ def test_a_file_gives_the_network_and_what_it_was_made_of(tmp_path):
     assert "optimizer_states" not in checkpoint.state
 
 
-def test_what_is_no_checkpoint_is_told(tmp_path):
+def test_a_file_that_is_no_checkpoint_is_reported(tmp_path):
     with pytest.raises(InputError, match=r"nowhere.ckpt does not exist; name a checkpoint"):
         read(tmp_path / "nowhere.ckpt")
     with pytest.raises(InputError, match=r"is no checkpoint"):

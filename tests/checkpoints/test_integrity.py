@@ -65,7 +65,7 @@ def test_damage_to_a_folder_is_found(folder):
     assert damage(folder) == "files.json is missing"
 
 
-def test_the_newest_whole_checkpoint_is_found_and_damage_is_told(file, folder, tmp_path):
+def test_the_newest_valid_checkpoint_is_found_and_corruption_is_reported(file, folder, tmp_path):
     os.utime(file, ns=(2**62, 2**62))  # times say nothing in a copy
     assert written(tmp_path) == [folder, file]
     assert newest_whole(tmp_path) == folder

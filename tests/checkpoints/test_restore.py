@@ -16,6 +16,8 @@ from cola_lightning.checkpoints.restore import restore_explained
 from cola_lightning.cli import main
 from cola_lightning.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def altered(trained_run, tmp_path):

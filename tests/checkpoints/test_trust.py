@@ -70,7 +70,7 @@ def test_a_shard_that_would_run_code_is_refused_unopened(tmp_path):
     assert not (tmp_path / "trace").exists()
 
 
-def test_an_index_cut_short_is_told(shards):
+def test_a_truncated_index_is_reported(shards):
     index = shards / ".metadata"
     index.write_bytes(index.read_bytes()[:50])
     with pytest.raises(InputError, match=r"\.metadata is not a readable index"):

@@ -57,6 +57,7 @@ def compared(run_file, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_method_has_the_same_trials_and_its_best_another_seed(compared):
     found = results(compared / "out")
     for method in ("cola", "galore-full-rank"):
@@ -73,6 +74,7 @@ def test_every_method_has_the_same_trials_and_its_best_another_seed(compared):
     assert not list((compared / "out").rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_the_report_has_what_was_counted_and_measured(compared):
     report = compared / "out" / "report"
     rows = {row["method"]: row for row in json.loads((report / "results.json").read_text())["methods"]}
@@ -96,6 +98,7 @@ def test_the_report_has_what_was_counted_and_measured(compared):
         assert (report / f"{name}.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_what_has_finished_is_kept(compared, capsys):
     before = {file: file.stat().st_mtime_ns for file in (compared / "out").rglob("result.json")}
     main(["compare", f"--config={compared / 'plan.yaml'}", f"--folder={compared / 'out'}"])
@@ -103,6 +106,7 @@ def test_what_has_finished_is_kept(compared, capsys):
     assert before == {file: file.stat().st_mtime_ns for file in (compared / "out").rglob("result.json")}
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_without_a_number_is_reported_and_never_best(compared, tmp_path):
     file = compared / "out" / "cola" / "lr-x0.5-seed-1" / "result.json"
     before = file.read_text()
@@ -122,6 +126,7 @@ def test_a_run_that_ended_without_a_number_is_reported_and_never_best(compared, 
     assert "| CoLA | nan |" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_runs_on_text_that_changed_in_between_are_not_compared(compared):
     """Of the same paths and settings: the files themselves are in the results."""
     result = next(iter(results(compared / "out").values()))
@@ -133,6 +138,7 @@ def test_runs_on_text_that_changed_in_between_are_not_compared(compared):
         bench._check_data(compared / "out" / "cola" / "new", result | {"data": [source | {"contents": "other"}]})
 
 
+@pytest.mark.slow
 def test_another_plan_in_the_same_folder_is_refused(compared, run_file, capsys, tmp_path):
     flags = write_plan(tmp_path, run_file, flags={"trainer.max_steps": 7})
     with pytest.raises(SystemExit, match="2"):
@@ -140,6 +146,7 @@ def test_another_plan_in_the_same_folder_is_refused(compared, run_file, capsys, 
     assert "was begun with another trainer.max_steps than the plan has now" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_single_cells_and_one_that_fails(run_file, tmp_path, capsys):
     """The second method's width does not fit its heads; the first is carried out all the same."""
     methods = {"good": {}, "bad": {"flags": {"model.num_attention_heads": 5}}}
@@ -157,6 +164,7 @@ def test_single_cells_and_one_that_fails(run_file, tmp_path, capsys):
     assert "does not divide hidden_size 32" in (tmp_path / "out" / "bad" / "lr-x1-seed-1" / "failed.txt").read_text()
 
 
+@pytest.mark.slow
 def test_killed_for_real_it_goes_on_from_its_checkpoint(run_file, tmp_path):
     steps = {"trainer.max_steps": 150, "trainer.val_check_interval": 150, "checkpoint.every_n_train_steps": 5}
     for name in ("whole", "broken"):
@@ -201,7 +209,7 @@ def test_cells_are_numbered_sweep_first():
     ]  # fmt: skip
 
 
-def test_learning_rates_are_scaled_wherever_they_stand():
+def test_learning_rates_are_scaled_at_every_place_of_a_config():
     optimizer = {"init_args": {"matrices": {"init_args": {"lr": 0.02, "rank": 4}}, "rest": {"init_args": {"lr": 0.01}}}}
     plan = make(resolve=lambda flags: {"model": {"optimizer": optimizer}})
     made = plan.configuration("a", 0.5, 7, Path("x"))

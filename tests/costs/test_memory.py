@@ -256,7 +256,7 @@ def test_unknown_gpus():
     assert len({gpu.name for gpu in GPUS}) == len(GPUS)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares with a GPU's allocator")
+@pytest.mark.gpu
 def test_a_gpu_takes_the_predicted_memory():
     run = replace(
         run_of("wide", "none", CoLA, precision="bf16-true", fused_norm=True), batch_size=64, sequence_length=256

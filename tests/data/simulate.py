@@ -86,7 +86,7 @@ class Run:
     """A run on simulated ranks and workers, from a state or from the beginning."""
 
     def __init__(self, make, ranks=1, workers=0, state=None, batch_size=2, window=1, kind=InProcess) -> None:
-        self.window = window
+        self.window, self.iterators = window, []
         threads = Threads(ranks)
         self.loaders = [
             kind(
@@ -106,6 +106,15 @@ class Run:
         self.iterators = [iter(loader) for loader in self.loaders]
         # Each rank keeps its thread, because workers end with the thread that started them.
         self.threads = [ThreadPoolExecutor(1) for _ in self.loaders]
+
+    def __del__(self) -> None:
+        """End the workers in the threads that started them: from elsewhere each rank but one takes five seconds."""
+        ended = [
+            thread.submit(iterator.close)
+            for thread, iterator in zip(getattr(self, "threads", []), self.iterators, strict=False)
+        ]
+        for future in ended:
+            future.result()
 
     def take(self, micro_batches: int) -> list[list[list[int]]]:
         """The ids of that many micro-batches of the run, over all ranks, in its order."""

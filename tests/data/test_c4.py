@@ -230,7 +230,7 @@ def test_attention_that_keeps_to_its_document_gives_each_document_the_loss_it_ha
 
 
 @pytest.mark.parametrize("path", ["json", "prepared"])
-def test_lanes_can_be_sent_to_processes_that_are_not_forks(c4, prepared, path):
+def test_logical_shards_can_be_pickled_for_spawned_workers(c4, prepared, path):
     others = {} if path == "json" else {"path": str(prepared), "data_files": None, "tokenizer": None}
     data = ready(C4DataModule(**arguments(c4, **others)))
     make_lanes = data.train_dataloader().make_lanes

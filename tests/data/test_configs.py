@@ -10,6 +10,7 @@ from cola_lightning.cli import main
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 @pytest.mark.parametrize(
     "overlay", ["prepared", "mixture", "fineweb_edu", "dclm", "slimpajama", "the_pile", "redpajama"]

@@ -72,6 +72,7 @@ def group(layout: Layout, ranks: int, micro_batches: int) -> int:
     return -(-micro_batches // step) * step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(24))
 def test_each_document_once_before_any_comes_twice_at_every_moment_and_after_every_break(number):
     layout = Layout(number)
@@ -89,6 +90,7 @@ def test_each_document_once_before_any_comes_twice_at_every_moment_and_after_eve
         assert min(counts(layout, whole)[0].values()) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(60, 70))
 def test_sequence_is_the_same_for_ranks_and_workers_that_divide_the_lanes_and_fair_for_all(number):
     layout = Layout(number)
@@ -104,6 +106,7 @@ def test_sequence_is_the_same_for_ranks_and_workers_that_divide_the_lanes_and_fa
         state = again.state()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(90, 98))
 def test_every_source_has_its_share_of_the_tokens(number):
     """On one rank, because the test above shows that the sequence is the same on several, each of which makes all of

@@ -24,6 +24,8 @@ from cola_lightning.errors import InputError
 from tests.data.conftest import sentences, write_shard
 from tests.data.hub import Hub
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 LAYOUTS = ["c4", "mixture", "fineweb_edu", "dclm", "slimpajama", "the_pile", "redpajama"]
 

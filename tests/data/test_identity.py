@@ -326,6 +326,7 @@ def case(begun, tmp_path, request):
     (tmp_path / "kept").rename(data.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "change", "outcome", "message"),
     CASES,
@@ -485,6 +486,7 @@ def test_ranks_whose_nodes_hold_other_files_do_not_begin(case, monkeypatch):
         data.begin()
 
 
+@pytest.mark.slow
 def test_the_command_line_refuses_text_that_was_added_and_leaves_the_run_as_it_is(corpus, tiny_run, tmp_path, capsys):
     shutil.copytree(corpus, tmp_path / "text")
     flags = [*tiny_run, f"--data.paths=['{tmp_path}/text']", f"--run_dir={tmp_path}/run", "--trainer.max_steps=3"]

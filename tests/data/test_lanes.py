@@ -37,7 +37,7 @@ def one_pass(reader: Reader) -> list[int]:
 
 
 @pytest.mark.parametrize("sizes", [[23, 7, 40], [50], [5] * 12, [0, 30, 0, 1]])
-def test_each_document_once_a_pass_over_all_lanes_in_another_order_each_pass(sizes):
+def test_each_pass_reads_every_document_once_in_a_new_order(sizes):
     corpus = Numbers(sizes)
     orders = []
     for turn in range(2):
@@ -49,7 +49,7 @@ def test_each_document_once_a_pass_over_all_lanes_in_another_order_each_pass(siz
     assert orders[0] != orders[1]
 
 
-def test_fewer_shards_than_lanes_make_equal_lanes():
+def test_fewer_files_than_logical_shards_make_equal_logical_shards():
     assert {len(one_pass(reader(Numbers([40, 40, 40]), index, 8))) for index in range(8)} == {15}
 
 
@@ -62,7 +62,7 @@ def test_reader_goes_on_at_the_next_document(block, after):
     assert numbers_of(reader(Numbers([13, 12]), block=block, state=state), 60) == numbers_of(whole, 60)
 
 
-def test_going_on_encodes_nothing_that_was_handed_out():
+def test_resuming_encodes_no_document_again():
     corpus = Numbers([200])
     first = reader(corpus, block=100)
     seen = numbers_of(first, 130)
@@ -75,7 +75,7 @@ def test_going_on_encodes_nothing_that_was_handed_out():
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("longest", [9, 60])
-def test_lane_goes_on_at_the_next_token_after_any_batch(packed, longest):
+def test_a_logical_shard_resumes_at_the_next_token_after_any_batch(packed, longest):
     """With documents of up to 60 tokens in rows of 8, most of these places are in the middle of a document."""
     whole = lane(Numbers([30, 31], longest), packed=packed)
     for _ in range(40):
@@ -86,7 +86,7 @@ def test_lane_goes_on_at_the_next_token_after_any_batch(packed, longest):
         assert again.state() == whole.state()
 
 
-def test_packed_rows_are_the_documents_end_to_end_and_the_ledger_counts_them():
+def test_packed_rows_are_the_documents_end_to_end_and_are_counted_by_source():
     corpus = Numbers([30])
     rows = lane(corpus)
     ids = np.concatenate([rows.batch(2)["input_ids"].flatten() for _ in range(20)])
@@ -111,7 +111,7 @@ def test_padded_rows_keep_the_end_of_a_document_that_is_cut():
     assert rows.documents == [30]
 
 
-def test_documents_kept_apart_are_numbered_and_their_first_token_is_not_learnt():
+def test_masked_documents_are_numbered_and_their_first_token_is_not_learnt():
     batch = lane(Numbers([30]), apart=True).batch(10)
     ids, labels, numbers = (batch[name].numpy() for name in ("input_ids", "labels", "document_ids"))
     for row in range(10):

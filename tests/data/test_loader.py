@@ -32,7 +32,7 @@ def test_each_pass_has_every_row_once_in_an_order_of_its_own():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_goes_on_after_the_batch_that_was_handed_over(workers):
+def test_resumes_after_the_last_batch_returned(workers):
     _, whole = train(10, 3, 8)
     loader = TrainLoader(Numbers(10), 3, 8, seed=7, workers=workers)
     iterator = iter(loader)

@@ -46,6 +46,7 @@ def run(source, c4, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_prepared_shards_hold_what_the_source_yields_in_its_rows(source, c4, run, num_workers):
     folder = run(num_workers=num_workers)
@@ -172,6 +173,7 @@ def test_source_without_a_document(run, tmp_path, source):
         run(source=Source("json", data_files=f"{tmp_path}/empty.json.gz"))
 
 
+@pytest.mark.slow
 def test_verb_reads_its_file_and_is_killed_and_run_again(c4, tmp_path):
     """SIGKILL while its processes wait for a server; what was finished stays, and its processes go with it."""
     names = [f"train-{number}.json.gz" for number in range(6)]

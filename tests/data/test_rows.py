@@ -10,7 +10,7 @@ def lists(rows):
     return [(rows[i]["input_ids"].tolist(), rows[i]["labels"].tolist()) for i in range(len(rows))]
 
 
-def test_documents_keep_their_borders_over_chunks():
+def test_documents_keep_their_boundaries_over_chunks():
     documents = Documents(COLUMN)
     assert len(documents) == 3
     assert [document.tolist() for document in map(documents.__getitem__, range(3))] == COLUMN.to_pylist()

@@ -160,6 +160,7 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_revision_that_does_not_exist(tmp_path):
     """In a process of its own, for the hub's address is read when its client is imported."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)

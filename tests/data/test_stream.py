@@ -27,10 +27,11 @@ def documents(batches):
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (3, 2), (4, 0), (12, 0)])
-def test_batches_are_one_sequence_for_any_ranks_and_workers_that_divide_the_lanes(ranks, workers):
+def test_any_ranks_and_workers_that_divide_the_logical_shards_give_one_sequence(ranks, workers):
     assert run(ranks, workers).take(36) == run(1, 0).take(36)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [(1, 0), (2, 2), (4, 0)])
 @pytest.mark.parametrize("second", [(1, 2), (2, 0), (3, 0), (6, 0)])
 def test_another_number_of_ranks_and_workers_goes_on_with_the_same_sequence(first, second):
@@ -40,10 +41,11 @@ def test_another_number_of_ranks_and_workers_goes_on_with_the_same_sequence(firs
     assert before + after == run(1, 0).take(44)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (3, 2), (5, 0), (1, 5), (2, 4), (7, 1)])
 @pytest.mark.parametrize("stops", [[1], [7], [4, 5, 1]])
-def test_same_number_of_ranks_and_workers_goes_on_exactly_whether_or_not_they_divide_the_lanes(ranks, workers, stops):
+def test_the_same_ranks_and_workers_resume_exactly_even_if_they_do_not_divide_the_logical_shards(ranks, workers, stops):
     whole = run(ranks, workers).take(15 * ranks)
     state, batches = None, []
     for count in [*stops, 15 - sum(stops)]:
@@ -57,7 +59,7 @@ def test_same_number_of_ranks_and_workers_goes_on_exactly_whether_or_not_they_di
 @pytest.mark.parametrize(
     "changes", [[(5, 0), (1, 0)], [(1, 0), (5, 0)], [(2, 0), (7, 0), (5, 0), (3, 0)], [(1, 5), (5, 1)]]
 )
-def test_numbers_that_do_not_divide_the_lanes_lose_and_repeat_no_document(changes):
+def test_ranks_and_workers_that_do_not_divide_the_logical_shards_lose_and_repeat_no_document(changes):
     """270 documents, two a batch: what is seen before any lane's second pass is seen once, and by then each lane's
     part is seen without a gap."""
     state, seen = None, []
@@ -82,7 +84,7 @@ def test_real_workers_go_on_through_the_ends_of_passes_as_one_process_does(ranks
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_state_belongs_to_the_batch_handed_over_not_to_those_read_ahead(workers):
+def test_state_belongs_to_the_batch_returned_not_to_those_prefetched(workers):
     begun = run(1, workers)
     for count in range(1, 10):
         begun.take(1)
@@ -91,7 +93,7 @@ def test_state_belongs_to_the_batch_handed_over_not_to_those_read_ahead(workers)
         assert sum(lane["documents"][0] for lane in state["lanes"].values()) == 2 * count
 
 
-def test_more_ranks_and_workers_than_lanes_are_refused():
+def test_more_ranks_and_workers_than_logical_shards_are_refused():
     with pytest.raises(InputError, match="4 ranks x 4 workers are more than the 12 lanes"):
         run(4, 4)
 

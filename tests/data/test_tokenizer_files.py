@@ -123,7 +123,7 @@ def test_the_model_says_the_end_where_no_settings_do(model, eos_id, pad_id, hub,
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
-def test_a_busy_hub_is_asked_again(file, hub, tmp_path, monkeypatch):
+def test_requests_to_a_busy_hub_are_retried(file, hub, tmp_path, monkeypatch):
     hub.files = write(tmp_path / "tokenizer", tokenizer={"eos_token": "</s>"}, special={"eos_token": "<end>"})
     no_wait = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
     monkeypatch.setattr("huggingface_hub.utils._http.time", no_wait)

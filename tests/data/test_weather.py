@@ -54,7 +54,9 @@ def corpus(server, tokenizer, times=3) -> TextCorpus:
 
 @pytest.mark.parametrize("faults", [[0.3], [0.0, 0.5], [429, 503, 0.7], [500, 0.4, 0.8], [None, 0.999]], ids=str)
 @pytest.mark.parametrize(("start", "ranges"), [(0, "none"), (1000, "none"), (500, "bytes")])
-def test_every_document_once_and_in_order_through_bad_weather(server, tokenizer, texts, faults, start, ranges):
+def test_every_document_is_read_once_and_in_order_despite_transient_errors(
+    server, tokenizer, texts, faults, start, ranges
+):
     server.ranges = ranges
     stream = corpus(server, tokenizer)
     server.faults[NAME] = list(faults)
@@ -128,13 +130,13 @@ def test_what_a_client_must_not_ask_for_is_an_error_at_once():
         Retry(9, wait=100).call(ask, "allenai/c4/en")
 
 
-def test_waiting_for_an_answer_is_said(monkeypatch):
+def test_waiting_for_a_server_is_reported(monkeypatch):
     monkeypatch.setattr(retry, "SILENCE", 0.05)
     with pytest.warns(UserWarning, match="waiting for allenai/c4/en to answer, for 0 s so far"):
         Retry().call(lambda: time.sleep(0.3), "allenai/c4/en")
 
 
-def test_errors_that_are_no_weather_pass_at_once():
+def test_permanent_errors_are_raised_at_once():
     with pytest.raises(ZeroDivisionError):
         Retry(9, wait=100).call(lambda: 1 // 0, "shard")
 
@@ -197,7 +199,7 @@ def test_damaged_bytes_are_an_error(server, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_through_bad_weather_are_those_of_the_same_files_here(c4, workers):
+def test_batches_despite_transient_errors_equal_those_of_local_files(c4, workers):
     server = Server(c4)
     names = [f"c4-train.{number:05}-of-00005.json.gz" for number in range(5)]
     files = {

@@ -20,6 +20,8 @@ from cola_lightning.cli import main
 from cola_lightning.errors import InputError
 from cola_lightning.module import LanguageModel
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def trace(tmp_path, monkeypatch) -> Path:

@@ -8,6 +8,8 @@ import torch
 
 from tests.hostile.fuzz import CASES, fuzz, prepare, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):

@@ -8,6 +8,8 @@ import yaml
 
 from cola_lightning.cli import main
 
+pytestmark = pytest.mark.slow
+
 POPEN = "subprocess.Popen"
 
 

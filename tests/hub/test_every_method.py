@@ -15,6 +15,8 @@ from cola_lightning.cli import main
 from tests.conftest import REPOSITORY
 from tests.test_evaluate import needs_lm_eval
 
+pytestmark = pytest.mark.slow
+
 OVERLAYS = sorted((REPOSITORY / "configs" / "method").glob("*.yaml"))
 METHODS = ["full_rank", *(file.stem for file in OVERLAYS)]
 PROMPT = "the people of"

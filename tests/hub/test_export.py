@@ -76,6 +76,7 @@ def model(request, exported, tiny_run, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "kind"),
     [
@@ -133,7 +134,7 @@ def test_bad_input_gets_one_line(arguments, message, trained_run, tmp_path, caps
 
 
 @pytest.mark.parametrize(("file", "content"), [("run.json", "{"), ("run.json", "[]"), ("config.yaml", "a: [")])
-def test_a_run_whose_facts_cannot_be_read_is_told(file, content, trained_run, tmp_path, capsys):
+def test_unreadable_run_metadata_is_reported(file, content, trained_run, tmp_path, capsys):
     shutil.copytree(trained_run, tmp_path / "run", symlinks=True)
     (tmp_path / "run" / file).write_text(content)
     with pytest.raises(SystemExit, match="2"):

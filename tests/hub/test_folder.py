@@ -49,6 +49,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_comes_back_bit_for_bit_and_transformers_agrees(kind, tokenizer, tmp_path):
     projection, sizes = KINDS[kind]

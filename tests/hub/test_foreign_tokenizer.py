@@ -142,6 +142,7 @@ def test_export_brings_all_of_it_along_and_says_where_it_comes_from(llama, tmp_p
     assert "adds no special id" not in card
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_tasks_are_scored_as_by_lm_eval_on_the_folder_itself(llama, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -1,10 +1,5 @@
-"""Tiny runs of the methods, and as a program: ``runs.py STRATEGY DEVICES FOLDER METHOD...``.
+"""Tiny runs of the methods; global batch, seed and data are the same whatever the strategy."""
 
-Global batch, seed and data are the same whatever the strategy. Each rank writes a method's losses and final weights to
-FOLDER.
-"""
-
-import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -30,7 +25,8 @@ from cola_lightning.methods import (
 )
 from cola_lightning.module import LanguageModel
 from cola_lightning.optim import RowAdamW, WarmupCosine, WarmupCosineRestarts
-from tests.parity_run import Curve, Rows
+from tests.parity_run import Rows
+from tests.recorder import Curve
 
 STEPS, CYCLE = 12, 4
 SIZES = (64, 32, 48, 2, 4)
@@ -60,23 +56,9 @@ METHODS = {
 }
 
 
-class Snapshots(L.Callback):
-    """The weights after each step."""
-
-    def __init__(self):
-        self.weights: dict[int, dict[str, Tensor]] = {}
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        weights = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
-        self.weights.setdefault(trainer.global_step, weights)
-
-
-class Losses(Curve):
-    """Of the steps that this run has made itself."""
-
-    def note(self, trainer):
-        if "train/loss" in trainer.callback_metrics:
-            super().note(trainer)
+def copy_weights(trainer: L.Trainer, module: L.LightningModule, *_: Any) -> dict[str, Tensor]:
+    """A copy of the weights, for a ``Recorder``."""
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
 class Data(L.LightningDataModule):
@@ -131,7 +113,7 @@ def train(
 ) -> Result:
     projection, make_callbacks, own_optimizer, schedule, _ = METHODS[method]
     optimizer = optimizer or own_optimizer
-    curve, callbacks = Losses(), list(callbacks)
+    curve, callbacks = Curve(), list(callbacks)
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     settings = {"precision": "32-true", "gradient_clip_val": 1.0} | trainer
     run = L.Trainer(
@@ -148,14 +130,11 @@ def train(
     return Result(curve.losses, weights, run, model)
 
 
-def main(strategy: str, devices: str, folder: str, *methods: str) -> None:
+def train_methods(strategy: str, devices: int, folder: str, *methods: str) -> None:
+    """Train with these methods, one after the other; write losses and weights to FOLDER/METHOD_RANK.pt."""
     torch.set_num_threads(1)
     for method in methods:
         steps = METHODS[method].comparable_steps
-        result = train(method, strategy, int(devices), steps=steps, precision="64-true")
+        result = train(method, strategy, devices, steps=steps, precision="64-true")
         file = Path(folder) / f"{method}_{result.trainer.global_rank}.pt"
         torch.save({"losses": result.losses, "weights": result.weights}, file)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

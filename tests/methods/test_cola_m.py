@@ -72,6 +72,7 @@ def distance(gradient: Tensor, reference: Tensor) -> float:
     return float((gradient - reference).norm() / reference.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "at_most"),
     [("residual_and_latents", 1.19), ("latents", 1.205), ("float8", 1.205), ("block_input", 1.32)],
@@ -80,6 +81,7 @@ def test_flops_of_a_step(setting, at_most):
     assert 1.1 < flops(setting) / flops("none") <= at_most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["residual_and_latents", "latents", "block_input"])
 def test_kept_attention_is_not_done_again(keep):
     attention = 4 * 4 * 256 * 256 * 512 * 4  # scores and values, two FLOPs each, rows, layers
@@ -98,6 +100,7 @@ def test_flops_equal_the_arithmetic():
     assert flops("latents") - step == up(5 * d + 2 * f) + attention
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "at_most"),
     [
@@ -120,6 +123,7 @@ def test_reversal_keeps_one_residual_stream_for_the_whole_network():
     assert once <= 2.01  # one in float32; it is also what the final norm reads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate_silu", [True, False])
 @pytest.mark.parametrize(
     "setting", ["residual_and_latents", "block_input", "residual_and_latents, attention", "block_input, attention"]
@@ -129,12 +133,14 @@ def test_gradients_are_bit_equal_over_24_layers(setting, gate_silu):
     assert torch.equal(Stack(setting, **settings).gradient(), Stack("none", **settings).gradient())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["latents", "latents, attention"])
 def test_reversal_in_float32_over_24_layers(setting):
     settings = {"layers": 24, "rows": 1}
     assert distance(Stack(setting, **settings).gradient(), Stack("none", **settings).gradient()) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "slack"), [({"dtype": torch.bfloat16}, 1), ({"autocast": True}, 1.05)], ids=["bf16-true", "bf16-mixed"]
 )
@@ -145,11 +151,13 @@ def test_reversal_under_bf16_over_24_layers_is_no_further_from_float32_than_bf16
     assert distance(Stack("latents", layers=24, rows=1, **settings).gradient(), exact) <= plain * slack
 
 
+@pytest.mark.slow
 def test_float8_costs_the_accuracy_that_is_documented():
     exact = Stack("none").gradient()
     assert 1e-3 < distance(Stack("float8").gradient(), exact) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", list(SETTINGS)[1:])
 def test_compiled_layers_give_the_same(setting):
     plain, compiled = (Stack(setting, layers=1, rows=1) for _ in range(2))
@@ -158,6 +166,7 @@ def test_compiled_layers_give_the_same(setting):
     assert distance(compiled.gradient(), plain.gradient()) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setting", "again"), [("none", 0), ("residual_and_latents", 6), ("block_input", 13)])
 def test_compiled_layers_do_no_down_projection_again(setting, again):
     """In the compiled backward pass: two products for each of 14 factors, and those that are done again."""

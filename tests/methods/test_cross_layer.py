@@ -236,6 +236,7 @@ def test_of_the_products_only_up_projections_and_attention_are_done_again():
     assert flops(recompute(1)) - flops(None) == again
 
 
+@pytest.mark.slow
 def test_bytes_that_one_more_layer_keeps():
     def kept(layers, policy):
         stack = Stack(**WIDE, layers=layers, policy=policy, dtype=torch.bfloat16)
@@ -246,6 +247,7 @@ def test_bytes_that_one_more_layer_keeps():
     assert kept(4, None) - kept(3, None) > 20
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_same():
     for projection, policy in ((cr_net, lambda: None), (cr_net, recompute), (partial(LaX, rank=16), lambda: None)):
         plain, compiled = (Stack(projection, policy(), layers=2) for _ in range(2))
@@ -263,7 +265,8 @@ def test_cola_m_on_lax_gives_bit_equal_gradients(keep):
     assert torch.equal(Stack(lax, CoLAM(keep).apply).gradient(), Stack(lax).gradient())
 
 
-def test_cola_m_keeps_of_lax_the_seven_latents_that_are_handed_on_beside_those_of_cola():
+@pytest.mark.slow
+def test_cola_m_keeps_the_seven_cross_layer_latents_of_lax_beside_those_of_cola():
     def kept(projection, layers):
         stack = Stack(partial(projection, rank=16), CoLAM().apply, layers)
         return kept_bytes(stack.forward, [stack.x, *stack.parameters, *stack.rotary[:2]])

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from cola_lightning.methods import LoRA
-from tests.methods.runs import Snapshots, train
+from tests.methods.runs import copy_weights, train
+from tests.recorder import Recorder
 
 
 def test_formula():
@@ -35,9 +36,9 @@ def test_start():
 
 
 def test_frozen_weights_neither_move_nor_decay_and_everything_else_trains():
-    kept = Snapshots()
+    kept = Recorder(weights=copy_weights)
     train("lora", callbacks=[kept], steps=4)
-    before, after = kept.weights[1], kept.weights[4]
+    before, after = (kept.by_step("weights")[step] for step in (1, 4))
     for name, tensor in before.items():
         frozen = name.endswith("proj.weight")
         assert torch.equal(tensor, after[name]) == frozen, name

@@ -49,6 +49,7 @@ def test_gradients_under_autocast_are_near_and_in_the_parameters_dtype():
         assert (parameter.grad - expected).norm() < 0.03 * expected.norm()
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_but_the_input():
     """A dense layer that forms W by plain autograd keeps it."""
     module, x = SLTrain(256, 512, rank=16), torch.randn(8, 256, requires_grad=True)

@@ -143,7 +143,7 @@ def test_the_turn_of_b_stays_half_a_round_from_that_of_a():
     assert callback.done[0]["A"] > 3 * 16
 
 
-def test_start_is_an_ordinary_one_as_a_whole():
+def test_initial_weights_as_a_whole_are_distributed_as_usual():
     torch.manual_seed(0)
     module = SwitchLoRA(400, 600, rank=100)
     assert module.dense().std().item() == pytest.approx(0.02, rel=0.02)

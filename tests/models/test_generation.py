@@ -106,6 +106,7 @@ def test_a_context_longer_than_the_table_slides():
     assert torch.equal(generate(network, long, 3, temperature=0), without_cache(network, long, 3))
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_not_compiled_again_for_every_length():
     network = tiny_llama(lambda i, o: LowRank(i, o, 4)).eval()
     for layer in network.model.layers:

@@ -56,7 +56,7 @@ PROJECTIONS = {
 
 @pytest.mark.parametrize("name", PROJECTIONS)
 @pytest.mark.parametrize("key_value_heads", [4, 2])
-def test_projections_called_together_give_the_same(name, key_value_heads):
+def test_fused_projections_give_the_same(name, key_value_heads):
     plain, fused = (
         tiny_llama(PROJECTIONS[name], num_key_value_heads=key_value_heads, fused_projections=fused).double()
         for fused in (False, True)

@@ -1,12 +1,6 @@
-"""Ten steps with each optimizer of whole matrices; as a program, on two ranks: ``ranks_run.py FILE``.
-
-Writes the losses, and whether any weight differs between ranks, to FILE.
-"""
+"""Ten steps with each optimizer of whole matrices, on one rank or two: the losses, and whether weights differ."""
 
 import json
-import os
-import socket
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +11,8 @@ from torch.optim import AdamW, Muon
 
 from cola_lightning.module import LanguageModel
 from cola_lightning.optim import APOLLO, Fira, GaLore, MatricesAndRest, WarmupCosine
-from tests.parity_run import GLOBAL_BATCH, Curve, Data
+from tests.parity_run import GLOBAL_BATCH, Data
+from tests.recorder import Curve
 
 MATRICES = {
     "GaLore": partial(GaLore, lr=0.05, rank=4, refresh_every=3),
@@ -51,19 +46,9 @@ def train(name: str, devices: int) -> dict:
     return {"losses": curve.losses, "ranks_differ": False}
 
 
-def main(file: str) -> None:
-    """One fork is rank 1, so that the libraries are imported once."""
+def train_all(file: str) -> None:
+    """Train on two ranks with every optimizer, as each of them; rank 0 writes the file."""
     torch.set_num_threads(1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
-    child = os.fork()
-    os.environ["LOCAL_RANK"] = "0" if child else "1"
     results = {name: train(name, 2) for name in MATRICES}
-    if child:
+    if dist.get_rank() == 0:
         Path(file).write_text(json.dumps(results))
-        os.waitpid(child, 0)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,11 +1,7 @@
 """Two optimizers as one: what goes where, schedules, checkpoints, ranks, and strategies that cut matrices up."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +14,9 @@ from cola_lightning.models import FullRank
 from cola_lightning.optim import GaLore, MatricesAndRest, Parameters, WarmupCosine
 from cola_lightning.strategies import FSDP2Strategy, check_optimizer
 from tests.conftest import REPOSITORY, tiny_llama
-from tests.optim.ranks_run import MATRICES
+from tests.optim.ranks_run import MATRICES, train_all
 from tests.optim.ranks_run import train as train_ranks
+from tests.processes import Run
 
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -43,7 +40,7 @@ def test_only_the_seven_projections_count_as_matrices(projection, leaves):
     assert list(parameters) == list(network.parameters())
 
 
-def test_what_is_frozen_is_no_optimizers_business():
+def test_frozen_parameters_are_not_optimized():
     network = tiny_llama(num_hidden_layers=1)
     network.model.layers[0].mlp.up_proj.A.weight.requires_grad_(False)
     parameters = Parameters(network)
@@ -92,6 +89,7 @@ def test_a_closure_is_called_once():
     assert calls == [True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overlay", "precision"), [("galore", "32-true"), ("fira", "bf16-true"), ("muon", "32-true")])
 def test_a_broken_run_goes_on_bit_for_bit(overlay, precision, tiny_run, tmp_path, monkeypatch):
     """Broken after three of six steps, in the middle of a projector's four."""
@@ -113,13 +111,10 @@ def test_a_broken_run_goes_on_bit_for_bit(overlay, precision, tiny_run, tmp_path
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.distributed
 def test_two_ranks_keep_the_same_weights_as_one(tmp_path):
-    """Real processes, see ranks_run.py: the ranks bit-equal, and one process within rounding."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, str(Path(__file__).with_name("ranks_run.py")), str(tmp_path / "losses.json")]
-    done = subprocess.run(program, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    """The ranks are bit-equal, and one process within rounding."""
+    Run(train_all, str(tmp_path / "losses.json"), ranks=2, folder=tmp_path).done()
     one, two = {name: train_ranks(name, 1) for name in MATRICES}, json.loads((tmp_path / "losses.json").read_text())
     for name in one:
         assert two[name]["ranks_differ"] is False
@@ -152,9 +147,10 @@ def test_groups_keep_decay_from_norms_and_embedding_and_have_rates_of_their_own(
         torch.testing.assert_close(parameter.detach(), before[name] * (1 - lr * decay) - lr, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projection", [["--model.projection=FullRank"], []])
 @pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
-def test_groups_train_and_go_on_bit_for_bit(projection, strategy, tiny_run, tmp_path, monkeypatch):
+def test_groups_train_and_go_on_bit_for_bit(projection, strategy, tiny_run, tmp_path, monkeypatch, process_group):
     monkeypatch.chdir(tmp_path)
     dropped = ("--checkpoint", "--trainer.val_check", *(["--model.projection"] if projection else []))
     flags = [flag for flag in tiny_run if not flag.startswith(dropped)]

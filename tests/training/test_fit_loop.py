@@ -74,6 +74,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "end"), [*((kind, 12) for kind in RUNS), ("the run is an epoch", 10), ("epochs", 10)])
 def test_a_resumed_run_keeps_to_the_steps_of_an_unbroken_one(kind, end, tmp_path):
     """Resumed with more steps, in the middle, before a validation, and where the shorter run ended: in its own folder

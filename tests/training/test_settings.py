@@ -14,21 +14,23 @@ from cola_lightning.callbacks import LossGuard
 from cola_lightning.methods import ReLoRAMerge
 from cola_lightning.optim import WarmupCosine, WarmupCosineRestarts
 from cola_lightning.rollback import go_back
+from tests.recorder import Recorder
 from tests.training.test_fit_loop import WholeRun, fit
 
 
-class Record(L.Callback):
-    """Settings that each optimizer step is made with, by its number."""
+class Record(Recorder):
+    """Record the settings that each optimizer step is made with."""
 
     def __init__(self):
-        self.steps = {}
+        super().__init__("on_before_optimizer_step", settings=self.read)
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+    @staticmethod
+    def read(trainer, module, optimizer):
         group = optimizer.param_groups[0]
-        self.steps[trainer.global_step] = {key: group[key] for key in group if key not in ("params", "foreach")}
+        return {key: group[key] for key in group if key not in ("params", "foreach")}
 
     def curve(self, key="lr"):
-        return [self.steps[step][key] for step in sorted(self.steps)]
+        return [settings[key] for _, settings in sorted(self.by_step("settings").items())]
 
 
 def run(folder, steps, optimizer, schedule, resume=None, callbacks=()):
@@ -60,6 +62,7 @@ LENGTH = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps", "LinearLR":
           "ConstantLR": "total_iters", "PolynomialLR": "total_iters"}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_resumed_schedule_is_the_one_of_an_unbroken_run(name, tmp_path):
     """And that is torch's own, with the length of the run where it has one."""
@@ -85,22 +88,21 @@ def test_a_longer_run_has_its_own_length_from_the_first_step_on(tmp_path):
     assert resumed.curve() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [cosine, lr_scheduler.CosineAnnealingLR])
 def test_new_settings_count_from_the_first_step_on_and_moments_go_on(schedule, tmp_path):
     run(tmp_path / "old", 12, adam, schedule)
     path = tmp_path / "old" / "step_00000004.ckpt"
     new = partial(AdamW, lr=0.002, weight_decay=10.0, betas=(0.8, 0.9))
-    moments = {}
-
-    class Moments(L.Callback):
-        def on_train_start(self, trainer, pl_module):
-            moments.update(deepcopy(trainer.optimizers[0].state_dict()["state"][0]))
-
-    resumed = run(tmp_path, 12, new, schedule, path, callbacks=[Moments()])
+    at_start = Recorder(
+        "on_train_start", moments=lambda trainer, _: deepcopy(trainer.optimizers[0].state_dict()["state"][0])
+    )
+    resumed = run(tmp_path, 12, new, schedule, path, callbacks=[at_start])
     begun = run(tmp_path / "new", 12, new, schedule)  # what the new settings would have been from step 0 on
     assert resumed.curve() == begun.curve()[4:]
     assert set(resumed.curve("weight_decay")) == {10.0}
     assert set(resumed.curve("betas")) == {(0.8, 0.9)}
+    (moments,) = at_start.values["moments"]
     stored = torch.load(path, weights_only=True)["optimizer_states"][0]["state"][0]
     assert moments.keys() == stored.keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert all(torch.equal(moments[key], stored[key]) for key in stored)
@@ -154,7 +156,7 @@ def test_going_back_behind_a_resume_keeps_the_new_settings(tmp_path):
     resumed = run(tmp_path, 8, new, cosine, path, callbacks=[Back()])
     begun = run(tmp_path / "new", 8, new, cosine)
     assert resumed.curve() == begun.curve()[4:]
-    assert resumed.steps[4]["weight_decay"] == 3.0
+    assert resumed.by_step("settings")[4]["weight_decay"] == 3.0
 
 
 def test_an_option_that_needs_the_step_count_elsewhere_can_be_changed(tmp_path):
