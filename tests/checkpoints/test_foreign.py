@@ -98,6 +98,7 @@ SCALINGS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theta", [10000.0, 500.0])
 @pytest.mark.parametrize("name", SCALINGS)
 def test_stretched_rotary_positions_are_those_of_transformers(name, theta, tokenizer, tmp_path):
@@ -258,6 +259,7 @@ def odd_configs(config):
             yield path, value, changed
 
 
+@pytest.mark.slow
 def test_no_odd_value_ends_in_a_traceback_or_in_other_logits_than_transformers(tmp_path):
     sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 1000.0}

@@ -88,6 +88,7 @@ def published(kind: str, size: str) -> Flops:
     return Run(network(kind, size), SIZES[size][2], torch.optim.AdamW, 1, 256).flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["full", "cola"])
 def test_flops_of_the_published_models_are_the_papers_formulas(kind, size):

@@ -49,6 +49,7 @@ def working(run: Run) -> float:
     return memory.activations + memory.logits + memory.backward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "setting", "projection"), CASES)
 def test_a_step_takes_the_predicted_memory_and_flops(shape, setting, projection):
     run = run_of(shape, setting, projection)
@@ -57,6 +58,7 @@ def test_a_step_takes_the_predicted_memory_and_flops(shape, setting, projection)
     assert working(run) == pytest.approx(highest(step), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["none", "residual_and_latents"])
 @pytest.mark.parametrize(
     "fast", [{"fused_projections": True}, {"loss_chunk_size": 64}], ids=lambda fast: next(iter(fast))
