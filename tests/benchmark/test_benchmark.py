@@ -89,6 +89,7 @@ def test_traces_are_chrome_traces(flags, tmp_path):
     assert {"step", "aten::mm", "aten::scaled_dot_product_attention"} <= names
 
 
+@pytest.mark.slow
 def test_generation(flags, tmp_path):
     result = run(tmp_path, *flags, "--generate=5", "--data.batch_size=2")
     [subject] = result["subjects"]

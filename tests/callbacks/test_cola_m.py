@@ -149,6 +149,7 @@ def test_a_policy_is_applied_whatever_was_called_before_fit(policy, projection, 
     assert len(model.transforms) == 1
 
 
+@pytest.mark.slow
 def test_a_policy_that_comes_too_late_is_refused():
     model = small(partial(CoLA, rank=8), compile=True)
     model.configure_model()

@@ -76,6 +76,7 @@ def test_the_recorder_counts_as_pytorchs_counter_does():
     assert recorder.flops.total() == count_flops(step)
 
 
+@pytest.mark.slow
 def test_the_fast_paths_do_what_the_plain_ones_do():
     plain = run_of("small", "residual_and_latents", CoLA)
     fast = replace(plain, build=partial(plain.build, fused_projections=True, loss_chunk_size=20))
@@ -124,6 +125,7 @@ def test_low_rank_over_full_rank(size):
     assert tuple(round(ratio, 3) for ratio in ratios) == RATIOS[size]
 
 
+@pytest.mark.slow
 def test_recomputation_beside_the_papers_formulas():
     """At F = 2.5 D. The paper: checkpointing blocks of full rank does 23 n D² + 4 n² D again, CoLA-M 18.5 n D R +
     4 n² D. Here the last product of a block is not done again (5 n D² at full rank), and CoLA-M's count comes out at

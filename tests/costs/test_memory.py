@@ -73,6 +73,7 @@ def test_a_step_with_a_fast_path_takes_the_predicted_memory_and_flops(fast, sett
         assert run.memory.logits < plain.memory.logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "setting"),
     [
@@ -103,6 +104,7 @@ def test_activations_are_what_autograd_saves():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "precision"),
     [
@@ -126,7 +128,7 @@ def test_what_lies_on_the_device(make, precision):
     assert run.memory.optimizer == bytes_of(states)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def four_ranks():
     """The first of four processes, the other three of which do not exist: what it would send goes nowhere."""
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
@@ -134,6 +136,7 @@ def four_ranks():
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("projection", "rows"), [(CoLA, 4), (CoLA, 16), (FullRank, 4)])
 def test_fsdp2_takes_the_predicted_memory(projection, rows, four_ranks):
     run = replace(run_of("wide", "none", projection), strategy="fsdp2", gpus=4, batch_size=rows)
@@ -159,6 +162,7 @@ PAPER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["60m", "130m", "350m", "1b"])
 @pytest.mark.parametrize("kind", ["full", "cola"])
 def test_the_papers_memory_column(kind, size):
@@ -218,6 +222,7 @@ def test_what_is_not_estimated_is_named(arguments, message):
         lay_out(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 16])
 def test_the_largest_micro_batch_is_the_last_that_fits(rows):
     """Also where it is looked for from a batch so small that the optimizer's step needs more."""

@@ -11,6 +11,7 @@ import pytest
 from cola_lightning.data import Source
 from cola_lightning.data.prepare import prepare
 from cola_lightning.data.tokenizer import Tokenizer
+from tests.data.simulate import RUNS
 
 os.environ["OMP_NUM_THREADS"] = "1"
 # No test needs a network; datasets would ask the hub to count each opening of a local file. The first two lines are for
@@ -40,6 +41,13 @@ def fake_trainer(**settings) -> SimpleNamespace:
     """What a data module asks of its trainer."""
     asked = {"max_steps": 9, "accumulate_grad_batches": 1, "overfit_batches": 0.0, "distributed_sampler_kwargs": None}
     return SimpleNamespace(**asked | settings)
+
+
+@pytest.fixture(autouse=True)
+def _runs_end_with_their_test():
+    yield
+    while RUNS:
+        RUNS.pop().close()
 
 
 @pytest.fixture(scope="session")

@@ -82,11 +82,15 @@ class InProcess(StreamLoader):
                 yield next(stream)
 
 
+RUNS: list["Run"] = []
+"""The runs of a test, which a fixture closes at its end."""
+
+
 class Run:
     """A run on simulated ranks and workers, from a state or from the beginning."""
 
     def __init__(self, make, ranks=1, workers=0, state=None, batch_size=2, window=1, kind=InProcess) -> None:
-        self.window, self.iterators = window, []
+        self.window = window
         threads = Threads(ranks)
         self.loaders = [
             kind(
@@ -106,13 +110,11 @@ class Run:
         self.iterators = [iter(loader) for loader in self.loaders]
         # Each rank keeps its thread, because workers end with the thread that started them.
         self.threads = [ThreadPoolExecutor(1) for _ in self.loaders]
+        RUNS.append(self)
 
-    def __del__(self) -> None:
+    def close(self) -> None:
         """End the workers in the threads that started them: from elsewhere each rank but one takes five seconds."""
-        ended = [
-            thread.submit(iterator.close)
-            for thread, iterator in zip(getattr(self, "threads", []), self.iterators, strict=False)
-        ]
+        ended = [thread.submit(iterator.close) for thread, iterator in zip(self.threads, self.iterators, strict=True)]
         for future in ended:
             future.result()
 

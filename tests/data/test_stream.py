@@ -76,6 +76,7 @@ def test_ranks_and_workers_that_do_not_divide_the_logical_shards_lose_and_repeat
         assert not set(order[count:]) & set(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_real_workers_go_on_through_the_ends_of_passes_as_one_process_does(ranks, monkeypatch):
     """Of 270 documents in 300 micro-batches of two; lanes part again after each pass, which starts new workers."""
@@ -143,6 +144,7 @@ next(iter(StreamLoader(make_lanes(Hangs([90]), lanes=4), 4, 1, 100, workers=2)))
 """
 
 
+@pytest.mark.slow
 def test_workers_die_with_the_main_process_even_while_they_wait_for_a_server():
     process = subprocess.Popen([sys.executable, "-c", HANGS], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
     workers = [int(process.stdout.readline()) for _ in range(2)]

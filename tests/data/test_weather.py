@@ -52,6 +52,7 @@ def corpus(server, tokenizer, times=3) -> TextCorpus:
     return TextCorpus(source, tokenizer, Retry(times, wait=0.01))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("faults", [[0.3], [0.0, 0.5], [429, 503, 0.7], [500, 0.4, 0.8], [None, 0.999]], ids=str)
 @pytest.mark.parametrize(("start", "ranges"), [(0, "none"), (1000, "none"), (500, "bytes")])
 def test_every_document_is_read_once_and_in_order_despite_transient_errors(

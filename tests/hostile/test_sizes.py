@@ -11,6 +11,7 @@ from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 
 
+@pytest.mark.slow
 def test_a_compressed_line_without_end_is_refused(tmp_path):
     """A file of a fifth of a megabyte holds 200 MB of zeros and no end of line."""
     file = tmp_path / "bomb.jsonl.gz"
