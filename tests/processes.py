@@ -1,6 +1,6 @@
 """Start the ranks of a run as real processes, quickly: a server imports everything once and forks for each.
 
-This is the tests' one way to start ranks; what needs a fresh interpreter (a command line, an import) uses subprocess.
+What needs a fresh interpreter (a command line, an import) uses subprocess.
 """
 
 import atexit

@@ -1,10 +1,11 @@
-"""Runs with bad batches.
+"""Runs with bad batches, as a program: ``guard_run.py DEVICES FOLDER STRATEGY/SCENARIO...``.
 
 For each scenario, rank 0 leaves in FOLDER/STRATEGY/SCENARIO what the run left, and ``result.json``: the final weights
 and optimizer states, step, schedule, the data's position, and the error, if there was one.
 """
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -115,9 +116,9 @@ def run(strategy, devices, folder, scenario):
         (folder / "result.json").write_text(json.dumps(result))
 
 
-def run_all(devices: int, folder: str, *scenarios: str) -> None:
-    """Run each STRATEGY/SCENARIO, one after the other."""
+if __name__ == "__main__":
     torch.set_num_threads(1)
+    devices, folder, *scenarios = sys.argv[1:]
     for each in scenarios:
         strategy, scenario = each.split("/")
-        run(strategy, devices, Path(folder) / each, scenario)
+        run(strategy, int(devices), Path(folder) / each, scenario)

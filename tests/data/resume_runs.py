@@ -1,11 +1,15 @@
-"""A training run as ``tests.processes`` starts it, which may be killed.
+"""Training runs in processes of their own, some killed; started by test_resume.py, for one import serves them all.
 
-Each rank trains a tiny model and writes what it saw of each batch, and the loss, to ``log.RANK``.
+Standard input names the runs, one JSON object a line. Each of its ranks is a fork that trains a tiny model and writes
+what it saw of each batch, and the loss, to ``log.RANK``.
 """
 
 import json
 import os
 import signal
+import socket
+import sys
+import traceback
 from hashlib import sha256
 from pathlib import Path
 
@@ -34,10 +38,8 @@ class Witness(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(run: dict) -> None:
-    """Train as one of the ranks."""
+def train(run: dict, rank: int) -> None:
     torch.set_num_threads(1)
-    rank = int(os.environ.get("RANK", 0))
     folder = Path(run["folder"])
     world = run["ranks"]
     L.seed_everything(1)
@@ -67,3 +69,34 @@ def train(run: dict) -> None:
     trainer.fit(model, data, ckpt_path=run.get("from"), weights_only=True)
     (folder / f"logged.{rank}").write_text(json.dumps({k: float(v) for k, v in trainer.callback_metrics.items()}))
     (folder / f"ledger.{rank}").write_text(json.dumps(data.ledger()))
+
+
+def start(run: dict, rank: int, port: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    try:
+        if run["ranks"] > 1:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+            os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(run["ranks"])}
+        train(run, rank)
+    except BaseException:
+        Path(run["folder"], f"error.{rank}").write_text(traceback.format_exc())
+        os._exit(1)
+    os._exit(0)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        run = json.loads(line)
+        Path(run["folder"]).mkdir(parents=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = [start(run, rank, port) for rank in range(run["ranks"])]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        Path(run["folder"], "codes.json").write_text(json.dumps(codes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,10 @@
-"""Tiny runs of the methods; global batch, seed and data are the same whatever the strategy."""
+"""Tiny runs of the methods, and as a program: ``runs.py STRATEGY DEVICES FOLDER METHOD...``.
 
+Global batch, seed and data are the same whatever the strategy. Each rank writes a method's losses and final weights to
+FOLDER.
+"""
+
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -130,11 +135,14 @@ def train(
     return Result(curve.losses, weights, run, model)
 
 
-def train_methods(strategy: str, devices: int, folder: str, *methods: str) -> None:
-    """Train with these methods, one after the other; write losses and weights to FOLDER/METHOD_RANK.pt."""
+def main(strategy: str, devices: str, folder: str, *methods: str) -> None:
     torch.set_num_threads(1)
     for method in methods:
         steps = METHODS[method].comparable_steps
-        result = train(method, strategy, devices, steps=steps, precision="64-true")
+        result = train(method, strategy, int(devices), steps=steps, precision="64-true")
         file = Path(folder) / f"{method}_{result.trainer.global_rank}.pt"
         torch.save({"losses": result.losses, "weights": result.weights}, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
