@@ -123,7 +123,7 @@ def beside(this: Plan) -> list[Plan]:
     with torch.device("meta"):
         layer = run.build(num_hidden_layers=1).model.layers[0]
     projection = layer.self_attn.q_proj
-    rank = projection.A.out_features if isinstance(projection, LowRank) else run.build.keywords["hidden_size"] // 4
+    rank = projection.A.out_features if isinstance(projection, LowRank) else run.config.hidden_size // 4
     plain, cola_m = "nothing recomputed", CoLAM()
     # What the run has already is taken from it, and not traced a second time.
     full = cola = run.build

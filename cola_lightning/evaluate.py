@@ -127,7 +127,7 @@ def evaluate_text(
         UnusableModelError: If the loss is NaN.
     """
     length, step = window_sizes(network, sequence_length, stride)
-    tokenizer.check_fits(network.model.embed_tokens.num_embeddings)
+    tokenizer.check_fits(network.config.vocab_size)
     total = sum(len(text.encode()) for text in read_documents(files, text_column))  # also looks through all files first
     if not total:
         raise InputError(f"{', '.join(map(str, files[:3]))} holds no text; every document is empty")
@@ -170,7 +170,7 @@ def window_sizes(network: Llama, sequence_length: int | None, stride: int | None
     Raises:
         InputError: If they are out of range.
     """
-    longest = network.max_position_embeddings
+    longest = network.config.max_position_embeddings
     length = min(longest, 2048) if sequence_length is None else sequence_length
     step = length if stride is None else stride
     if not 1 <= length <= longest:

@@ -1,6 +1,7 @@
 """The verb ``factorise``: from a dense LLaMA to a low-rank one, by truncated SVD."""
 
 from copy import deepcopy
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -118,25 +119,17 @@ def _shallow(network: Llama) -> Llama:
 
 
 def _run_file(network: Llama, folder: Path) -> str:
-    decoder, first = network.model, network.model.layers[0]
-    method = type(first.self_attn.q_proj)
+    example = network.model.layers[0].self_attn.q_proj
+    method = type(example)
+    sizes = asdict(network.config)
+    del sizes["fused_projections"], sizes["loss_chunk_size"]  # how a run computes, which is its own choice
     model = {
         "initial_weights": str(folder.resolve()),
-        "vocab_size": decoder.embed_tokens.num_embeddings,
-        "hidden_size": decoder.embed_tokens.embedding_dim,
-        "intermediate_size": first.mlp.intermediate_size,
-        "num_hidden_layers": len(decoder.layers),
-        "num_attention_heads": decoder.embed_tokens.embedding_dim // decoder.head_dim,
-        "num_key_value_heads": first.self_attn.num_key_value_heads,
-        "max_position_embeddings": network.max_position_embeddings,
-        "rope_theta": decoder.rope_theta,
-        "rope_scaling": decoder.rope_scaling,
-        "rms_norm_eps": decoder.norm.eps,
-        "gate_silu": first.mlp.gate_silu,
-        "pad_token_id": decoder.embed_tokens.padding_idx,
+        **sizes,
+        "num_key_value_heads": network.config.key_value_heads,
         "projection": {
             "class_path": f"{method.__module__}.{method.__qualname__}",
-            "init_args": {"rank": first.self_attn.q_proj.rank},
+            "init_args": {"rank": example.rank},
         },
     }
     data = {"init_args": {"tokenizer": str(folder.resolve())}}

@@ -83,7 +83,7 @@ def continue_texts(
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:
             raise InputError(f"the prompt {prompt!r} holds no token; begin with a word at least")
-    tokenizer.check_fits(network.model.embed_tokens.num_embeddings)
+    tokenizer.check_fits(network.config.vocab_size)
     ids, padding = pad_left(encoded)
     device = network.lm_head.weight.device
     begun = [len(tokenizer.decode(ids)) for ids in encoded]

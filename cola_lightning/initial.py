@@ -53,15 +53,9 @@ def begin_with(network: Llama, folder: str) -> None:
 
 def settings_beside_weights(network: Llama) -> dict[str, Any]:
     """What changes the logits of a network and cannot be told from the shapes of its weights."""
-    first = network.model.layers[0]
-    return {
-        "num_attention_heads": network.model.embed_tokens.embedding_dim // network.model.head_dim,
-        "rope_theta": network.model.rope_theta,
-        "rope_scaling": network.model.rope_scaling,
-        "rms_norm_eps": network.model.norm.eps,
-        "gate_silu": first.mlp.gate_silu,
-        "projection": type(network.model.layers[-1].self_attn.q_proj).__name__,
-    }
+    names = ("num_attention_heads", "rope_theta", "rope_scaling", "rms_norm_eps", "gate_silu")
+    settings = {name: getattr(network.config, name) for name in names}
+    return settings | {"projection": type(network.model.layers[-1].self_attn.q_proj).__name__}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

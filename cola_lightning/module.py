@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import fields
 from functools import partial
 from typing import Any, Literal
 
@@ -29,7 +30,8 @@ from cola_lightning.errors import InputError
 from cola_lightning.host_memory import check_memory
 from cola_lightning.initial import begin_with
 from cola_lightning.metrics import Perplexity, PublishedPerplexity, TokenLoss
-from cola_lightning.models import FullRank, Llama, MakeProjection
+from cola_lightning.models import FullRank, Llama, LlamaConfig, MakeProjection
+from cola_lightning.models.llama import build_llama
 from cola_lightning.optim import MakeOptimizer, MakeSchedule, Parameters, WarmupCosine
 from cola_lightning.optim.schedules import check_schedule, make_schedule
 from cola_lightning.private_apis import is_accumulating, unscales_by_itself
@@ -141,6 +143,10 @@ class LanguageModel(L.LightningModule):
         mean_of_micro_batches: bool = False,
         initial_weights: str | None = None,
     ) -> None:
+        # The sizes are arguments of this class, because its arguments are the command line's flags and a checkpoint's
+        # hyper-parameters: --model.hidden_size, not --model.config.hidden_size. From here on they are one object.
+        arguments = locals()
+        config = LlamaConfig(**{field.name: arguments[field.name] for field in fields(LlamaConfig)})
         super().__init__()
         check_schedule(schedule)
         self.save_hyperparameters()
@@ -148,37 +154,16 @@ class LanguageModel(L.LightningModule):
         # everything is: there Lightning stores what was typed. From Python the three factories are code.
         for name in [name for name, value in self.hparams.items() if callable(value)]:
             del self.hparams[name]
-        self.build = partial(
-            Llama,
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=num_attention_heads,
-            num_key_value_heads=num_key_value_heads,
-            max_position_embeddings=max_position_embeddings,
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            rms_norm_eps=rms_norm_eps,
-            gate_silu=gate_silu,
-            pad_token_id=pad_token_id,
-            projection=projection,
-            fused_projections=fused_projections,
-            loss_chunk_size=loss_chunk_size,
-        )
         if num_hidden_layers > MOST_LAYERS:  # each is built, if without memory
             raise InputError(f"--model.num_hidden_layers is {num_hidden_layers}; {MOST_LAYERS:,} is the most")
+        self.build = partial(build_llama, config=config, projection=projection)
         with torch.device("meta"):
-            network = self.build()  # refuses impossible sizes now rather than after the data is prepared
+            network = self.build()  # refuses impossible projections now rather than after the data is prepared
         self.parameter_count = sum(parameter.numel() for parameter in network.parameters())
         self.initial_weights, self.mean_of_micro_batches = initial_weights, mean_of_micro_batches
         self._step_tokens: Tensor | None = None  # of all ranks; known from a step's first micro-batch to its last
         self.make_optimizer, self.make_schedule, self.compile_layers = optimizer, schedule, compile
-        self.vocab_size, self.max_position_embeddings, self.pad_token_id = (
-            vocab_size,
-            max_position_embeddings,
-            pad_token_id,
-        )
+        self.config = config
         self._optimizer_settings: OptimizerSettings  # there once the optimizer is made
         self._stored_settings: list[dict[str, Any]] | None = None  # of the run that wrote the checkpoint
         self._stored_position = 0  # of its schedule, in steps
@@ -265,24 +250,24 @@ class LanguageModel(L.LightningModule):
     def _check_data(self) -> None:
         data = getattr(self.trainer, "datamodule", None)
         length = getattr(data, "sequence_length", None)
-        if length is not None and length > self.max_position_embeddings:
+        if length is not None and length > self.config.max_position_embeddings:
             raise InputError(
                 f"--data.sequence_length {length} is beyond --model.max_position_embeddings "
-                f"{self.max_position_embeddings}; lower the first or raise the second"
+                f"{self.config.max_position_embeddings}; lower the first or raise the second"
             )
         tokenizer = getattr(data, "tokenizer", None)
         if tokenizer is None:
             return
-        if tokenizer.vocab_size > self.vocab_size:
+        if tokenizer.vocab_size > self.config.vocab_size:
             raise InputError(
                 f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but the embedding has only "
-                f"{self.vocab_size} rows; set --model.vocab_size {tokenizer.vocab_size}"
+                f"{self.config.vocab_size} rows; set --model.vocab_size {tokenizer.vocab_size}"
             )
-        if self.pad_token_id is not None and self.pad_token_id != tokenizer.pad_id:
+        if self.config.pad_token_id is not None and self.config.pad_token_id != tokenizer.pad_id:
             fix = "null" if tokenizer.pad_id is None else tokenizer.pad_id
             raise InputError(
-                f"--model.pad_token_id {self.pad_token_id} would hold the embedding of "
-                f"{tokenizer.decode([self.pad_token_id])!r} at zero, for tokenizer {tokenizer.name} pads with "
+                f"--model.pad_token_id {self.config.pad_token_id} would hold the embedding of "
+                f"{tokenizer.decode([self.config.pad_token_id])!r} at zero, for tokenizer {tokenizer.name} pads with "
                 f"{tokenizer.pad_id}; set --model.pad_token_id {fix}"
             )
 

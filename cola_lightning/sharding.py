@@ -8,7 +8,7 @@ from torch.distributed.fsdp.wrap import wrap
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cola_lightning.models import Llama
-from cola_lightning.models.llama import Block
+from cola_lightning.models.block import Block
 
 
 def builds_lazily(strategy: Strategy | None) -> bool:

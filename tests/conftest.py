@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from cola_lightning.cli import main
 from cola_lightning.methods import CoLA
-from cola_lightning.models import Llama
+from cola_lightning.models import Llama, LlamaConfig
 from cola_lightning.models.layers import MakeProjection
 from cola_lightning.module import LanguageModel
 from tests import processes
@@ -39,9 +39,8 @@ def tiny_llama(projection: MakeProjection | None = None, seed: int = 0, **sizes)
         "intermediate_size": 48,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
-        "projection": projection or partial(CoLA, rank=8),
     }
-    return Llama(**(arguments | sizes))
+    return Llama(LlamaConfig(**(arguments | sizes)), projection or partial(CoLA, rank=8))
 
 
 def loader(batches: list) -> DataLoader:

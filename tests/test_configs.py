@@ -10,6 +10,7 @@ import yaml
 from cola_lightning.benchmark.options import parse
 from cola_lightning.cli import CLI, main, resolve
 from cola_lightning.compare.plan import Method, Plan, learning_rates
+from cola_lightning.models.recompute import RecomputedBlock
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -71,7 +72,7 @@ def test_every_run_file_parses_and_builds(file):
         kind, size = match[1].removesuffix("_m"), match[2]
         millions = sum(p.numel() for p in network.parameters()) / 1e6
         assert millions == pytest.approx(PARAMETERS[kind][size], abs=0.05)
-        assert (network.model.layers[0].checkpoint is not None) == (match[1] == "cola_m")
+        assert isinstance(network.model.layers[0], RecomputedBlock) == (match[1] == "cola_m")
 
 
 def test_all_fifteen_models_are_there():

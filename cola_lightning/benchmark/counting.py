@@ -7,7 +7,6 @@ from torch import Tensor
 from cola_lightning.benchmark.subject import Own, Subject, eagerly
 from cola_lightning.costs.counters import Recorder, count_flops, kept_bytes
 from cola_lightning.models.llama import through
-from cola_lightning.models.positions import rotary_table
 
 
 def count(subject: Subject) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def _layers(subject: Own) -> dict[str, Any]:
     decoder = subject.model.network.model
     layers, length = decoder.layers, subject.shape[1]
     hidden = decoder.embed_tokens(subject.batch.to(subject.device)).detach().requires_grad_()
-    rotary = rotary_table(length, decoder.head_dim, decoder.rope_theta, like=hidden, scaling=decoder.rope_scaling)
+    rotary = decoder.rotary(length, like=hidden)
 
     def first(count: int) -> Tensor:
         with subject.autocast():

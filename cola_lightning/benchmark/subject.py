@@ -109,7 +109,7 @@ class Own(Subject):
     """The network of a run of this package, with the run's checkpointing."""
 
     def __init__(self, name: str, trainer: L.Trainer, model: LanguageModel, data: Any) -> None:
-        super().__init__(name, trainer, (data.batch_size, data.sequence_length), model.vocab_size)
+        super().__init__(name, trainer, (data.batch_size, data.sequence_length), model.config.vocab_size)
         self.model = model
 
     def make_network(self) -> LanguageModel:

@@ -10,6 +10,7 @@ from cola_lightning.methods.cola_m import Selective
 from cola_lightning.methods.low_rank import LowRank
 from cola_lightning.methods.reversible import Reversible
 from cola_lightning.models import CrossLayer, Llama
+from cola_lightning.models.recompute import set_recompute
 from cola_lightning.private_apis import has_own_checkpointing
 
 
@@ -66,7 +67,7 @@ class CoLAM(L.Callback):
         dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
         policy = Selective(self.keep == "residual_and_latents", self.keep_attention, dropout)
         for block in network.model.layers:
-            block.checkpoint = policy
+            set_recompute(block, policy)
 
     def _check_low_rank(self, network: Llama) -> None:
         for block in network.model.layers:

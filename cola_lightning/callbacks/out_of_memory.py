@@ -81,7 +81,7 @@ def advice(run: Run, capacity: float | None) -> str:
 def _options(run: Run) -> Iterator[tuple[str, Run, str]]:
     """What can be changed, the run that it makes, and what it costs."""
     chunk = min(4096, run.micro_batch_tokens // 4)
-    if chunk and not run.build.keywords.get("loss_chunk_size"):
+    if chunk and not run.config.loss_chunk_size:
         changed = replace(run, build=partial(run.build, loss_chunk_size=chunk))
         yield f"--model.loss_chunk_size {chunk}", changed, "the same result, at the same FLOPs"
     smaller = run.micro_batch_for(run.batch_size // 2)

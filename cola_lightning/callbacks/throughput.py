@@ -141,8 +141,8 @@ class _Fetches:
 
 def flops_per_token(module: LanguageModel, sequence_length: int) -> Flops:
     """FLOPs of a training step for one token of a row of ``sequence_length``, with the module's checkpointing."""
-    layers = module.build.keywords["num_hidden_layers"]
-    run = Run(module.build, layers, module.make_optimizer, 1, sequence_length, tuple(module.transforms))
+    layers, transforms = module.config.num_hidden_layers, tuple(module.transforms)
+    run = Run(module.build, layers, module.make_optimizer, 1, sequence_length, transforms)
     row = run.flops
     return Flops(row.forward / sequence_length, row.backward / sequence_length, row.recomputed / sequence_length)
 

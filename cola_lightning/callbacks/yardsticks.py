@@ -28,7 +28,7 @@ class Yardsticks(L.Callback):
         self._sum = partial(trainer.strategy.reduce, reduce_op="sum")
         device = trainer.strategy.root_device  # where ranks can add them up
         if not len(self._train):
-            self._train = torch.zeros(pl_module.vocab_size, dtype=torch.int64)
+            self._train = torch.zeros(pl_module.config.vocab_size, dtype=torch.int64)
         self._train = self._train.to(device)
 
     def _counted(self) -> Tensor:

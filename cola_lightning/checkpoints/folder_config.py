@@ -9,7 +9,7 @@ from typing import Any
 from cola_lightning.checkpoints.layouts import LAYOUTS
 from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA
-from cola_lightning.models import FullRank, MakeProjection
+from cola_lightning.models import FullRank, LlamaConfig, MakeProjection
 from cola_lightning.models.rope_scaling import REQUIRED, check_scaling
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
@@ -57,8 +57,8 @@ def read_key(config: dict[str, Any], file: Path, key: str, kind: type, default: 
     return kind(value)
 
 
-def network_arguments(config: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Arguments of :class:`~cola_lightning.models.Llama` for a model that ``config.json`` describes.
+def network_arguments(config: dict[str, Any], file: Path) -> tuple[LlamaConfig, MakeProjection]:
+    """Read the sizes and the projection of the model that ``config.json`` describes.
 
     Understands Hugging Face's LLaMA, what ``export`` writes, and the reference implementation's CoLA.
 
@@ -106,9 +106,9 @@ def network_arguments(config: dict[str, Any], file: Path) -> dict[str, Any]:
         "gate_silu": gate_silu,
         # The configurations of this lineage write -1 for none.
         "pad_token_id": None if pad_id == -1 else pad_id,
-        "projection": _projection(config, file, hidden_size),
     }
-    return arguments | _rope(config, file, arguments["max_position_embeddings"], hidden_size // heads)
+    arguments |= _rope(config, file, arguments["max_position_embeddings"], hidden_size // heads)
+    return LlamaConfig(**arguments), _projection(config, file, hidden_size)
 
 
 def _projection(config: dict[str, Any], file: Path, hidden_size: int) -> MakeProjection:

@@ -54,14 +54,14 @@ def load_model(folder: str | Path) -> Llama:
             "(peft: merge_and_unload, then save_pretrained)"
         )
     file = folder / "config.json"
-    config = read_json(file)
-    arguments = network_arguments(config, file)
+    settings = read_json(file)
+    config, projection = network_arguments(settings, file)
     weights = _one_dtype(dict(_translate(name, tensor) for name, tensor in _read_weights(folder).items()), folder)
-    if (layers := arguments["num_hidden_layers"]) > len(weights):  # before so many are built
+    if (layers := config.num_hidden_layers) > len(weights):  # before so many are built
         raise InputError(f"{file} sets num_hidden_layers to {layers}, but the weights are only {len(weights)} tensors")
     with torch.device("meta"):
-        network = Llama(**arguments)
-    tied = read_key(config, file, "tie_word_embeddings", bool, False) and _tie(weights)
+        network = Llama(config, projection)
+    tied = read_key(settings, file, "tie_word_embeddings", bool, False) and _tie(weights)
     check_shapes(network, weights, f"{folder} does not fit its config.json")
     network.load_state_dict(weights, assign=True)
     if tied:

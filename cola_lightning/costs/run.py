@@ -15,6 +15,7 @@ from cola_lightning.costs.layout import Layout, lay_out
 from cola_lightning.costs.parameters import Parameters, count_parameters
 from cola_lightning.costs.trace import Build, Flops, Kept, Trace, Transforms, optimizer_states, trace
 from cola_lightning.errors import InputError
+from cola_lightning.models import LlamaConfig
 from cola_lightning.module import LanguageModel
 
 
@@ -50,7 +51,8 @@ class Run:
     """A training run, as far as its cost goes.
 
     Args:
-        build: Makes the network; takes any of :class:`Llama`'s arguments in place of those it has.
+        build: Makes the network, a partial of :func:`build_llama`; takes any field of :class:`LlamaConfig`, and
+            ``projection``, in place of what it has.
         layers: Decoder layers.
         make_optimizer: Makes the optimizer from the parameters.
         batch_size: Rows of a micro-batch on one GPU (B).
@@ -97,7 +99,7 @@ class Run:
         shape = getattr(data, "row_shape", None)
         return cls(
             model.build,
-            model.build.keywords["num_hidden_layers"],
+            model.config.num_hidden_layers,
             model.make_optimizer,
             data.batch_size,
             data.sequence_length,
@@ -105,6 +107,13 @@ class Run:
             apart=getattr(shape, "apart", False),
             **settings,
         )
+
+    @property
+    def config(self) -> LlamaConfig:
+        """Sizes of the network that ``build`` makes."""
+        changes = dict(self.build.keywords)
+        del changes["projection"]
+        return replace(changes.pop("config"), **changes)
 
     @cached_property
     def parameters(self) -> Parameters:
@@ -137,7 +146,7 @@ class Run:
     def flops(self) -> Flops:
         """Of a micro-batch on one GPU."""
         plain = self.traced
-        if self.transforms or self.build.keywords.get("loss_chunk_size"):  # which forms gradients in the forward pass
+        if self.transforms or self.config.loss_chunk_size:  # which forms gradients in the forward pass
             plain = replace(self, build=partial(self.build, loss_chunk_size=None), transforms=()).traced
         # A backward pass of attention is five products, one of which is done in the forward pass too.
         model = plain.step_flops - plain.attention_backward_flops / 5

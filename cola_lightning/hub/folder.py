@@ -53,7 +53,7 @@ def write_folder(
     check_finite(weights, folder.name)
     if _tied(network):
         del weights[HEAD]
-    tokenizer.check_fits(network.model.embed_tokens.num_embeddings)
+    tokenizer.check_fits(network.config.vocab_size)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -67,7 +67,7 @@ def write_folder(
         else:
             generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": _pad_id(tokenizer), "do_sample": True}
             _write(scratch / "generation_config.json", generation)
-            _save_tokenizer(tokenizer, scratch, network.max_position_embeddings)
+            _save_tokenizer(tokenizer, scratch, network.config.max_position_embeddings)
         save_torch_state_dict(weights, scratch, max_shard_size=max_shard_size)
         _read_back(network, weights, scratch, folder.name)
         if layout is not None:
@@ -158,28 +158,27 @@ def _dense(projection: Projection) -> Tensor | None:
 
 
 def _config(network: Llama, weights: dict[str, Tensor], layout: Layout | None, tokenizer: Tokenizer) -> dict[str, Any]:
-    decoder = network.model
-    hidden_size, attention = decoder.embed_tokens.embedding_dim, decoder.layers[0].self_attn
+    sizes = network.config
     dtype = str(network.lm_head.weight.dtype).removeprefix("torch.")
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": decoder.embed_tokens.num_embeddings,
-        "hidden_size": hidden_size,
-        "intermediate_size": decoder.layers[0].mlp.intermediate_size,
-        "num_hidden_layers": len(decoder.layers),
-        "num_attention_heads": hidden_size // decoder.head_dim,
-        "num_key_value_heads": attention.num_key_value_heads,
-        "head_dim": decoder.head_dim,
-        "hidden_act": "silu" if decoder.layers[0].mlp.gate_silu else "linear",
-        "rms_norm_eps": decoder.norm.eps,
-        **rope_keys(decoder.rope_theta, decoder.rope_scaling, network.max_position_embeddings),
+        "vocab_size": sizes.vocab_size,
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size,
+        "num_hidden_layers": sizes.num_hidden_layers,
+        "num_attention_heads": sizes.num_attention_heads,
+        "num_key_value_heads": sizes.key_value_heads,
+        "head_dim": sizes.head_dim,
+        "hidden_act": "silu" if sizes.gate_silu else "linear",
+        "rms_norm_eps": sizes.rms_norm_eps,
+        **rope_keys(sizes.rope_theta, sizes.rope_scaling, sizes.max_position_embeddings),
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": HEAD not in weights,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": decoder.embed_tokens.padding_idx,
+        "pad_token_id": sizes.pad_token_id,
         "dtype": dtype,
         "torch_dtype": dtype,  # where transformers 4 looks for it
     }
@@ -216,8 +215,8 @@ def _read_back(network: Llama, weights: dict[str, Tensor], folder: Path, name: s
     for key, tensor in weights.items():
         if not torch.equal(found[key], tensor.cpu()):
             raise InputError(f"{name} was not written: read back, {key} has other values")
-    length = min(16, network.max_position_embeddings)
-    ids = torch.arange(length)[None] * 7919 % network.model.embed_tokens.num_embeddings
+    length = min(16, network.config.max_position_embeddings)
+    ids = torch.arange(length)[None] * 7919 % network.config.vocab_size
     was_training = network.training
     wanted = network.eval()(ids.to(network.lm_head.weight.device)).float().cpu()
     network.train(was_training)

@@ -4,8 +4,7 @@ The paper's idea is that the R-wide latents ``z = A x`` are all one needs to kee
 cheap to do again. The reference implementation keeps them after the nonlinearity, and so has to run the whole forward
 pass twice. Kept before it, no down-projection is ever done again.
 
-A policy is a callable ``(block, x, rotary, *received) -> x``, or x and what the layer hands on, that
-:class:`~cola_lightning.models.llama.Block` uses as its ``checkpoint``; see :class:`Selective` here and
+Two recompute schemes (see :mod:`cola_lightning.models.recompute`) do this: :class:`Selective` here and
 :class:`~cola_lightning.methods.reversible.Reversible`.
 """
 
@@ -17,8 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cola_lightning.methods.low_rank import LATENT
-from cola_lightning.models.llama import Block
 from cola_lightning.models.positions import Rotary
+from cola_lightning.models.recompute import RecomputedBlock
 from cola_lightning.private_apis import ATTENTION_OPS, operation_marks
 
 aten = torch.ops.aten
@@ -40,9 +39,11 @@ class Selective:
         self.contexts = partial(create_selective_checkpoint_contexts, policy)
         self.dropout = dropout
 
-    def __call__(self, block: Block, x: Tensor, rotary: Rotary, *received: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def __call__(
+        self, block: RecomputedBlock, x: Tensor, rotary: Rotary, *received: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
         return checkpoint(
-            block.body,
+            block.plain_forward,
             x,
             rotary,
             *received,

@@ -15,10 +15,12 @@ from torch.autograd.function import once_differentiable
 from cola_lightning.errors import InputError
 from cola_lightning.methods.low_rank import check_rank
 from cola_lightning.methods.reversible import Known, weights_of
-from cola_lightning.models.layers import CrossLayer, FullRank, NormalLinear, Projection, Relay, Scalar
-from cola_lightning.models.llama import Block, Llama
+from cola_lightning.models.cross_layer import CrossLayerBlock, CrossLayerState
+from cola_lightning.models.layers import CrossLayer, FullRank, NormalLinear, Projection, Scalar
+from cola_lightning.models.llama import Llama
 from cola_lightning.models.loss import at_least_float32
 from cola_lightning.models.positions import Rotary
+from cola_lightning.models.recompute import set_recompute
 
 EPSILON = 1e-6
 
@@ -62,7 +64,7 @@ class CRNet(CrossLayer):
         return self.join(self.A(x), received)
 
     def join(self, z: Tensor, received: Tensor) -> tuple[Tensor, Tensor]:
-        """From the latent (…, R) and the output before: the output, and the same as it is handed on, which stays in
+        """From the latent (…, R) and the output before: the output, and the same as it is passed on, which stays in
         float32 where it was received so."""
         added = self.B(z)
         y = self.scale() * received + added
@@ -77,7 +79,7 @@ class CRNet(CrossLayer):
 
 
 class FirstOfCRNet(FullRank, CrossLayer):
-    """A dense matrix that hands its output on."""
+    """A dense matrix that passes its output on."""
 
     def forward(self, x: Tensor, received: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         y = super().forward(x)
@@ -87,7 +89,7 @@ class FirstOfCRNet(FullRank, CrossLayer):
 class Recompute:
     """Keep of each layer its input and seven latents, and of every ``anchor_every``-th, from the last one down, its
     seven outputs. Backwards, the outputs of the others are recovered from those above; of the projections only the
-    up-projections are done again, and attention. The outputs are handed on and recovered in float32: each recovery
+    up-projections are done again, and attention. The outputs are passed on and recovered in float32: each recovery
     divides the error that it inherits by ``s``.
     """
 
@@ -96,7 +98,7 @@ class Recompute:
         self.recovered: list[Tensor] = []  # outputs of the layer below the one last run backwards
 
     def attach(self, network: Llama) -> None:
-        """Make every training step of ``network`` go through this policy."""
+        """Make every layer of ``network`` run through this scheme in training."""
         blocks = list(network.model.layers)
         self.anchors = set(blocks[:: -self.anchor_every])
         for block in blocks:
@@ -107,90 +109,97 @@ class Recompute:
                             f"CRNetRecompute recovers CR-Net's outputs, but {name} is {type(projection).__name__}; "
                             f"set --model.projection CRNet, or take the CoLAM callback"
                         )
-            block.checkpoint = self
+            set_recompute(block, self)
 
     # Not traced: what happens in backward below is no graph that torch.compile could hold.
     @torch.compiler.disable
-    def __call__(self, block: Block, x: Tensor, rotary: Rotary, *received: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, block: CrossLayerBlock, x: Tensor, rotary: Rotary, *received: Tensor) -> tuple[Tensor, ...]:
         return _Run.apply(self, block, rotary, len(received), x, *received, *weights_of(block))
 
 
-class _Keep(Relay):
-    """Forwards: as ever, the latents noted, and the outputs handed on in float32."""
+class _Keep(CrossLayerState):
+    """Calls of the forward pass: compute as without recomputing, note each latent, pass outputs on in float32."""
 
     def __init__(self, received: tuple[Tensor, ...]) -> None:
         super().__init__(received)
         self.latents: list[Tensor] = []
 
-    def one(self, projection: Projection, x: Tensor) -> Tensor:
+    def __call__(self, projection: Projection, x: Tensor) -> Tensor:
         if isinstance(projection, CRNet):
             z = projection.A(x)
             self.latents.append(z)
-            y, handed_on = projection.join(z, self.received[len(self.handed_on)])
+            y, passed_on = projection.join(z, self.received[len(self.passed_on)])
         else:
-            y, handed_on = projection(x, None)
-        self.handed_on.append(at_least_float32(handed_on))
+            y, passed_on = projection(x, None)
+        self.passed_on.append(at_least_float32(passed_on))
         return y
 
 
-class _Recover(Relay):
-    """Backwards: from known latents and outputs to the outputs of the layer below, as leaves of a graph."""
+class _Recover(CrossLayerState):
+    """Calls of the backward pass: from this layer's latents and outputs to the outputs of the layer below, as leaves
+    of a graph."""
 
     def __init__(self, latents: list[Tensor], outputs: list[Tensor]) -> None:
         super().__init__()
         self.latents, self.outputs = latents, outputs
         self.below: list[Tensor] = []
 
-    def one(self, projection: Projection, x: Tensor) -> Tensor:
-        number = len(self.handed_on)
+    def __call__(self, projection: Projection, x: Tensor) -> Tensor:
+        number = len(self.passed_on)
         known = self.outputs[number]
         if not isinstance(projection, CRNet):
             y = Known.apply(x, projection.weight, known.to(x.dtype))
-            self.handed_on.append(at_least_float32(y))
+            self.passed_on.append(at_least_float32(y))
             return y
+        # Y_l = s Y_{l-1} + B z with Y_l and z known. First Y_{l-1} = (Y_l - B z) / s, without a graph; then Y_l again
+        # from it, with one, so that gradients reach Y_{l-1}, s, B, and through z also A and x.
         added = projection.B(Known.apply(x, projection.A.weight, self.latents[number]))
         scale = projection.scale()
         below = ((known - added.detach()) / scale.detach()).requires_grad_()
         self.below.append(below)
         y = scale * below + added
-        self.handed_on.append(y)
+        self.passed_on.append(y)
         return y.to(added.dtype)
 
 
 class _Run(Function):
-    """One layer, forwards as ever, backwards by what was kept."""
+    """Run one layer without a graph; in the backward pass rebuild its graph from what was kept, and go through it."""
 
     @staticmethod
-    def forward(ctx: Any, policy: Recompute, block: Block, rotary: Rotary, count: int, x: Tensor, *rest: Tensor) -> Any:
+    def forward(
+        ctx: Any, policy: Recompute, block: CrossLayerBlock, rotary: Rotary, count: int, x: Tensor, *rest: Tensor
+    ) -> Any:
         ctx.set_materialize_grads(False)
-        relay = _Keep(rest[:count])
-        out = block.run(x, rotary, relay)
-        anchored = relay.handed_on if block in policy.anchors else []
-        ctx.save_for_backward(x, *relay.latents, *anchored)
-        ctx.policy, ctx.block, ctx.rotary, ctx.count, ctx.latents = policy, block, rotary, count, len(relay.latents)
+        state = _Keep(rest[:count])
+        out = block.run(x, rotary, state)
+        anchored = state.passed_on if block in policy.anchors else []
+        ctx.save_for_backward(x, *state.latents, *anchored)
+        ctx.policy, ctx.block, ctx.rotary, ctx.count, ctx.latents = policy, block, rotary, count, len(state.latents)
         device = x.device.type
         ctx.autocast = {
             "device_type": device,
             "enabled": torch.is_autocast_enabled(device),
             "dtype": torch.get_autocast_dtype(device),
         }
-        return (out, *relay.handed_on)
+        return (out, *state.passed_on)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         policy, block = ctx.policy, ctx.block
         x, *kept = (tensor.detach() for tensor in ctx.saved_tensors)  # the anchors are this node's own outputs
+        # An anchor kept its outputs. Any other layer's were recovered by the layer above, which just ran.
         latents, outputs = kept[: ctx.latents], kept[ctx.latents :] or policy.recovered
         weights = weights_of(block)
         x.requires_grad_()
-        relay = _Recover(latents, outputs)
+        state = _Recover(latents, outputs)
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
             # A view: hooks that wait for the gradients of a module's inputs cannot watch a leaf of a backward pass
             # inside this one.
-            out = block.run(x.view_as(x), ctx.rotary, relay)
-        pairs = [(y, g) for y, g in zip([out, *relay.handed_on], grads, strict=True) if g is not None]
+            out = block.run(x.view_as(x), ctx.rotary, state)
+        # Backwards through the stream and the seven outputs. Where nothing asks for one of them, it has no gradient.
+        pairs = [(y, g) for y, g in zip([out, *state.passed_on], grads, strict=True) if g is not None]
         ends, starts = zip(*pairs, strict=True)
-        found = torch.autograd.grad(ends, [x, *relay.below, *weights], starts, allow_unused=True)
-        policy.recovered = [below.detach() for below in relay.below]
+        found = torch.autograd.grad(ends, [x, *state.below, *weights], starts, allow_unused=True)
+        policy.recovered = [below.detach() for below in state.below]
         return None, None, None, None, *found

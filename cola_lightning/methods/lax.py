@@ -44,7 +44,7 @@ class LaX(CoLA, CrossLayer):
     def forward(self, x: Tensor, received: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         z = self.latent(x)
         if received is not None:
-            # Autocast runs the norm in float32. What is handed on is kept for the backward pass, so keep it narrow.
+            # Autocast runs the norm in float32. What is passed on is kept for the backward pass, so keep it narrow.
             z = self.latent_norm(z + self.latent_gate(received)).to(z.dtype)
         h = silu(z)
         return self.B(h), h

@@ -18,9 +18,11 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from cola_lightning.errors import InputError
 from cola_lightning.methods.low_rank import LowRank
-from cola_lightning.models.llama import Block, Llama
+from cola_lightning.models.block import Block
+from cola_lightning.models.llama import Llama
 from cola_lightning.models.loss import at_least_float32
 from cola_lightning.models.positions import Rotary
+from cola_lightning.models.recompute import set_recompute
 from cola_lightning.private_apis import ATTENTION_OPS
 
 MakeLatent = Callable[[LowRank, Tensor], Tensor]
@@ -45,10 +47,10 @@ class Reversible:
         self.float8, self.attention = float8, attention
 
     def attach(self, network: Llama) -> None:
-        """Make every training step of ``network`` go through this policy."""
+        """Make every layer of ``network`` run through this scheme in training."""
         self.first = network.model.layers[0]
         for block in network.model.layers:
-            block.checkpoint = self
+            set_recompute(block, self)
 
     # Not traced: what happens in backward below is no graph that torch.compile could hold.
     @torch.compiler.disable
@@ -130,9 +132,13 @@ class _Run(Function):
         # backward pass inside this one.
         x = ctx.stream.value.detach()
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            # Latents by number: 0 q, 1 k, 2 v, 3 o, 4 gate, 5 up, 6 down. In the forward pass, x1 = x0 + o(z3) and
+            # x2 = x1 + down(z6). So first x1 = x2 - down(z6), which also gives the gradients of z6 and down's B.
             x, grad_latent = _undo(down_proj, latents[6], x, grad, grads)
+            # Then from x1 up to z6 again, and back: what the MLP adds to the gradient of x1.
             z = mlp_latent(block, x.view_as(x), _recall(latents[4:]))
             grad = grad + _pull(z, grad_latent, x, (block.post_attention_layernorm, block.mlp), down_proj, grads)
+            # The same for attention: x0 = x1 - o(z3), then from x0 up to z3 again, and back.
             x, grad_latent = _undo(o_proj, latents[3], x.detach(), grad, grads)
             z = attention_latent(block, x.view_as(x), rotary, _recall(latents[:4]), ctx.recall_attention)
             grad = grad + _pull(z, grad_latent, x, (block.input_layernorm, block.self_attn), o_proj, grads)

@@ -76,7 +76,7 @@ def stream(
     Yields:
         The next token of each row (B, 1).
     """
-    limit = network.max_position_embeddings
+    limit = network.config.max_position_embeddings
     cache = Cache(len(network.model.layers), min(limit, ids.shape[1] + max_new_tokens))
     padded = padding is not None and bool(padding.any())
 

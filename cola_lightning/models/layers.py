@@ -42,8 +42,8 @@ class Projection(nn.Module):
 
     @classmethod
     def together(cls, projections: Sequence["Projection"], x: Tensor) -> Sequence[Tensor]:
-        """What each of these, all of this class, makes of the same input. A subclass may make of their matrices one
-        larger product: the input is then read once, and the backward pass need not add up a gradient for each."""
+        """Call projections of this class that share the input ``x``. A subclass may join their matrices into one
+        product: then the input is read once, and the backward pass need not add up a gradient for each."""
         return [projection(x) for projection in projections]
 
     def dense(self) -> Tensor | None:
@@ -53,38 +53,9 @@ class Projection(nn.Module):
 
 
 class CrossLayer(Projection):
-    """A projection that is handed a tensor by the one in its place in the layer before, and hands one on to the next:
-    ``forward(x, received)`` returns its output (…, out_features) and what it hands on. In the first layer ``received``
-    is None."""
-
-
-class Relay:
-    """Calls the projections of one layer, and takes along what :class:`CrossLayer` ones hand on.
-
-    Args:
-        received: What the layer before handed on, in the order in which projections are called: q, k, v, o, gate, up,
-            down. Empty in the first layer, and where projections hand nothing on.
-        fused: Whether those that share their input are called :meth:`~Projection.together`.
-    """
-
-    def __init__(self, received: tuple[Tensor, ...] = (), fused: bool = False) -> None:
-        self.received, self.fused = received, fused
-        self.handed_on: list[Tensor] = []
-
-    def __call__(self, projections: Sequence[Projection], x: Tensor) -> Sequence[Tensor]:
-        """The outputs of projections that share the input ``x``."""
-        kind = type(projections[0])
-        if self.fused and len(projections) > 1 and not issubclass(kind, CrossLayer):
-            return kind.together(projections, x)
-        return [self.one(projection, x) for projection in projections]
-
-    def one(self, projection: Projection, x: Tensor) -> Tensor:
-        """The output of one projection."""
-        if not isinstance(projection, CrossLayer):
-            return projection(x)
-        y, handed_on = projection(x, self.received[len(self.handed_on)] if self.received else None)
-        self.handed_on.append(handed_on)
-        return y
+    """A projection that also takes a tensor from its counterpart in the layer before, and gives one to the next:
+    ``forward(x, received)`` returns its output (…, out_features) and the tensor for the next layer. In the first layer
+    ``received`` is None. See :mod:`cola_lightning.models.cross_layer`."""
 
 
 MakeProjection = Callable[[int, int], Projection]

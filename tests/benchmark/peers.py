@@ -6,12 +6,12 @@ from types import SimpleNamespace
 from torch import nn
 
 from cola_lightning.methods import CoLA
-from cola_lightning.models import Llama
+from cola_lightning.models import Llama, LlamaConfig
 
 
 def same() -> nn.Module:
     """The network of ``conftest.tiny_run``."""
-    return Llama(300, 32, 48, 2, 4, projection=partial(CoLA, rank=8))
+    return Llama(LlamaConfig(300, 32, 48, 2, 4), partial(CoLA, rank=8))
 
 
 class _Wrapped(nn.Module):

@@ -141,9 +141,9 @@ def test_a_policy_is_applied_whatever_was_called_before_fit(policy, projection, 
     quiet_trainer(*others, policy).fit(model, batches(), batches())
     called = []
     for block in model.network.model.layers:
-        assert block.checkpoint is not None
-        own = block.checkpoint
-        block.checkpoint = lambda *arguments, own=own: called.append(own) or own(*arguments)
+        assert block.recompute is not None
+        own = block.recompute
+        block.recompute = lambda *arguments, own=own: called.append(own) or own(*arguments)
     model.network(torch.ones(1, 4, dtype=torch.long))
     assert len(called) == 2
     assert len(model.transforms) == 1

@@ -18,13 +18,13 @@ def test_counts_what_was_learnt_and_prints_at_the_end(caplog):
     run, model, batches = tiny_trainer(callback, steps=3)
     run.fit(model, loader(batches), loader(batches))
     labels = torch.cat([batch["labels"][:, 1:].flatten() for batch in batches][:3])
-    counts = torch.bincount(labels[labels >= 0], minlength=model.vocab_size)
+    counts = torch.bincount(labels[labels >= 0], minlength=model.config.vocab_size)
     assert torch.equal(callback.state_dict()["train"], counts)
     report = next(record.message for record in caplog.records if "held-out tokens" in record.message)
     held_out = torch.cat([batch["labels"][:, 1:].flatten() for batch in batches])
-    held_out = torch.bincount(held_out[held_out >= 0], minlength=model.vocab_size)
+    held_out = torch.bincount(held_out[held_out >= 0], minlength=model.config.vocab_size)
     assert f"Perplexity on {int(held_out.sum()):,}" in report
-    assert f"{model.vocab_size:,.1f}" in report
+    assert f"{model.config.vocab_size:,.1f}" in report
     assert f"{unigram_perplexity(counts, held_out):,.1f}" in report
     assert f"{float(run.callback_metrics['val/perplexity']):,.1f}" in report
 

@@ -14,7 +14,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA, CRNet, LaX
 from cola_lightning.methods.cr_net import Recompute, _Recover
 from cola_lightning.methods.lax import KroneckerGate
-from cola_lightning.models import Llama
+from cola_lightning.models import Llama, LlamaConfig
 from cola_lightning.models.llama import through
 from cola_lightning.models.positions import rotary_table
 from tests.conftest import tiny_llama
@@ -28,7 +28,7 @@ class Stack:
     def __init__(self, projection, policy=None, layers=4, dtype=torch.float32, sizes=(64, 96, 4), autocast=False):
         torch.manual_seed(0)
         d, f, heads = sizes
-        self.network = Llama(50, d, f, layers, heads, projection=projection)
+        self.network = Llama(LlamaConfig(50, d, f, layers, heads), projection)
         for name, p in self.network.named_parameters():
             if "beta" in name:
                 torch.nn.init.normal_(p, mean=0.8, std=0.1)
@@ -160,7 +160,7 @@ SIZES = {
 def test_cr_nets_parameters(size):
     d, f, layers, heads, rank, millions = SIZES[size]
     with torch.device("meta"):
-        network = Llama(32000, d, f, layers, heads, projection=partial(CRNet, rank=rank))
+        network = Llama(LlamaConfig(32000, d, f, layers, heads), partial(CRNet, rank=rank))
     counts = [sum(p.numel() for p in part.parameters()) for part in (network.model.layers, network)]
     assert counts[0] - 2 * layers * d == 4 * d * d + 3 * d * f + (layers - 1) * (rank * (11 * d + 3 * f) + 7)
     assert counts[1] / 1e6 == pytest.approx(millions, rel=0.005)

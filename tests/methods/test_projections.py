@@ -8,7 +8,7 @@ import torch
 from cola_lightning.callbacks import CoLAM
 from cola_lightning.errors import InputError
 from cola_lightning.methods import SST, CoLA, LoRA, LowRank, ReLoRA, SLTrain, SwitchLoRA
-from cola_lightning.models import FullRank, Llama
+from cola_lightning.models import FullRank, Llama, LlamaConfig
 from tests.conftest import tiny_llama
 
 LINEAR = {
@@ -80,7 +80,7 @@ def test_parameter_counts(kind, size):
     hidden, intermediate, layers, heads, rank, sparsity, sltrain, lora = SIZES[size]
     settings = {"sparsity": sparsity} if kind is SLTrain else {}
     with torch.device("meta"):
-        network = Llama(32000, hidden, intermediate, 1, heads, projection=partial(kind, rank=rank, **settings))
+        network = Llama(LlamaConfig(32000, hidden, intermediate, 1, heads), partial(kind, rank=rank, **settings))
     one, layer = (sum(p.numel() for p in part.parameters()) for part in (network, network.model.layers))
     expected = sltrain if kind is SLTrain else lora
     assert (one + (layers - 1) * layer) / 1e6 == pytest.approx(expected, abs=0.05)

@@ -11,7 +11,7 @@ from tests.conftest import tiny_llama
 def without_cache(network: Llama, ids: torch.Tensor, new: int) -> torch.Tensor:
     """Greedy continuation that computes everything anew for each token."""
     for _ in range(new):
-        logits = network(ids[:, -network.max_position_embeddings :])
+        logits = network(ids[:, -network.config.max_position_embeddings :])
         ids = torch.cat((ids, logits[:, -1:].argmax(-1)), dim=1)
     return ids
 

@@ -1,0 +1,32 @@
+"""Attention and MLP that multiply the matrices of projections with the same input in one product.
+
+The classes add no parameters and change no names: ``fused_projections`` can be switched when a run resumes. Joining
+matrices costs a copy of them, which is little beside a training step's products and much beside a single token's. So
+validation and generation take the plain path.
+"""
+
+import torch
+from torch import Tensor
+
+from cola_lightning.models.block import MLP, Attention
+from cola_lightning.models.positions import Rotary
+
+
+class FusedAttention(Attention):
+    """Attention whose q, k and v come of one product in training; (B, T, D) -> (B, T, D)."""
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x, rotary)
+        q, k, v = self.q_proj.together((self.q_proj, self.k_proj, self.v_proj), x)
+        return self.o_proj(self.mix(q, k, v, rotary))
+
+
+class FusedMLP(MLP):
+    """MLP whose gate and up come of one product in training; (B, T, D) -> (B, T, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        gate, up = self.gate_proj.together((self.gate_proj, self.up_proj), x)
+        return self.down_proj(self.combine(gate, up))
