@@ -1,4 +1,4 @@
-"""Where tokens stand and whom they may attend to. Shapes by the legend of :mod:`cola_lightning.models.llama`."""
+"""Where tokens stand and whom they may attend to. Shapes by the legend of :mod:`cola_lightning.models.block`."""
 
 from typing import NamedTuple
 
