@@ -11,7 +11,6 @@ from cola_lightning.callbacks import ActivationSpectrum, CoLAM
 from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA
 from cola_lightning.models import FullRank
-from cola_lightning.models.positions import rotary_table
 from cola_lightning.module import LanguageModel
 from cola_lightning.spectrum import effective_rank
 from tests.conftest import loader, tiny_trainer
@@ -24,7 +23,7 @@ def svd_by_hand(network, batch):
     with torch.no_grad():
         hidden = network.model.embed_tokens(batch["input_ids"])
         seen["self_attn.q_proj.input"] = x = block.input_layernorm(hidden)
-        rotary = rotary_table(x.shape[1], network.model.head_dim, network.model.rope_theta, like=x)
+        rotary = network.model.rotary(x.shape[1], like=x)
         attention = block.self_attn
         mixed = attention.mix(attention.q_proj(x), attention.k_proj(x), attention.v_proj(x), rotary)
         seen["self_attn.o_proj.latent"] = mixed @ attention.o_proj.A.weight.T
