@@ -11,7 +11,8 @@ from cola_lightning.callbacks.out_of_memory import advice
 from cola_lightning.cli import main
 from cola_lightning.costs import Run
 from cola_lightning.methods import CoLA
-from cola_lightning.models import FullRank, Llama
+from cola_lightning.models import FullRank, LlamaConfig
+from cola_lightning.models.llama import build_llama
 from tests.conftest import loader, tiny_trainer
 
 pytestmark = pytest.mark.slow
@@ -49,10 +50,7 @@ def test_a_run_that_runs_out_of_memory_ends_with_advice(tiny_run, tmp_path, caps
 
 
 def run_of(projection, **settings) -> Run:
-    build = partial(
-        Llama, vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        projection=projection,
-    )  # fmt: skip
+    build = partial(build_llama, config=LlamaConfig(300, 64, 96, 4, 4), projection=projection)
     return Run(
         build, 4, torch.optim.AdamW, **({"batch_size": 8, "sequence_length": 64, "precision": "bf16-true"} | settings)
     )

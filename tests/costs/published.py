@@ -3,7 +3,8 @@
 from functools import partial
 
 from cola_lightning.methods import CoLA
-from cola_lightning.models import FullRank, Llama
+from cola_lightning.models import FullRank, LlamaConfig
+from cola_lightning.models.llama import build_llama
 
 SIZES = {
     "60m": (512, 1376, 8, 8),
@@ -24,12 +25,4 @@ DIGITS = {
 def network(kind: str, size: str) -> partial:
     d, f, layers, heads = SIZES[size]
     projection = FullRank if kind == "full" else partial(CoLA, rank=RANKS[size])
-    return partial(
-        Llama,
-        vocab_size=32000,
-        hidden_size=d,
-        intermediate_size=f,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        projection=projection,
-    )
+    return partial(build_llama, config=LlamaConfig(32000, d, f, layers, heads), projection=projection)

@@ -9,7 +9,8 @@ from cola_lightning.callbacks import CoLAM
 from cola_lightning.costs import Flops, Run
 from cola_lightning.costs.counters import Recorder, count_flops
 from cola_lightning.methods import CoLA, LowRank
-from cola_lightning.models import FullRank, Llama
+from cola_lightning.models import FullRank, LlamaConfig
+from cola_lightning.models.llama import build_llama
 from cola_lightning.module import next_token_losses
 from tests.costs.published import RANKS, SIZES, network
 
@@ -41,10 +42,8 @@ CASES = [
 
 def run_of(shape: str, setting: str, projection: type, **settings) -> Run:
     v, d, f, layers, heads, rows, tokens = SHAPES[shape]
-    build = partial(
-        Llama, vocab_size=v, hidden_size=d, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=heads,
-        projection=FullRank if projection is FullRank else partial(projection, rank=d // 4),
-    )  # fmt: skip
+    make = FullRank if projection is FullRank else partial(projection, rank=d // 4)
+    build = partial(build_llama, config=LlamaConfig(v, d, f, layers, heads), projection=make)
     transforms = () if SETTINGS[setting] is None else (CoLAM(**SETTINGS[setting]).apply,)
     arguments = {"transforms": transforms, "fused_norm": False} | settings
     return Run(build, layers, partial(torch.optim.AdamW, foreach=False), rows, tokens, **arguments)
@@ -131,8 +130,7 @@ def test_recomputation_beside_the_papers_formulas():
     4 n² D. Here the last product of a block is not done again (5 n D² at full rank), and CoLA-M's count comes out at
     18 n D R, the up-projection of down being left out. Attention's kernel forms its scores again in any case."""
     n, d, r, layers = 64, 256, 64, 3
-    sizes = {"vocab_size": 100, "hidden_size": d, "intermediate_size": 640, "num_hidden_layers": layers}
-    build = partial(Llama, **sizes, num_attention_heads=4)
+    build = partial(build_llama, config=LlamaConfig(100, d, 640, layers, num_attention_heads=4))
     scores = 2 * n**2 * d
     for projection, keep, expected in (
         (FullRank, "block_input", 18 * n * d**2 + 4 * n**2 * d),

@@ -9,11 +9,13 @@ from cola_lightning import host_memory
 from cola_lightning.cli import main
 from cola_lightning.data import C4DataModule, TextDataModule
 from cola_lightning.errors import InputError
-from cola_lightning.models import Llama
+from cola_lightning.models import LlamaConfig
 from cola_lightning.parser import OptionParser
 from cola_lightning.trainer_flags import check_numbers
 
-network = partial(Llama, vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+network = partial(
+    LlamaConfig, vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
+)
 NAN, INFINITY = float("nan"), float("inf")
 
 
