@@ -212,7 +212,7 @@ class Texts(Streamed):
 
     def name_a_second_folder(self):
         shutil.copytree(self.text / "a", self.text / "b")
-        self.options["paths"].append(str(self.text / "b"))
+        self.options["paths"] = [*self.options["paths"], str(self.text / "b")]
 
     def move(self):
         self.text = self.text.rename(self.folder / "moved")
