@@ -25,6 +25,12 @@ class InputError(ValueError):
         super().__init__(*(hide_secrets(message) if isinstance(message, str) else message for message in messages))
 
 
+class RankError(InputError):
+    """Another process of a run failed where this one did not."""
+
+    exit_status = 1
+
+
 class UnusableModelError(InputError):
     """A model that was read, and whose numbers are none: NaN or infinity."""
 

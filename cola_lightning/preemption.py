@@ -18,18 +18,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
 
-from cola_lightning.errors import InputError
+from cola_lightning.errors import RankError
 from cola_lightning.private_apis import ignore_signals, skip_sigterm_broadcast
 from cola_lightning.signals import LISTENER, Phase
 
 SECONDS_TO_FIND_EACH_OTHER = 300.0
 """How long a rank waits for the others at the start."""
-
-
-class RankError(InputError):
-    """Another process of a run failed where this one did not."""
-
-    exit_status = 1
 
 
 class Preempted(SystemExit):

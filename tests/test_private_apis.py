@@ -118,12 +118,21 @@ def shared_names(cls: type) -> set[str]:
             if code := getattr(function, "__code__", None):
                 above.update(code.co_names)
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls))) if above else ast.Module([], [])
-    own = set(vars(cls)) | {
+    # By the source, because libraries write attributes of their own into classes while a program runs.
+    body = tree.body[0].body if tree.body else []
+    own = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    own |= {node.id for part in body for node in ast.walk(part) if isinstance(node, ast.Name) and is_stored(part, node)}
+    own |= {
         node.attr
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and (is_self(node.value) or ast.unparse(node.value) == "super()")
     }
     return {name for name in own & above if PRIVATE.fullmatch(name)} - LANGUAGE
+
+
+def is_stored(part: ast.stmt, name: ast.Name) -> bool:
+    """Whether a class's own statement, not one within a method, binds the name."""
+    return isinstance(part, ast.Assign | ast.AnnAssign) and isinstance(name.ctx, ast.Store)
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------

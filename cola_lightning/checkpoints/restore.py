@@ -1,5 +1,6 @@
 """Say in one line why a run cannot go on from a checkpoint."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing_extensions import TypedDict
 
 from cola_lightning.checkpoints.formats import Format, format_of, read_state
 from cola_lightning.checkpoints.trust import read_index
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, RankError
 from cola_lightning.stored_data import ALTERED, Count, StoredDataError, check_stored, shape_of
 
 FLAG = "--weights_only_start"
@@ -111,8 +112,8 @@ def first_step_explained(path: object) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, AttributeError, AssertionError, ValueError, RuntimeError) as error:
-        of_machine = (torch.OutOfMemoryError, torch.AcceleratorError, DistError)
-        if isinstance(error, (InputError, *of_machine)) or not _in_optimizer(error):
+        of_machine = (torch.OutOfMemoryError, torch.AcceleratorError)
+        if isinstance(error, (InputError, *of_machine)) or _lost_connection(error) or not _in_optimizer(error):
             raise
         raise InputError(
             f"{path} holds a state that the optimizer cannot go on from ({type(error).__name__}: "
@@ -154,12 +155,21 @@ def restore_explained() -> Iterator[None]:
             if _lightning_refuses(error):
                 raise InputError(" ".join(str(error).split())) from error
             raise
+        if _lost_connection(error):
+            line = f"another process of this run ended while {path} was restored; its output says why"
+            raise RankError(line) from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         reason = reason if len(reason) < 400 else f"{reason[:400]} …"
         raise InputError(
             f"{path} does not fit the run, or was altered ({reason}); go on with the settings that it was written "
             f"under, or begin a new run with its weights by {FLAG} true"
         ) from error
+
+
+def _lost_connection(error: Exception) -> bool:
+    """Whether a collective operation failed, as where another rank is gone. Gloo tells it by a plain RuntimeError."""
+    by_gloo = re.search(r"gloo/transport/|Connection (closed|reset) by peer", str(error))
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and by_gloo is not None)
 
 
 def _lightning_refuses(error: Exception) -> bool:

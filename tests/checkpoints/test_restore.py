@@ -15,6 +15,7 @@ from cola_lightning.checkpoints.integrity import checksum, contents, seal
 from cola_lightning.checkpoints.restore import restore_explained
 from cola_lightning.cli import main
 from cola_lightning.errors import InputError
+from cola_lightning.module import LanguageModel
 
 pytestmark = pytest.mark.slow
 
@@ -142,6 +143,24 @@ def test_what_cannot_be_restored_is_one_line(kind, altered, tiny_run, tmp_path, 
     path = altered(WRONG[kind])
     line = refused(["fit", *tiny_run, f"--ckpt_path={path}", f"--run_dir={tmp_path / 'out'}"], capsys)
     assert "altered.ckpt" in line
+
+
+GONE = "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:17541: Connection reset by peer"
+"""What Gloo says on one rank where the other was killed by SIGKILL while both restored (seen with torch 2.13)."""
+
+
+def test_a_rank_that_is_gone_is_not_taken_for_a_damaged_checkpoint(altered, tiny_run, tmp_path, capsys, monkeypatch):
+    path = altered(lambda state: None)
+
+    def gone(*_):
+        raise RuntimeError(GONE)
+
+    monkeypatch.setattr(LanguageModel, "on_load_checkpoint", gone)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *tiny_run, f"--ckpt_path={path}", f"--run_dir={tmp_path / 'out'}"])
+    assert stop.value.code == 1
+    shown = capsys.readouterr().err
+    assert f"error: another process of this run ended while {path} was restored" in shown
 
 
 def test_what_lightning_says_of_settings_is_one_line():
