@@ -125,7 +125,7 @@ def test_stretched_rotary_positions_are_those_of_transformers(name, theta, token
 
     out = exported(folder, tmp_path / "out", tokenizer)
     torch.testing.assert_close(theirs(out, ids), new, atol=1e-5, rtol=1e-5)
-    assert load_model(out).model.rope_scaling == load_model(folder).model.rope_scaling
+    assert load_model(out).config.rope_scaling == load_model(folder).config.rope_scaling
     prompt = ids[:1, :100] if kind == "dynamic" else ids[:1, :40]
     model = LlamaForCausalLM.from_pretrained(folder)
     made = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
