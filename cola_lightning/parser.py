@@ -52,7 +52,8 @@ class OptionParser(argparse.ArgumentParser):
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         found = super().parse_known_args(*args, **kwargs)
         for name, value in vars(found[0]).items():
-            if isinstance(value, int) and abs(value) >= 2**63:
+            # A seed may be an unsigned number of 64 bits, too; the command that takes one checks it.
+            if isinstance(value, int) and abs(value) >= 2**63 and name != "seed":
                 raise InputError(f"--{name} is {value}; it must be below 2^63")
         return found
 
