@@ -183,7 +183,7 @@ def test_sharded_strategies_are_refused(strategy):
     check_optimizer(strategy(), AdamW(tiny_llama().parameters()))
 
 
-def test_the_refusal_is_one_line_before_training(tiny_run, tmp_path, capsys, monkeypatch):
+def test_the_refusal_is_one_line_before_training(tiny_run, tmp_path, capsys, monkeypatch, process_group):
     monkeypatch.chdir(tmp_path)
     flags = [*tiny_run, f"--config={REPOSITORY}/configs/method/muon.yaml", "--trainer.strategy=fsdp2"]
     with pytest.raises(SystemExit, match="2"):
