@@ -15,6 +15,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA
 from cola_lightning.module import LanguageModel
 from cola_lightning.optim import WarmupCosine
+from cola_lightning.training.fit_loop import is_last_step
 from tests.conftest import loader
 
 IDS = torch.randint(1, 50, (22, 8), generator=torch.Generator().manual_seed(0))
@@ -122,6 +123,17 @@ def test_the_last_model_is_validated_and_once(data, steps, settings, expected, t
         shown = float(trainer.callback_metrics["val/perplexity"])
         (again,) = trainer.validate(trainer.lightning_module, datamodule=data(), verbose=False)
         assert again["val/perplexity"] == shown
+
+
+def test_the_last_step_is_known_when_it_was_made(tmp_path):
+    seen = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen.append(is_last_step(trainer))
+
+    fit(WholeRun, tmp_path, 3, callbacks=[Look()])
+    assert seen == [False, False, True]
 
 
 def test_an_interval_beyond_an_epoch_is_refused_in_one_line(tmp_path):
