@@ -70,6 +70,7 @@ def test_the_page_has_commands():
     assert len(COMMANDS) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_on_the_page_run(command, capsys, tmp_path):
     words = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True)

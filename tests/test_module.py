@@ -232,6 +232,7 @@ def plain_curves():
     return {precision: learn({}, precision) for precision in ("32-true", "bf16-true")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FAST)
 def test_each_fast_path_gives_the_same_curve(path, plain_curves):
     assert learn(FAST[path]) == pytest.approx(plain_curves["32-true"], abs=1e-5)

@@ -34,6 +34,7 @@ def test_fit_says_in_one_line_what_cannot_be(flag, tiny_run, tmp_path, capsys):
     assert FIT[flag] in one_line(["fit", *tiny_run, f"--run_dir={tmp_path / 'run'}", flag], capsys)
 
 
+@pytest.mark.slow
 def test_other_commands_do_so_too(tiny_run, trained_run, corpus, capsys):
     """/dev/full takes nothing, as a full disk."""
     checkpoint = f"--ckpt_path={trained_run / 'checkpoints' / 'last.ckpt'}"

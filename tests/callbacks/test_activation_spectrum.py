@@ -66,6 +66,7 @@ def test_compiled_layers_are_looked_into_too():
         assert found[name].tolist() == pytest.approx(squares.tolist(), rel=1e-3, abs=1e-5 * float(squares[0]))
 
 
+@pytest.mark.slow
 def test_ranks_histograms_and_the_picture_are_logged_every_so_many_steps(tmp_path):
     callback = ActivationSpectrum(every_n_steps=2, share=0.9, activations=["mlp.up_proj.output", "mlp.up_proj.latent"])
     run, model, batches = tiny_trainer(callback, steps=5, logger=TensorBoardLogger(tmp_path, name="", version=""))

@@ -42,6 +42,7 @@ def hparams_data(board, tag):
     return plugin_data_pb2.HParamsPluginData.FromString(content)
 
 
+@pytest.mark.slow
 def test_the_hparams_tab_lists_the_run_under_readable_names(board):
     values = dict(hparams_data(board, "_hparams_/session_start_info").session_start_info.hparams)
     numbers = {

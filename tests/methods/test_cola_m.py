@@ -88,6 +88,7 @@ def test_kept_attention_is_not_done_again(keep):
     assert flops(keep) - flops(f"{keep}, attention") == attention
 
 
+@pytest.mark.slow
 def test_flops_equal_the_arithmetic():
     """Nonlinearity aside, the step does 6 FLOPs per parameter and token, and again what the setting says."""
     tokens, d, f, r, layers = 4 * 256, 512, 1376, 128, 4

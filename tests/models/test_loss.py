@@ -51,6 +51,7 @@ def test_a_loss_in_chunks_in_bf16_is_as_near_to_float32(autocast):
     assert loss == pytest.approx(plain_loss, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_logits_never_exist_at_once():
     """4,096 tokens by 32,000 are 524 MB, a chunk of 128 of them 16 MB; each is there with its softmax or gradient."""
     head = {size: Head(8, 32000, size) for size in (None, 128)}
