@@ -12,7 +12,7 @@ from cola_lightning.errors import InputError
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 BYTES_PER_TOKEN = 16
-"""Of a batch: ``input_ids`` and ``labels``, int64."""
+"""Bytes of a token in a batch: ``input_ids`` and ``labels``, int64."""
 
 
 def check_memory(needed: float, what: str, fix: str) -> None:
@@ -33,7 +33,7 @@ def check_memory(needed: float, what: str, fix: str) -> None:
 
 
 def check_batch(batch_size: int, sequence_length: int, micro_batches: int = 1) -> None:
-    """The same, of the token ids of the micro-batches of an optimizer step, which are read together."""
+    """Check the memory of the token ids of an optimizer step's micro-batches, which are read together."""
     steps = f" times --trainer.accumulate_grad_batches {micro_batches}" if micro_batches > 1 else ""
     check_memory(
         batch_size * sequence_length * micro_batches * BYTES_PER_TOKEN,
@@ -43,7 +43,7 @@ def check_batch(batch_size: int, sequence_length: int, micro_batches: int = 1) -
 
 
 def check_workers(num_workers: int) -> None:
-    """The same, of processes that read ahead: 16 MiB each, that is less than half of what Python alone takes."""
+    """Check the memory of processes that read ahead: 16 MiB each, less than half of what Python alone takes."""
     check_memory(num_workers * 2**24, f"--data.num_workers {num_workers}", "take about as many as there are cores")
 
 

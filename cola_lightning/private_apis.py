@@ -174,7 +174,7 @@ def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:
 
 
 def ddp_options(strategy: Strategy) -> dict[str, Any]:
-    """What DistributedDataParallel is made with; empty for other strategies."""
+    """Options that DistributedDataParallel is made with; empty for other strategies."""
     return strategy._ddp_kwargs if isinstance(strategy, DDPStrategy) else {}
 
 

@@ -57,6 +57,15 @@ def check_stored(content: object, kind: Any, place: object, remedy: str) -> None
         raise StoredDataError(f"{place} {' '.join(problem.split())}; {remedy}".strip()) from None
 
 
+def is_stored_as(content: object, kind: Any) -> bool:
+    """Tell whether data has the shape that a type states, for readers that can do without it."""
+    try:
+        check_stored(content, kind, "", "")
+    except StoredDataError:
+        return False
+    return True
+
+
 def shape_of(example: Any, total: bool = True) -> Any:
     """The type that states the shape of an example: the keys of its dicts, each with a value of the same type.
 

@@ -27,6 +27,7 @@ def tiny(tiny_run):
     return [*kept, "--data.paths=[/nowhere]", "--trainer.devices=8", "--trainer.accelerator=gpu"]
 
 
+@pytest.mark.slow
 def test_a_run_needs_neither_data_nor_devices(tiny, tmp_path, capsys):
     main(["estimate", *tiny, "--trainer.callbacks+=CoLAM", "--trainer.callbacks.keep=latents", "--gpu=a100-40",
           "--mfu=0.5", f"--json={tmp_path / 'e.json'}"])  # fmt: skip

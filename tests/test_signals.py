@@ -151,7 +151,7 @@ def test_an_event_file_that_cannot_be_closed_does_not_keep_a_run_from_ending(tmp
 
 
 class Unsendable(Dataset):
-    """Its item cannot be handed to another process, as a tensor cannot where /dev/shm is full."""
+    """Its item cannot be handed to another process."""
 
     def __len__(self):
         return 1

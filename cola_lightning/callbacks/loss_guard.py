@@ -100,11 +100,10 @@ class LossGuard(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_stored(state_dict, _State, "in the state of LossGuard", ALTERED)
-        state = state_dict
         for name, spikes in self.spikes.items():
-            spikes.values.extend(state["values"][name])
+            spikes.values.extend(state_dict["values"][name])
         for name in ("skipped", "rollbacks", "in_a_row", "good_step"):
-            setattr(self, name, state[name])
+            setattr(self, name, state_dict[name])
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ class _Schedule(TypedDict):
 
 
 class _Progress(TypedDict, total=False):
-    """What this package takes out of a checkpoint, apart from weights and the states of callbacks and data."""
+    """The counts and settings that this package reads from a checkpoint, beside weights and states."""
 
     global_step: Count
     callbacks: dict[str, dict[Any, Any]]

@@ -164,7 +164,7 @@ def outcome(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class _Result(TypedDict):
-    """What :func:`outcome` found, as far as others are compared with it."""
+    """The result of a run, made by :func:`outcome`: the keys that are read again."""
 
     perplexity: float
     perplexity_as_published: float
@@ -185,7 +185,7 @@ class _Costs(TypedDict):
 
 
 def read(file: Path, kind: type) -> dict[str, Any] | None:
-    """What a comparison wrote before; None if it did not.
+    """Read a result or costs that a comparison wrote before; None if the file is missing.
 
     Args:
         file: JSON.

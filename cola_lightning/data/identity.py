@@ -57,7 +57,7 @@ class StoredSource(TypedDict):
 
 
 class StoredIdentity(TypedDict):
-    """What a checkpoint holds of a run's data; see :func:`compare_runs`."""
+    """The identity of a run's data in a checkpoint; see :func:`compare_runs`."""
 
     fixed: dict[str, Scalar]
     free: dict[str, Scalar]

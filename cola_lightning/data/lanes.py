@@ -32,7 +32,7 @@ IDS_IN_STATE = 2048
 
 
 class RestState(TypedDict):
-    """What is left over of a document, in a :class:`LaneState`."""
+    """The rest of a document that has begun, in a :class:`LaneState`."""
 
     source: Count
     shard: Count

@@ -27,7 +27,7 @@ from cola_lightning.data.stream import die_with
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError, hide_secrets
 from cola_lightning.parser import Parser
-from cola_lightning.stored_data import StoredDataError, check_stored
+from cola_lightning.stored_data import check_stored, is_stored_as
 
 
 def prepare(
@@ -128,20 +128,12 @@ def _begun(folder: Path) -> dict[str, Any] | None:
     return plan
 
 
-def _is_record(record: dict[str, Any]) -> bool:
-    try:
-        check_stored(record, StoredShard, "", "")
-    except StoredDataError:
-        return False
-    return True
-
-
 def _missing(corpus: TextCorpus, folder: Path) -> list[int]:
     """The shards that are to be made: those without a record, and those whose source changed since."""
     missing, changed = [], []
     for shard, fingerprint in enumerate(corpus.fingerprints):
         record = read_record(folder / _record(shard))
-        if record is None or not _is_record(record):
+        if record is None or not is_stored_as(record, StoredShard):
             missing.append(shard)
         elif record.get("fingerprint") != fingerprint:
             changed.append(shard)

@@ -374,14 +374,14 @@ def _worker_init(parent: int, worker: int) -> None:
 
 
 def end_where_batches_are_lost() -> None:
-    """End this worker where a batch cannot be handed over, as with /dev/shm full. Python's queue would print an error
-    and drop the batch, and the training process would wait for it for ever; a worker that ended it hears of."""
+    """End this worker where a batch cannot be handed over. Python's queue would print an error and drop the batch, and
+    the training process would wait for it for ever; a worker that ended it hears of."""
 
     def end(error: Exception, batch: object) -> None:
         os.write(
             2,
-            f"error: a batch could not be handed over by a worker of the data: {error}; see to /dev/shm, which "
-            "is the shared memory, or set --data.num_workers 0\n".encode(),
+            f"error: a batch could not be handed over by a worker of the data: {error}; set --data.num_workers 0 to do "
+            "without workers\n".encode(),
         )
         os._exit(1)
 

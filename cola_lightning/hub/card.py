@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 
 from cola_lightning.errors import hide_secrets
 from cola_lightning.provenance import libraries, read_provenance
-from cola_lightning.stored_data import Count, StoredDataError, check_stored
+from cola_lightning.stored_data import Count, is_stored_as
 from cola_lightning.trained import Trained
 
 NOT_KNOWN = "not recorded"
@@ -107,9 +107,7 @@ class _Arguments(_Source, total=False):
 def _data(data: dict[str, Any], identity: dict[str, Any]) -> str:
     """Name the sources: as the run found them where that is known, with their commits; else as they were named."""
     arguments = data.get("init_args") or {}
-    try:
-        check_stored(arguments, _Arguments, "", "")
-    except StoredDataError:  # of a data module of the user's
+    if not is_stored_as(arguments, _Arguments):  # of a data module of the user's
         return NOT_KNOWN
     sources = arguments.get("sources") or [arguments]
     found = identity.get("sources") or []

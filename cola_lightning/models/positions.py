@@ -1,4 +1,7 @@
-"""Where tokens stand and whom they may attend to. Shapes by the legend of :mod:`cola_lightning.models.block`."""
+"""Rotary position embedding, and the mask that keeps attention within a document.
+
+Shapes by the legend of :mod:`cola_lightning.models.block`.
+"""
 
 from typing import NamedTuple
 
