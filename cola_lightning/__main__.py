@@ -16,7 +16,7 @@ def main() -> None:
     with suppress(FileNotFoundError):  # of a working directory that was removed
         if not sys.flags.safe_path and os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
-    from cola_lightning.cli import main as run
+    from cola_lightning.cli.app import main as run
 
     run()
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from cola_lightning.cli import CLI
-from tests.parity_run import STEPS, Data, train_each
+from cola_lightning.cli.app import CLI
+from tests.distributed.parity_run import STEPS, Data, train_each
 from tests.processes import Run
 from tests.recorder import Curve
 
@@ -36,7 +36,7 @@ TOLERANCE = 1e-9
 
 TINY = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "max_steps": STEPS, "warmup_steps": 3, "cycle_steps": 4, "restart_warmup_steps": 1, "refresh_every": 5,
+    "max_steps": STEPS, "warmup_steps": 3, "cycle_steps": 4, "restart_warmup_steps": 1, "update_proj_gap": 5,
     "anchor_every": 2, "interval": 4, "hold_steps": 2,
 }  # fmt: skip
 """Values that settings of these names take, at any depth of a config: a tiny network, and every schedule at work."""

@@ -16,8 +16,8 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 from cola_lightning import signals
 from cola_lightning.callbacks import Checkpoints
 from cola_lightning.checkpoints import read
-from cola_lightning.cli import main
-from tests.parity_run import DeepSpeedOnCPU
+from cola_lightning.cli.app import main
+from tests.distributed.parity_run import DeepSpeedOnCPU
 
 PHASES = ("start", "restore", "train", "save", "validation", "end")
 

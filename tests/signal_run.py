@@ -23,8 +23,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from cola_lightning.checkpoints import damage
-from cola_lightning.checkpoints.newest import LINK
+from cola_lightning.checkpoints import find_corruption
+from cola_lightning.checkpoints.latest import LINK
 from tests.processes import Run, preload
 from tests.signal_phases import PHASES, differences, everything, fit, members, phases
 
@@ -45,7 +45,7 @@ SETUPS: dict[str, tuple[int, list[str]]] = {
     "fsdp2 in shards": (
         2,
         [
-            "--trainer.strategy=cola_lightning.strategies.FSDP2Strategy",
+            "--trainer.strategy=cola_lightning.distributed.strategies.FSDP2Strategy",
             "--trainer.strategy.save_distributed_checkpoint=true",
         ],
     ),
@@ -220,7 +220,7 @@ class Attack:
     def _compare(self, setup: str) -> list[str]:
         """What differs from the unbroken run."""
         one, other = (self._last(setup, name) for name in ("unbroken", self.current[setup]))
-        if problem := damage(other):
+        if problem := find_corruption(other):
             return [f"{other} is damaged: {problem}"]
         self.compared[setup] += 1
         return [f"{part} differs: {difference}" for part, difference in differences(everything(one), everything(other))]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cola_lightning.checkpoints import read
-from cola_lightning.cli import main
+from cola_lightning.cli.app import main
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 
 from cola_lightning.checkpoints import read
 from tests.conftest import REPOSITORY
-from tests.test_preemption import slow, steps
+from tests.training.test_preemption import slow, steps
 
 pytestmark = pytest.mark.distributed
 

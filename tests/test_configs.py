@@ -1,4 +1,4 @@
-"""Every run file, and every combination of them that the README or a recipe names."""
+"""Every config, and every combination of them that the README or a recipe names."""
 
 import re
 import shlex
@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from cola_lightning.benchmark.options import parse
-from cola_lightning.cli import CLI, main, resolve
+from cola_lightning.cli.app import CLI, main, resolve
+from cola_lightning.cli.commands.benchmark import parse
 from cola_lightning.compare.plan import Method, Plan, learning_rates
 from cola_lightning.models.recompute import RecomputedBlock
 from tests.conftest import REPOSITORY
@@ -26,7 +26,7 @@ OVERLAYS = [
     ),
 ]
 PREPARATIONS = sorted((REPOSITORY / "configs" / "prepare").iterdir())
-USES = ("export", "generate", "evaluate", "factorise")  # need a model: tests/test_use.py runs them
+USES = ("export", "generate", "evaluate", "factorize")  # need a model: tests/test_use.py runs them
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "recipes").rglob("*.md"))]
 
 # In millions: embeddings, head and norms at full size, seven projections a layer
@@ -37,7 +37,7 @@ PARAMETERS = {
 
 
 def named_commands() -> list[tuple[str, list[str]]]:
-    """The command lines of this package in the pages' code blocks, each as its verb and flags."""
+    """The command lines of this package in the pages' code blocks, each as its command and flags."""
     commands = []
     for page in PAGES:
         for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
@@ -60,7 +60,7 @@ def printed(capsys, *flags):
 
 
 @pytest.mark.parametrize("file", RUN_FILES, ids=lambda file: file.name)
-def test_every_run_file_parses_and_builds(file):
+def test_every_config_file_parses_and_builds(file):
     cli = CLI([f"--config={file}", "--trainer.accelerator=cpu"], run=False)
     with torch.device("meta"):
         network = cli.model.build()
@@ -81,24 +81,24 @@ def test_all_fifteen_models_are_there():
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda file: f"{file.parent.name}/{file.name}")
-def test_every_overlay_goes_over_a_run_file(overlay, capsys):
+def test_every_overlay_goes_over_a_config_file(overlay, capsys):
     settings = printed(capsys, "--config=configs/llama_60m.yaml", f"--config={overlay}")
     assert settings != printed(capsys, "--config=configs/llama_60m.yaml")
 
 
 @pytest.mark.parametrize(
-    ("verb", "flags"), named_commands(), ids=lambda value: value if isinstance(value, str) else None
+    ("command", "flags"), named_commands(), ids=lambda value: value if isinstance(value, str) else None
 )
-def test_commands_on_the_pages_parse(verb, flags, capsys):
-    if verb == "estimate":
+def test_commands_on_the_pages_parse(command, flags, capsys):
+    if command == "estimate":
         pytest.skip("run as it is written, in test_estimate")
-    if verb == "benchmark":
+    if command == "benchmark":
         for each in parse(flags)[1].values():
             assert printed(capsys, *each)["model"]
         return
     with pytest.raises(SystemExit, match="0"):
-        main([verb, *flags, "--print_config"])
-    assert yaml.safe_load(capsys.readouterr().out)[{"prepare": "source", "compare": "methods"}.get(verb, "model")]
+        main([command, *flags, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)[{"prepare": "source", "compare": "methods"}.get(command, "model")]
 
 
 @pytest.mark.parametrize("file", PREPARATIONS, ids=lambda file: file.name)
@@ -156,7 +156,7 @@ def test_full_rank_has_the_rate_and_warmup_of_its_scripts(size, capsys):
 
 @pytest.mark.parametrize(("overlay", "restart"), [("relora", 100), ("sst", 20)])
 @pytest.mark.parametrize("size", ["60m", "350m"])
-def test_schedules_that_restart_keep_the_run_files_warmup(overlay, restart, size, capsys):
+def test_schedules_that_restart_keep_the_config_files_warmup(overlay, restart, size, capsys):
     flags = [f"--config=configs/llama_{size}.yaml", f"--config=configs/method/{overlay}.yaml"]
     schedule = printed(capsys, *flags)["model"]["schedule"]
     assert schedule["class_path"] == "cola_lightning.optim.WarmupCosineRestarts"

@@ -16,12 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cola_lightning.callbacks import Checkpoints
 from cola_lightning.callbacks.checkpoints import UnsavedError
-from cola_lightning.checkpoints import damage, lock, read
-from cola_lightning.checkpoints.newest import LINK, newest_whole
-from cola_lightning.cli import main
-from cola_lightning.due_validation import NOTE
+from cola_lightning.checkpoints import find_corruption, lock, read
+from cola_lightning.checkpoints.latest import LINK, latest_valid
+from cola_lightning.cli.app import main
+from cola_lightning.training.pending_validation import NOTE
 from tests.conftest import loader, tiny_trainer
-from tests.parity_run import train
+from tests.distributed.parity_run import train
 from tests.processes import Run
 
 pytestmark = pytest.mark.distributed
@@ -114,13 +114,13 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(start, asse
         content = bytearray(newest.read_bytes())
         content[content.index(weight.numpy().tobytes())] ^= 1
         newest.write_bytes(content)
-    assert damage(newest) is not None
+    assert find_corruption(newest) is not None
     run = start(folder)
     run.done()
     shown = run.logs[0].read_text()
     assert f"{newest.name} is damaged" in shown
     assert re.search(rf"[Rr]estor.*step_{LENGTH - 2:08}\.ckpt", shown)
-    assert damage(newest) is None
+    assert find_corruption(newest) is None
     assert_nothing_lost(folder)
 
 
@@ -171,7 +171,7 @@ def test_no_rank_waits_for_one_that_could_not_write_its_part(tmp_path, disk, str
     assert "step_00000020.ckpt could not be written: " in shown
     assert "step 20, the last of this run, is not on the disk" in shown
     assert sorted(path.name for path in folder.iterdir() if path.name != lock.NAME) == [LINK, "step_00000010.ckpt"]
-    assert damage(folder / LINK) is None
+    assert find_corruption(folder / LINK) is None
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2_sharded", "deepspeed_2"])
@@ -179,7 +179,7 @@ def test_a_checkpoint_is_whole_whoever_asks_for_it(tmp_path, strategy):
     """A data module whose data failed, a ModelCheckpoint: Lightning's way would leave out the manifest."""
     Run(train, strategy, 2, str(tmp_path / "run"), ranks=2, folder=tmp_path).done()
     asked = tmp_path / "run" / "asked-for.ckpt"
-    assert damage(asked) is None
+    assert find_corruption(asked) is None
     assert read(asked).step == read(tmp_path / "run" / LINK).step == 20
 
 
@@ -234,8 +234,8 @@ def test_a_run_without_its_last_step_on_disk_fails_on_every_file_system(tmp_path
         for option, place, end in zip(options, places, ends, strict=True):
             last = place / "checkpoints" / "step_00000006.ckpt"
             if end == "well":
-                assert damage(last) is None, option
-                assert newest_whole(last.parent) == last, option
+                assert find_corruption(last) is None, option
+                assert latest_valid(last.parent) == last, option
             else:
                 assert not last.exists(), option
                 assert "step 6, the last of this run, is not on the disk" in end

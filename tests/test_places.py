@@ -2,7 +2,7 @@
 
 import pytest
 
-from cola_lightning.cli import main
+from cola_lightning.cli.app import main
 
 FIT = {
     "--run_dir=/proc/none": "/proc/none",

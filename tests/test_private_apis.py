@@ -195,7 +195,7 @@ def test_marks_that_are_kept_elsewhere_are_named(monkeypatch):
 
 
 def test_a_run_on_another_version_ends_with_one_line(monkeypatch, capsys):
-    from cola_lightning.cli import main
+    from cola_lightning.cli.app import main
 
     owner, name = owner_of("lightning.pytorch.callbacks.model_checkpoint:ModelCheckpoint._find_last_checkpoints")
     monkeypatch.delattr(owner, name)

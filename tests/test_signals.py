@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from cola_lightning import board
-from cola_lightning.checkpoints import damage, lock
-from cola_lightning.data.stream import end_where_batches_are_lost
-from cola_lightning.preemption import limit_rendezvous, own_signals
+from cola_lightning import loggers as board
+from cola_lightning.checkpoints import find_corruption, lock
+from cola_lightning.data.stream_loader import end_where_batches_are_lost
 from cola_lightning.signals import STOP
+from cola_lightning.training.preemption import limit_rendezvous, own_signals
 from tests.processes import Run
 from tests.signal_phases import fit
 from tests.signal_run import Attack, flags
@@ -91,7 +91,7 @@ def test_ctrl_c_and_a_closed_terminal_end_a_run_with_a_checkpoint(tiny_run, tmp_
     assert "go on with --ckpt_path last" in run.output()
     folder = tmp_path / "run" / "checkpoints"
     assert os.readlink(folder / "last.ckpt") == "step_00000003.ckpt"
-    assert damage(folder / "last.ckpt") is None
+    assert find_corruption(folder / "last.ckpt") is None
     assert not (folder / lock.NAME).exists()
 
 
@@ -146,7 +146,7 @@ def test_an_event_file_that_cannot_be_closed_does_not_keep_a_run_from_ending(tmp
     stuck = SimpleNamespace(close=lambda: time.sleep(30), get_logdir=lambda: str(tmp_path))
     began = time.monotonic()
     with pytest.warns(UserWarning, match="could not be closed"):
-        board.PatientWriter(stuck).close()
+        board.FaultTolerantWriter(stuck).close()
     assert time.monotonic() - began < 20
 
 

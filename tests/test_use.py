@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cola_lightning.cli import main
+from cola_lightning.cli.app import main
 from tests.conftest import REPOSITORY
-from tests.test_evaluate import write_task
+from tests.inference.test_evaluate import write_task
 
 pytestmark = pytest.mark.slow
 
@@ -38,13 +38,13 @@ def place(trained_run, texts, tmp_path, monkeypatch):
 
 def test_the_commands_of_the_readme_do_what_they_say(place, tiny_run, capsys):
     assert [command.split()[0] for command in COMMANDS] == [
-        "export", "generate", "generate", "evaluate", "evaluate", "factorise", "fit",
+        "export", "generate", "generate", "evaluate", "evaluate", "factorize", "fit",
     ]  # fmt: skip
     shown = []
     for command in COMMANDS:
         words = shlex.split(command)
         if "--tasks" in words and importlib.util.find_spec("lm_eval") is None:
-            shown.append('"acc":')  # tests/test_evaluate.py skips for the same reason, and says so
+            shown.append('"acc":')  # tests/inference/test_evaluate.py skips for the same reason, and says so
             continue
         if words[0] == "fit":  # a short one, on the tiny run's text
             words += [flag for flag in tiny_run if flag.startswith(("--trainer", "--checkpoint", "--data."))

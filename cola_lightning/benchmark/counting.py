@@ -4,12 +4,12 @@ from typing import Any
 
 from torch import Tensor
 
-from cola_lightning.benchmark.subject import Own, Subject, eagerly
+from cola_lightning.benchmark.targets import BenchmarkTarget, PackageModel, eagerly
 from cola_lightning.costs.counters import Recorder, count_flops, kept_bytes
-from cola_lightning.models.llama import through
+from cola_lightning.models.llama import run_layers
 
 
-def count(subject: Subject) -> dict[str, Any]:
+def count(subject: BenchmarkTarget) -> dict[str, Any]:
     """FLOPs and bytes of a step, uncompiled.
 
     Returns:
@@ -40,12 +40,12 @@ def count(subject: Subject) -> dict[str, Any]:
             subject.step()
         held = result["parameter_bytes"] + result["optimizer_state_bytes"]
         result["counted_peak_bytes"] = held + recorder.peak
-        if isinstance(subject, Own):
+        if isinstance(subject, PackageModel):
             result |= _layers(subject)
     return result
 
 
-def _layers(subject: Own) -> dict[str, Any]:
+def _layers(subject: PackageModel) -> dict[str, Any]:
     decoder = subject.model.network.model
     layers, length = decoder.layers, subject.shape[1]
     hidden = decoder.embed_tokens(subject.batch.to(subject.device)).detach().requires_grad_()
@@ -53,7 +53,7 @@ def _layers(subject: Own) -> dict[str, Any]:
 
     def first(count: int) -> Tensor:
         with subject.autocast():
-            return through(layers[:count], hidden, rotary)
+            return run_layers(layers[:count], hidden, rotary)
 
     known = [*subject.network.parameters(), hidden, *rotary[:2]]
     # What the last layer hands on is the next one's input: each layer is charged with one.

@@ -8,13 +8,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from cola_lightning.benchmark.subject import Own, eagerly
+from cola_lightning.benchmark.targets import PackageModel, eagerly
 from cola_lightning.benchmark.training import turns
 from cola_lightning.costs.counters import Recorder
 from cola_lightning.models.generation import stream
 
 
-def measure_generation(subjects: list[Own], warmup: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
+def measure_generation(subjects: list[PackageModel], warmup: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
     """Time greedy continuations of random prompts, a micro-batch of them (B, T), keys and values kept.
 
     Args:
@@ -58,7 +58,7 @@ def measure_generation(subjects: list[Own], warmup: int, rounds: int, tokens: in
     return list(results.values())
 
 
-def _generate(subject: Own, tokens: int) -> tuple[float, float]:
+def _generate(subject: PackageModel, tokens: int) -> tuple[float, float]:
     """Seconds until the first token, and for the rest."""
     wait = torch.cuda.synchronize if subject.device.type == "cuda" else lambda: None
     ids = subject.batch.to(subject.device)

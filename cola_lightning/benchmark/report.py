@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cola_lightning.benchmark.clock import peak_of
-from cola_lightning.benchmark.subject import Subject
+from cola_lightning.benchmark.targets import BenchmarkTarget
 from cola_lightning.benchmark.training import PARTS
 from cola_lightning.output_files import write_json
 from cola_lightning.provenance import commit, libraries
 
 
-def report(results: list[dict[str, Any]], subject: Subject, file: str | None) -> None:
+def report(results: list[dict[str, Any]], subject: BenchmarkTarget, file: str | None) -> None:
     """Print the tables, ratios of the first to each other, and write everything to ``file`` as JSON."""
     peak, source = peak_of(subject.device, str(subject.trainer.precision))
     setting = {

@@ -12,12 +12,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from cola_lightning.benchmark.clock import Clock
 from cola_lightning.benchmark.counting import count
-from cola_lightning.benchmark.subject import Subject
+from cola_lightning.benchmark.targets import BenchmarkTarget
 
 PARTS = ("data", "forward", "backward", "optimizer")
 
 
-def turns(subjects: list[Subject], rounds: int) -> Iterator[tuple[int, Subject]]:
+def turns(subjects: list[BenchmarkTarget], rounds: int) -> Iterator[tuple[int, BenchmarkTarget]]:
     """Who is measured when, built by then: the number of the round, and the subject.
 
     On a CPU, which may have other things to do, all take turns in every round, so that what disturbs one disturbs the
@@ -37,7 +37,7 @@ def turns(subjects: list[Subject], rounds: int) -> Iterator[tuple[int, Subject]]
 
 
 def measure_training(
-    subjects: list[Subject], warmup: int, rounds: int, steps: int, folder: str | None = None
+    subjects: list[BenchmarkTarget], warmup: int, rounds: int, steps: int, folder: str | None = None
 ) -> list[dict[str, Any]]:
     """Time steps of every subject, after counting what they do.
 
@@ -81,7 +81,7 @@ def measure_training(
     return list(results.values())
 
 
-def _time(subject: Subject, steps: int) -> dict[str, list[float]]:
+def _time(subject: BenchmarkTarget, steps: int) -> dict[str, list[float]]:
     clock = Clock(subject.device)
     clock.mark("")
     for _ in range(steps):
@@ -91,7 +91,7 @@ def _time(subject: Subject, steps: int) -> dict[str, list[float]]:
     return found | {"step": [sum(each) for each in zip(*found.values(), strict=True)]}
 
 
-def _trace(subject: Subject, folder: Path) -> None:
+def _trace(subject: BenchmarkTarget, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (subject.device.type == "cuda")
     with profile(activities=activities, profile_memory=True) as profiler:

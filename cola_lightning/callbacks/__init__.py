@@ -1,13 +1,11 @@
 """One concern per file, each with its own state."""
 
 from cola_lightning.callbacks.activation_spectrum import ActivationSpectrum
+from cola_lightning.callbacks.baseline_perplexity import BaselinePerplexity
 from cola_lightning.callbacks.checkpoints import Checkpoints
-from cola_lightning.callbacks.cola_m import CoLAM
-from cola_lightning.callbacks.cr_net import CRNetRecompute
 from cola_lightning.callbacks.dashboard import Dashboard
 from cola_lightning.callbacks.gradient_norms import GradientNorms
 from cola_lightning.callbacks.hyper_parameters import HyperParameters
-from cola_lightning.callbacks.ledger import Ledger
 from cola_lightning.callbacks.log_lines import LogLines
 from cola_lightning.callbacks.loss_guard import LossGuard
 from cola_lightning.callbacks.memory import Memory
@@ -15,19 +13,17 @@ from cola_lightning.callbacks.out_of_memory import OutOfMemoryAdvice
 from cola_lightning.callbacks.predictions import Predictions
 from cola_lightning.callbacks.progress import Progress
 from cola_lightning.callbacks.samples import Samples
+from cola_lightning.callbacks.source_tokens import SourceTokenCounter
 from cola_lightning.callbacks.step_seed import StepSeed
 from cola_lightning.callbacks.throughput import Throughput
-from cola_lightning.callbacks.yardsticks import Yardsticks
 
 __all__ = [
     "ActivationSpectrum",
-    "CRNetRecompute",
+    "BaselinePerplexity",
     "Checkpoints",
-    "CoLAM",
     "Dashboard",
     "GradientNorms",
     "HyperParameters",
-    "Ledger",
     "LogLines",
     "LossGuard",
     "Memory",
@@ -35,7 +31,7 @@ __all__ = [
     "Predictions",
     "Progress",
     "Samples",
+    "SourceTokenCounter",
     "StepSeed",
     "Throughput",
-    "Yardsticks",
 ]

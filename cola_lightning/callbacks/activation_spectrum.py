@@ -9,16 +9,16 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from cola_lightning.callbacks.forward import looking
-from cola_lightning.callbacks.loggers import write_figure
+from cola_lightning.callbacks.effective_rank import effective_rank, squared_singular_values
+from cola_lightning.callbacks.monitoring_forward import monitoring_forward
 from cola_lightning.callbacks.spectrum_figure import draw
+from cola_lightning.callbacks.text_and_figures import write_figure
 from cola_lightning.data.rows import IGNORE
 from cola_lightning.errors import InputError
 from cola_lightning.methods import LowRank
 from cola_lightning.models import Llama
-from cola_lightning.module import LanguageModel
 from cola_lightning.private_apis import is_accumulating
-from cola_lightning.spectrum import effective_rank, squared_singular_values
+from cola_lightning.training.module import LanguageModel
 
 ACTIVATIONS = (
     "self_attn.q_proj.input",
@@ -99,7 +99,7 @@ class ActivationSpectrum(L.Callback):
                 if found is not None:
                     handles.append(_watch(*found, _Store(spectra.setdefault(name, []), kept, self.tokens)))
         try:
-            with looking(trainer) as run:
+            with monitoring_forward(trainer) as run:
                 run(batch["input_ids"], batch.get("document_ids"))
         finally:
             for handle in handles:

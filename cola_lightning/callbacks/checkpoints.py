@@ -13,11 +13,9 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cola_lightning.checkpoints import lock
-from cola_lightning.checkpoints.newest import LINK, PARTIAL, checkpoint_name, newest_whole, step_of, written
+from cola_lightning.checkpoints.latest import LINK, PARTIAL, checkpoint_name, latest_valid, step_of, written
 from cola_lightning.checkpoints.writer import CheckpointWriter, remove, size
-from cola_lightning.due_validation import note_validation, restore_validated, validate_if_due, validate_if_due_at_end
 from cola_lightning.errors import InputError
-from cola_lightning.preemption import Preempted, StopSignal, own_signals, requeue
 from cola_lightning.private_apis import (
     LatestCheckpoint,
     is_accumulating,
@@ -28,6 +26,13 @@ from cola_lightning.private_apis import (
 )
 from cola_lightning.provenance import run_folder
 from cola_lightning.signals import LISTENER, Phase
+from cola_lightning.training.pending_validation import (
+    note_validation,
+    restore_validated,
+    validate_if_pending,
+    validate_if_pending_at_end,
+)
+from cola_lightning.training.preemption import Preempted, StopSignal, own_signals, requeue
 
 _FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)] + ["PytorchStreamWriter failed"]
 """How a disk says that it is full, also through torch's zip writer."""
@@ -102,7 +107,7 @@ class Checkpoints(LatestCheckpoint):
                     remove(leftover)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        validate_if_due_at_end(trainer)
+        validate_if_pending_at_end(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.stop.install(trainer)
@@ -110,7 +115,7 @@ class Checkpoints(LatestCheckpoint):
             self.writer.group = self.stop.group
         self.last_saved_step = trainer.global_step  # where the run goes on from, if it does
         restore_validated(trainer)
-        validate_if_due(trainer)
+        validate_if_pending(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -211,7 +216,7 @@ class Checkpoints(LatestCheckpoint):
         path = Path(self.dirpath or "", checkpoint_name(trainer.global_step))
         self._saving_at_end = at_end
         try:
-            problem = self._save_patiently(trainer, path) if at_end else self._try_save(trainer, path)
+            problem = self._save_with_retries(trainer, path) if at_end else self._try_save(trainer, path)
         finally:
             self._saving_at_end = False
         newest = self.last_model_path or "none"
@@ -231,7 +236,7 @@ class Checkpoints(LatestCheckpoint):
         self.last_saved_step = trainer.global_step
         self.best_model_path = self.last_model_path = str(path)
 
-    def _save_patiently(self, trainer: L.Trainer, path: Path) -> str | None:
+    def _save_with_retries(self, trainer: L.Trainer, path: Path) -> str | None:
         began, pause = time.monotonic(), 1.0
         while problem := self._try_save(trainer, path):
             left = trainer.strategy.broadcast(self.minutes_at_end * 60 - (time.monotonic() - began))
@@ -311,7 +316,7 @@ class Checkpoints(LatestCheckpoint):
         return Path(self.dirpath or run_folder(trainer) / "checkpoints").absolute()
 
     def latest(self, trainer: L.Trainer) -> Path | None:
-        return newest_whole(self._folder(trainer))
+        return latest_valid(self._folder(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         return {}  # the folder says it all, also where it was moved

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from cola_lightning.module import at_log_step
+from cola_lightning.training.module import at_log_step
 
 GROUPS = {
     "embedding": re.compile(r"\bembed_tokens\."),

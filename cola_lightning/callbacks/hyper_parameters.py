@@ -7,9 +7,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 from typing_extensions import TypedDict
 
-from cola_lightning.module import LanguageModel
 from cola_lightning.private_apis import event_writer, logged_step
 from cola_lightning.stored_data import ALTERED, check_stored
+from cola_lightning.training.module import LanguageModel
 
 PERPLEXITY, BEST = "val/perplexity", "val/perplexity_best"
 METRICS = (PERPLEXITY, BEST, "val/perplexity_as_published", "train/loss")

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import TypedDict
 
-from cola_lightning.callbacks.loggers import write_text
+from cola_lightning.callbacks.text_and_figures import write_text
 from cola_lightning.errors import InputError
-from cola_lightning.module import LanguageModel, at_log_step
 from cola_lightning.provenance import run_folder
-from cola_lightning.rollback import find_checkpoint, go_back
 from cola_lightning.stored_data import ALTERED, Count, check_stored
+from cola_lightning.training.module import LanguageModel, at_log_step
+from cola_lightning.training.rollback import find_checkpoint, restore_checkpoint
 
 
 class TrainingDivergedError(InputError):
@@ -165,7 +165,7 @@ class LossGuard(L.Callback):
             path = find_checkpoint(trainer, self.good_step)
         except InputError as error:
             self._stop(trainer, f"{self.in_a_row} steps in a row were bad, and {error}")
-        go_back(trainer, path, kept=LossGuard)
+        restore_checkpoint(trainer, path, exclude=LossGuard)
         self.rollbacks += 1
         self.in_a_row = 0
         self.good_step = trainer.global_step

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from cola_lightning.module import at_log_step
+from cola_lightning.training.module import at_log_step
 
 GIB = 2**30
 STATM = Path("/proc/self/statm")

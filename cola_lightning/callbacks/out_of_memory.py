@@ -8,9 +8,9 @@ from functools import partial
 import lightning as L
 import torch
 
-from cola_lightning.callbacks.cola_m import CoLAM
 from cola_lightning.costs import Run
 from cola_lightning.errors import InputError
+from cola_lightning.methods.cola_m.callback import CoLAM
 from cola_lightning.methods.low_rank import LowRank
 
 GIB = 2**30

@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
-from cola_lightning.data.loader import EvalLoader
+from cola_lightning.data.row_loader import EvalLoader
 from cola_lightning.provenance import run_folder
 
 

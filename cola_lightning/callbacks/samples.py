@@ -5,8 +5,8 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
-from cola_lightning.callbacks.forward import looking
-from cola_lightning.callbacks.loggers import write_text
+from cola_lightning.callbacks.monitoring_forward import monitoring_forward
+from cola_lightning.callbacks.text_and_figures import write_text
 from cola_lightning.errors import InputError, UnusableModelError
 from cola_lightning.models import generate
 from cola_lightning.models.generation import check_sampling
@@ -57,7 +57,7 @@ class Samples(L.Callback):
             ids = torch.tensor(tokenizer.encode([prompt]), device=pl_module.device)[:, :-1]  # without its end
             generator = torch.Generator(pl_module.device).manual_seed(self.seed)
             try:
-                with looking(trainer) as network:
+                with monitoring_forward(trainer) as network:
                     ids = generate(
                         network,
                         ids,

@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from cola_lightning.methods.between_steps import mixed_seed
+from cola_lightning.methods.post_step import mixed_seed
 from cola_lightning.private_apis import global_seed
 
 

@@ -1,21 +1,21 @@
 """In and out: the checkpoints of every strategy, and folders that others wrote."""
 
-from cola_lightning.checkpoints.folders import load_model
+from cola_lightning.checkpoints.allowed_classes import check_named_code
 from cola_lightning.checkpoints.formats import Checkpoint, read, read_state
-from cola_lightning.checkpoints.integrity import damage
-from cola_lightning.checkpoints.named_code import check_named_code
+from cola_lightning.checkpoints.manifest import find_corruption
+from cola_lightning.checkpoints.pretrained import load_model
+from cola_lightning.checkpoints.safe_unpickle import check_no_code, plain_data_only
 from cola_lightning.checkpoints.sizes import check_sizes, model_settings
-from cola_lightning.checkpoints.trust import plain_data_only, refuse_code
 
 __all__ = [
     "Checkpoint",
     "check_named_code",
+    "check_no_code",
     "check_sizes",
-    "damage",
+    "find_corruption",
     "load_model",
     "model_settings",
     "plain_data_only",
     "read",
     "read_state",
-    "refuse_code",
 ]

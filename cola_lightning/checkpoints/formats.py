@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import checkpoint as sharded
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from cola_lightning.checkpoints.trust import deepspeed_data, plain_data_only, read_index, refuse_code
+from cola_lightning.checkpoints.safe_unpickle import check_no_code, deepspeed_data, plain_data_only, read_index
 from cola_lightning.errors import InputError
 
 NETWORK = "network."
@@ -128,7 +128,7 @@ def weights_in_parts(path: Path) -> Iterator[dict[str, Tensor]]:
         case Format.SHARDS:
             yield from _shards_in_parts(path)
         case Format.DEEPSPEED:
-            refuse_code(path)
+            check_no_code(path)
             for file in sorted((path / "checkpoint").glob("*.pt")):
                 with plain_data_only(), _deepspeed(path):
                     state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
@@ -163,7 +163,7 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
-        refuse_code(path)  # says so if that is why
+        check_no_code(path)  # says so if that is why
         raise InputError(f"{file} is not a whole checkpoint: {error}") from error
     _check_ours(state, file, has_weights=format_of(path) is Format.FILE)
     return state
@@ -198,7 +198,7 @@ def _shards_in_parts(path: Path) -> Iterator[dict[str, Tensor]]:
         for key, entry in entries.items()
         if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     ]
-    refuse_code(path)
+    check_no_code(path)
     while weights:
         tensors: dict[str, Tensor] = {}
         while weights and (not tensors or sum(tensor.nbytes for tensor in tensors.values()) < PART):
@@ -210,7 +210,7 @@ def _shards_in_parts(path: Path) -> Iterator[dict[str, Tensor]]:
 
 
 def _read_deepspeed(path: Path) -> dict[str, Tensor]:
-    refuse_code(path)
+    check_no_code(path)
     with plain_data_only(), _deepspeed(path):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

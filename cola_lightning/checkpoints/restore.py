@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import TypedDict
 
 from cola_lightning.checkpoints.formats import Format, format_of, read_state
-from cola_lightning.checkpoints.trust import read_index
+from cola_lightning.checkpoints.safe_unpickle import read_index
 from cola_lightning.errors import InputError, RankError
 from cola_lightning.stored_data import ALTERED, Count, StoredDataError, check_stored, shape_of
 
@@ -195,7 +195,7 @@ def _restored(error: BaseException) -> Any:
             return frame.f_locals["self"].trainer.ckpt_path
         if code.co_name == "restore_settings" and code.co_filename.endswith("module.py"):
             return frame.f_locals["self"].trainer.ckpt_path
-        if code.co_name == "go_back" and code.co_filename.endswith("rollback.py"):
+        if code.co_name == "restore_checkpoint" and code.co_filename.endswith("rollback.py"):
             return frame.f_locals["path"]
         trace = trace.tb_next
     return None

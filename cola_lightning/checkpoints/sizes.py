@@ -12,7 +12,7 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cola_lightning.checkpoints.formats import NETWORK, Format, format_of, read_state
-from cola_lightning.checkpoints.trust import read_index
+from cola_lightning.checkpoints.safe_unpickle import read_index
 from cola_lightning.errors import InputError
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")

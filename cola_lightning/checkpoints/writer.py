@@ -13,8 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import distributed
 from torch.distributed.checkpoint import CheckpointException
 
-from cola_lightning.checkpoints.integrity import checksum, contents, seal, sync
-from cola_lightning.checkpoints.newest import PARTIAL
+from cola_lightning.checkpoints.latest import PARTIAL
+from cola_lightning.checkpoints.manifest import checksum, contents, sync, write_manifest
 
 
 class CheckpointWriter:
@@ -127,7 +127,7 @@ class FileWriter(TorchCheckpointIO):
 def move_into_place(partial: Path, path: Path, checksums: dict[str, int]) -> None:
     """Give a checkpoint that was written its name; from here on it counts."""
     if partial.is_dir():
-        seal(partial, checksums)
+        write_manifest(partial, checksums)
     replaced = path.with_name(f"{path.name}.replaced{PARTIAL}")
     if path.is_dir():  # cannot be replaced in one move, as a file can
         if replaced.exists():

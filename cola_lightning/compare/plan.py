@@ -22,7 +22,7 @@ class Method:
     """One of the things compared.
 
     Args:
-        configs: Run files over the plan's own, such as ``configs/method/cola.yaml``.
+        configs: Configs over the plan's own, such as ``configs/method/cola.yaml``.
         flags: What comes on top of them, as on the command line; for instance ``model.projection.rank: 32``.
     """
 
@@ -31,7 +31,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One training run. ``factor`` multiplies the method's learning rates; None for the best of the sweep."""
 
     number: int
@@ -45,7 +45,7 @@ class Plan:
     the other seeds.
 
     Args:
-        configs: Run files that all methods build on.
+        configs: Configs that all methods build on.
         flags: What comes on top of all files and methods' own flags.
         methods: What is compared, by name.
         learning_rates: Factors of the learning rate that a method's own files give.
@@ -75,12 +75,12 @@ class Plan:
             raise InputError(f"two of the methods {list(methods)} would share a folder; rename one")
         for file in [*configs, *(file for method in methods.values() for file in method.configs)]:
             if not Path(file).is_file():
-                raise InputError(f"{file} does not exist; name run files relative to {Path.cwd()}")
+                raise InputError(f"{file} does not exist; name configs relative to {Path.cwd()}")
         self.configs, self.common, self.methods = configs, flags, methods
         self.learning_rates, self.seeds, self.resolve = sorted(learning_rates), seeds, resolve
         trials = [(name, factor, seeds[0]) for name in methods for factor in self.learning_rates]
         again = [(name, None, seed) for name in methods for seed in seeds[1:]]
-        self.cells = [Cell(number, *trial) for number, trial in enumerate(trials + again)]
+        self.trials = [Trial(number, *trial) for number, trial in enumerate(trials + again)]
         self._resolved: dict[str, dict[str, Any]] = {}
 
     def flags(self, method: str) -> list[str]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from cola_lightning.compare.cells import Bench, write
 from cola_lightning.compare.plan import learning_rates
-from cola_lightning.data.base import rows_of_a_step
+from cola_lightning.compare.trials import SweepRunner, write
+from cola_lightning.data.token_data_module import resolve_global_batch_size
 
 COLUMNS = {
     "method": "method",
@@ -30,17 +30,17 @@ COLUMNS = {
 }
 
 
-def write_report(bench: Bench, folder: Path) -> None:
+def write_report(runner: SweepRunner, folder: Path) -> None:
     """Write ``table.md``, ``results.json``, ``results.csv`` and, where matplotlib is there, three plots."""
-    rows = [row(bench, method) for method in bench.plan.methods]
+    rows = [row(runner, method) for method in runner.plan.methods]
     rows.sort(key=lambda r: r["perplexity"] if r["perplexity"] is not None else math.inf)
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "results.json", _strict({"setting": setting(bench), "methods": rows}))
+    write(folder / "results.json", _strict({"setting": setting(runner), "methods": rows}))
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         table.writeheader()
         table.writerows(rows)
-    (folder / "table.md").write_text(markdown(bench, rows), encoding="utf-8")
+    (folder / "table.md").write_text(markdown(runner, rows), encoding="utf-8")
     try:
         from cola_lightning.compare.plots import write_plots
     except ModuleNotFoundError as error:
@@ -50,12 +50,12 @@ def write_report(bench: Bench, folder: Path) -> None:
     rank_zero_info(f"Table and plots: {folder}")
 
 
-def row(bench: Bench, method: str) -> dict[str, Any]:
+def row(runner: SweepRunner, method: str) -> dict[str, Any]:
     """All that is known of a method; None where it is not."""
-    sweep, best, seeds = bench.sweep(method), bench.best(method), bench.plan.seeds
-    factors = bench.plan.learning_rates
-    config = bench.plan.configuration(method, best or 1.0, seeds[0], Path())
-    failed = [f for f in factors if bench.failure(method, f, seeds[0])]
+    sweep, best, seeds = runner.sweep(method), runner.best(method), runner.plan.seeds
+    factors = runner.plan.learning_rates
+    config = runner.plan.configuration(method, best or 1.0, seeds[0], Path())
+    failed = [f for f in factors if runner.failure(method, f, seeds[0])]
     result: dict[str, Any] = {
         "method": method,
         "learning_rates": learning_rates(config["model"]["optimizer"]) if best else None,
@@ -65,7 +65,7 @@ def row(bench: Bench, method: str) -> dict[str, Any]:
         "failed": failed,
         "trials": f"{len(sweep)} of {len(factors)}",
     }
-    found = [bench.result(method, best, seed) for seed in seeds] if best else []
+    found = [runner.result(method, best, seed) for seed in seeds] if best else []
     runs = [run for run in found if run]
     for name in ("perplexity", "perplexity_as_published", "tokens", "tokens_per_second"):
         result[name] = statistics.mean(run[name] for run in runs) if runs else None
@@ -74,18 +74,20 @@ def row(bench: Bench, method: str) -> dict[str, Any]:
     result["learning_rate"] = " and ".join(f"{rate:g}" for rate in result["learning_rates"] or [])
     result["curve"] = runs[0]["curve"] if runs else []
     result["commits"] = sorted({run["commit"] for run in [*runs, *sweep.values()] if run["commit"]})
-    return result | spent(bench, method, config)
+    return result | spent(runner, method, config)
 
 
-def spent(bench: Bench, method: str, config: dict[str, Any]) -> dict[str, Any]:
+def spent(runner: SweepRunner, method: str, config: dict[str, Any]) -> dict[str, Any]:
     """Parameters, bytes and FLOPs, as counted by ``benchmark``."""
-    costs = bench.costs(method)
+    costs = runner.costs(method)
     names = ("parameters_m", "optimizer_mb", "activations_mb", "training_mb", "mflops_per_token", "tflops")
     if costs is None:
         return dict.fromkeys(names)
     data, trainer = config["data"]["init_args"], config["trainer"]
     tokens = data["batch_size"] * data["sequence_length"]  # of the micro-batch that was measured
-    stated = rows_of_a_step(data.get("global_batch_size"), data.get("global_batch_tokens"), data["sequence_length"])
+    stated = resolve_global_batch_size(
+        data.get("global_batch_size"), data.get("global_batch_tokens"), data["sequence_length"]
+    )
     accumulated = stated / data["batch_size"] if stated else trainer["accumulate_grad_batches"]
     step = accumulated * costs["flops_step"] + costs["flops_optimizer"]
     activations = costs["saved_bytes_per_token_per_layer"] * tokens * config["model"]["num_hidden_layers"]
@@ -101,8 +103,8 @@ def spent(bench: Bench, method: str, config: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(names, values, strict=True))
 
 
-def setting(bench: Bench) -> dict[str, Any]:
-    plan = bench.plan
+def setting(runner: SweepRunner) -> dict[str, Any]:
+    plan = runner.plan
     return {
         "learning_rate_factors": plan.learning_rates,
         "seeds": plan.seeds,
@@ -114,12 +116,12 @@ def setting(bench: Bench) -> dict[str, Any]:
     }
 
 
-def markdown(bench: Bench, rows: list[dict[str, Any]]) -> str:
-    plan = bench.plan
+def markdown(runner: SweepRunner, rows: list[dict[str, Any]]) -> str:
+    plan = runner.plan
     lines = [
         "| " + " | ".join(COLUMNS.values()) + " |",
         "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(cell(row, name) for name in COLUMNS) + " |" for row in rows),
+        *("| " + " | ".join(trial(row, name) for name in COLUMNS) + " |" for row in rows),
         "",
         f"Trials for each method: {len(plan.learning_rates)} learning rates, its own times "
         f"{', '.join(f'{factor:g}' for factor in plan.learning_rates)}, with seed {plan.seeds[0]}; the best then with "
@@ -141,13 +143,13 @@ def markdown(bench: Bench, rows: list[dict[str, Any]]) -> str:
         ]
         lines.append(f"| {row['method']} | " + " | ".join(trials) + " |")
     commits = sorted({commit for row in rows for commit in row["commits"]})
-    device = setting(bench)
+    device = setting(runner)
     lines += ["", f"Commit {', '.join(commits) or 'unknown'}; {device['device']}, {device['cores']} cores, torch "
               f"{device['torch']}."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def cell(row: dict[str, Any], name: str) -> str:
+def trial(row: dict[str, Any], name: str) -> str:
     value = row[name]
     if name == "perplexity" and value is not None:
         return f"{value:,.1f} ({', '.join(f'{one:,.1f}' for one in row['perplexities'])})"

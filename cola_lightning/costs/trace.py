@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 
 from cola_lightning.costs.counters import Recorder
 from cola_lightning.models import Llama
-from cola_lightning.module import next_token_losses
 from cola_lightning.optim import Parameters
 from cola_lightning.private_apis import fake_tensors
+from cola_lightning.training.module import next_token_losses
 
 Build = Callable[..., Llama]
 Transforms = tuple[Callable[[Llama], None], ...]
@@ -88,13 +88,13 @@ class Trace:
     """A traced step of ``TRACED`` layers; ``layers`` says how many the network has."""
 
     layers: int
-    up: list[_Mark]
+    forward_marks: list[_Mark]
     end: _Mark
-    down: list[_Mark]
+    backward_marks: list[_Mark]
     last: _Mark
     peaks: tuple[int, int, int]
     attention_backward: float
-    let_go: int
+    autocast_cache_bytes: int
 
     @property
     def _more(self) -> int:
@@ -106,12 +106,12 @@ class Trace:
 
     @cached_property
     def step_flops(self) -> float:
-        layer = self._layer_forward_flops + self.down[1].flops - self.down[0].flops
+        layer = self._layer_forward_flops + self.backward_marks[1].flops - self.backward_marks[0].flops
         return self.last.flops + self._more * layer
 
     @property
     def _layer_forward_flops(self) -> int:
-        return self.up[-1].flops - self.up[-2].flops
+        return self.forward_marks[-1].flops - self.forward_marks[-2].flops
 
     @property
     def attention_backward_flops(self) -> float:
@@ -120,10 +120,13 @@ class Trace:
     @property
     def kept(self) -> Kept:
         # Between the entries of two layers. With fewer than three there is nothing to go on from.
-        layer = self.up[-2].live - self.up[-3].live if self._more else 0
+        layer = self.forward_marks[-2].live - self.forward_marks[-3].live if self._more else 0
         # Autocast holds on to its copies of the weights until the forward pass ends, also where no layer keeps them.
-        in_forward, in_backward = self._more * layer, self._more * (layer - self.let_go / min(self.layers, TRACED))
-        activations = self.up[-1].live - self.let_go + in_backward
+        in_forward, in_backward = (
+            self._more * layer,
+            self._more * (layer - self.autocast_cache_bytes / min(self.layers, TRACED)),
+        )
+        activations = self.forward_marks[-1].live - self.autocast_cache_bytes + in_backward
         forward, head, layers = self.peaks
         logits = max(forward + in_forward, head + in_backward) - activations
         return Kept(activations, logits, layers + in_backward - activations)
@@ -138,7 +141,7 @@ def trace(
     sequence_length: int,
     dtype: torch.dtype,
     autocast: torch.dtype | None,
-    apart: bool = False,
+    mask_documents: bool = False,
     fused_norm: bool = True,
 ) -> Trace:
     """Run one training step on fake tensors.
@@ -164,7 +167,7 @@ def trace(
         for norm in (module for module in network.modules() if fused_norm and isinstance(module, nn.RMSNorm)):
             norm.forward = lambda x, norm=norm: _FusedNorm.apply(x, norm.weight)
         ids = torch.zeros(batch_size, sequence_length, dtype=torch.long)
-        batch = {"input_ids": ids, "labels": ids} | ({"document_ids": ids} if apart else {})
+        batch = {"input_ids": ids, "labels": ids} | ({"document_ids": ids} if mask_documents else {})
         trained = [p for p in network.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
@@ -176,8 +179,8 @@ def trace(
 
 
 def _step(network: Llama, batch: dict[str, Tensor], products: Any, layers: int, recorder: Recorder) -> Trace:
-    up: list[_Mark] = []
-    down: list[_Mark] = []
+    forward_marks: list[_Mark] = []
+    backward_marks: list[_Mark] = []
     at_head: list[int] = []
 
     def mark() -> _Mark:
@@ -185,13 +188,13 @@ def _step(network: Llama, batch: dict[str, Tensor], products: Any, layers: int, 
 
     def enter(module: nn.Module, args: tuple) -> None:
         """Note where the forward pass stands before a layer, and the backward pass when it has come down there."""
-        up.append(mark())
+        forward_marks.append(mark())
 
         def arrived(gradient: Tensor) -> None:
             if module is network.model.norm:
                 at_head.append(recorder.peak)
                 recorder.peak = 0
-            down.append(mark())
+            backward_marks.append(mark())
 
         if args[0].requires_grad:
             args[0].register_hook(arrived)
@@ -209,7 +212,7 @@ def _step(network: Llama, batch: dict[str, Tensor], products: Any, layers: int, 
     loss.backward()
     attention = sum(n for name, n in recorder.flops.items() if "attention" in name and "backward" in name)
     peaks = forward_peak, at_head[0], recorder.peak
-    return Trace(layers, up, end, down, mark(), peaks, attention, inside - end.live)
+    return Trace(layers, forward_marks, end, backward_marks, mark(), peaks, attention, inside - end.live)
 
 
 class _FusedNorm(Function):

@@ -1,4 +1,4 @@
-"""Where tokenised text is kept between runs."""
+"""Where tokenized text is kept between runs."""
 
 import os
 import shutil

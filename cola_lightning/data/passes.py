@@ -1,6 +1,6 @@
 """Passes over a source: each document once before any comes twice, whatever the shards' number and sizes.
 
-A source is divided among L logical shards (lanes). In each pass the S shards are shuffled anew and laid end to end, and
+A source is divided among L logical shards (logical shards). In each pass the S shards are shuffled anew and laid end to end, and
 logical shard i gets the i-th of L equal stretches. A stretch begins and ends within a shard, so at most S + L
 shards are opened, where every logical shard would have to open every shard if each shard were divided by L.
 
@@ -30,7 +30,7 @@ from cola_lightning.data.held_out import HeldOut
 from cola_lightning.errors import InputError
 from cola_lightning.stored_data import Count
 
-ENCODED_TOGETHER = 64  # documents; enough to keep a tokenizer's threads busy
+ENCODE_BATCH_SIZE = 64  # documents; enough to keep a tokenizer's threads busy
 ENCODED_CHARACTERS = 2_000_000  # at most, unless one document alone has more
 
 
@@ -76,7 +76,7 @@ class PassEndError(Exception):
     """A logical shard has no document left in this pass, and the others are in another process."""
 
 
-def divide(shards: Sequence[int], lane: int, lanes: int) -> list[tuple[int, Share]]:
+def divide(shards: Sequence[int], logical_shard: int, num_logical_shards: int) -> list[tuple[int, Share]]:
     """The stretch of one logical shard: shards in the order of the pass, each with the share of it.
 
     In units of 1/L of a shard, shard k covers units kL to (k + 1)L, and logical shard i gets units iS to (i + 1)S.
@@ -84,11 +84,14 @@ def divide(shards: Sequence[int], lane: int, lanes: int) -> list[tuple[int, Shar
         >>> divide([2, 0, 1], 0, 2)
         [(2, Share(first=0, last=2, parts=2)), (0, Share(first=0, last=1, parts=2))]
     """
-    begin, end = lane * len(shards), (lane + 1) * len(shards)
+    begin, end = logical_shard * len(shards), (logical_shard + 1) * len(shards)
     stretch = []
-    for place in range(begin // lanes, -(-end // lanes)):
-        first, last = max(begin - place * lanes, 0), min(end - place * lanes, lanes)
-        stretch.append((shards[place], Share(first, last, lanes)))
+    for place in range(begin // num_logical_shards, -(-end // num_logical_shards)):
+        first, last = (
+            max(begin - place * num_logical_shards, 0),
+            min(end - place * num_logical_shards, num_logical_shards),
+        )
+        stretch.append((shards[place], Share(first, last, num_logical_shards)))
     return stretch
 
 
@@ -103,12 +106,12 @@ class Reader:
 
     A block of ``block`` documents is read, put in an order that is a function of the seed and of where it begins, and
     handed out. So where a reader stands is the beginning of its block and how much of it is gone, and to take it up
-    again is to read that block again; only what had not been handed out is tokenised.
+    again is to read that block again; only what had not been handed out is tokenized.
 
     Args:
         corpus: The documents.
-        lane: Number of the logical shard.
-        lanes: Number of logical shards.
+        logical shard: Number of the logical shard.
+        num_logical_shards: Number of logical shards.
         block: Documents that are shuffled together.
         seed: Text that every order depends on.
         state: Where to go on, as :attr:`state` told.
@@ -119,9 +122,21 @@ class Reader:
     """
 
     def __init__(
-        self, corpus: Corpus, lane: int, lanes: int, block: int, seed: str, state: dict[str, int] | None = None
+        self,
+        corpus: Corpus,
+        logical_shard: int,
+        num_logical_shards: int,
+        block: int,
+        seed: str,
+        state: dict[str, int] | None = None,
     ) -> None:
-        self.corpus, self.lane, self.lanes, self.block, self.seed = corpus, lane, lanes, max(1, block), seed
+        self.corpus, self.logical_shard, self.num_logical_shards, self.block, self.seed = (
+            corpus,
+            logical_shard,
+            num_logical_shards,
+            max(1, block),
+            seed,
+        )
         self._begin(state or _start(0))
 
     def begin_pass(self, number: int) -> None:
@@ -157,9 +172,11 @@ class Reader:
         shuffled = list(range(len(self.corpus.shards)))
         Random(f"{self.seed}/shards/{turn}" if turn else f"{self.seed}/shards").shuffle(shuffled)
         # Laid end to end as cards are dealt, so that whole shards go round where L divides their number.
-        order = [shard for first in range(self.lanes) for shard in shuffled[first :: self.lanes]]
-        stretch = divide(order, self.lane, self.lanes)
-        Random(f"{self.seed}/{self.lane}/{turn}").shuffle(stretch)
+        order = [
+            shard for first in range(self.num_logical_shards) for shard in shuffled[first :: self.num_logical_shards]
+        ]
+        stretch = divide(order, self.logical_shard, self.num_logical_shards)
+        Random(f"{self.seed}/{self.logical_shard}/{turn}").shuffle(stretch)
         return stretch
 
     def _rows(self, stretch: list[tuple[int, Share]], unit: int, row: int) -> Iterator[tuple[int, int, Any]]:
@@ -174,11 +191,11 @@ class Reader:
     ) -> Iterator[Document]:
         turn, taken = self.state["pass"], self.state["taken"]
         order = list(range(len(block)))
-        Random(f"{self.seed}/{self.lane}/{turn}/{unit}/{row}").shuffle(order)
+        Random(f"{self.seed}/{self.logical_shard}/{turn}/{unit}/{row}").shuffle(order)
         # The next block begins at the row after the last one of this block.
         end = _start(turn) | {"unit": block[-1][0], "row": block[-1][1] + 1}
         while taken < len(order):
-            some = _encoded_together([block[index] for index in order[taken : taken + ENCODED_TOGETHER]])
+            some = _encoded_together([block[index] for index in order[taken : taken + ENCODE_BATCH_SIZE]])
             for (index, number, _), ids in zip(some, self.corpus.encode([entry[2] for entry in some]), strict=True):
                 taken += 1
                 here = {"pass": turn, "unit": unit, "row": row, "taken": taken, "through": 0}
@@ -218,7 +235,7 @@ class SourceReaders:
         self.left_out = dict.fromkeys(readers, 0)
         self.touched: set[int] = set()
 
-    def next(self, lane: int) -> Document:
+    def next(self, logical_shard: int) -> Document:
         """The next document for a logical shard: of its own stretch, or else of the next one that has any.
 
         Raises:
@@ -226,7 +243,7 @@ class SourceReaders:
             InputError: If the source has no document, or cannot be read.
         """
         for _ in range(2):
-            for other in self._in_turn(lane):
+            for other in self._in_turn(logical_shard):
                 reader = self.readers[other]
                 if reader.state["through"] and self.complete:
                     continue
@@ -234,17 +251,21 @@ class SourceReaders:
                 while (document := reader.next()) is not None:
                     if self.held_out is None or not self.held_out.has(document.ids):
                         return document
-                    self.left_out[lane] += 1
+                    self.left_out[logical_shard] += 1
                 if not self.complete:
                     raise PassEndError
             # No stretch has a document left: the next pass begins.
             for reader in self.readers.values():
                 reader.begin_pass(reader.state["pass"] + 1)
             self.touched.update(self.readers)
-        reason = "every one is held out for validation" if self.left_out[lane] else "every shard or every text is empty"
-        raise InputError(f"{self.readers[lane].corpus.title} has no document; {reason}")
+        reason = (
+            "every one is held out for validation"
+            if self.left_out[logical_shard]
+            else "every shard or every text is empty"
+        )
+        raise InputError(f"{self.readers[logical_shard].corpus.title} has no document; {reason}")
 
-    def _in_turn(self, lane: int) -> Iterator[int]:
-        yield lane
+    def _in_turn(self, logical_shard: int) -> Iterator[int]:
+        yield logical_shard
         for step in range(1, len(self.readers)):
-            yield (lane + step) % len(self.readers)
+            yield (logical_shard + step) % len(self.readers)

@@ -1,4 +1,4 @@
-"""Tokenise once: any source into the folder that :mod:`cola_lightning.data.prepared` reads."""
+"""Tokenize once: any source into the folder that :mod:`cola_lightning.data.prepared` reads."""
 
 import hashlib
 import json
@@ -18,15 +18,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import TypedDict
 
+from cola_lightning.cli.parser import Parser
 from cola_lightning.data.identity import StoredSource
-from cola_lightning.data.lanes import ENCODED_TOGETHER
+from cola_lightning.data.logical_shards import ENCODE_BATCH_SIZE
 from cola_lightning.data.prepared import FORMAT, INDEX, PLAN, TOKENIZER, StoredShard, read_record
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.sources import Source, TextCorpus
-from cola_lightning.data.stream import die_with
+from cola_lightning.data.stream_loader import die_with
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError, hide_secrets
-from cola_lightning.parser import Parser
 from cola_lightning.stored_data import check_stored, is_stored_as
 
 
@@ -39,17 +39,17 @@ def prepare(
     retries: int = 6,
     retry_wait: float = 2.0,
 ) -> None:
-    """Tokenise a source into memory-mappable shards with checksums, one for each of its own.
+    """Tokenize a source into memory-mappable shards with checksums, one for each of its own.
 
     A shard appears when it is whole. Run again after a break, it goes on with those that are not there, at the commit
     of the hub that it began with, and makes those anew whose source changed.
 
     Args:
-        source: What to tokenise.
+        source: What to tokenize.
         folder: Where to; each split becomes a folder in it. Name it as --data.path to train on it.
         splits: Which splits; the one of the source if not given.
         tokenizer: Folder, tokenizer.json or repository on the hub.
-        num_workers: Processes that tokenise, each a shard at a time; 1 for this one alone.
+        num_workers: Processes that tokenize, each a shard at a time; 1 for this one alone.
         retries: Failures in a row that are borne when a shard is read.
         retry_wait: Seconds before the first new try; each further wait is twice as long.
 
@@ -74,7 +74,7 @@ def prepare(
 
 
 def main(args: list[str]) -> None:
-    """The verb ``prepare``: the arguments of :func:`prepare`, as flags or in a file named by ``--config``."""
+    """The command ``prepare``: the arguments of :func:`prepare`, as flags or in a file named by ``--config``."""
     auto_cli(prepare, args=args, prog="cola_lightning prepare", parser_class=Parser, as_positional=False)
 
 
@@ -140,8 +140,8 @@ def _missing(corpus: TextCorpus, folder: Path) -> list[int]:
     if changed:
         warnings.warn(
             hide_secrets(
-                f"{len(changed)} of {len(corpus.shards)} shards changed since they were tokenised, the first "
-                f"{corpus.shards[changed[0]]}; they are tokenised anew. A run that began with the old ones will not go "
+                f"{len(changed)} of {len(corpus.shards)} shards changed since they were tokenized, the first "
+                f"{corpus.shards[changed[0]]}; they are tokenized anew. A run that began with the old ones will not go "
                 f"on with these"
             ),
             stacklevel=2,
@@ -206,13 +206,13 @@ def _make_shard(shard: int) -> None:
             file.write(ids.astype(dtype).tobytes())
             offsets.append(offsets[-1] + len(ids))
             count += 1
-            if count % ENCODED_TOGETHER == 0:
+            if count % ENCODE_BATCH_SIZE == 0:
                 with documents.get_lock():
-                    documents.value += ENCODED_TOGETHER
+                    documents.value += ENCODE_BATCH_SIZE
     if (rows := corpus.rows(shard)) is not None:
         offsets.extend([offsets[-1]] * (rows + 1 - len(offsets)))
     with documents.get_lock():
-        documents.value += count % ENCODED_TOGETHER
+        documents.value += count % ENCODE_BATCH_SIZE
     with (folder / f"{names[1]}.part").open("wb") as file:
         np.save(file, np.array(offsets, dtype=np.int64))
     files = {}
@@ -236,7 +236,7 @@ def _make_shard(shard: int) -> None:
 
 def _encoded(corpus: TextCorpus, shard: int) -> Iterator[tuple[int, np.ndarray]]:
     rows = corpus.read(shard)
-    while some := list(islice(rows, ENCODED_TOGETHER)):
+    while some := list(islice(rows, ENCODE_BATCH_SIZE)):
         numbers, texts = zip(*some, strict=True)
         yield from zip(numbers, corpus.encode(list(texts)), strict=True)
 

@@ -1,4 +1,4 @@
-"""Tokenised shards on disk: an index, and for each shard of the source the ids end to end and where documents begin.
+"""Tokenized shards on disk: an index, and for each shard of the source the ids end to end and where documents begin.
 
     FOLDER/SPLIT/index.json          what it was made of, and for each shard its files with their checksums
     FOLDER/SPLIT/00000.ids.bin       ids of all documents, little-endian uint16, or int32 for larger vocabularies

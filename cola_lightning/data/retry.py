@@ -18,10 +18,10 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 # EOFError and zlib.error are what a compressed stream that was cut off looks like.
-PASSING = (OSError, EOFError, zlib.error)
+TRANSIENT_ERRORS = (OSError, EOFError, zlib.error)
 # By name, for which of them is installed depends on the version of the hub's client.
 HTTP_CLIENTS = {"aiohttp", "httpx", "httpx2", "requests"}
-LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 LASTING_STATUS = (401, 403, 404, 410)
 SILENCE = 15.0  # seconds
 LONGEST_PAUSE = 3600.0  # seconds
@@ -52,7 +52,7 @@ class Retry:
                     return function()
             except Exception as error:
                 failures += 1
-                self._bear(error, name, failures)
+                self._wait_or_raise(error, name, failures)
 
     def iterate(
         self, read: Callable[[int], Iterator[tuple[int, Item]]], name: str, start: int
@@ -75,11 +75,11 @@ class Retry:
                 return
             except Exception as error:
                 failures += 1
-                self._bear(error, f"{name} (row {start})", failures)
+                self._wait_or_raise(error, f"{name} (row {start})", failures)
 
-    def _bear(self, error: Exception, name: str, failures: int) -> None:
+    def _wait_or_raise(self, error: Exception, name: str, failures: int) -> None:
         clients = {kind.__module__.partition(".")[0] for kind in type(error).__mro__} & HTTP_CLIENTS
-        if not (isinstance(error, PASSING) or clients):
+        if not (isinstance(error, TRANSIENT_ERRORS) or clients):
             raise error
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
@@ -87,7 +87,7 @@ class Retry:
             raise InputError(
                 f"{name} is not on this machine, and HF_HUB_OFFLINE is set; unset it, or name files that are here"
             ) from error
-        if isinstance(error, LASTING) or status in LASTING_STATUS:
+        if isinstance(error, PERMANENT_ERRORS) or status in LASTING_STATUS:
             raise InputError(f"{name} cannot be read: {reason}") from error
         if failures > self.times:
             raise InputError(f"{name} could not be read in {failures} tries: {reason}") from error

@@ -83,9 +83,9 @@ class PackedRows(Dataset):
     own; then a document's first token is not to be learnt, for nothing before it may foretell it.
     """
 
-    def __init__(self, documents: Documents, length: int, pad_id: int, apart: bool = False) -> None:
+    def __init__(self, documents: Documents, length: int, pad_id: int, mask_documents: bool = False) -> None:
         self.ids, self.offsets, self.length, self.pad_id = documents.ids, documents.offsets, length, pad_id
-        self.apart = apart
+        self.mask_documents = mask_documents
 
     def __len__(self) -> int:
         return -(-len(self.ids) // self.length)
@@ -93,7 +93,7 @@ class PackedRows(Dataset):
     def __getitem__(self, index: int) -> Row:
         begin = index * self.length
         row = _row(torch.from_numpy(self.ids[begin : begin + self.length].astype(np.int64)), self.length, self.pad_id)
-        if self.apart:
+        if self.mask_documents:
             numbers = np.searchsorted(self.offsets, np.arange(begin, begin + self.length), side="right")
             row["document_ids"] = torch.from_numpy(numbers - numbers[0])
             starts = self.offsets[(self.offsets >= begin) & (self.offsets < begin + self.length)]

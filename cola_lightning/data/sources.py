@@ -100,7 +100,7 @@ def find(source: Source, retry: Retry) -> Found:
 
 
 class TextCorpus:
-    """The shards of a source, read as text and tokenised on the way.
+    """The shards of a source, read as text and tokenized on the way.
 
     Args:
         source: What the user named.

@@ -13,14 +13,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset as Rows
 from typing_extensions import TypedDict
 
-from cola_lightning.data.base import IDENTITY, StoredState, TokenDataModule, rows_of_a_step
 from cola_lightning.data.cache import cache_folder, is_whole
 from cola_lightning.data.documents import find_files, find_left_out, read_documents
 from cola_lightning.data.identity import Identity, describe_files, fingerprint_files
 from cola_lightning.data.inventory import describe
-from cola_lightning.data.loader import TrainLoader
 from cola_lightning.data.retry import Retry
+from cola_lightning.data.row_loader import TrainLoader
 from cola_lightning.data.rows import Documents, PackedRows, PaddedRows
+from cola_lightning.data.token_data_module import IDENTITY, StoredState, TokenDataModule, resolve_global_batch_size
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from cola_lightning.host_memory import check_batch, check_memory, check_workers
@@ -41,7 +41,7 @@ class _State(StoredState):
 
 
 class TextDataModule(TokenDataModule):
-    """Trains on .txt, .jsonl and .parquet files, tokenised once and cached.
+    """Trains on .txt, .jsonl and .parquet files, tokenized once and cached.
 
     Args:
         paths: Files, folders, patterns, or ``package:NAME/FOLDER`` for text that an installed Python package brings.
@@ -62,7 +62,7 @@ class TextDataModule(TokenDataModule):
         separator: String between the documents of a .txt file; without it each file is one document.
         seed: Decides the split and the order of the rows.
         num_workers: Processes that read ahead.
-        cache_dir: Where tokenised text is kept; by default cola_lightning in $XDG_CACHE_HOME, or in ~/.cache.
+        cache_dir: Where tokenized text is kept; by default cola_lightning in $XDG_CACHE_HOME, or in ~/.cache.
 
     Raises:
         InputError: If ``sequence_length`` is below 2 or ``batch_size`` below 1.
@@ -106,7 +106,7 @@ class TextDataModule(TokenDataModule):
         self.text_column, self.separator = text_column, separator
         self.sequence_length, self.row_type = sequence_length, rows
         self.batch_size = batch_size
-        self.global_batch_size = rows_of_a_step(global_batch_size, global_batch_tokens, sequence_length)
+        self.global_batch_size = resolve_global_batch_size(global_batch_size, global_batch_tokens, sequence_length)
         self.seed, self.num_workers = seed, num_workers
         self.cache_dir = cache_folder(cache_dir)
         self._train_loader: TrainLoader | None = None
@@ -115,7 +115,7 @@ class TextDataModule(TokenDataModule):
     # -- text to tokens, once -----------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Read, split and tokenise, unless the cache holds the result; one process of a node does it."""
+        """Read, split and tokenize, unless the cache holds the result; one process of a node does it."""
         folder = self._cache()
         self._say_what_was_found()
         if is_whole(folder, lambda: self._load(folder)):
@@ -133,7 +133,7 @@ class TextDataModule(TokenDataModule):
                     batched=True,
                     remove_columns=["text"],
                     features=Features({"ids": List(Value("int32"))}),
-                    desc=f"Tokenising {name} documents",
+                    desc=f"Tokenizing {name} documents",
                     cache_file_name=str(scratch / f"{name}.arrow"),
                 )
                 tokens.save_to_disk(scratch / "result" / name)
@@ -274,7 +274,7 @@ class TextDataModule(TokenDataModule):
             self.batch_size,
             # To overfit, Lightning takes a share of the data set, not of the run.
             batches=max(1, len(self.train_rows) // (self.batch_size * share["replicas"])) if overfit else run,
-            window=trainer.accumulate_grad_batches,
+            batches_per_step=trainer.accumulate_grad_batches,
             overfit=overfit,
             seed=self.seed,
             # Lightning may ask anew at each epoch, by reload_dataloaders_every_n_epochs; the run goes on all the same.

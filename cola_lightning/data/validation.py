@@ -1,4 +1,4 @@
-"""The validation set: the first tokens of a source, tokenised once and kept on disk."""
+"""The validation set: the first tokens of a source, tokenized once and kept on disk."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from cola_lightning.data.cache import is_whole
 from cola_lightning.data.held_out import ONE_IN, may_be_held_out
-from cola_lightning.data.lanes import ENCODED_TOGETHER
+from cola_lightning.data.logical_shards import ENCODE_BATCH_SIZE
 from cola_lightning.data.prepared import PreparedCorpus
 from cola_lightning.data.readers import is_local
 from cola_lightning.data.rows import Documents
@@ -54,7 +54,7 @@ class ValidationSet:
         self.folder = cache_dir / f"validation-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def make(self) -> None:
-        """Tokenise, unless that was done before.
+        """Tokenize, unless that was done before.
 
         Raises:
             InputError: If there is no document.
@@ -89,7 +89,7 @@ class ValidationSet:
             for row, document in self.corpus.read(shard)
             if not self.shared or may_be_held_out(self.corpus.shards[shard], row)
         )
-        while some := list(islice(texts, ENCODED_TOGETHER)):
+        while some := list(islice(texts, ENCODE_BATCH_SIZE)):
             for ids in self.corpus.encode(some):
                 documents.append(ids)
                 tokens += min(len(ids), self.longest or len(ids))

@@ -7,14 +7,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typing_extensions import TypedDict
 
 from cola_lightning.errors import hide_secrets
+from cola_lightning.inference.load import LoadedModel
 from cola_lightning.provenance import libraries, read_provenance
 from cola_lightning.stored_data import Count, is_stored_as
-from cola_lightning.trained import Trained
 
 NOT_KNOWN = "not recorded"
 
 
-def model_card(trained: Trained, name: str, config: dict[str, Any]) -> str:
+def model_card(trained: LoadedModel, name: str, config: dict[str, Any]) -> str:
     """``README.md`` of a folder, in the Hugging Face hub's layout.
 
     Args:
@@ -61,7 +61,7 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=60)[0]))
 """
 
 
-def facts(trained: Trained) -> dict[str, str]:
+def facts(trained: LoadedModel) -> dict[str, str]:
     """What is known of the model, by name."""
     projection = trained.network.model.layers[-1].self_attn.q_proj  # in the first layer another may stand in its place
     dtype = str(trained.network.lm_head.weight.dtype).removeprefix("torch.")

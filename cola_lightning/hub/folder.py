@@ -14,9 +14,9 @@ from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_s
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cola_lightning.checkpoints.folder_config import rope_keys
-from cola_lightning.checkpoints.folders import HEAD, check_finite, load_model
-from cola_lightning.checkpoints.layouts import LAYOUTS, Layout, layout_of
+from cola_lightning.checkpoints.pretrained import HEAD, check_finite, load_model
+from cola_lightning.checkpoints.pretrained_config import rope_keys
+from cola_lightning.checkpoints.projection_formats import LAYOUTS, Layout, layout_of
 from cola_lightning.data.folder_tokenizer import FolderTokenizer
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError

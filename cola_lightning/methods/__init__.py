@@ -1,26 +1,30 @@
 """One file per method of the low-rank lineage: read it and you have read the whole method."""
 
 from cola_lightning.methods.cola import CoLA
+from cola_lightning.methods.cola_m.callback import CoLAM
 from cola_lightning.methods.cr_net import CRNet
+from cola_lightning.methods.cr_net_recompute import CRNetRecompute
 from cola_lightning.methods.lax import LaX
 from cola_lightning.methods.lora import LoRA
 from cola_lightning.methods.low_rank import LowRank
-from cola_lightning.methods.relora import ReLoRA, ReLoRAMerge
+from cola_lightning.methods.relora import ReLoRA, ReLoRACallback
 from cola_lightning.methods.sltrain import SLTrain
-from cola_lightning.methods.sst import SST, SSTRounds
-from cola_lightning.methods.switch_lora import SwitchLoRA, SwitchLoRASwitch
+from cola_lightning.methods.sst import SST, SSTCallback
+from cola_lightning.methods.switch_lora import SwitchLoRA, SwitchLoRACallback
 
 __all__ = [
     "SST",
     "CRNet",
+    "CRNetRecompute",
     "CoLA",
+    "CoLAM",
     "LaX",
     "LoRA",
     "LowRank",
     "ReLoRA",
-    "ReLoRAMerge",
+    "ReLoRACallback",
     "SLTrain",
-    "SSTRounds",
+    "SSTCallback",
     "SwitchLoRA",
-    "SwitchLoRASwitch",
+    "SwitchLoRACallback",
 ]

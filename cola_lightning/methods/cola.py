@@ -10,7 +10,7 @@ from cola_lightning.methods.low_rank import LowRank
 
 
 class CoLA(LowRank):
-    """``B silu(A x)`` in place of a dense in x out matrix; arguments, initialisation and errors as in LowRank."""
+    """``B silu(A x)`` in place of a dense in x out matrix; arguments, initialization and errors as in LowRank."""
 
     @staticmethod
     def activate(z: Tensor) -> Tensor:

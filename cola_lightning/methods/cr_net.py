@@ -13,14 +13,14 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from cola_lightning.errors import InputError
+from cola_lightning.methods.cola_m.reversible import LinearWithKnownOutput, weights_of
 from cola_lightning.methods.low_rank import check_rank
-from cola_lightning.methods.reversible import Known, weights_of
 from cola_lightning.models.cross_layer import CrossLayerBlock, CrossLayerState
 from cola_lightning.models.layers import CrossLayer, FullRank, NormalLinear, Projection, Scalar
 from cola_lightning.models.llama import Llama
 from cola_lightning.models.loss import at_least_float32
-from cola_lightning.models.positions import Rotary
 from cola_lightning.models.recompute import set_recompute
+from cola_lightning.models.rotary import Rotary
 
 EPSILON = 1e-6
 
@@ -148,12 +148,12 @@ class _Recover(CrossLayerState):
         number = len(self.passed_on)
         known = self.outputs[number]
         if not isinstance(projection, CRNet):
-            y = Known.apply(x, projection.weight, known.to(x.dtype))
+            y = LinearWithKnownOutput.apply(x, projection.weight, known.to(x.dtype))
             self.passed_on.append(at_least_float32(y))
             return y
         # Y_l = s Y_{l-1} + B z with Y_l and z known. First Y_{l-1} = (Y_l - B z) / s, without a graph; then Y_l again
         # from it, with one, so that gradients reach Y_{l-1}, s, B, and through z also A and x.
-        added = projection.B(Known.apply(x, projection.A.weight, self.latents[number]))
+        added = projection.B(LinearWithKnownOutput.apply(x, projection.A.weight, self.latents[number]))
         scale = projection.scale()
         below = ((known - added.detach()) / scale.detach()).requires_grad_()
         self.below.append(below)

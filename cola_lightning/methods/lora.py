@@ -1,7 +1,7 @@
 """LoRA from scratch (LoRA: arXiv 2106.09685; as a pre-training baseline: GaLore, arXiv 2403.03507),
 ``y = W x + (α / R) B A x`` with W random and frozen.
 
-Embedding, head and norms train in full. α, dropout and initialisation are those that GaLore's paper gives for its
+Embedding, head and norms train in full. α, dropout and initialization are those that GaLore's paper gives for its
 baseline. Frozen weights get no gradient, so no optimizer moves, decays or keeps moments for them.
 """
 

@@ -28,7 +28,7 @@ class LowRank(Projection):
     """``B A x`` with A: in -> R and B: R -> out, both trained, in place of a dense in x out matrix.
 
     Both factors start as N(0, s²) with s = R^(-1/4) (in + out)^(-1/4), so that an entry of the product ``B A`` has
-    variance R s⁴ = 1 / (in + out). This is the reference CoLA's initialisation; with it LowRank and CoLA differ by the
+    variance R s⁴ = 1 / (in + out). This is the reference CoLA's initialization; with it LowRank and CoLA differ by the
     nonlinearity alone.
 
     Args:
@@ -66,7 +66,7 @@ class LowRank(Projection):
         return self.B(self.activate(z))
 
     @classmethod
-    def together(cls, projections: Sequence["LowRank"], x: Tensor) -> Sequence[Tensor]:
+    def forward_fused(cls, projections: Sequence["LowRank"], x: Tensor) -> Sequence[Tensor]:
         """One down-projection to all their latents, then the up-projection of each."""
         weights = [projection.A.weight for projection in projections]
         stacked = torch.cat(weights)

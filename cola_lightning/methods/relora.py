@@ -1,6 +1,6 @@
 """ReLoRA (arXiv 2307.05695): LoRA whose branch is merged into the frozen weight again and again, and started afresh.
 
-``y = W x + s B A x``, s = α / R. Every ``merge_every`` steps, in :class:`ReLoRAMerge`:
+``y = W x + s B A x``, s = α / R. Every ``merge_every`` steps, in :class:`ReLoRACallback`:
 
     W <- W + s B A,    A <- U(±1/√in),    B <- 0,    and most of the optimizer's moments of A and B are set to zero.
 
@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cola_lightning.errors import InputError
-from cola_lightning.methods.between_steps import BetweenSteps, generator, schedule_cycle
 from cola_lightning.methods.lora import LoRA
+from cola_lightning.methods.post_step import PostStepCallback, generator, schedule_cycle
 
 
 class ReLoRA(LoRA):
-    """``W x + s B A dropout(x)``; to be used with the callback :class:`ReLoRAMerge`.
+    """``W x + s B A dropout(x)``; to be used with the callback :class:`ReLoRACallback`.
 
     Args:
         in_features: Size of the last dimension of the input.
@@ -86,7 +86,7 @@ class ReLoRA(LoRA):
         return torch.empty(self.A.shape).uniform_(-bound, bound, generator=draw)
 
 
-class ReLoRAMerge(BetweenSteps):
+class ReLoRACallback(PostStepCallback):
     """Merges, and resets the moments of A and B.
 
     Both happen after the first step of a cycle, the one at learning rate zero: with ``merge_every`` 1000 after the
@@ -107,7 +107,7 @@ class ReLoRAMerge(BetweenSteps):
         InputError: If an argument is out of range; before training starts, under a strategy that shards weights.
     """
 
-    kind = ReLoRA
+    projection_class = ReLoRA
 
     def __init__(
         self,
@@ -121,20 +121,20 @@ class ReLoRAMerge(BetweenSteps):
         super().__init__(seed)
         for name, value in (("merge_every", merge_every), ("reset_every", reset_every)):
             if value is not None and value < 1:
-                raise InputError(f"ReLoRAMerge: {name} is {value}; it must be at least 1")
+                raise InputError(f"ReLoRACallback: {name} is {value}; it must be at least 1")
         if not 0 <= prune_ratio <= 1:
-            raise InputError(f"ReLoRAMerge: prune_ratio is {prune_ratio}; it must lie between 0 and 1")
+            raise InputError(f"ReLoRACallback: prune_ratio is {prune_ratio}; it must lie between 0 and 1")
         self.merge_every, self.reset_every = merge_every, reset_every
         if reset not in ("random", "magnitude", "none"):
-            raise InputError(f"ReLoRAMerge: reset is {reset}; it must be random, magnitude or none")
+            raise InputError(f"ReLoRACallback: reset is {reset}; it must be random, magnitude or none")
         if mask not in ("shared", "independent"):
-            raise InputError(f"ReLoRAMerge: mask is {mask}; it must be shared or independent")
+            raise InputError(f"ReLoRACallback: mask is {mask}; it must be shared or independent")
         self.reset, self.prune_ratio, self.mask = reset, prune_ratio, mask
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         if self.merge_every is None:
-            self.merge_every = schedule_cycle(trainer, "ReLoRAMerge: merge_every")
+            self.merge_every = schedule_cycle(trainer, "ReLoRACallback: merge_every")
 
     def after_step(self, trainer: L.Trainer, step: int) -> None:
         full = step - 1  # steps of the cycles that are over; the schedule's rate was zero in the step just made

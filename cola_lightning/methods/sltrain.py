@@ -6,7 +6,7 @@ With g the gradient of the output and G = gᵀ x (out, in), the gradients are
 
     dx = g W    dA = (α / R) Bᵀ G    dB = (α / R) G Aᵀ    dS = G on the support
 
-Initialisation, scale and support are those of the reference implementation (andyjm3/SLTrain). Different here: the
+Initialization, scale and support are those of the reference implementation (andyjm3/SLTrain). Different here: the
 support is kept as int32, half the bytes; the dropout that the reference takes and does not use is left out.
 ``torch.compile`` may keep W after all, where it finds that both passes form the same matrix.
 """

@@ -8,7 +8,7 @@ of the pairs (u_i, v_i); the others rest. With G the gradient of the matrix that
 the last two are the paper's enhanced gradients, without the factor σ_i that the chain rule would give. G itself is
 never formed: from the gradient g of the output these are gᵀ (x v_i) and xᵀ (g u_i).
 
-In :class:`SSTRounds`, after each step: σ <- max(σ, 0), and u_i, v_i are brought to unit length. Every
+In :class:`SSTCallback`, after each step: σ <- max(σ, 0), and u_i, v_i are brought to unit length. Every
 ``iteration_steps`` steps R pairs are sampled anew, without replacement and with probability ½ (1/M + σ_i / Σσ), and
 their optimizer state starts afresh, with a short warm-up of the learning rate
 (:class:`~cola_lightning.optim.WarmupCosineRestarts`). Every round, which is some iterations, the matrix is decomposed
@@ -31,14 +31,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
 from cola_lightning.errors import InputError
-from cola_lightning.methods.between_steps import BetweenSteps, generator, schedule_cycle
 from cola_lightning.methods.low_rank import check_rank
+from cola_lightning.methods.post_step import PostStepCallback, generator, schedule_cycle
 from cola_lightning.models.layers import Projection
 from cola_lightning.private_apis import ExactParameters, foreach
 
 
 class SST(ExactParameters, Projection):
-    """``Σ_i σ_i u_i v_iᵀ x``; to be used with the callback :class:`SSTRounds`.
+    """``Σ_i σ_i u_i v_iᵀ x``; to be used with the callback :class:`SSTCallback`.
 
     Vectors are rows: U (M, out) and V (M, in) hold those at rest, u (R, out) and v (R, in) those at work, ``active``
     (R,) says which these are.
@@ -149,7 +149,7 @@ class _Spectral(Function):
         return grad_x, None, None, grad_sigma, grad_u.T.to(u.dtype), grad_v.T.to(v.dtype), None
 
 
-class SSTRounds(BetweenSteps):
+class SSTCallback(PostStepCallback):
     """Keeps σ and the vectors in their bounds after each step, and begins iterations and rounds.
 
     Args:
@@ -162,7 +162,7 @@ class SSTRounds(BetweenSteps):
         InputError: If an argument is below 1; before training starts, under a strategy that shards weights.
     """
 
-    kind = SST
+    projection_class = SST
 
     def __init__(
         self, iteration_steps: int | None = None, iterations_per_round: int | None = None, seed: int | None = None
@@ -170,13 +170,13 @@ class SSTRounds(BetweenSteps):
         super().__init__(seed)
         for name, value in (("iteration_steps", iteration_steps), ("iterations_per_round", iterations_per_round)):
             if value is not None and value < 1:
-                raise InputError(f"SSTRounds: {name} is {value}; it must be at least 1")
+                raise InputError(f"SSTCallback: {name} is {value}; it must be at least 1")
         self.iteration_steps, self.iterations_per_round = iteration_steps, iterations_per_round
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         if self.iteration_steps is None:
-            self.iteration_steps = schedule_cycle(trainer, "SSTRounds: iteration_steps")
+            self.iteration_steps = schedule_cycle(trainer, "SSTCallback: iteration_steps")
 
     def after_step(self, trainer: L.Trainer, step: int) -> None:
         every: int = self.iteration_steps  # type: ignore[assignment]  # known since the start

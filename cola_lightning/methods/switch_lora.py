@@ -2,14 +2,14 @@
 
 ``y = W x + (α / R) Σ_k b_k (a_kᵀ x)`` with W frozen; a_k and b_k are rows of A (R, in) and B (R, out). Every projection
 has a pool of N = min(in, out) further vectors for either factor. To exchange a_k for a candidate c, in
-:class:`SwitchLoRASwitch`,
+:class:`SwitchLoRACallback`,
 
     W <- W + (α / R) b_k (a_k - c)ᵀ,    a_k goes into the pool,    a_k <- c,
 
 which leaves the function as it was; then the counterpart b_k, whose gradient a_k alone decided, loses its moments and
 step counter and is held for some steps. The same with a and b exchanged.
 
-Initialisation, rate, order and constants are those of the reference implementation (asfsdsf/SwitchLoRA), whose α is 1.
+Initialization, rate, order and constants are those of the reference implementation (asfsdsf/SwitchLoRA), whose α is 1.
 Different here:
 
 - Vectors are exchanged after an optimizer step rather than before the next one. The function and the vectors' gradients
@@ -31,8 +31,8 @@ from torch.nn.functional import linear
 from typing_extensions import TypedDict
 
 from cola_lightning.errors import InputError
-from cola_lightning.methods.between_steps import BetweenSteps, generator
 from cola_lightning.methods.low_rank import check_rank
+from cola_lightning.methods.post_step import PostStepCallback, generator
 from cola_lightning.models.layers import Projection
 from cola_lightning.optim.row_adamw import RowAdamW
 from cola_lightning.stored_data import ALTERED, Count, check_stored
@@ -40,7 +40,7 @@ from cola_lightning.stored_data import ALTERED, Count, check_stored
 
 class SwitchLoRA(Projection):
     """``W x + (α / R) Bᵀ A x`` with A (R, in), B (R, out) trained and W (out, in) frozen; to be used with the callback
-    :class:`SwitchLoRASwitch`.
+    :class:`SwitchLoRACallback`.
 
     Args:
         in_features: Size of the last dimension of the input (n).
@@ -116,7 +116,7 @@ class _State(TypedDict):
     recent: list[_Recent]
 
 
-class SwitchLoRASwitch(BetweenSteps):
+class SwitchLoRACallback(PostStepCallback):
     """Exchanges vectors, and restarts and holds their counterparts; goes with the optimizer ``RowAdamW``.
 
     Before step t each vector is exchanged with a rate of 1 / interval_t, interval_t = interval / 0.3^((t + 1) / T) and
@@ -137,7 +137,7 @@ class SwitchLoRASwitch(BetweenSteps):
             another optimizer.
     """
 
-    kind = SwitchLoRA
+    projection_class = SwitchLoRA
 
     def __init__(
         self,
@@ -149,14 +149,14 @@ class SwitchLoRASwitch(BetweenSteps):
     ) -> None:
         super().__init__(seed)
         if hold_steps < 0:
-            raise InputError(f"SwitchLoRASwitch: hold_steps is {hold_steps}; it must be 0 or more")
+            raise InputError(f"SwitchLoRACallback: hold_steps is {hold_steps}; it must be 0 or more")
         if interval < max(1, 2 * hold_steps):
             raise InputError(
-                f"SwitchLoRASwitch: interval is {interval}; it must be at least {max(1, 2 * hold_steps)}, twice "
+                f"SwitchLoRACallback: interval is {interval}; it must be at least {max(1, 2 * hold_steps)}, twice "
                 f"hold_steps, or all vectors would be held at once"
             )
         if descent <= 0:
-            raise InputError(f"SwitchLoRASwitch: descent is {descent}; it must be above 0")
+            raise InputError(f"SwitchLoRACallback: descent is {descent}; it must be above 0")
         self.interval, self.descent, self.hold_steps, self.pool = interval, descent, hold_steps, pool
         self.pools: list[dict[str, Tensor]] = []
         # How many exchanges each factor has had since the start, and lately: [step, number] of the last hold_steps.
@@ -167,7 +167,7 @@ class SwitchLoRASwitch(BetweenSteps):
         super().on_fit_start(trainer, pl_module)
         if not isinstance(self.optimizer, RowAdamW):
             raise InputError(
-                f"SwitchLoRASwitch starts single rows afresh, which {type(self.optimizer).__name__} cannot; "
+                f"SwitchLoRACallback starts single rows afresh, which {type(self.optimizer).__name__} cannot; "
                 f"set --model.optimizer cola_lightning.optim.RowAdamW"
             )
         if not self.pools:
@@ -243,7 +243,7 @@ class SwitchLoRASwitch(BetweenSteps):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        check_stored(state_dict, _State, "in the state of SwitchLoRASwitch", ALTERED)
+        check_stored(state_dict, _State, "in the state of SwitchLoRACallback", ALTERED)
         self.pools, self.done, self.recent = (state_dict[key] for key in ("pools", "done", "recent"))
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from cola_lightning.models.config import LlamaConfig
 from cola_lightning.models.layers import MakeProjection
-from cola_lightning.models.positions import Rotary, rotate
+from cola_lightning.models.rotary import Rotary, rotate
 
 
 class Attention(nn.Module):
@@ -70,7 +70,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer, pre-normalised; residual stream (B, T, D) -> (B, T, D)."""
+    """One decoder layer, pre-normalized; residual stream (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: LlamaConfig, attention: Attention, mlp: MLP) -> None:
         super().__init__()

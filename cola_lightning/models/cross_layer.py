@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cola_lightning.models.block import Block
 from cola_lightning.models.layers import CrossLayer, Projection
-from cola_lightning.models.positions import Rotary
+from cola_lightning.models.rotary import Rotary
 
 
 class CrossLayerState:

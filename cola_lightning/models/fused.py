@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cola_lightning.models.block import MLP, Attention
-from cola_lightning.models.positions import Rotary
+from cola_lightning.models.rotary import Rotary
 
 
 class FusedAttention(Attention):
@@ -18,7 +18,7 @@ class FusedAttention(Attention):
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(x, rotary)
-        q, k, v = self.q_proj.together((self.q_proj, self.k_proj, self.v_proj), x)
+        q, k, v = self.q_proj.forward_fused((self.q_proj, self.k_proj, self.v_proj), x)
         return self.o_proj(self.mix(q, k, v, rotary))
 
 
@@ -28,5 +28,5 @@ class FusedMLP(MLP):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(x)
-        gate, up = self.gate_proj.together((self.gate_proj, self.up_proj), x)
+        gate, up = self.gate_proj.forward_fused((self.gate_proj, self.up_proj), x)
         return self.down_proj(self.combine(gate, up))

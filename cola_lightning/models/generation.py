@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cola_lightning.errors import InputError, UnusableModelError
-from cola_lightning.models.cache import Cache
+from cola_lightning.models.kv_cache import Cache
 from cola_lightning.models.llama import Llama
 
 

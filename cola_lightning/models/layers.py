@@ -1,7 +1,7 @@
 """The leaves of the network that carry weights, each of which knows how it starts.
 
 A module that owns parameters directly has a ``reset_parameters`` that alone decides their first values. Whoever
-materialises a network piece by piece (FSDP and ZeRO-3 do) then gets the same distribution as whoever builds it whole.
+materializes a network piece by piece (FSDP and ZeRO-3 do) then gets the same distribution as whoever builds it whole.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ class Projection(nn.Module):
         return self
 
     @classmethod
-    def together(cls, projections: Sequence["Projection"], x: Tensor) -> Sequence[Tensor]:
+    def forward_fused(cls, projections: Sequence["Projection"], x: Tensor) -> Sequence[Tensor]:
         """Call projections of this class that share the input ``x``. A subclass may join their matrices into one
         product: then the input is read once, and the backward pass need not add up a gradient for each."""
         return [projection(x) for projection in projections]
@@ -72,7 +72,7 @@ class FullRank(NormalLinear, Projection):
         return self.weight.detach()
 
     @classmethod
-    def together(cls, projections: Sequence["FullRank"], x: Tensor) -> Sequence[Tensor]:
+    def forward_fused(cls, projections: Sequence["FullRank"], x: Tensor) -> Sequence[Tensor]:
         weights = [projection.weight for projection in projections]
         return linear(x, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
 

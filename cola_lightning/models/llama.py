@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from cola_lightning.errors import InputError
 from cola_lightning.models.block import MLP, Attention, Block
-from cola_lightning.models.cache import Cache, LayerCache
 from cola_lightning.models.config import LlamaConfig
 from cola_lightning.models.cross_layer import CrossLayerBlock
 from cola_lightning.models.fused import FusedAttention, FusedMLP
+from cola_lightning.models.kv_cache import Cache, LayerCache
 from cola_lightning.models.layers import CrossLayer, FullRank, Head, MakeProjection, TokenEmbedding
-from cola_lightning.models.positions import Rotary, apart, rotary_table
+from cola_lightning.models.rotary import Rotary, document_mask, rotary_table
 
 
 def make_block(config: LlamaConfig, projection: MakeProjection) -> Block:
@@ -29,7 +29,7 @@ def make_block(config: LlamaConfig, projection: MakeProjection) -> Block:
     return (CrossLayerBlock if crosses else Block)(config, attention, mlp)
 
 
-def through(
+def run_layers(
     layers: Iterable[nn.Module], x: Tensor, rotary: Rotary, caches: Sequence[LayerCache] | None = None
 ) -> Tensor:
     """Run decoder layers one after another; residual stream (B, T, D) -> (B, T, D).
@@ -68,8 +68,8 @@ class Decoder(nn.Module):
             document_ids = ids.new_zeros(1, seen + ids.shape[1])  # all one document
         rotary = self.rotary(ids.shape[1], like=x, start=seen)
         if document_ids is not None:
-            rotary = rotary._replace(mask=apart(document_ids, seen))
-        x = through(self.layers, x, rotary, None if cache is None else cache.layers)
+            rotary = rotary._replace(mask=document_mask(document_ids, seen))
+        x = run_layers(self.layers, x, rotary, None if cache is None else cache.layers)
         return self.norm(x.to(self.norm.weight.dtype))  # a recompute scheme may run the stream in float32
 
     def rotary(self, length: int, *, like: Tensor, start: int = 0) -> Rotary:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cola_lightning.models.block import Block
 from cola_lightning.models.cross_layer import CrossLayerBlock
-from cola_lightning.models.positions import Rotary
+from cola_lightning.models.rotary import Rotary
 
 Scheme = Callable[..., Tensor | tuple[Tensor, ...]]
 """``f(block, x, rotary, *received)`` returns what the layer's plain forward pass returns, x (B, T, D) or x and the

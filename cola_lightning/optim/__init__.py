@@ -1,6 +1,6 @@
 """Schedules, and optimizers that no library has right. Other optimizers come from libraries by class_path."""
 
-from cola_lightning.optim.parameters import MakeOptimizer, MatricesAndRest, Parameters
+from cola_lightning.optim.parameter_groups import HybridOptimizer, MakeOptimizer, Parameters
 from cola_lightning.optim.projected import APOLLO, Fira, GaLore
 from cola_lightning.optim.row_adamw import RowAdamW
 from cola_lightning.optim.schedules import MakeSchedule, WarmupCosine, WarmupCosineRestarts
@@ -10,9 +10,9 @@ __all__ = [
     "APOLLO",
     "Fira",
     "GaLore",
+    "HybridOptimizer",
     "MakeOptimizer",
     "MakeSchedule",
-    "MatricesAndRest",
     "Parameters",
     "RowAdamW",
     "TransformersAdamW",

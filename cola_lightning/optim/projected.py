@@ -30,21 +30,21 @@ class ProjectedAdam(StepEachParameter):
     :class:`~cola_lightning.optim.TransformersAdamW`. Moments stay as they are when the projector changes.
     """
 
-    whole_matrices = True  # sharded strategies are refused, see cola_lightning.strategies
+    whole_matrices = True  # sharded strategies are refused, see cola_lightning.distributed.strategies
 
-    def __init__(self, params: Iterable, rank: int, refresh_every: int, **defaults: Any) -> None:
+    def __init__(self, params: Iterable, rank: int, update_proj_gap: int, **defaults: Any) -> None:
         name = type(self).__name__
         if rank < 1:
             raise InputError(f"{name}: rank is {rank}; it must be at least 1")
-        if refresh_every < 1:
-            raise InputError(f"{name}: refresh_every is {refresh_every}; it must be at least 1 step")
-        super().__init__(params, {"rank": rank, "refresh_every": refresh_every, **defaults})
+        if update_proj_gap < 1:
+            raise InputError(f"{name}: update_proj_gap is {update_proj_gap}; it must be at least 1 step")
+        super().__init__(params, {"rank": rank, "update_proj_gap": update_proj_gap, **defaults})
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
                     raise InputError(
                         f"{name} is for matrices, but was given a parameter of shape {tuple(p.shape)}; name it as "
-                        f"matrices of cola_lightning.optim.MatricesAndRest"
+                        f"matrices of cola_lightning.optim.HybridOptimizer"
                     )
 
     def projector(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
@@ -52,7 +52,7 @@ class ProjectedAdam(StepEachParameter):
         raise NotImplementedError
 
     def update(self, grad: Tensor, low: Tensor, normed: Tensor, P: Tensor, state: dict, group: dict) -> Tensor:  # noqa: N803
-        """The direction (m x n), m < n, from the gradient G, its image R and the normalised image N (both R x n)."""
+        """The direction (m x n), m < n, from the gradient G, its image R and the normalized image N (both R x n)."""
         raise NotImplementedError
 
     def step_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
@@ -79,8 +79,8 @@ class ProjectedAdam(StepEachParameter):
 
 
 def leading_directions(state: dict, grad: Tensor, group: dict[str, Any]) -> Tensor:
-    """The leading left singular vectors of the gradient, renewed every ``refresh_every`` steps, the first included."""
-    if state["step"] % group["refresh_every"] == 0:
+    """The leading left singular vectors of the gradient, renewed every ``update_proj_gap`` steps, the first included."""
+    if state["step"] % group["update_proj_gap"] == 0:
         u = torch.linalg.svd(grad.float(), full_matrices=False).U[:, : group["rank"]]
         state["projector"] = u.to(grad.dtype).contiguous()
         if dist.is_initialized():
@@ -113,7 +113,7 @@ class GaLore(ProjectedAdam):
         lr: Learning rate.
         rank: Directions that are kept; all of them where a side is shorter.
         scale: α.
-        refresh_every: Steps between two decompositions of the gradient.
+        update_proj_gap: Steps between two decompositions of the gradient.
         betas: Decay of the two moments.
         eps: Added to the root of the second moment; 1e-6 in the reference implementation, 1e-8 in the paper.
         weight_decay: Decoupled.
@@ -128,13 +128,13 @@ class GaLore(ProjectedAdam):
         lr: float = 0.01,
         rank: int = 128,
         scale: float = 0.25,
-        refresh_every: int = 200,
+        update_proj_gap: int = 200,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(
-            params, rank, refresh_every, lr=lr, scale=scale, betas=betas, eps=eps, weight_decay=weight_decay
+            params, rank, update_proj_gap, lr=lr, scale=scale, betas=betas, eps=eps, weight_decay=weight_decay
         )
 
     def projector(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
@@ -153,7 +153,7 @@ class Fira(ProjectedAdam):
         lr: Learning rate.
         rank: Directions that are kept; all of them where a side is shorter.
         scale: α.
-        refresh_every: Steps between two decompositions of the gradient.
+        update_proj_gap: Steps between two decompositions of the gradient.
         growth: γ, how much larger the outside part may be than at the step before.
         form: ``code``, with which the published numbers were made: the update is ``α P N + S``, and the outside part
             ``S`` is made of ``G - α P R``. ``paper``: ``α (P N + S)`` and ``G - P R``.
@@ -171,7 +171,7 @@ class Fira(ProjectedAdam):
         lr: float = 0.01,
         rank: int = 128,
         scale: float = 0.25,
-        refresh_every: int = 200,
+        update_proj_gap: int = 200,
         growth: float = 1.01,
         form: Literal["code", "paper"] = "code",
         betas: tuple[float, float] = (0.9, 0.999),
@@ -180,7 +180,7 @@ class Fira(ProjectedAdam):
     ) -> None:
         self.form = form
         super().__init__(
-            params, rank, refresh_every, lr=lr, scale=scale, growth=growth, betas=betas, eps=eps,
+            params, rank, update_proj_gap, lr=lr, scale=scale, growth=growth, betas=betas, eps=eps,
             weight_decay=weight_decay,
         )  # fmt: skip
 
@@ -207,7 +207,7 @@ class APOLLO(ProjectedAdam):
         rank: Width of the random image.
         scale: Its root multiplies the update, as in the reference implementation.
         scaling: One factor for each column (``channel``), or for the matrix (``tensor``).
-        refresh_every: Steps between two seeds.
+        update_proj_gap: Steps between two seeds.
         growth: How much larger the update may be than at the step before.
         seed: Of the projections; the same on all ranks.
         betas: Decay of the two moments.
@@ -225,7 +225,7 @@ class APOLLO(ProjectedAdam):
         rank: int = 128,
         scale: float = 1.0,
         scaling: Literal["channel", "tensor"] = "channel",
-        refresh_every: int = 200,
+        update_proj_gap: int = 200,
         growth: float = 1.01,
         seed: int = 0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -234,13 +234,13 @@ class APOLLO(ProjectedAdam):
     ) -> None:
         self.scaling, self.seed = scaling, seed
         super().__init__(
-            params, rank, refresh_every, lr=lr, scale=scale, growth=growth, betas=betas, eps=eps,
+            params, rank, update_proj_gap, lr=lr, scale=scale, growth=growth, betas=betas, eps=eps,
             weight_decay=weight_decay,
         )  # fmt: skip
         self.numbers = {p: n for n, p in enumerate(p for group in self.param_groups for p in group["params"])}
 
     def projector(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
-        round_ = self.state[p]["step"] // group["refresh_every"]
+        round_ = self.state[p]["step"] // group["update_proj_gap"]
         # A seed of its own for each matrix and round, up to a million of either
         seed = ((self.seed << 40) + (self.numbers[p] << 20) + round_) % 2**63
         generator = torch.Generator(p.device).manual_seed(seed)

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Tokens per second and peak memory under each strategy, at 1B on this node's GPUs: bash recipes/cluster/measure.sh FOLDER
-# Further flags are those of fit, for instance where data and tokenizer lie. By environment: RUN, a run file of configs
+# Further flags are those of fit, for instance where data and tokenizer lie. By environment: RUN, a config of configs
 # (cola_1b), and STRATEGIES.
 # On a CPU: RUN=quickstart STRATEGIES='ddp fsdp2' bash recipes/cluster/measure.sh FOLDER --trainer.devices 2
 set -uo pipefail

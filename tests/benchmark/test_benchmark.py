@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 
-from cola_lightning.benchmark import Own, Peer
+from cola_lightning.benchmark import ExternalModel, PackageModel
 from cola_lightning.benchmark.clock import Clock
-from cola_lightning.benchmark.options import parse
-from cola_lightning.cli import CLI, main
+from cola_lightning.cli.app import CLI, main
+from cola_lightning.cli.commands.benchmark import parse
 from cola_lightning.errors import InputError
 from tests.conftest import REPOSITORY
 
@@ -66,8 +66,8 @@ def test_networks_are_measured_side_by_side_with_another_own_and_anothers(flags,
 @pytest.mark.slow
 def test_a_peer_learns_as_our_network_does(flags):
     cli = CLI([*flags, "--trainer.precision=64-true"], run=False)
-    own = Own("own", cli.trainer, cli.model, cli.datamodule)
-    peer = Peer("tests.benchmark.peers:same", own)
+    own = PackageModel("own", cli.trainer, cli.model, cli.datamodule)
+    peer = ExternalModel("tests.benchmark.peers:same", own)
     for subject in (own, peer):
         subject.build()
     peer.network.load_state_dict(cli.model.network.state_dict())
@@ -137,4 +137,4 @@ def test_what_cannot_be_is_refused(args, message):
 def test_a_peer_that_is_none_is_refused(path, message, flags):
     cli = CLI(flags, run=False)
     with pytest.raises(InputError, match=message):
-        Peer(path, Own("own", cli.trainer, cli.model, cli.datamodule)).build()
+        ExternalModel(path, PackageModel("own", cli.trainer, cli.model, cli.datamodule)).build()

@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import ConstantLR
 from cola_lightning.callbacks import ActivationSpectrum, Checkpoints, GradientNorms, LossGuard, Throughput
 from cola_lightning.callbacks.loss_guard import TrainingDivergedError
 from cola_lightning.methods import CoLA
-from cola_lightning.module import LanguageModel
 from cola_lightning.optim import WarmupCosine
+from cola_lightning.training.module import LanguageModel
 
 STEPS, ROWS, POISON = 12, 4, 63
 

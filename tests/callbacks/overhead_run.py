@@ -34,7 +34,7 @@ from cola_lightning.callbacks import (
     Throughput,
 )
 from cola_lightning.methods import CoLA
-from cola_lightning.module import LanguageModel
+from cola_lightning.training.module import LanguageModel
 
 BLOCK, EVERY_N_STEPS, ROWS, LENGTH, VOCABULARY, MICRO_BATCHES = 10, 1000, 16, 256, 8192, 2
 HOOKS = ("on_before_backward", "on_before_optimizer_step", "on_train_batch_start", "on_train_batch_end", "judge")

@@ -7,12 +7,12 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cola_lightning.callbacks import ActivationSpectrum, CoLAM
+from cola_lightning.callbacks import ActivationSpectrum
+from cola_lightning.callbacks.effective_rank import effective_rank
 from cola_lightning.errors import InputError
-from cola_lightning.methods import CoLA
+from cola_lightning.methods import CoLA, CoLAM
 from cola_lightning.models import FullRank
-from cola_lightning.module import LanguageModel
-from cola_lightning.spectrum import effective_rank
+from cola_lightning.training.module import LanguageModel
 from tests.conftest import loader, tiny_trainer
 
 

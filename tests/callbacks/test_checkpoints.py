@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cola_lightning.callbacks import Checkpoints
 from cola_lightning.callbacks.checkpoints import UnsavedError
-from cola_lightning.checkpoints import damage, lock, read
-from cola_lightning.checkpoints.newest import newest_whole
+from cola_lightning.checkpoints import find_corruption, lock, read
+from cola_lightning.checkpoints.latest import latest_valid
 from cola_lightning.checkpoints.writer import FileWriter
 from cola_lightning.errors import InputError
 from tests.conftest import loader, tiny_trainer
@@ -39,7 +39,7 @@ def test_the_newest_stay_and_the_end_is_among_them(tmp_path):
     assert names(tmp_path) == ["last.ckpt", "step_00000004.ckpt", "step_00000005.ckpt"]
     assert os.readlink(tmp_path / "last.ckpt") == "step_00000005.ckpt"
     assert callback.last_model_path == str(tmp_path / "step_00000005.ckpt")
-    assert all(damage(path) is None for path in tmp_path.iterdir())
+    assert all(find_corruption(path) is None for path in tmp_path.iterdir())
 
 
 def test_where_the_newest_is_damaged_the_one_before_is_used(tmp_path):
@@ -48,7 +48,7 @@ def test_where_the_newest_is_damaged_the_one_before_is_used(tmp_path):
     os.truncate(tmp_path / "step_00000005.ckpt", 5000)
     with pytest.warns(UserWarning, match="step_00000005.ckpt is damaged"):
         fit(tmp_path, 5, resume="last")
-    assert damage(tmp_path / "step_00000005.ckpt") is None
+    assert find_corruption(tmp_path / "step_00000005.ckpt") is None
     for name, weight in read(tmp_path / "last.ckpt").weights.items():
         assert torch.equal(weight, expected[name])
 
@@ -100,7 +100,7 @@ def test_a_crash_while_writing_leaves_what_was_there(tmp_path):
     folder = tmp_path / "run"
     assert Run(die_while_writing, str(folder), ranks=1, folder=tmp_path).wait() == [-signal.SIGKILL]
     assert names(folder) == ["last.ckpt", "step_00000002.ckpt", "step_00000004.ckpt.partial"]
-    assert newest_whole(folder) == folder / "step_00000002.ckpt"
+    assert latest_valid(folder) == folder / "step_00000002.ckpt"
     fit(folder, 6, resume="last")
     assert names(folder) == ["last.ckpt", "step_00000004.ckpt", "step_00000006.ckpt"]
 
@@ -129,7 +129,7 @@ def test_a_full_disk_lets_the_run_go_on_and_fail_at_its_end(tmp_path, ranks):
     run = Run(fill_the_disk, str(folder), ranks, ranks=ranks, folder=tmp_path)
     assert run.wait() == [1] * ranks, run.output()
     assert names(folder) == ["last.ckpt", "step_00000002.ckpt"]
-    assert damage(folder / "last.ckpt") is None
+    assert find_corruption(folder / "last.ckpt") is None
     told = "could not be written: [Errno 27] File too large. The run goes on and tries again in 2 steps; the newest "
     assert told + f"checkpoint is {folder / 'step_00000002.ckpt'}" in run.logs[0].read_text()
 
@@ -199,7 +199,7 @@ def test_checkpoints_of_others_stay(tmp_path):
     assert names(tmp_path)[-3:] == ["step_00000005.ckpt", "step_00000006.ckpt", "validated"]
     assert sorted(map(Path, best.best_k_models)) == sorted(tmp_path.glob("best-*.ckpt"))
     assert len(best.best_k_models) == 3
-    assert all(damage(Path(path)) is None for path in best.best_k_models)
+    assert all(find_corruption(Path(path)) is None for path in best.best_k_models)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
@@ -246,7 +246,7 @@ def test_a_link_that_cannot_be_made_does_not_lead_back(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "symlink_to", fail)
     with pytest.warns(UserWarning, match=r"last.ckpt could not be changed .*step_00000006.ckpt"):
         fit(tmp_path, 6, resume="last")
-    assert newest_whole(tmp_path) == tmp_path / "step_00000006.ckpt"
+    assert latest_valid(tmp_path) == tmp_path / "step_00000006.ckpt"
 
 
 @pytest.mark.distributed

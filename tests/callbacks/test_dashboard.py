@@ -10,7 +10,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from cola_lightning.callbacks.dashboard import LAYOUT
 from cola_lightning.callbacks.hyper_parameters import METRICS
-from cola_lightning.cli import main
+from cola_lightning.cli.app import main
 from tests.conftest import REPOSITORY
 
 

@@ -6,11 +6,11 @@ import lightning as L
 import pytest
 import torch
 
-from cola_lightning.callbacks import CoLAM, OutOfMemoryAdvice
+from cola_lightning.callbacks import OutOfMemoryAdvice
 from cola_lightning.callbacks.out_of_memory import advice
-from cola_lightning.cli import main
+from cola_lightning.cli.app import main
 from cola_lightning.costs import Run
-from cola_lightning.methods import CoLA
+from cola_lightning.methods import CoLA, CoLAM
 from cola_lightning.models import FullRank, LlamaConfig
 from cola_lightning.models.llama import build_llama
 from tests.conftest import loader, tiny_trainer

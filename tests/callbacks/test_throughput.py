@@ -4,11 +4,11 @@ import lightning as L
 import pytest
 import torch
 
-from cola_lightning.callbacks import CoLAM, Throughput
+from cola_lightning.callbacks import Throughput
 from cola_lightning.callbacks.throughput import flops_per_token
 from cola_lightning.costs.counters import count_flops
-from cola_lightning.methods import CoLA
-from cola_lightning.module import LanguageModel
+from cola_lightning.methods import CoLA, CoLAM
+from cola_lightning.training.module import LanguageModel
 from tests.conftest import loader, tiny_trainer
 from tests.recorder import Recorder, metrics
 

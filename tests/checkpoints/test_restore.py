@@ -11,11 +11,11 @@ from torch.distributed import checkpoint as sharded
 
 from cola_lightning.checkpoints import read
 from cola_lightning.checkpoints.formats import weights_in_parts
-from cola_lightning.checkpoints.integrity import checksum, contents, seal
+from cola_lightning.checkpoints.manifest import checksum, contents, write_manifest
 from cola_lightning.checkpoints.restore import restore_explained
-from cola_lightning.cli import main
+from cola_lightning.cli.app import main
 from cola_lightning.errors import InputError
-from cola_lightning.module import LanguageModel
+from cola_lightning.training.module import LanguageModel
 
 pytestmark = pytest.mark.slow
 
@@ -74,12 +74,14 @@ def test_a_new_run_begins_with_the_weights_where_a_flag_says_so(altered, tiny_ru
     assert all(torch.equal(weight, ended.weights[name]) for name, weight in began.weights.items())
 
 
-@pytest.mark.parametrize("verb", ["fit", "validate", "predict"])
-def test_weights_that_are_no_numbers_are_refused_unless_a_flag_allows_them(verb, altered, tiny_run, tmp_path, capsys):
+@pytest.mark.parametrize("command", ["fit", "validate", "predict"])
+def test_weights_that_are_no_numbers_are_refused_unless_a_flag_allows_them(
+    command, altered, tiny_run, tmp_path, capsys
+):
     path = altered(lambda state: next(iter(state["state_dict"].values())).view(-1)[:1].fill_(float("nan")))
-    command = [verb, *tiny_run, f"--ckpt_path={path}", f"--run_dir={tmp_path / 'out'}"]
+    command = [command, *tiny_run, f"--ckpt_path={path}", f"--run_dir={tmp_path / 'out'}"]
     assert "holds NaN or infinity; take an earlier checkpoint, or add --allow_nan true" in refused(command, capsys)
-    if verb == "validate":
+    if command == "validate":
         main([*command, "--allow_nan=true"])
 
 
@@ -120,7 +122,7 @@ def test_weights_of_a_folder_that_are_no_numbers_are_refused(
         state = torch.load(trained_run / "checkpoints" / "last.ckpt", weights_only=True)
         state["state_dict"]["network.model.layers.0.mlp.down_proj.A.weight"][-1, -1] = value
         write(state, folder, place)
-        seal(folder, {name: checksum(folder / name) for name in contents(folder)})
+        write_manifest(folder, {name: checksum(folder / name) for name in contents(folder)})
         assert len(list(weights_in_parts(folder))) == (2 if "fp32" in place else 1) or write is as_shards
         lines.append(refused(["validate", *tiny_run, f"--ckpt_path={folder}", f"--run_dir={tmp_path / 'out'}"], capsys))
         shutil.rmtree(folder)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cola_lightning.cli import main, resolve
-from cola_lightning.compare.cells import Bench
+from cola_lightning.cli.app import main, resolve
 from cola_lightning.compare.plan import Method, Plan
+from cola_lightning.compare.trials import SweepRunner
 from cola_lightning.errors import InputError
 from tests.conftest import REPOSITORY
 
@@ -22,7 +22,7 @@ GALORE = str(REPOSITORY / "configs" / "method" / "galore.yaml")
 
 
 @pytest.fixture(scope="module")
-def run_file(tiny_run, tmp_path_factory) -> str:
+def config_file(tiny_run, tmp_path_factory) -> str:
     """What all methods here build on: six steps of a tiny network."""
     file = tmp_path_factory.mktemp("plans") / "run.yaml"
     flags = ["--model.optimizer.lr=0.01", "--trainer.val_check_interval=6"]
@@ -32,9 +32,9 @@ def run_file(tiny_run, tmp_path_factory) -> str:
     return str(file)
 
 
-def write_plan(folder: Path, run_file: str, **changes) -> list[str]:
+def write_plan(folder: Path, config_file: str, **changes) -> list[str]:
     plan = {
-        "configs": [run_file],
+        "configs": [config_file],
         "methods": {
             "CoLA": {"flags": {"model.projection.rank": 4}},
             "GaLore, full rank": {"configs": [GALORE], "flags": {"model.projection": "FullRank"}},
@@ -51,9 +51,9 @@ def results(folder: Path) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def compared(run_file, tmp_path_factory) -> Path:
+def compared(config_file, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("compared")
-    main([*write_plan(folder, run_file), "--jobs=2"])
+    main([*write_plan(folder, config_file), "--jobs=2"])
     return folder
 
 
@@ -132,30 +132,30 @@ def test_runs_on_text_that_changed_in_between_are_not_compared(compared):
     result = next(iter(results(compared / "out").values()))
     [source] = result["data"]
     assert source["contents"]
-    bench = Bench(None, compared / "out", 1)
-    bench._check_data(compared / "out" / "cola" / "new", result)
+    runner = SweepRunner(None, compared / "out", 1)
+    runner._check_data(compared / "out" / "cola" / "new", result)
     with pytest.raises(InputError, match=r"cola/new was trained on other text than .*: the files changed between"):
-        bench._check_data(compared / "out" / "cola" / "new", result | {"data": [source | {"contents": "other"}]})
+        runner._check_data(compared / "out" / "cola" / "new", result | {"data": [source | {"contents": "other"}]})
 
 
 @pytest.mark.slow
-def test_another_plan_in_the_same_folder_is_refused(compared, run_file, capsys, tmp_path):
-    flags = write_plan(tmp_path, run_file, flags={"trainer.max_steps": 7})
+def test_another_plan_in_the_same_folder_is_refused(compared, config_file, capsys, tmp_path):
+    flags = write_plan(tmp_path, config_file, flags={"trainer.max_steps": 7})
     with pytest.raises(SystemExit, match="2"):
         main([*flags[:2], f"--folder={compared / 'out'}"])
     assert "was begun with another trainer.max_steps than the plan has now" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_single_cells_and_one_that_fails(run_file, tmp_path, capsys):
+def test_single_cells_and_one_that_fails(config_file, tmp_path, capsys):
     """The second method's width does not fit its heads; the first is carried out all the same."""
     methods = {"good": {}, "bad": {"flags": {"model.num_attention_heads": 5}}}
-    flags = write_plan(tmp_path, run_file, methods=methods, learning_rates=[1])
+    flags = write_plan(tmp_path, config_file, methods=methods, learning_rates=[1])
     with pytest.raises(SystemExit, match="2"):
         main([*flags, "--cell=2"])
     assert "cell 2 is good at its best learning rate; run cell 0 first" in capsys.readouterr().err
-    for cell in (0, 1, 2):
-        main([*flags, f"--cell={cell}"])
+    for trial in (0, 1, 2):
+        main([*flags, f"--cell={trial}"])
     assert "bad, learning rate x 1, seed 1: failed, see" in capsys.readouterr().out
     main([*flags, "--jobs=0"])
     text = (tmp_path / "out" / "report" / "table.md").read_text()
@@ -165,12 +165,12 @@ def test_single_cells_and_one_that_fails(run_file, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_killed_for_real_it_goes_on_from_its_checkpoint(run_file, tmp_path):
+def test_killed_for_real_it_goes_on_from_its_checkpoint(config_file, tmp_path):
     steps = {"trainer.max_steps": 150, "trainer.val_check_interval": 150, "checkpoint.every_n_train_steps": 5}
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
     plans = {
-        name: write_plan(tmp_path / name, run_file, methods={"CoLA": {}}, learning_rates=[1], seeds=[1], flags=steps)
+        name: write_plan(tmp_path / name, config_file, methods={"CoLA": {}}, learning_rates=[1], seeds=[1], flags=steps)
         for name in ("whole", "broken")
     }
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
@@ -202,8 +202,8 @@ def make(**changes) -> Plan:
 
 
 def test_cells_are_numbered_sweep_first():
-    cells = [(cell.number, cell.method, cell.factor, cell.seed) for cell in make().cells]
-    assert cells == [
+    trials = [(trial.number, trial.method, trial.factor, trial.seed) for trial in make().trials]
+    assert trials == [
         (0, "a", 1, 1), (1, "a", 3, 1), (2, "b", 1, 1), (3, "b", 3, 1),
         (4, "a", None, 2), (5, "a", None, 3), (6, "b", None, 2), (7, "b", None, 3),
     ]  # fmt: skip

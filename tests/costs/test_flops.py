@@ -5,13 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from cola_lightning.callbacks import CoLAM
 from cola_lightning.costs import Flops, Run
 from cola_lightning.costs.counters import Recorder, count_flops
-from cola_lightning.methods import CoLA, LowRank
+from cola_lightning.methods import CoLA, CoLAM, LowRank
 from cola_lightning.models import FullRank, LlamaConfig
 from cola_lightning.models.llama import build_llama
-from cola_lightning.module import next_token_losses
+from cola_lightning.training.module import next_token_losses
 from tests.costs.published import RANKS, SIZES, network
 
 SETTINGS = {

@@ -12,10 +12,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from cola_lightning.costs import Run, gpu_named, gpu_reported, lay_out
+from cola_lightning.costs import Run, gpu_named, gpu_reported, memory_layout
 from cola_lightning.costs.counters import count_flops
 from cola_lightning.costs.gpus import GPUS
-from cola_lightning.costs.layout import PRECISIONS
+from cola_lightning.costs.memory_layout import PRECISIONS
 from cola_lightning.costs.parameters import Parameters, Part
 from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA
@@ -176,7 +176,7 @@ def test_the_papers_memory_column(kind, size):
 )
 def test_shares_are_those_of_the_zero_paper(strategy, gigabytes):
     """arXiv 1910.02054, figure 1: 7.5B parameters on 64 GPUs, 16-bit weights and gradients, 12 bytes for Adam."""
-    layout = lay_out(strategy, "16-mixed", 64)
+    layout = memory_layout(strategy, "16-mixed", 64)
     weight = layout.dtype.itemsize if layout.master else 2  # its baseline keeps 16-bit weights under plain DDP too
     total = 7.5 * (weight * (layout.weights + layout.gradients) + 12 * layout.optimizer)
     assert round(total, 1) == gigabytes
@@ -191,21 +191,21 @@ def parameters(total: int, layer: int, head: int) -> Parameters:
 
 def test_buffers_of_each_strategy():
     sizes = parameters(total=1000, layer=100, head=50)
-    assert lay_out("auto", "bf16-true", 1).buffers(sizes) == (0, 0)
-    assert lay_out("auto", "bf16-true", 2).buffers(sizes) == (2000, 2000)
-    assert lay_out(DDPStrategy(gradient_as_bucket_view=True), "32-true", 2).buffers(sizes) == (0, 0)
-    assert lay_out("fsdp", "bf16-mixed", 4).buffers(sizes) == (2 * 100, 2 * (100 + 200 + 50 + 100))
-    assert lay_out("fsdp2", "bf16-mixed", 4).buffers(sizes)[0] == 4 * 100  # gathers float32, which autocast casts
-    assert lay_out("deepspeed_stage_2", "bf16-true", 4).buffers(sizes) == (8e8, 8e8)
-    kept = lay_out(FSDPStrategy(sharding_strategy="SHARD_GRAD_OP"), "bf16-true", 4).buffers(sizes)
+    assert memory_layout("auto", "bf16-true", 1).buffers(sizes) == (0, 0)
+    assert memory_layout("auto", "bf16-true", 2).buffers(sizes) == (2000, 2000)
+    assert memory_layout(DDPStrategy(gradient_as_bucket_view=True), "32-true", 2).buffers(sizes) == (0, 0)
+    assert memory_layout("fsdp", "bf16-mixed", 4).buffers(sizes) == (2 * 100, 2 * (100 + 200 + 50 + 100))
+    assert memory_layout("fsdp2", "bf16-mixed", 4).buffers(sizes)[0] == 4 * 100  # gathers float32, which autocast casts
+    assert memory_layout("deepspeed_stage_2", "bf16-true", 4).buffers(sizes) == (8e8, 8e8)
+    kept = memory_layout(FSDPStrategy(sharding_strategy="SHARD_GRAD_OP"), "bf16-true", 4).buffers(sizes)
     assert kept[0] == 2 * 1000
 
 
 def test_what_is_offloaded_is_not_on_the_gpu():
     for strategy in ("deepspeed_stage_3_offload", "fsdp_cpu_offload"):
-        layout = lay_out(strategy, "bf16-true", 4)
+        layout = memory_layout(strategy, "bf16-true", 4)
         assert layout.weights == layout.gradients == layout.optimizer == 0
-    layout = lay_out("deepspeed_stage_2_offload", "bf16-true", 4)
+    layout = memory_layout("deepspeed_stage_2_offload", "bf16-true", 4)
     assert (layout.weights, layout.gradients, layout.optimizer) == (1, 0, 0)
 
 
@@ -219,7 +219,7 @@ def test_what_is_offloaded_is_not_on_the_gpu():
 )
 def test_what_is_not_estimated_is_named(arguments, message):
     with pytest.raises(InputError, match=message):
-        lay_out(*arguments)
+        memory_layout(*arguments)
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def arguments(c4: Path, **others) -> dict:
         "sequence_length": 32,
         "batch_size": 2,
         "shuffle_buffer": 8,
-        "lanes": 4,
+        "logical_shards": 4,
         "validation_tokens": 500,
         "num_workers": 0,
         "retry_wait": 0.01,
@@ -83,7 +83,7 @@ def arguments(c4: Path, **others) -> dict:
 
 @pytest.fixture(scope="session")
 def prepared(c4, tmp_path_factory) -> Path:
-    """The same folder, tokenised."""
+    """The same folder, tokenized."""
     folder = tmp_path_factory.mktemp("prepared") / "c4"
     source = Source("json", data_files=arguments(c4)["data_files"])
     prepare(source, str(folder), ["train", "validation"], f"{c4}/tokenizer", num_workers=1)

@@ -56,16 +56,16 @@ class _Handler(BaseHTTPRequestHandler):
         commits = self.hub.commits(kind, "/".join(rest[:2]))
         if not all(folder.is_dir() for folder in commits.values()):
             return self.missing("RepoNotFound")
-        verb, revision, inside = next(iter(rest[2:]), None), next(iter(rest[3:]), "main"), "/".join(rest[4:])
+        command, revision, inside = next(iter(rest[2:]), None), next(iter(rest[3:]), "main"), "/".join(rest[4:])
         commit = list(commits)[-1] if revision == "main" else revision
         if commit not in commits:
             return self.missing("RevisionNotFound")
         folder = commits[commit]
-        if verb in (None, "revision"):
+        if command in (None, "revision"):
             return self.object({"id": "/".join(rest[:2]), "sha": commit, "siblings": []})
-        if verb == "tree":
+        if command == "tree":
             return self.tree(folder, inside, parse_qs(address.query))
-        if verb == "resolve" and (folder / inside).is_file():
+        if command == "resolve" and (folder / inside).is_file():
             return self.file(folder / inside, commit)
         return self.missing("EntryNotFound", {"X-Repo-Commit": commit})
 

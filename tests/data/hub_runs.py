@@ -24,10 +24,10 @@ import huggingface_hub
 import lightning as L
 import torch.distributed as dist
 
-from cola_lightning.cli import main as command_line
+from cola_lightning.cli.app import main as command_line
 from cola_lightning.data import C4DataModule, Source
 from cola_lightning.errors import InputError
-from tests.data.test_c4 import ready, take
+from tests.data.test_streaming import ready, take
 
 
 class KillAt(L.Callback):

@@ -17,9 +17,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from cola_lightning.callbacks import Ledger
+from cola_lightning.callbacks import SourceTokenCounter
 from cola_lightning.data import C4DataModule
-from cola_lightning.module import LanguageModel
+from cola_lightning.training.module import LanguageModel
 
 STEPS, ACCUMULATE, SAVE_EVERY = 10, 2, 3
 
@@ -61,7 +61,7 @@ def train(run: dict, rank: int) -> None:
         callbacks=[
             ModelCheckpoint(folder, every_n_train_steps=SAVE_EVERY, save_top_k=-1, filename="{step}"),
             Witness(folder / f"log.{rank}", run.get("kill_at")),
-            Ledger(),
+            SourceTokenCounter(),
         ],
     )
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

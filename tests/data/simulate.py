@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from cola_lightning.data.lanes import MakeLanes, RowShape
+from cola_lightning.data.logical_shards import MakeLogicalShards, RowShape
 from cola_lightning.data.passes import WHOLE
-from cola_lightning.data.stream import OneRank, StreamLoader
+from cola_lightning.data.stream_loader import OneRank, StreamLoader
 
 EOS, PAD = 1, 0
 
@@ -41,9 +41,11 @@ class Numbers:
         return {begin for shard in range(len(self.shards)) for _, [begin] in self.read(shard)}
 
 
-def make_lanes(*corpora, lanes=1, block=5, weights=None, **shape) -> MakeLanes:
+def make_logical_shards(*corpora, num_logical_shards=1, block=5, weights=None, **shape) -> MakeLogicalShards:
     shape = RowShape(**({"length": 8, "packed": True, "pad_id": PAD} | shape))
-    return MakeLanes(list(corpora), list(weights or [1 / len(corpora)] * len(corpora)), lanes, block, "7", shape)
+    return MakeLogicalShards(
+        list(corpora), list(weights or [1 / len(corpora)] * len(corpora)), num_logical_shards, block, "7", shape
+    )
 
 
 class Threads:
@@ -89,20 +91,20 @@ RUNS: list["Run"] = []
 class Run:
     """A run on simulated ranks and workers, from a state or from the beginning."""
 
-    def __init__(self, make, ranks=1, workers=0, state=None, batch_size=2, window=1, kind=InProcess) -> None:
-        self.window = window
+    def __init__(self, make, ranks=1, workers=0, state=None, batch_size=2, batches_per_step=1, kind=InProcess) -> None:
+        self.batches_per_step = batches_per_step
         threads = Threads(ranks)
         self.loaders = [
             kind(
                 make,
-                make.lanes,
+                make.num_logical_shards,
                 batch_size,
                 10**6,
                 state=state,
                 replicas=ranks,
                 rank=rank,
                 workers=workers,
-                window=window,
+                batches_per_step=batches_per_step,
                 ranks=threads.rank(rank),
             )
             for rank in range(ranks)
@@ -135,6 +137,10 @@ class Run:
         """As the data module puts it together, and through JSON, because only plain data may be in it."""
         states = [loader.state_dict() for loader in self.loaders]
         assert len({state["batches"] for state in states}) == 1
-        lanes = {lane: value for state in states for lane, value in state["lanes"].items()}
-        assert len(lanes) == sum(len(state["lanes"]) for state in states)  # no lane has two owners
-        return json.loads(json.dumps(states[0] | {"lanes": lanes}))
+        logical_shards = {
+            logical_shard: value for state in states for logical_shard, value in state["logical_shards"].items()
+        }
+        assert len(logical_shards) == sum(
+            len(state["logical_shards"]) for state in states
+        )  # no logical shard has two owners
+        return json.loads(json.dumps(states[0] | {"logical_shards": logical_shards}))

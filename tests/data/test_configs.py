@@ -1,11 +1,11 @@
-"""The run files about data can be named on the command line."""
+"""The configs about data can be named on the command line."""
 
 from pathlib import Path
 
 import pytest
 import yaml
 
-from cola_lightning.cli import main
+from cola_lightning.cli.app import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 @pytest.mark.parametrize(
     "overlay", ["prepared", "mixture", "fineweb_edu", "dclm", "slimpajama", "the_pile", "redpajama"]
 )
-def test_overlay_is_a_run_file(overlay, capsys):
+def test_overlay_is_a_config_file(overlay, capsys):
     with pytest.raises(SystemExit) as end:
         main(["fit", "--config", f"{CONFIGS}/data/{overlay}.yaml", "--print_config"])
     assert end.value.code == 0

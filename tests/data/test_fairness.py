@@ -8,17 +8,17 @@ from random import Random
 
 import pytest
 
-from cola_lightning.data import stream
+from cola_lightning.data import stream_loader as stream
 from cola_lightning.data.passes import divide
 from cola_lightning.errors import InputError
-from tests.data.simulate import Numbers, Run, make_lanes
+from tests.data.simulate import Numbers, Run, make_logical_shards
 
-LANES = 12
+NUM_LOGICAL_SHARDS = 12
 
 
 @pytest.fixture(autouse=True)
 def short_passes(monkeypatch):
-    """Let lanes part again after a pass of a few batches, so that both ways to read are tried."""
+    """Let logical shards part again after a pass of a few batches, so that both ways to read are tried."""
     monkeypatch.setattr(stream, "LONG_PASS", 2)
 
 
@@ -37,16 +37,24 @@ class Layout:
         self.weights = [part / sum(parts) for part in parts]
         self.packed = draw.random() < 0.5
         self.ranks, self.workers = draw.choice([1, 2, 3, 4]), draw.choice([0, 1, 2, 3])
-        self.block, self.window = draw.choice([1, 4, 30]), draw.choice([1, 2, 3])
+        self.block, self.batches_per_step = draw.choice([1, 4, 30]), draw.choice([1, 2, 3])
         self.kills = [draw.randint(1, 20) for _ in range(3)]
 
     def make(self):
-        return make_lanes(
-            *self.corpora, lanes=LANES, block=self.block, weights=self.weights, packed=self.packed, length=16
+        return make_logical_shards(
+            *self.corpora,
+            num_logical_shards=NUM_LOGICAL_SHARDS,
+            block=self.block,
+            weights=self.weights,
+            packed=self.packed,
+            length=16,
         )
 
     def run(self, **others) -> Run:
-        return Run(self.make(), **{"ranks": self.ranks, "workers": self.workers, "window": self.window} | others)
+        return Run(
+            self.make(),
+            **{"ranks": self.ranks, "workers": self.workers, "batches_per_step": self.batches_per_step} | others,
+        )
 
     def micro_batches(self, passes: float) -> int:
         """So many that a run has rows for ``passes`` times the documents of all sources."""
@@ -68,7 +76,7 @@ def check_fair(layout: Layout, batches) -> None:
 
 def group(layout: Layout, ranks: int, micro_batches: int) -> int:
     """The next multiple of what all ranks take in an optimizer step."""
-    step = ranks * layout.window
+    step = ranks * layout.batches_per_step
     return -(-micro_batches // step) * step
 
 
@@ -83,7 +91,7 @@ def test_each_document_once_before_any_comes_twice_at_every_moment_and_after_eve
     batches, state = [], None
     for kill in [*layout.kills, 10**6]:
         again = layout.run(state=state)
-        batches += again.take(min(kill * layout.ranks * layout.window, total - len(batches)))
+        batches += again.take(min(kill * layout.ranks * layout.batches_per_step, total - len(batches)))
         state = again.state()
     assert batches == whole
     if len(layout.corpora) == 1 and total < 1500:
@@ -94,7 +102,7 @@ def test_each_document_once_before_any_comes_twice_at_every_moment_and_after_eve
 @pytest.mark.parametrize("number", range(60, 70))
 def test_sequence_is_the_same_for_ranks_and_workers_that_divide_the_lanes_and_fair_for_all(number):
     layout = Layout(number)
-    total = 12 * layout.window * 6
+    total = 12 * layout.batches_per_step * 6
     alone = layout.run(ranks=1, workers=0).take(total)
     for ranks, workers in [(2, 3), (4, 0), (3, 2)]:
         assert layout.run(ranks=ranks, workers=workers).take(total) == alone
@@ -114,18 +122,23 @@ def test_every_source_has_its_share_of_the_tokens(number):
     layout = Layout(number)
     run = layout.run(ranks=1, workers=0, batch_size=8)
     run.take(group(layout, 1, 800))
-    lanes = run.state()["lanes"].values()
-    tokens = [sum(lane["tokens"][source] for lane in lanes) for source in range(len(layout.corpora))]
+    logical_shards = run.state()["logical_shards"].values()
+    tokens = [
+        sum(logical_shard["tokens"][source] for logical_shard in logical_shards)
+        for source in range(len(layout.corpora))
+    ]
     assert [count / sum(tokens) for count in tokens] == pytest.approx(layout.weights, abs=0.01)
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_source_of_little_weight_has_its_share_from_the_first_batches_on(packed):
-    """With each lane beginning with a document of every source, 16 lanes gave a weight of 1e-6 an eighth of the first
+    """With each logical shard beginning with a document of every source, 16 logical shards gave a weight of 1e-6 an eighth of the first
     16 batches. 8,000 documents of equal length at a weight of 1/100 are due 80 documents, at 1e-6 none."""
     for weight, due in ((1e-2, 80), (1e-6, 0)):
         corpora = [Numbers([500] * 20, longest=1), Numbers([500] * 20, longest=1, first=500_000)]
-        make = make_lanes(*corpora, lanes=16, weights=(1 - weight, weight), packed=packed, length=2)
+        make = make_logical_shards(
+            *corpora, num_logical_shards=16, weights=(1 - weight, weight), packed=packed, length=2
+        )
         for share in (0.25, 1.0):
             batches = Run(make, batch_size=10).take(int(800 * share))
             begun = sum(row[0] >= 500_000 for batch in batches for row in batch)
@@ -147,7 +160,7 @@ def test_documents_of_very_unlike_length_are_fair_too():
             return short.everything() | long.everything()
 
     corpus = Both([0] * 13)
-    run = Run(make_lanes(corpus, lanes=4, length=16), ranks=2, workers=2)
+    run = Run(make_logical_shards(corpus, num_logical_shards=4, length=16), ranks=2, workers=2)
     seen: Counter = Counter()
     for _ in range(300):
         seen.update(token for batch in run.take(4) for row in batch for token in row)
@@ -158,7 +171,7 @@ def test_documents_of_very_unlike_length_are_fair_too():
 
 def test_stretches_are_equal_and_open_few_shards():
     for shards in range(1, 41):
-        stretches = [divide(range(shards), lane, 16) for lane in range(16)]
+        stretches = [divide(range(shards), logical_shard, 16) for logical_shard in range(16)]
         assert {sum(share.last - share.first for _, share in stretch) for stretch in stretches} == {shards}
         assert sum(map(len, stretches)) <= shards + 15
         parts = Counter(
@@ -174,9 +187,9 @@ def test_stretches_are_equal_and_open_few_shards():
 @pytest.mark.parametrize("sizes", [[0, 0], [0]])
 def test_a_source_without_any_document_is_an_error(sizes):
     with pytest.raises(InputError, match="empty one has no document; every shard or every text is empty"):
-        Run(make_lanes(Numbers(sizes, title="empty one"), lanes=4)).take(1)
+        Run(make_logical_shards(Numbers(sizes, title="empty one"), num_logical_shards=4)).take(1)
 
 
 def test_fewer_documents_than_lanes_are_enough():
-    batches = Run(make_lanes(Numbers([3]), lanes=8, packed=False), ranks=2, workers=2).take(24)
+    batches = Run(make_logical_shards(Numbers([3]), num_logical_shards=8, packed=False), ranks=2, workers=2).take(24)
     assert Counter(row[0] for batch in batches for row in batch) == dict.fromkeys(Numbers([3]).everything(), 16)

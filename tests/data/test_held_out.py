@@ -13,7 +13,7 @@ from cola_lightning.data.prepare import prepare
 from cola_lightning.data.rows import IGNORE
 from cola_lightning.errors import InputError
 from tests.data.conftest import arguments, sentences, write_shard
-from tests.data.test_c4 import ready, take
+from tests.data.test_streaming import ready, take
 
 
 def rows(batches) -> set[tuple[int, ...]]:

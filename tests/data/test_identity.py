@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from cola_lightning.cli import main
+from cola_lightning.cli.app import main
 from cola_lightning.data import C4DataModule, Source, TextDataModule
 from cola_lightning.data import identity as identities
 from cola_lightning.data.prepare import prepare
@@ -35,7 +35,7 @@ class Streamed:
             "tokenizer": str(folder / "tokenizer"),
             "sequence_length": 32,
             "batch_size": 2,
-            "lanes": 2,
+            "logical_shards": 2,
             "shuffle_buffer": 8,
             "validation_tokens": 200,
             "num_workers": 0,
@@ -112,7 +112,7 @@ class Streamed:
 
 
 class Prepared(Streamed):
-    """The same, tokenised beforehand."""
+    """The same, tokenized beforehand."""
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -247,7 +247,7 @@ C4_CHANGES = [
     ("swap_sources", "refused", "the sources are named in another order; it was .*/a, .*/b"),
     ("take_one_source_out", "refused", "1 sources are named; there were 2"),
     ("change_weights", "refused", r"the weight of .*/a is 0\.5; it was 0\.75"),
-    ({"lanes": 4}, "refused", SETTING.format("lanes", 4, 2)),
+    ({"logical_shards": 4}, "refused", SETTING.format("logical_shards", 4, 2)),
     ({"shuffle_buffer": 9}, "refused", SETTING.format("shuffle_buffer", 9, 8)),
     ({"rows": "packed"}, "refused", SETTING.format("rows", "packed", "padded")),
     ({"sequence_length": 16}, "said", SETTING.format("sequence_length", 16, 32)),
@@ -479,7 +479,7 @@ def test_ranks_whose_nodes_hold_other_files_do_not_begin(case, monkeypatch):
         first.append(content)
         return [first[0], first[-1]]
 
-    monkeypatch.setattr("cola_lightning.data.base.tell_all", two_ranks)
+    monkeypatch.setattr("cola_lightning.data.token_data_module.tell_all", two_ranks)
     data.begin()
     data.add_file()
     with pytest.raises(InputError, match="ranks 1 have other data or another tokenizer than rank 0"):

@@ -19,7 +19,7 @@ from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from tests.data.conftest import sentences, write_shard
 from tests.data.server import Server
-from tests.data.test_stream import alive
+from tests.data.test_stream_loader import alive
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -121,7 +121,7 @@ def test_a_shard_whose_source_changed_is_made_anew_also_after_a_break(source, ru
     folder = tmp_path / "made" / "train"
     before = {name: (folder / name).stat().st_mtime_ns for name in ("00000.ids.bin", "00001.ids.bin")}
     write_shard(tmp_path / "text" / "train-1.json.gz", sentences("changed", 30))
-    with pytest.warns(UserWarning, match=r"1 of 3 shards changed since they were tokenised, the first .*train-1"):
+    with pytest.warns(UserWarning, match=r"1 of 3 shards changed since they were tokenized, the first .*train-1"):
         run()
     corpus, text = (
         PreparedCorpus(Source(str(folder.parent))),
@@ -174,7 +174,7 @@ def test_source_without_a_document(run, tmp_path, source):
 
 
 @pytest.mark.slow
-def test_verb_reads_its_file_and_is_killed_and_run_again(c4, tmp_path):
+def test_command_reads_its_file_and_is_killed_and_run_again(c4, tmp_path):
     """SIGKILL while its processes wait for a server; what was finished stays, and its processes go with it."""
     names = [f"train-{number}.json.gz" for number in range(6)]
     for name in names:

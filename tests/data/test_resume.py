@@ -127,7 +127,7 @@ def test_data_that_fails_leaves_a_checkpoint_to_go_on_from(c4, tmp_path, ranks):
     shard = broken / "c4-train.00004-of-00005.json.gz"
     lines = gzip.decompress(shard.read_bytes()).splitlines(keepends=True)
     shard.write_bytes(gzip.compress(b"".join([*lines[:30], b'{"text": "cut of\n', *lines[31:]])))
-    data = arguments(broken, num_workers=2, shuffle_buffer=2, lanes=10)
+    data = arguments(broken, num_workers=2, shuffle_buffer=2, num_logical_shards=10)
     cell = {"data": data, "ranks": ranks, "steps": 50 // ranks}
     run_all([cell | {"folder": f"{tmp_path}/failed", "expect": 1}])
     messages = [(tmp_path / "failed" / f"error.{rank}").read_text().strip().splitlines()[-1] for rank in range(ranks)]

@@ -60,11 +60,11 @@ def test_is_tokenised_once_and_again_when_the_text_changes(texts, tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     first = module([file], tmp_path)
-    tokenised = list((tmp_path / "cache").iterdir())
-    assert len(tokenised) == 1
-    stamp = (tokenised[0] / "train").stat().st_mtime_ns
+    tokenized = list((tmp_path / "cache").iterdir())
+    assert len(tokenized) == 1
+    stamp = (tokenized[0] / "train").stat().st_mtime_ns
     module([file], tmp_path, sequence_length=32)
-    assert (tokenised[0] / "train").stat().st_mtime_ns == stamp
+    assert (tokenized[0] / "train").stat().st_mtime_ns == stamp
     file.write_text("\n".join(json.dumps({"text": text}) for text in texts[:10]))
     second = module([file], tmp_path)
     assert len(second.train_rows) < len(first.train_rows)

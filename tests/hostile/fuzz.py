@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import yaml
 
-from cola_lightning.cli import main, resolve
+from cola_lightning.cli.app import main, resolve
 
 SECONDS, WAITED, MEMORY = 60, 300, 6 * 2**30
 """What a case may take: seconds of a processor, which do not depend on what else the machine does; seconds in all,
@@ -192,18 +192,18 @@ def use(path: Path, draw: random.Random, prepared: Prepared) -> list[str]:
 
 
 def resumed(path: Path | str, draw: random.Random, prepared: Prepared, run_dir: str = "out") -> list[str]:
-    verb = draw.choice(["fit", "validate", "predict"])
-    more = [f"--run_dir={run_dir}", "--trainer.max_steps=3"] if verb == "fit" else [f"--run_dir={run_dir}"]
-    return [verb, *prepared.flags, f"--ckpt_path={path}", *more]
+    command = draw.choice(["fit", "validate", "predict"])
+    more = [f"--run_dir={run_dir}", "--trainer.max_steps=3"] if command == "fit" else [f"--run_dir={run_dir}"]
+    return [command, *prepared.flags, f"--ckpt_path={path}", *more]
 
 
-def run_file(draw: random.Random, prepared: Prepared) -> list[str]:
+def config_file(draw: random.Random, prepared: Prepared) -> list[str]:
     Path("run.yaml").write_text(yaml.safe_dump(alter_tree(prepared.config, draw)))
     if draw.random() < 0.3:
         alter_bytes(Path("run.yaml"), draw)
     ends = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--run_dir=out"]
-    verb = draw.choice(["fit", "fit", "validate", "estimate"])
-    return [verb, "--config=run.yaml", *(ends if verb != "estimate" else ends[:1])]
+    command = draw.choice(["fit", "fit", "validate", "estimate"])
+    return [command, "--config=run.yaml", *(ends if command != "estimate" else ends[:1])]
 
 
 def flags(draw: random.Random, prepared: Prepared) -> list[str]:
@@ -223,8 +223,8 @@ def flags(draw: random.Random, prepared: Prepared) -> list[str]:
             case _:
                 new = value(draw)
                 given[index] = f"{name}={new if isinstance(new, str) else json.dumps(new)}".replace("\x00", "0")
-    verb = draw.choice(["fit", "fit", "validate", "estimate", "nothing"])
-    return [verb, *given, *(["--run_dir=out", "--trainer.max_steps=2"] if verb == "fit" else [])]
+    command = draw.choice(["fit", "fit", "validate", "estimate", "nothing"])
+    return [command, *given, *(["--run_dir=out", "--trainer.max_steps=2"] if command == "fit" else [])]
 
 
 def checkpoint_bytes(draw: random.Random, prepared: Prepared) -> list[str]:
@@ -300,7 +300,7 @@ def cache(draw: random.Random, prepared: Prepared) -> list[str]:
 
 Case = Callable[[random.Random, Prepared], list[str]]
 CASES: list[Case] = [
-    run_file, run_file, flags, flags, checkpoint_bytes, checkpoint_content, checkpoint_content, foreign_checkpoint,
+    config_file, config_file, flags, flags, checkpoint_bytes, checkpoint_content, checkpoint_content, foreign_checkpoint,
     run_directory, exported_folder, exported_folder, data, cache,
 ]  # fmt: skip
 

@@ -14,11 +14,11 @@ import torch
 from torch.distributed import checkpoint as sharded
 from torch.distributed.checkpoint import CheckpointException
 
-from cola_lightning.checkpoints import check_named_code, plain_data_only, read, refuse_code
-from cola_lightning.checkpoints.integrity import checksum, contents, seal
-from cola_lightning.cli import main
+from cola_lightning.checkpoints import check_named_code, check_no_code, plain_data_only, read
+from cola_lightning.checkpoints.manifest import checksum, contents, write_manifest
+from cola_lightning.cli.app import main
 from cola_lightning.errors import InputError
-from cola_lightning.module import LanguageModel
+from cola_lightning.training.module import LanguageModel
 
 pytestmark = pytest.mark.slow
 
@@ -48,9 +48,9 @@ def in_optimizer(argument):
 
 
 def nested(depth: int, leaf):
-    """Optimizers within optimizers, as MatricesAndRest takes them."""
+    """Optimizers within optimizers, as HybridOptimizer takes them."""
     for _ in range(depth):
-        leaf = {"class_path": "cola_lightning.optim.MatricesAndRest", "init_args": {"matrices": leaf, "rest": leaf}}
+        leaf = {"class_path": "cola_lightning.optim.HybridOptimizer", "init_args": {"matrix": leaf, "other": leaf}}
     return leaf
 
 
@@ -135,7 +135,7 @@ COMMANDS = {
     "generate": lambda path, run: ["generate", str(path), "--prompt", "the", "--tokenizer", str(path.parent)],
     "evaluate": lambda path, run: ["evaluate", str(path), "--text", "text.txt"],
     "export": lambda path, run: ["export", str(path), "out"],
-    "factorise": lambda path, run: ["factorise", str(path), "out", "--projection.rank=4"],
+    "factorize": lambda path, run: ["factorize", str(path), "out", "--projection.rank=4"],
 }
 
 
@@ -258,19 +258,19 @@ def test_a_link_that_leaves_the_folder_is_refused(shards, tmp_path, trace, kind)
             shutil.move(shards / ".metadata", elsewhere / ".metadata")
             (shards / ".metadata").symlink_to(elsewhere / ".metadata")
     with pytest.raises(InputError, match=r"is a link to .*, outside of the checkpoint"):
-        refuse_code(shards)
+        check_no_code(shards)
 
 
 def test_a_link_to_a_folder_within_is_refused_too(shards):
     (shards / "inner").mkdir()
     (shards / "checkpoint").symlink_to("inner")
     with pytest.raises(InputError, match="is a link to a folder, as no strategy writes"):
-        refuse_code(shards)
+        check_no_code(shards)
 
 
 def test_links_within_are_followed(shards):
     (shards / "kept.pt").symlink_to("meta.pt")
-    refuse_code(shards)
+    check_no_code(shards)
 
 
 @pytest.mark.parametrize("place", ["../meta.pt", "/etc/passwd", "inner/__0_0.distcp"])
@@ -280,14 +280,14 @@ def test_an_index_that_points_outside_is_refused(shards, place):
         info.relative_path = place
     (shards / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(InputError, match="outside of the checkpoint"):
-        refuse_code(shards)
+        check_no_code(shards)
 
 
 def test_an_index_of_more_than_there_is_is_refused(shards):
     metadata = pickle.loads((shards / ".metadata").read_bytes())
     metadata.state_dict_metadata["state_dict.network.w"].size = torch.Size([10**15])
     (shards / ".metadata").write_bytes(pickle.dumps(metadata))
-    for look in (refuse_code, read):
+    for look in (check_no_code, read):
         with pytest.raises(InputError, match=r"speaks of 4,000,000,000,000,000 bytes of tensors, the folder holds"):
             look(shards)
 
@@ -304,7 +304,7 @@ def test_an_archive_that_is_none_of_torchs_is_refused(tmp_path, kind):
         else:
             archive.writestr("whole/data.pkl", b"other")
     with pytest.raises(InputError, match="is packed" if kind == "packed" else "two parts of one name"):
-        refuse_code(path)
+        check_no_code(path)
 
 
 def test_deepspeeds_folder_by_a_link_is_refused_under_validate(shards, tmp_path, trace, tiny_run, capsys):
@@ -313,5 +313,5 @@ def test_deepspeeds_folder_by_a_link_is_refused_under_validate(shards, tmp_path,
     evil_file(folder / "real", trace).rename(folder / "real" / "mp_rank_00_model_states.pt")
     (folder / "checkpoint").symlink_to("real")
     (folder / "latest").write_text("checkpoint")
-    seal(folder, {name: checksum(folder / name) for name in contents(folder)})
+    write_manifest(folder, {name: checksum(folder / name) for name in contents(folder)})
     assert "link to a folder" in refused("validate", folder, tiny_run, capsys)

@@ -64,8 +64,8 @@ ALTERED = [
 ]
 
 
-@pytest.mark.parametrize(("verb", "path", "value", "said"), ALTERED, ids=lambda value: "")
-def test_a_value_of_another_kind_in_a_checkpoint_is_one_line(prepared, verb, path, value, said):
+@pytest.mark.parametrize(("command", "path", "value", "said"), ALTERED, ids=lambda value: "")
+def test_a_value_of_another_kind_in_a_checkpoint_is_one_line(prepared, command, path, value, said):
     """Lightning and torch take these over as they are, and stumble over them later, or for ever."""
 
     def case(draw, prepared):
@@ -76,7 +76,7 @@ def test_a_value_of_another_kind_in_a_checkpoint_is_one_line(prepared, verb, pat
         assert path[-1] in owner or isinstance(owner, list)
         owner[path[-1]] = value
         torch.save(state, "altered.ckpt")
-        return [verb, *prepared.flags, "--ckpt_path=altered.ckpt", "--run_dir=out", "--trainer.max_steps=3"]
+        return [command, *prepared.flags, "--ckpt_path=altered.ckpt", "--run_dir=out", "--trainer.max_steps=3"]
 
     what, shown = run(case, random.Random(0), prepared)
     assert what == "line", shown

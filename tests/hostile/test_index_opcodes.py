@@ -9,8 +9,8 @@ import torch
 from torch.distributed import checkpoint as sharded
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from cola_lightning.checkpoints import index_file
-from cola_lightning.checkpoints.index_file import ForeignError, parse_index
+from cola_lightning.checkpoints import shard_index as index_file
+from cola_lightning.checkpoints.shard_index import ForeignError, parse_index
 
 OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 USED = set(index_file._OPCODES) | {b"."}

@@ -6,12 +6,12 @@ from functools import partial
 import pytest
 
 from cola_lightning import host_memory
-from cola_lightning.cli import main
+from cola_lightning.cli.app import main
+from cola_lightning.cli.parser import OptionParser
+from cola_lightning.cli.trainer_flags import check_numbers
 from cola_lightning.data import C4DataModule, TextDataModule
 from cola_lightning.errors import InputError
 from cola_lightning.models import LlamaConfig
-from cola_lightning.parser import OptionParser
-from cola_lightning.trainer_flags import check_numbers
 
 network = partial(
     LlamaConfig, vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
@@ -86,7 +86,7 @@ TOO_LARGE = [
     ),
     (STREAM, {"batch_size": 10**11}, "a batch of --data.batch_size 100000000000 rows of"),
     (STREAM, {"num_workers": 10**6}, "--data.num_workers 1000000"),
-    (STREAM, {"lanes": 10**11}, "--data.lanes 100000000000"),
+    (STREAM, {"logical shards": 10**11}, "--data.num_logical_shards 100000000000"),
 ]
 
 

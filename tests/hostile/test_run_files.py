@@ -1,4 +1,4 @@
-"""Run files of strangers: what needs no code of one's own is kept away, and nothing grows without bound."""
+"""Configs of strangers: what needs no code of one's own is kept away, and nothing grows without bound."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cola_lightning.cli import main
+from cola_lightning.cli.app import main
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +15,7 @@ POPEN = "subprocess.Popen"
 
 @pytest.fixture(autouse=True)
 def trace(tmp_path, monkeypatch):
-    """A script in the working directory leaves a trace when it is imported; so does the command in a run file."""
+    """A script in the working directory leaves a trace when it is imported; so does the command in a config."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     trace = tmp_path / "trace"
@@ -65,14 +65,21 @@ CODE = {
 }
 
 
-@pytest.mark.parametrize("verb", ["fit", "estimate"])
+@pytest.mark.parametrize("command", ["fit", "estimate"])
 @pytest.mark.parametrize("place", PLACES)
-def test_no_run_file_runs_a_command_or_a_script(place, verb, tiny_run, trace, capsys):
+def test_no_config_file_runs_a_command_or_a_script(place, command, tiny_run, trace, capsys):
     flags = [flag for flag in tiny_run if not flag.startswith(("--model.projection", "--model.schedule", "--data"))]
     for code in CODE.values():
         Path("evil.yaml").write_text(yaml.safe_dump(PLACES[place](code(trace))))
         with pytest.raises(SystemExit) as stop:
-            main([verb, *flags, "--config=evil.yaml", "--print_config" if verb == "fit" else "--trainer.max_steps=1"])
+            main(
+                [
+                    command,
+                    *flags,
+                    "--config=evil.yaml",
+                    "--print_config" if command == "fit" else "--trainer.max_steps=1",
+                ]
+            )
         shown = capsys.readouterr()
         if stop.value.code:
             assert shown.err.splitlines()[-1].startswith("error: "), shown.err

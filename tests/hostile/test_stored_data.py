@@ -7,7 +7,7 @@ from typing import NotRequired
 import pytest
 from typing_extensions import TypedDict
 
-from cola_lightning.compare import cells
+from cola_lightning.compare import trials as cells
 from cola_lightning.data import C4DataModule, TextDataModule
 from cola_lightning.data.prepared import PreparedCorpus
 from cola_lightning.data.sources import Source
@@ -129,7 +129,7 @@ LANE = {"readers": [READER], "documents": [0], "tokens": [0], "held_out": [0], "
 DEALT = {"at": 0, "replicas": 1, "workers": 1, "jointly": True, "began": 0, "always": True, "passes": 0}
 STATES = {
     TextDataModule: {"position": 0, "identity": IDENTITY},
-    C4DataModule: {"batches": 0, "dealt": DEALT, "lanes": {"0": LANE}, "identity": IDENTITY},
+    C4DataModule: {"batches": 0, "dealt": DEALT, "logical shards": {"0": LANE}, "identity": IDENTITY},
 }
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from cola_lightning import load_model
-from cola_lightning.cli import main
+from cola_lightning.cli.app import main
 from tests.conftest import REPOSITORY
-from tests.test_evaluate import needs_lm_eval
+from tests.inference.test_evaluate import needs_lm_eval
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +77,7 @@ def place(tmp_path_factory, texts):
 
 @pytest.fixture(scope="module")
 def exported(place, tiny_run):
-    """A run of each method, exported: the method's own run file over a network in which its rank has room."""
+    """A run of each method, exported: the method's own config over a network in which its rank has room."""
     flags = [flag for flag in tiny_run if not flag.startswith("--model.projection")]
     flags += ["--model.hidden_size=128", "--model.intermediate_size=136", "--trainer.max_steps=3"]
     flags += ["--trainer.limit_val_batches=0", "--model.schedule.warmup_steps=1", "--checkpoint.every_n_train_steps=3"]

@@ -1,4 +1,4 @@
-"""The verb, from a real run to a process that knows transformers alone."""
+"""The command, from a real run to a process that knows transformers alone."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cola_lightning import load_model
-from cola_lightning.cli import main
+from cola_lightning.cli.app import main
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.hub.card import _data
 from cola_lightning.models import generate

@@ -11,12 +11,12 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from cola_lightning.cli import main
+from cola_lightning.cli.app import main
 from cola_lightning.data.folder_tokenizer import FolderTokenizer
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
-from cola_lightning.trained import open_model
-from tests.test_evaluate import needs_lm_eval, write_task
+from cola_lightning.inference.load import load_model_for_inference
+from tests.inference.test_evaluate import needs_lm_eval, write_task
 
 SPECIAL = ["<|begin|>", "<|user|>", "<|turn|>"]
 CHAT = "{% for message in messages %}<|user|>{{ message.content }}<|turn|>{% endfor %}"
@@ -177,8 +177,8 @@ metric_list: [{{metric: byte_perplexity}}]
 
 
 def test_a_named_tokenizer_that_begins_texts_does_so_for_a_folder_and_not_for_a_run(llama, trained_run):
-    assert open_model(llama).tokenizer(str(llama)).prefix == [290]
-    assert open_model(trained_run).tokenizer(str(llama)).prefix == []
+    assert load_model_for_inference(llama).tokenizer(str(llama)).prefix == [290]
+    assert load_model_for_inference(trained_run).tokenizer(str(llama)).prefix == []
 
 
 def test_ids_beyond_the_network_are_refused(llama):

@@ -17,20 +17,20 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from cola_lightning.callbacks import StepSeed
-from cola_lightning.data.loader import TrainLoader
+from cola_lightning.data.row_loader import TrainLoader
 from cola_lightning.methods import (
     SST,
     LoRA,
     ReLoRA,
-    ReLoRAMerge,
+    ReLoRACallback,
     SLTrain,
-    SSTRounds,
+    SSTCallback,
     SwitchLoRA,
-    SwitchLoRASwitch,
+    SwitchLoRACallback,
 )
-from cola_lightning.module import LanguageModel
 from cola_lightning.optim import RowAdamW, WarmupCosine, WarmupCosineRestarts
-from tests.parity_run import Rows
+from cola_lightning.training.module import LanguageModel
+from tests.distributed.parity_run import Rows
 from tests.recorder import Curve
 
 STEPS, CYCLE = 12, 4
@@ -50,14 +50,14 @@ METHODS = {
     "lora": Method(partial(LoRA, rank=8, dropout=0)),
     "lora_dropout": Method(partial(LoRA, rank=8, dropout=0.1), lambda: [StepSeed()]),
     "sltrain": Method(partial(SLTrain, rank=8, sparsity=0.1)),
-    "relora": Method(partial(ReLoRA, rank=8, dropout=0), lambda: [ReLoRAMerge()], schedule=restarts),
+    "relora": Method(partial(ReLoRA, rank=8, dropout=0), lambda: [ReLoRACallback()], schedule=restarts),
     # Often enough that every factor has exchanges in twelve steps, and rows are left because they are held.
     "switch_lora": Method(
-        partial(SwitchLoRA, rank=8), lambda: [SwitchLoRASwitch(4, 1.0, hold_steps=2)], optimizer=RowAdamW
+        partial(SwitchLoRA, rank=8), lambda: [SwitchLoRACallback(4, 1.0, hold_steps=2)], optimizer=RowAdamW
     ),
     # A decomposition leaves the function as it was, but values of zero have whatever vectors: what these do when they
     # train cannot be compared.
-    "sst": Method(partial(SST, rank=8), lambda: [SSTRounds(iterations_per_round=2)], AdamW, restarts, 2 * CYCLE + 1),
+    "sst": Method(partial(SST, rank=8), lambda: [SSTCallback(iterations_per_round=2)], AdamW, restarts, 2 * CYCLE + 1),
 }
 
 

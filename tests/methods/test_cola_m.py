@@ -8,11 +8,10 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
-from cola_lightning.callbacks import CoLAM
 from cola_lightning.costs.counters import count_flops, kept_bytes
-from cola_lightning.methods import CoLA
+from cola_lightning.methods import CoLA, CoLAM
 from cola_lightning.models import Llama, LlamaConfig
-from cola_lightning.models.positions import rotary_table
+from cola_lightning.models.rotary import rotary_table
 
 SETTINGS = {
     "none": None,

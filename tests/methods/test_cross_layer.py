@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from cola_lightning.callbacks import CoLAM, CRNetRecompute
 from cola_lightning.costs.counters import count_flops, kept_bytes
 from cola_lightning.errors import InputError
-from cola_lightning.methods import CoLA, CRNet, LaX
+from cola_lightning.methods import CoLA, CoLAM, CRNet, CRNetRecompute, LaX
 from cola_lightning.methods.cr_net import Recompute, _Recover
 from cola_lightning.methods.lax import KroneckerGate
 from cola_lightning.models import Llama, LlamaConfig
-from cola_lightning.models.llama import through
-from cola_lightning.models.positions import rotary_table
+from cola_lightning.models.llama import run_layers
+from cola_lightning.models.rotary import rotary_table
 from tests.conftest import tiny_llama
 
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -45,7 +44,7 @@ class Stack:
 
     def forward(self) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            return through(self.layers, self.x, self.rotary)
+            return run_layers(self.layers, self.x, self.rotary)
 
     def step(self) -> None:
         self.forward().float().square().mean().backward()

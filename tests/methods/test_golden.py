@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from cola_lightning.methods import LaX, LoRA, ReLoRA, ReLoRAMerge, SLTrain, SwitchLoRA, SwitchLoRASwitch
+from cola_lightning.methods import LaX, LoRA, ReLoRA, ReLoRACallback, SLTrain, SwitchLoRA, SwitchLoRACallback
 from cola_lightning.optim import RowAdamW, WarmupCosine, WarmupCosineRestarts
 from tests.golden.replay import MATRICES, Net, distance, golden, steps
 
@@ -80,14 +80,14 @@ class OfficialDraws(ReLoRA):
         return self.drawn
 
 
-class OfficialMasks(ReLoRAMerge):
+class OfficialMasks(ReLoRACallback):
     """Takes the given entries in place of drawing them."""
 
     def kept(self, moment, draw):
         return next(self.masks)
 
 
-class OfficialRounding(SwitchLoRASwitch):
+class OfficialRounding(SwitchLoRACallback):
     """Rounds by the given numbers, one for each projection and step."""
 
     def chances(self, step):

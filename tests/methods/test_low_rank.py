@@ -4,7 +4,7 @@ from torch.fx import traceback
 from torch.nn.functional import silu
 
 from cola_lightning.methods import CoLA, LowRank
-from cola_lightning.methods.cola_m import is_latent
+from cola_lightning.methods.cola_m.selective import is_latent
 
 
 def test_formulas():

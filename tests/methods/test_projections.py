@@ -5,9 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from cola_lightning.callbacks import CoLAM
 from cola_lightning.errors import InputError
-from cola_lightning.methods import SST, CoLA, LoRA, LowRank, ReLoRA, SLTrain, SwitchLoRA
+from cola_lightning.methods import SST, CoLA, CoLAM, LoRA, LowRank, ReLoRA, SLTrain, SwitchLoRA
 from cola_lightning.models import FullRank, Llama, LlamaConfig
 from tests.conftest import tiny_llama
 

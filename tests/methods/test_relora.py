@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from cola_lightning.errors import InputError
-from cola_lightning.methods import ReLoRA, ReLoRAMerge
-from cola_lightning.methods.between_steps import generator, schedule_cycle
+from cola_lightning.methods import ReLoRA, ReLoRACallback
+from cola_lightning.methods.post_step import generator, schedule_cycle
 from cola_lightning.methods.relora import kept_by_magnitude, moments
 from cola_lightning.optim import WarmupCosine, WarmupCosineRestarts
 from tests.conftest import tiny_llama
@@ -51,7 +51,7 @@ def test_the_references_start_gives_the_branch_no_gradient(initial_a, learns):
 
 @pytest.mark.parametrize("ratio", [0.0, 0.8, 0.99, 0.999, 1.0])
 def test_random_pruning(ratio):
-    kept = ReLoRAMerge(prune_ratio=ratio).kept(torch.empty(200, 500), generator(0, 0, 0))
+    kept = ReLoRACallback(prune_ratio=ratio).kept(torch.empty(200, 500), generator(0, 0, 0))
     assert 1 - kept.double().mean().item() == pytest.approx(ratio, abs=4 * (ratio * (1 - ratio) / 1e5) ** 0.5)
 
 
@@ -72,7 +72,7 @@ def test_magnitude_pruning_of_512_entries_at_08_drops_409():
 def test_both_moments_of_an_entry_are_pruned_together_by_default(reset, mask, alone):
     draw = torch.Generator().manual_seed(0)
     first, second = torch.randn(40, 50, generator=draw), torch.rand(40, 50, generator=draw)
-    ReLoRAMerge(reset=reset, prune_ratio=0.9, mask=mask).prune([first, second], generator(0, 0, 0))
+    ReLoRACallback(reset=reset, prune_ratio=0.9, mask=mask).prune([first, second], generator(0, 0, 0))
     assert bool(((first != 0) & (second == 0)).any()) == alone
     assert 150 < first.count_nonzero() < 250
 
@@ -90,7 +90,7 @@ def loss_after_three_merges(cycle: int = 20, **settings) -> tuple[float, float]:
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.0)
     schedule = WarmupCosineRestarts(optimizer, steps, cycle_steps=cycle, warmup_steps=10, restart_warmup_steps=5)
-    merge = ReLoRAMerge(cycle, seed=0, **settings)
+    merge = ReLoRACallback(cycle, seed=0, **settings)
     merge.projections = [module for module in network.modules() if isinstance(module, ReLoRA)]
     merge.optimizer = optimizer
     losses, largest = [], 0.0
@@ -125,7 +125,7 @@ def test_pruning_both_moments_together_trains_as_pruning_all_and_each_apart_does
 
 def test_merges_and_resets_have_their_own_steps():
     """The third step, first of a new cycle of two, resets; the fourth, first of a new cycle of three, merges."""
-    merge = ReLoRAMerge(merge_every=3, reset_every=2, reset="magnitude", prune_ratio=1.0, seed=0)
+    merge = ReLoRACallback(merge_every=3, reset_every=2, reset="magnitude", prune_ratio=1.0, seed=0)
     module = ReLoRA(20, 30, rank=5)
     torch.nn.init.normal_(module.B)
     merge.projections, merge.optimizer = [module], torch.optim.AdamW(module.parameters())
@@ -160,8 +160,8 @@ def test_a_run_merges_when_it_should(batches):
     "settings", [{"merge_every": 0}, {"reset_every": 0}, {"prune_ratio": 1.1}, {"reset": "all"}, {"mask": "one"}]
 )
 def test_arguments_out_of_range_are_refused(settings):
-    with pytest.raises(InputError, match=f"ReLoRAMerge: {next(iter(settings))} is .*; it must"):
-        ReLoRAMerge(**settings)
+    with pytest.raises(InputError, match=f"ReLoRACallback: {next(iter(settings))} is .*; it must"):
+        ReLoRACallback(**settings)
 
 
 def test_the_length_of_a_cycle_is_the_schedules_unless_given():
@@ -171,6 +171,6 @@ def test_the_length_of_a_cycle_is_the_schedules_unless_given():
     cyclic = WarmupCosineRestarts(optimizer, 100, cycle_steps=7, restart_warmup_steps=2)
     trainers = [SimpleNamespace(lr_scheduler_configs=[SimpleNamespace(scheduler=s)]) for s in (plain, cyclic)]
     assert schedule_cycle(trainers[1], "it") == 7
-    message = "ReLoRAMerge: merge_every is not given, and the run's schedule has no cycle_steps"
+    message = "ReLoRACallback: merge_every is not given, and the run's schedule has no cycle_steps"
     with pytest.raises(InputError, match=message):
-        schedule_cycle(trainers[0], "ReLoRAMerge: merge_every")
+        schedule_cycle(trainers[0], "ReLoRACallback: merge_every")

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from cola_lightning.callbacks import CoLAM
 from cola_lightning.errors import InputError
-from cola_lightning.methods.reversible import from_float8, to_float8
+from cola_lightning.methods import CoLAM
+from cola_lightning.methods.cola_m.reversible import from_float8, to_float8
 from tests.conftest import tiny_llama
 
 

@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
+from cola_lightning.distributed.strategies import FSDP2Strategy
 from cola_lightning.errors import InputError
-from cola_lightning.methods import ReLoRAMerge, SSTRounds, SwitchLoRASwitch
-from cola_lightning.strategies import FSDP2Strategy
+from cola_lightning.methods import ReLoRACallback, SSTCallback, SwitchLoRACallback
 from tests.methods import runs
 from tests.methods.runs import CYCLE, METHODS, STEPS, train
 
@@ -96,7 +96,7 @@ def test_two_processes_have_equal_weights_and_the_losses_of_one(method, on_two):
         assert torch.equal(first["weights"][name], second["weights"][name]), name
 
 
-@pytest.mark.parametrize("callback", [ReLoRAMerge, SwitchLoRASwitch, SSTRounds])
+@pytest.mark.parametrize("callback", [ReLoRACallback, SwitchLoRACallback, SSTCallback])
 @pytest.mark.parametrize("strategy", [FSDPStrategy, FSDP2Strategy, DeepSpeedStrategy])
 def test_surgery_is_refused_under_strategies_that_shard(callback, strategy):
     trainer = SimpleNamespace(strategy=object.__new__(strategy))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cola_lightning.errors import InputError
-from cola_lightning.methods import SST, SSTRounds
-from cola_lightning.methods.between_steps import generator
+from cola_lightning.methods import SST, SSTCallback
+from cola_lightning.methods.post_step import generator
 from tests.methods.runs import train
 
 
@@ -76,7 +76,7 @@ def test_sampling_follows_the_probabilities():
 
 
 def test_vectors_keep_unit_length_and_sigma_its_sign():
-    rounds, module = SSTRounds(iteration_steps=3, seed=0), projection()
+    rounds, module = SSTCallback(iteration_steps=3, seed=0), projection()
     rounds.projections, rounds.optimizer = [module], torch.optim.AdamW(module.parameters(), lr=0.05)
     trainer, below = SimpleNamespace(world_size=1), 0
     for step in range(1, 10):
@@ -93,7 +93,7 @@ def test_vectors_keep_unit_length_and_sigma_its_sign():
 
 
 def test_iterations_begin_with_fresh_optimizer_state():
-    rounds = SSTRounds(iteration_steps=2, iterations_per_round=2, seed=0)
+    rounds = SSTCallback(iteration_steps=2, iterations_per_round=2, seed=0)
     module = projection()
     rounds.projections, rounds.optimizer = [module], torch.optim.AdamW(module.parameters())
     trainer, known = SimpleNamespace(world_size=1), {}
@@ -129,5 +129,5 @@ def test_sigma_stays_float32_and_exact():
 
 @pytest.mark.parametrize("settings", [{"iteration_steps": 0}, {"iterations_per_round": 0}])
 def test_arguments_out_of_range_are_refused(settings):
-    with pytest.raises(InputError, match=f"SSTRounds: {next(iter(settings))} is 0; it must be at least 1"):
-        SSTRounds(**settings)
+    with pytest.raises(InputError, match=f"SSTCallback: {next(iter(settings))} is 0; it must be at least 1"):
+        SSTCallback(**settings)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cola_lightning.errors import InputError
-from cola_lightning.methods import SwitchLoRA, SwitchLoRASwitch
+from cola_lightning.methods import SwitchLoRA, SwitchLoRACallback
 from cola_lightning.optim import RowAdamW
 from tests.conftest import loader, tiny_llama, tiny_trainer
 from tests.methods.runs import train
@@ -14,7 +14,7 @@ from tests.methods.runs import train
 
 def switching(modules, total_steps=100, **settings):
     """A callback at the start of a run over these projections."""
-    callback = SwitchLoRASwitch(**settings, seed=0)
+    callback = SwitchLoRACallback(**settings, seed=0)
     network = nn.ModuleList(modules)
     trainer = SimpleNamespace(
         optimizers=[RowAdamW(network.parameters())],
@@ -175,11 +175,11 @@ def test_candidates_are_spread_like_the_start():
 )
 def test_arguments_out_of_range_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
-        SwitchLoRASwitch(**settings)
+        SwitchLoRACallback(**settings)
 
 
 def test_another_optimizer_and_other_projections_are_refused():
-    trainer, model, batches = tiny_trainer(SwitchLoRASwitch(), steps=1)
+    trainer, model, batches = tiny_trainer(SwitchLoRACallback(), steps=1)
     with pytest.raises(InputError, match="acts on SwitchLoRA projections, of which the network has none; set --model"):
         trainer.fit(model, loader(batches))
     with pytest.raises(InputError, match=r"which AdamW cannot; set --model.optimizer cola_lightning.optim.RowAdamW"):

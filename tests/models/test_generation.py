@@ -3,8 +3,8 @@ import torch
 
 from cola_lightning.methods import LowRank
 from cola_lightning.models import Llama, generate
-from cola_lightning.models.cache import Cache
 from cola_lightning.models.generation import pad_left, sample
+from cola_lightning.models.kv_cache import Cache
 from tests.conftest import tiny_llama
 
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cola_lightning.callbacks import CoLAM
 from cola_lightning.costs.counters import count_flops, kept_bytes
-from cola_lightning.methods import SST, CoLA, CRNet, LaX, LoRA, LowRank, SLTrain
+from cola_lightning.methods import SST, CoLA, CoLAM, CRNet, LaX, LoRA, LowRank, SLTrain
 from cola_lightning.models import FullRank
-from cola_lightning.models.positions import rotary_table
+from cola_lightning.models.rotary import rotary_table
 from tests.conftest import tiny_llama
 
 IDS = torch.randint(1, 300, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -70,12 +69,12 @@ def test_fused_projections_give_the_same(name, key_value_heads):
 
 
 @pytest.mark.parametrize(
-    ("name", "separate", "together"), [("full_rank", 7, 4), ("low_rank", 14, 11), ("cola", 14, 11)]
+    ("name", "separate", "forward_fused"), [("full_rank", 7, 4), ("low_rank", 14, 11), ("cola", 14, 11)]
 )
-def test_there_are_fewer_products(name, separate, together):
+def test_there_are_fewer_products(name, separate, forward_fused):
     """q, k, v make one where they made three, gate and up one where they made two. And no more in the backward pass
     than twice as many."""
-    for fused, expected in ((False, separate), (True, together)):
+    for fused, expected in ((False, separate), (True, forward_fused)):
         network = tiny_llama(PROJECTIONS[name], num_hidden_layers=1, fused_projections=fused)
         assert products(lambda n=network: n(IDS)) == expected + 1  # the head
         assert products(lambda n=network: n(IDS).sum().backward()) == 3 * (expected + 1)

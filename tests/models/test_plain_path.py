@@ -7,12 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from cola_lightning.callbacks import CoLAM
-from cola_lightning.methods import CoLA, CRNet, LaX
+from cola_lightning.methods import CoLA, CoLAM, CRNet, LaX
 from cola_lightning.models import FullRank, LlamaConfig
 from cola_lightning.models.block import MLP, Attention, Block
 from cola_lightning.models.recompute import RecomputedBlock
-from cola_lightning.module import LanguageModel
+from cola_lightning.training.module import LanguageModel
 from tests.conftest import tiny_llama
 
 FUSED = {"fused_projections": True}

@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 from torch.optim import AdamW, Muon
 
-from cola_lightning.module import LanguageModel
-from cola_lightning.optim import APOLLO, Fira, GaLore, MatricesAndRest, WarmupCosine
-from tests.parity_run import GLOBAL_BATCH, Data
+from cola_lightning.optim import APOLLO, Fira, GaLore, HybridOptimizer, WarmupCosine
+from cola_lightning.training.module import LanguageModel
+from tests.distributed.parity_run import GLOBAL_BATCH, Data
 from tests.recorder import Curve
 
 MATRICES = {
-    "GaLore": partial(GaLore, lr=0.05, rank=4, refresh_every=3),
-    "Fira": partial(Fira, lr=0.01, rank=4, refresh_every=3),
-    "APOLLO": partial(APOLLO, lr=0.01, rank=4, refresh_every=3),
+    "GaLore": partial(GaLore, lr=0.05, rank=4, update_proj_gap=3),
+    "Fira": partial(Fira, lr=0.01, rank=4, update_proj_gap=3),
+    "APOLLO": partial(APOLLO, lr=0.01, rank=4, update_proj_gap=3),
     "Muon": partial(Muon, lr=0.02),
 }
 
@@ -32,7 +32,7 @@ def train(name: str, devices: int) -> dict:
     L.seed_everything(0)
     model = LanguageModel(
         64, 32, 48, 2, 4,
-        optimizer=partial(MatricesAndRest, matrices=MATRICES[name], rest=partial(AdamW, lr=0.01)),
+        optimizer=partial(HybridOptimizer, matrix=MATRICES[name], other=partial(AdamW, lr=0.01)),
         schedule=partial(WarmupCosine, warmup_steps=2),
     )  # fmt: skip
     trainer.fit(model, datamodule=Data(GLOBAL_BATCH // devices))

@@ -32,9 +32,9 @@ def with_given_projectors(optimizer_class, data, **options):
 
     class Given(optimizer_class):
         def projector(self, p, grad, group):
-            return by_size[tuple(p.shape)][self.state[p]["step"] // group["refresh_every"]]
+            return by_size[tuple(p.shape)][self.state[p]["step"] // group["update_proj_gap"]]
 
-    return lambda parameters: Given(parameters, rank=4, refresh_every=12, eps=1e-6, **options)
+    return lambda parameters: Given(parameters, rank=4, update_proj_gap=12, eps=1e-6, **options)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def oriented(p, grads):
 def test_galore_follows_its_formula_and_keeps_its_moments_when_the_projector_changes(shape):
     p, grads = matrix(shape), gradients(shape, 5)
     w, gs, turn = oriented(p, grads)
-    run(GaLore([p], LR, rank=3, scale=0.25, refresh_every=2, betas=BETAS, eps=EPS), p, grads)
+    run(GaLore([p], LR, rank=3, scale=0.25, update_proj_gap=2, betas=BETAS, eps=EPS), p, grads)
     moments = Moments()
     for t, g in enumerate(gs):
         if t % 2 == 0:
@@ -74,7 +74,7 @@ def test_galore_follows_its_formula_and_keeps_its_moments_when_the_projector_cha
 def test_galore_at_full_rank_is_adam_in_a_rotated_basis(shape):
     p, grads = matrix(shape), gradients(shape, 6)
     w, gs, turn = oriented(p, grads)
-    run(GaLore([p], LR, rank=99, scale=1.0, refresh_every=1000, eps=1e-12), p, grads)
+    run(GaLore([p], LR, rank=99, scale=1.0, update_proj_gap=1000, eps=1e-12), p, grads)
     basis = leading(gs[0], 99)
     rotated = nn.Parameter(basis.T @ w)
     run(torch.optim.Adam([rotated], LR, eps=1e-12), rotated, [basis.T @ g for g in gs])
@@ -87,7 +87,7 @@ def test_galore_at_full_rank_is_adam_in_a_rotated_basis(shape):
 def test_fira_follows_its_formula(shape, form):
     p, grads = matrix(shape), gradients(shape, 5)
     w, gs, turn = oriented(p, grads)
-    optimizer = Fira([p], LR, rank=2, scale=0.25, refresh_every=2, growth=1.01, form=form, betas=BETAS, eps=EPS)
+    optimizer = Fira([p], LR, rank=2, scale=0.25, update_proj_gap=2, growth=1.01, form=form, betas=BETAS, eps=EPS)
     run(optimizer, p, grads)
     moments, limited, last = Moments(), [], None
     for t, g in enumerate(gs):
@@ -127,7 +127,7 @@ def test_fira_as_in_the_paper_has_nothing_outside_at_full_rank():
 def test_apollo_follows_its_formula(shape, scaling, scale):
     p, grads = matrix(shape), gradients(shape, 5)
     w, gs, turn = oriented(p, grads)
-    optimizer = APOLLO([p], LR, 2, scale, scaling, refresh_every=2, growth=1.01, betas=BETAS, eps=EPS)
+    optimizer = APOLLO([p], LR, 2, scale, scaling, update_proj_gap=2, growth=1.01, betas=BETAS, eps=EPS)
     moments, last = Moments(), None
     for grad, g in zip(grads, gs, strict=True):
         optimizer.state[p].setdefault("step", 0)
@@ -146,7 +146,7 @@ def test_apollo_follows_its_formula(shape, scaling, scale):
 
 def test_apollo_draws_another_image_for_each_matrix_and_round_with_variance_one_over_rank():
     ps = [matrix((400, 500)), matrix((400, 500))]
-    optimizer = APOLLO(ps, rank=8, refresh_every=3)
+    optimizer = APOLLO(ps, rank=8, update_proj_gap=3)
     images = []
     for p in ps:
         for step in range(6):
@@ -158,10 +158,10 @@ def test_apollo_draws_another_image_for_each_matrix_and_round_with_variance_one_
 
 
 MAKERS = {
-    "galore": lambda ps: GaLore(ps, LR, rank=2, refresh_every=3),
-    "fira": lambda ps: Fira(ps, LR, rank=2, refresh_every=3),
-    "apollo": lambda ps: APOLLO(ps, LR, rank=2, refresh_every=3),
-    "mini": lambda ps: APOLLO(ps, LR, 1, 128, "tensor", refresh_every=3),
+    "galore": lambda ps: GaLore(ps, LR, rank=2, update_proj_gap=3),
+    "fira": lambda ps: Fira(ps, LR, rank=2, update_proj_gap=3),
+    "apollo": lambda ps: APOLLO(ps, LR, rank=2, update_proj_gap=3),
+    "mini": lambda ps: APOLLO(ps, LR, 1, 128, "tensor", update_proj_gap=3),
 }
 
 
@@ -201,7 +201,7 @@ def test_goes_on_bit_for_bit_from_a_checkpoint_of_plain_data(name, dtype):
     ("make", "message"),
     [
         (lambda: GaLore([matrix((3, 4))], rank=0), "GaLore: rank is 0; it must be at least 1"),
-        (lambda: Fira([matrix((3, 4))], refresh_every=0), "Fira: refresh_every is 0"),
+        (lambda: Fira([matrix((3, 4))], update_proj_gap=0), "Fira: update_proj_gap is 0"),
         (lambda: APOLLO([matrix((3,))]), r"APOLLO is for matrices, but was given a parameter of shape \(3,\)"),
     ],
 )

@@ -6,9 +6,9 @@ import torch
 from torch.optim import lr_scheduler
 
 from cola_lightning.errors import InputError
-from cola_lightning.module import LanguageModel
 from cola_lightning.optim import WarmupCosine, WarmupCosineRestarts
 from cola_lightning.optim.schedules import make_schedule
+from cola_lightning.training.module import LanguageModel
 
 
 def rates(steps: int, make=WarmupCosine, **settings) -> list[float]:

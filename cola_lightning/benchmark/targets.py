@@ -1,0 +1,186 @@
+"""What is measured: a network that trains, whoever wrote it."""
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+
+from cola_lightning.callbacks.throughput import flops_per_token
+from cola_lightning.costs.counters import count_flops
+from cola_lightning.errors import InputError
+from cola_lightning.methods import CoLAM, CRNetRecompute
+from cola_lightning.models.loss import at_least_float32
+from cola_lightning.optim import Parameters
+from cola_lightning.private_apis import tree_leaves
+from cola_lightning.training.module import LanguageModel, next_token_losses
+
+Mark = Callable[[str], Any]
+"""``mark(part)`` is called when a part of a step is over."""
+
+
+class BenchmarkTarget(ABC):
+    """A network with its loss and optimizer, in the precision, on the device and with the clipping of a trainer.
+
+    Args:
+        name: What it is called in tables.
+        trainer: Built, but not running.
+        shape: Rows and tokens of a micro-batch (B, T).
+        vocab_size: Ids are drawn below it (V).
+    """
+
+    network: nn.Module
+    optimizer: Optimizer
+
+    def __init__(self, name: str, trainer: L.Trainer, shape: tuple[int, int], vocab_size: int) -> None:
+        self.name, self.trainer, self.shape, self.vocab_size = name, trainer, shape, vocab_size
+        self.device = trainer.strategy.root_device
+        self.precision = trainer.precision_plugin
+
+    @abstractmethod
+    def make_network(self) -> nn.Module: ...
+
+    @abstractmethod
+    def make_optimizer(self) -> Optimizer: ...
+
+    @abstractmethod
+    def loss(self, ids: Tensor) -> Tensor:
+        """Mean next-token loss of ids (B, T)."""
+
+    @abstractmethod
+    def model_flops(self) -> float:
+        """FLOPs of a step that the mathematics asks for, forward and backward, nothing done twice."""
+
+    def build(self) -> None:
+        with self.precision.module_init_context():
+            network = self.make_network()
+        self.network = self.precision.convert_module(network.to(self.device))
+        self.optimizer = self.make_optimizer()
+        on_gpu = self.device.type == "cuda"
+        # As a loader would leave it: in host memory, from where a GPU can fetch it while it computes.
+        self.batch = torch.randint(self.vocab_size, self.shape)
+        self.batch = self.batch.pin_memory() if on_gpu else self.batch
+
+    def release(self) -> None:
+        """Give the device's memory back."""
+        del self.network, self.optimizer, self.batch
+        torch.compiler.reset()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def autocast(self) -> Any:
+        return self.precision.forward_context()
+
+    def forward(self) -> Tensor:
+        with self.autocast():
+            return self.loss(self.batch.to(self.device, non_blocking=True))
+
+    def step(self, mark: Mark = lambda part: None) -> None:
+        """An optimizer step of one micro-batch."""
+        ids = self.batch.to(self.device, non_blocking=True)
+        mark("data")
+        with self.autocast():
+            loss = self.loss(ids)
+        mark("forward")
+        loss.backward()
+        mark("backward")
+        self.update()
+        mark("optimizer")
+
+    def update(self) -> None:
+        if (self.trainer.gradient_clip_val or 0) > 0:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.trainer.gradient_clip_val)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def states(self) -> list[Tensor]:
+        """The optimizer's."""
+        return [leaf for leaf in tree_leaves([*self.optimizer.state.values()]) if isinstance(leaf, Tensor)]
+
+
+class PackageModel(BenchmarkTarget):
+    """The network of a run of this package, with the run's checkpointing."""
+
+    def __init__(self, name: str, trainer: L.Trainer, model: LanguageModel, data: Any) -> None:
+        super().__init__(name, trainer, (data.batch_size, data.sequence_length), model.config.vocab_size)
+        self.model = model
+
+    def make_network(self) -> LanguageModel:
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, CoLAM | CRNetRecompute):
+                callback.setup(self.trainer, self.model, "fit")
+        self.model.configure_model()
+        return self.model
+
+    def make_optimizer(self) -> Optimizer:
+        return self.model.make_optimizer(Parameters(self.model.network))
+
+    def loss(self, ids: Tensor) -> Tensor:
+        losses, learnt = next_token_losses(self.model, {"input_ids": ids, "labels": ids}, reduction="sum")
+        return losses / learnt.sum()
+
+    def model_flops(self) -> float:
+        return flops_per_token(self.model, self.shape[1]).model * self.shape[0] * self.shape[1]
+
+    def release(self) -> None:
+        super().release()
+        del self.model.network
+        self.model.transforms.clear()
+
+
+class ExternalModel(BenchmarkTarget):
+    """Any other network, trained as a run of this package would train it.
+
+    Args:
+        path: ``module:callable``; the callable takes nothing and returns a module that maps ids (B, T) to logits
+            (B, T, V), or to something that has them as ``logits``. It may bring checkpointing of its own.
+        like: Whose precision, device, batch, clipping and optimizer it gets.
+
+    Raises:
+        InputError: If it cannot be imported, or does not return a module.
+    """
+
+    def __init__(self, path: str, like: PackageModel) -> None:
+        super().__init__(path, like.trainer, like.shape, like.vocab_size)
+        self.optimizer_of: Callable[[Iterable], Optimizer] = like.model.make_optimizer
+        module, _, name = path.partition(":")
+        sys.path.insert(0, str(Path.cwd()))
+        try:
+            self.make: Callable[[], nn.Module] = getattr(import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise InputError(
+                f"--peer {path} is not to be had ({error}); give it as module:callable, to be imported from here"
+            ) from error
+        finally:
+            sys.path.pop(0)
+
+    def make_network(self) -> nn.Module:
+        network = self.make()
+        if not isinstance(network, nn.Module):
+            raise InputError(f"--peer {self.name} returned a {type(network).__name__}; it must return a torch module")
+        return network.train()
+
+    def make_optimizer(self) -> Optimizer:
+        return self.optimizer_of(list(self.network.parameters()))
+
+    def loss(self, ids: Tensor) -> Tensor:
+        logits = self.network(ids)
+        logits = getattr(logits, "logits", logits)[:, :-1]
+        return cross_entropy(at_least_float32(logits).flatten(0, 1), ids[:, 1:].flatten())
+
+    def model_flops(self) -> float:
+        """Three times a forward pass, as it is for networks all of whose matrices are trained."""
+        with torch.no_grad(), eagerly():
+            return 3 * count_flops(self.forward)
+
+
+def eagerly() -> Any:
+    """Without compiled code, into which counters cannot look."""
+    return torch.compiler.set_stance("force_eager")

@@ -1,0 +1,76 @@
+"""First weights that come from a folder instead of being drawn."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cola_lightning.checkpoints import find_corruption, load_model, read
+from cola_lightning.checkpoints.pretrained import check_finite, check_shapes
+from cola_lightning.errors import InputError
+from cola_lightning.models import Llama
+
+
+def initialize_from_folder(network: Llama, folder: str) -> None:
+    """Let every module of a network begin with the weights of a folder, cast to the dtype that they are held in.
+
+    A module's ``reset_parameters`` alone decides its first values. Here it is replaced, until it was called once; so it
+    makes no difference whether the network holds memory already, or is filled in and sharded piece by piece later. What
+    holds memory is filled at once.
+
+    Args:
+        network: Built, but not compiled or sharded.
+        folder: What ``load_model`` reads, or a checkpoint of any strategy.
+
+    Raises:
+        InputError: If the folder holds another network, or ZeRO-3 shards this one.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in network.parameters()):
+        raise InputError(
+            "--model.initial_weights cannot be filled into what ZeRO-3 has sharded already; begin under fsdp2 or "
+            "deepspeed_stage_2"
+        )
+    weights, found = _read(Path(folder).expanduser())
+    trouble = f"--model.initial_weights {folder} holds another network ('factorize' makes low rank of full rank)"
+    check_shapes(network, weights, trouble)
+    check_finite(weights, f"--model.initial_weights {folder}")
+    wanted = settings_beside_weights(network)
+    for name, value in found.items():
+        if wanted[name] != value:
+            raise InputError(f"--model.initial_weights {folder} was made with {name} {value}; set --model.{name} to it")
+    for name, module in network.named_modules():
+        prefix = f"{name}." if name else ""
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        values = {key: weights[prefix + key] for key, _ in own if prefix + key in weights}
+        if not values:
+            continue
+        module.reset_parameters = partial(_copy, module, values)
+        if not any(tensor.is_meta for _, tensor in own):
+            module.reset_parameters()
+
+
+def settings_beside_weights(network: Llama) -> dict[str, Any]:
+    """What changes the logits of a network and cannot be told from the shapes of its weights."""
+    names = ("num_attention_heads", "rope_theta", "rope_scaling", "rms_norm_eps", "gate_silu")
+    settings = {name: getattr(network.config, name) for name in names}
+    return settings | {"projection": type(network.model.layers[-1].self_attn.q_proj).__name__}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of a folder or a checkpoint, by their names in the network, and the ``settings_beside_weights`` of a
+    folder; of a checkpoint, the command line has compared the settings."""
+    if (path / "config.json").is_file() or not (path.is_file() or path.suffix == ".ckpt"):
+        source = load_model(path)
+        return source.state_dict(), settings_beside_weights(source)
+    if problem := find_corruption(path):
+        raise InputError(f"{path} is damaged: {problem}; name another checkpoint")
+    return read(path).weights, {}
+
+
+@torch.no_grad()
+def _copy(module: nn.Module, values: dict[str, Tensor]) -> None:
+    for key, value in values.items():
+        getattr(module, key).copy_(value)
+    del module.reset_parameters

@@ -1,0 +1,80 @@
+"""A checkpoint is whole or it is not there: sealing and checking what was written.
+
+A file carries checksums already, for torch writes a zip archive with a CRC-32 of every part. A folder (sharded
+checkpoints, DeepSpeed's) gets a list of its files with sizes and CRC-32s.
+"""
+
+import json
+import os
+import zlib
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
+
+SEAL = "files.json"
+_CHUNK = 1 << 24
+
+
+def write_manifest(folder: Path, checksums: dict[str, int]) -> None:
+    """Write the list of a folder's files, from ``checksum`` of each by its name in the folder."""
+    entries = {name: {"bytes": (folder / name).stat().st_size, "crc32": crc} for name, crc in sorted(checksums.items())}
+    (folder / SEAL).write_text(json.dumps(entries, indent=1) + "\n")
+    for path in [*(folder / name for name in entries), folder / SEAL]:
+        sync(path)
+
+
+def contents(folder: Path) -> list[str]:
+    """The files of a folder, by name relative to it, in order; without the seal."""
+    names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return sorted(name for name in names if name != SEAL)
+
+
+def checksum(file: Path) -> int:
+    """CRC-32 of a file's bytes."""
+    crc = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def sync(path: Path) -> None:
+    """Return when a file or folder is on the disk, not only in memory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def find_corruption(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None if it is whole. Every byte is read."""
+    try:
+        if path.is_dir():
+            return _folder_damage(path)
+        with ZipFile(path) as archive:
+            broken = archive.testzip()
+        return broken and f"checksum of {broken} differs"
+    except BadZipFile:
+        return "cut short, or no checkpoint at all"
+    except OSError as error:
+        return f"{error.strerror or error}"
+    except Exception as error:  # a flipped bit can make zip ask for a password, and a manifest be anything
+        return f"cannot be checked: {type(error).__name__}: {error}"
+
+
+def _folder_damage(folder: Path) -> str | None:
+    try:
+        entries = json.loads((folder / SEAL).read_text())
+    except FileNotFoundError:
+        return f"{SEAL} is missing"
+    except ValueError:
+        return f"{SEAL} is not readable"
+    for name, entry in entries.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes of {entry['bytes']}"
+        if checksum(file) != entry["crc32"]:
+            return f"checksum of {name} differs"
+    return None

@@ -1,0 +1,160 @@
+"""Networks out of folders: Hugging Face's LLaMA, what ``export`` writes, and the reference's CoLA and CoLA-M.
+
+Only safetensors and JSON are read; nothing is unpickled.
+"""
+
+import re
+from functools import reduce
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cola_lightning.checkpoints.pretrained_config import network_arguments, read_json, read_key
+from cola_lightning.errors import InputError, UnusableModelError
+from cola_lightning.models import Llama
+
+WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# The reference's CoLA-M cuts each layer into regions and owns the two factors of a projection in different ones; B of a
+# layer's down-projection even belongs to the next layer.
+_REGIONS = (
+    (re.compile(r"(layers\.\d+)\.pre_attn\.pre_([qkv])_proj\."), r"\1.self_attn.\2_proj."),
+    (re.compile(r"(layers\.\d+)\.self_attn\.(?:post_([qkv])|pre_(o))_proj\."), r"\1.self_attn.\2\3_proj."),
+    (re.compile(r"(layers\.\d+)\.post_attn\.post_o_proj\."), r"\1.self_attn.o_proj."),
+    (re.compile(r"(layers\.\d+)\.pre_mlp\.pre_(gate|up)_proj\."), r"\1.mlp.\2_proj."),
+    (re.compile(r"(layers\.\d+)\.self_mlp\.(?:post_(gate|up)|pre_(down))_proj\."), r"\1.mlp.\2\3_proj."),
+    (re.compile(r"(layers\.\d+)\.post_mlp\.post_down_proj\."), r"\1.mlp.down_proj."),
+)
+_NEXT_LAYER = re.compile(r"layers\.(\d+)\.last_layer_post_mlp\.post_down_proj\.")
+
+
+def load_model(folder: str | Path) -> Llama:
+    """The network of a folder with ``config.json`` and safetensors, in eval mode and in the dtype of the file.
+
+    Understands Hugging Face's ``LlamaForCausalLM``, what ``export`` writes, and ``ColaForCausalLM`` and
+    ``ColaMForCausalLM`` of the reference implementation (which stores the factors transposed). Where a file mixes
+    dtypes, the widest is taken for all.
+
+    Returns:
+        A network that maps token ids (B, T) int64 to logits (B, T, V). Embedding and head are one parameter where the
+        folder ties them.
+
+    Raises:
+        InputError: If the folder is incomplete, or describes a network that is not one of these.
+    """
+    folder = Path(folder)
+    if (folder / ADAPTER).is_file():
+        raise InputError(
+            f"{folder} has an adapter beside its weights ({ADAPTER}), which is not read; merge it into them first "
+            "(peft: merge_and_unload, then save_pretrained)"
+        )
+    file = folder / "config.json"
+    settings = read_json(file)
+    config, projection = network_arguments(settings, file)
+    weights = _one_dtype(dict(_translate(name, tensor) for name, tensor in _read_weights(folder).items()), folder)
+    if (layers := config.num_hidden_layers) > len(weights):  # before so many are built
+        raise InputError(f"{file} sets num_hidden_layers to {layers}, but the weights are only {len(weights)} tensors")
+    with torch.device("meta"):
+        network = Llama(config, projection)
+    tied = read_key(settings, file, "tie_word_embeddings", bool, False) and _tie(weights)
+    check_shapes(network, weights, f"{folder} does not fit its config.json")
+    network.load_state_dict(weights, assign=True)
+    if tied:
+        network.lm_head.weight = network.model.embed_tokens.weight
+    return network.eval()
+
+
+def _tie(weights: dict[str, Tensor]) -> bool:
+    """Fill in the one of embedding and head that is missing; say whether they are the same. As in transformers, two
+    that differ stay what they are."""
+    embedding, head = (weights.get(name) for name in (EMBEDDING, HEAD))
+    if embedding is not None and head is not None:
+        return torch.equal(embedding, head)
+    for name, other in ((EMBEDDING, head), (HEAD, embedding)):
+        if other is not None:
+            weights.setdefault(name, other)
+    return True
+
+
+def _one_dtype(weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Cast to the widest dtype among the tensors, so that nothing is lost."""
+    for name, tensor in weights.items():
+        if tensor.dtype not in DTYPES:
+            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise InputError(f"{folder} holds {name} as {tensor.dtype}, which is not supported; {kinds} are")
+    if not weights:
+        raise InputError(f"{folder} holds no tensors")
+    widest = reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()})
+    return {name: tensor.to(widest) for name, tensor in weights.items()}
+
+
+def check_shapes(network: nn.Module, weights: dict[str, Tensor], trouble: str) -> None:
+    """Compare weights with those that a network has.
+
+    Raises:
+        InputError: For the first that differs; the message begins with ``trouble``.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise InputError(
+                f"{trouble}: {name} should have shape {expected.get(name)}, the file has {found.get(name)}"
+            )
+
+
+def check_finite(weights: dict[str, Tensor], place: str | Path) -> None:
+    """Refuse weights that are no numbers, from which only NaN would come.
+
+    Raises:
+        UnusableModelError: For the first that holds NaN or infinity.
+    """
+    for name, tensor in weights.items():
+        if not bool(tensor.isfinite().all()):
+            raise UnusableModelError(f"{place}: {name} holds NaN or infinity; take an earlier checkpoint")
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    files = [folder / WEIGHTS]
+    # As in transformers, a single file counts before the index of several, which may be older.
+    if not files[0].is_file() and (folder / INDEX).is_file():
+        files = [folder / name for name in _parts(folder / INDEX)]
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            weights |= load_file(file)
+        except FileNotFoundError:
+            hint = "; pytorch_model.bin is not read, for it can run code: convert it to safetensors"
+            raise InputError(f"{file} does not exist{hint if list(folder.glob('*.bin')) else ''}") from None
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is not a whole safetensors file: {error}") from error
+    # Files of older versions keep the rotary frequencies, which config.json decides.
+    return {name: tensor for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _parts(index: Path) -> list[str]:
+    """The files that an index names."""
+    parts = read_key(read_json(index), index, "weight_map", dict)
+    if not parts or not all(isinstance(name, str) for name in parts.values()):
+        raise InputError(f"{index} names no files under weight_map; it must say for each tensor which file holds it")
+    names = sorted(set(parts.values()))
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{index} names {name}, which is not in its folder")
+    return names
+
+
+def _translate(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """The name and layout in our network of a tensor of the reference's."""
+    name = _NEXT_LAYER.sub(lambda match: f"layers.{int(match[1]) - 1}.mlp.down_proj.", name)
+    for pattern, plain in _REGIONS:
+        name = pattern.sub(plain, name)
+    for theirs, ours in ((".cola_a", ".A.weight"), (".cola_b", ".B.weight")):
+        if name.endswith(theirs):
+            return name.removesuffix(theirs) + ours, tensor.T.contiguous()
+    return name, tensor

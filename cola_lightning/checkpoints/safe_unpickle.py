@@ -1,0 +1,198 @@
+"""Nothing in a checkpoint runs code: what is loaded is tensors and plain data, whatever strategy wrote it.
+
+Two things see to that. While :func:`plain_data_only` lasts, every loader that a strategy may use is one that cannot
+unpickle anything else. And :func:`check_no_code` looks through a checkpoint beforehand, so that what is wrong is said in
+one line before any work starts. Only the first is needed for safety, because it acts on the very bytes that are used.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PurePath
+from typing import Any
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
+
+from cola_lightning.checkpoints.shard_index import ForeignError, parse_index, tensor_bytes
+from cola_lightning.errors import InputError
+from cola_lightning.private_apis import replace_fsdp_loader, replace_index_reader
+
+# Classes of plain data that DeepSpeed writes besides what torch itself regards as safe.
+_OF_DEEPSPEED = {
+    "deepspeed.runtime.fp16.loss_scaler": ("DynamicLossScaler", "LossScaler"),
+    "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
+    "deepspeed.utils.tensor_fragment": ("fragment_address",),
+}
+_DEEPSPEED_NAMES = {f"{module}.{name}" for module, names in _OF_DEEPSPEED.items() for name in names}
+_FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+_SUFFIXES = (".pt", ".ckpt")
+"""Name patterns of the files in a folder that a library opens with ``torch.load``."""
+
+
+# -- while loading ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def plain_data_only() -> Iterator[None]:
+    """Let every loader of checkpoints in this process read tensors and plain data alone, as long as this lasts.
+
+    - ``torch.load`` obeys ``TORCH_FORCE_WEIGHTS_ONLY_LOAD``, also where a library says ``weights_only=False``, as
+      DeepSpeed does, and ``torch.distributed.checkpoint`` for what is no tensor.
+    - The index of a sharded checkpoint, which torch unpickles, is read by :func:`parse_index`.
+    - Lightning's FSDP reads one file with an unpickler of its own; here it uses ``torch.load``.
+    """
+    with ExitStack() as stack:
+        for name, value in ((_FORCE, "1"), (_FORCE_NOT, None)):
+            stack.callback(_set_variable, name, os.environ.get(name))
+            _set_variable(name, value)
+        stack.enter_context(replace_index_reader(_read_metadata))
+        stack.enter_context(replace_fsdp_loader(_load_mapped))
+        yield
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+
+
+@contextmanager
+def deepspeed_data() -> Iterator[None]:
+    """Let ``torch.load`` make the few classes of plain data that are in DeepSpeed's checkpoints, too."""
+    from importlib import import_module
+
+    classes = [getattr(import_module(module), name) for module, names in _OF_DEEPSPEED.items() for name in names]
+    with torch.serialization.safe_globals(classes):
+        yield
+
+
+def _load_mapped(path: str | Path) -> Any:
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def _read_metadata(reader: FileSystemReader, file: Path) -> Metadata:
+    """Stand in for ``FileSystemReader.read_metadata``."""
+    metadata = _index(file)
+    metadata.storage_meta = metadata.storage_meta or StorageMeta()
+    metadata.storage_meta.load_id = reader.load_id
+    return metadata
+
+
+def read_index(path: Path) -> Metadata:
+    """The index of a sharded checkpoint: names, shapes and places of its tensors.
+
+    Raises:
+        InputError: If it cannot be read, or would run code, or speaks of more than the folder holds.
+    """
+    return _index(path / ".metadata")
+
+
+def _index(file: Path) -> Metadata:
+    try:
+        metadata = parse_index(file.read_bytes())
+    except ForeignError as error:
+        raise InputError(f"{file} asks to load {error}, which may run code; the checkpoint is not opened") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is not a readable index of a sharded checkpoint: {error}") from error
+    folder = file.parent
+    sizes = {name.name: name.stat().st_size for name in folder.iterdir() if name.is_file()}
+    for place, info in (metadata.storage_data or {}).items():
+        if PurePath(info.relative_path).name != info.relative_path:
+            raise InputError(f"{file} places {place.fqn} in {info.relative_path}, outside of the checkpoint")
+        if info.relative_path not in sizes:
+            raise InputError(f"{folder} is not whole: {info.relative_path} with {place.fqn} is missing")
+        if info.offset + info.length > sizes[info.relative_path]:
+            raise InputError(f"{folder} is not whole: {info.relative_path} is cut short before the end of {place.fqn}")
+    if (claimed := tensor_bytes(metadata)) > sum(sizes.values()):
+        raise InputError(f"{file} speaks of {claimed:,} bytes of tensors, the folder holds {sum(sizes.values()):,}")
+    return metadata
+
+
+# -- beforehand -------------------------------------------------------------------------------------------------------
+
+
+def check_no_code(path: Path) -> None:
+    """Look through every part of a checkpoint (a file, or a folder of some strategy) that a library would open.
+
+    Raises:
+        InputError: If a part is more than tensors and plain data, leaves the folder by a link, or would become larger
+            than it is; the message names the part and what it asks for.
+    """
+    if path.is_file():
+        _check_globals(path)
+        return
+    for file in files_within(path):
+        if file.suffix in _SUFFIXES:
+            _check_globals(file)
+    if (path / ".metadata").is_file():
+        _check_index(path)
+
+
+def files_within(folder: Path) -> list[Path]:
+    """All files below a folder, in order, by links too.
+
+    Raises:
+        InputError: If a link leaves the folder: what lies elsewhere is no part of a checkpoint.
+    """
+    top, found = folder.resolve(), []
+    for place, folders, files in os.walk(folder, followlinks=False):
+        for name in folders + files:
+            path = Path(place, name)
+            if path.is_symlink():
+                target = path.resolve()
+                if not target.is_relative_to(top):
+                    raise InputError(
+                        f"{path} is a link to {target}, outside of the checkpoint, which is not followed; copy the "
+                        "folder with what its links name (cp -rL)"
+                    )
+                if target.is_dir():
+                    raise InputError(f"{path} is a link to a folder, as no strategy writes; copy it there (cp -rL)")
+            if name in files:
+                found.append(path)
+    return sorted(found)
+
+
+def _check_globals(source: Path | io.BytesIO, name: object = None) -> None:
+    name = name or source
+    try:
+        _check_archive(source, name)
+        if not isinstance(source, Path):
+            source.seek(0)
+        wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(source))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{name} is not a whole checkpoint: {' '.join(str(error).split())[:200]}") from error
+    if foreign := sorted(wanted - _DEEPSPEED_NAMES):
+        raise InputError(f"{name} asks to load {', '.join(foreign)}, which may run code; the checkpoint is not opened")
+
+
+def _check_archive(source: Path | io.BytesIO, name: object) -> None:
+    """torch writes each part as it is, once. Packed ones could grow without bound; of two of one name, one reader might
+    take the first and another the second."""
+    try:
+        with ZipFile(source) as archive:
+            parts = archive.infolist()
+    except BadZipFile:
+        return  # the old format of torch, or none: the caller says so
+    if packed := [part.filename for part in parts if part.compress_type != ZIP_STORED]:
+        raise InputError(f"{name} is packed ({packed[0]}), as no checkpoint of torch is; it is not opened")
+    if len({part.filename for part in parts}) < len(parts):
+        raise InputError(f"{name} holds two parts of one name, as no checkpoint of torch does; it is not opened")
+    size = source.stat().st_size if isinstance(source, Path) else len(source.getbuffer())
+    if (claimed := sum(part.file_size for part in parts)) > size:
+        raise InputError(f"{name} has {size:,} bytes and speaks of {claimed:,}; it is not opened")
+
+
+def _check_index(path: Path) -> None:
+    index = read_index(path)
+    for place, info in (index.storage_data or {}).items():
+        if isinstance(index.state_dict_metadata.get(place.fqn), BytesStorageMetadata):
+            with (path / info.relative_path).open("rb") as stream:
+                stream.seek(info.offset)
+                content = io.BytesIO(stream.read(info.length))
+            _check_globals(content, f"{path / info.relative_path} ({place.fqn})")

@@ -1,0 +1,118 @@
+"""Read YAML as it looks: no sexagesimal numbers, no key set twice in silence, nothing that grows without bound.
+
+PyYAML follows YAML 1.1, in which ``1:30`` is 90 and ``010`` is 8. Here they are a text and 10, as in YAML 1.2. The
+loader below stands in for jsonargparse's, which reads configs and the values of flags.
+"""
+
+import re
+from typing import Any
+
+import yaml
+from yaml.nodes import MappingNode, Node, SequenceNode
+
+from cola_lightning.private_apis import replace_yaml_loader
+
+DEPTH = 50
+"""Levels of nesting at most; a whole configuration has about ten."""
+NODES = 100_000
+"""Values at most, where an alias (``*name``) counts as all that it stands for. A whole configuration has about 300."""
+
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)")
+_FLOAT = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+    r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
+)
+
+
+class ConfigFileError(yaml.YAMLError):
+    """What is wrong with a text of settings, in one line."""
+
+
+class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """PyYAML's safe loader, with the numbers of YAML 1.2, and within bounds."""
+
+    def __init__(self, stream: Any) -> None:
+        if isinstance(stream, str) and len(stream) > DEPTH:
+            _check_depth(stream)  # before the C library recurses
+        super().__init__(stream)
+
+    def get_single_data(self) -> Any:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        _count(node, {})
+        return self.construct_document(node)
+
+
+def _resolvers() -> dict[str, list[tuple[str, re.Pattern]]]:
+    changed = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
+    kept = {
+        first: [(tag, pattern) for tag, pattern in pairs if tag not in changed]
+        for first, pairs in Loader.yaml_implicit_resolvers.items()
+    }
+    for name, pattern, firsts in (("float", _FLOAT, "-+0123456789."), ("int", _INT, "-+0123456789")):
+        whole = re.compile(f"^(?:{pattern.pattern})$")
+        for first in firsts:
+            kept.setdefault(first, []).append((f"tag:yaml.org,2002:{name}", whole))
+    return kept
+
+
+Loader.yaml_implicit_resolvers = _resolvers()
+
+
+def load(text: str) -> Any:
+    """The value of a text in YAML.
+
+    Raises:
+        yaml.YAMLError: If it is none, sets a key twice, or is nested or repeated without bound.
+    """
+    return yaml.load(text, Loader=Loader)
+
+
+def _check_depth(text: str) -> None:
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+                if depth > DEPTH:
+                    raise ConfigFileError(f"line {event.start_mark.line + 1} is nested more than {DEPTH} deep")
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+    except yaml.MarkedYAMLError as error:
+        if "nesting depth" not in str(error):  # the C library has a bound of its own, and reads ahead
+            raise
+        raise ConfigFileError(f"line {error.problem_mark.line + 1} is nested more than {DEPTH} deep") from error
+
+
+def _count(node: Node, known: dict[int, int | None]) -> int:
+    """The values that a node holds after every alias is replaced; ``known`` are those counted, None while under way."""
+    if id(node) in known:
+        if (found := known[id(node)]) is None:
+            raise ConfigFileError(f"line {node.start_mark.line + 1} contains itself, by an alias")
+        return found
+    known[id(node)] = None
+    total = 1
+    if isinstance(node, MappingNode):
+        _check_duplicates(node)
+        total += sum(_count(key, known) + _count(value, known) for key, value in node.value)
+    elif isinstance(node, SequenceNode):
+        total += sum(_count(each, known) for each in node.value)
+    if total > NODES:
+        raise ConfigFileError(f"line {node.start_mark.line + 1} grows to more than {NODES:,} values by its aliases")
+    known[id(node)] = total
+    return total
+
+
+def _check_duplicates(node: MappingNode) -> None:
+    seen: dict[str, int] = {}
+    for key, _ in node.value:
+        if not isinstance(key.value, str):
+            raise ConfigFileError(f"line {key.start_mark.line + 1} has a list or mapping for a key")
+        line = key.start_mark.line + 1
+        if key.value in seen:
+            raise ConfigFileError(f"line {line} sets {key.value} again, after line {seen[key.value]}; keep one of them")
+        seen[key.value] = line
+
+
+replace_yaml_loader(Loader)

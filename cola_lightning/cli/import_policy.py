@@ -1,0 +1,97 @@
+"""Decide what the command line and configs may import, before it is imported.
+
+A config names classes by their import paths, those that a user wrote among them; so it is code, and docs/security.md
+says so. This policy keeps away what no run needs. It holds in the whole process from the import of this module on.
+
+- Nothing of Python's standard library can be named, nor what else jsonargparse denies: ``subprocess.Popen`` for one.
+- Where a value may be anything (``Any``, ``object``), a mapping that looks like a class with arguments stays a mapping.
+  jsonargparse would import and make it.
+- A module is not imported unless its source binds the name that is wanted: naming a script does not run it.
+"""
+
+import ast
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+
+from cola_lightning.private_apis import ImportDenied, check_import_path, keep_untyped_values, replace_import_check
+
+_STANDARD = sorted(name for name in sys.stdlib_module_names if name != "__future__")
+
+
+def check_import(path: str, before: Any = check_import_path) -> None:
+    """Refuse an import path that is denied, or that the source of its module does not bind.
+
+    Raises:
+        ImportDenied: Before anything is imported.
+    """
+    before(path)
+    parts = path.split(".")
+    if parts[0] in sys.modules and parts[0] != "__main__":
+        module = ".".join(parts[:-1])
+        if module in sys.modules or len(parts) == 1:
+            return  # there is nothing left to run
+    spec, wanted = _deepest(parts)
+    if spec is None or wanted is None or spec.name in sys.modules:
+        return
+    if not _binds(spec, wanted):
+        raise ImportDenied(f"Importing '{path}' is not allowed: {spec.name} holds no {wanted}.")
+
+
+def _deepest(parts: list[str]) -> tuple[ModuleSpec | None, str | None]:
+    """The module or package that the longest beginning of a path means, and the name that follows; nothing is run."""
+    try:
+        spec = find_spec(parts[0])
+    except (ImportError, ValueError):
+        return None, None
+    for depth, part in enumerate(parts[1:], 1):
+        if spec is None:
+            return None, None
+        if spec.submodule_search_locations is None:
+            return spec, part
+        inner = PathFinder.find_spec(".".join(parts[: depth + 1]), list(spec.submodule_search_locations))
+        if inner is None:
+            return spec, part
+        spec = inner
+    return spec, None
+
+
+def _binds(spec: ModuleSpec, name: str) -> bool:
+    """Whether a module's source binds a name at its top level, as far as can be seen without running it."""
+    get_source = getattr(spec.loader, "get_source", None)
+    try:
+        source = get_source(spec.name) if get_source else None
+        tree = ast.parse(source) if source is not None else None
+    except (ImportError, SyntaxError, ValueError, RecursionError, OSError):
+        return False
+    return tree is None or any(bound in (name, "*", "__getattr__") for bound in _bound(tree.body))
+
+
+def _bound(body: list[ast.stmt]) -> list[str]:
+    names = []
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names += [alias.asname or alias.name.partition(".")[0] for alias in node.names]
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names += [each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
+        else:  # if, try, with
+            for field in ("body", "orelse", "finalbody"):
+                names += _bound(getattr(node, field, []))
+            for handler in getattr(node, "handlers", []):
+                names += _bound(handler.body)
+    return names
+
+
+def _install() -> None:
+    set_parsing_settings(import_path_denylist=_STANDARD, instantiate_subclass_spec_in_any=False)
+    replace_import_check(check_import)  # jsonargparse has no setting for this, nor for the next
+    keep_untyped_values()
+
+
+_install()

@@ -1,0 +1,145 @@
+"""The parser of the command line, which says in one line what it did not understand."""
+
+import argparse
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+import cola_lightning.cli.import_policy  # noqa: F401  denies what no config may name
+from cola_lightning.errors import InputError, did_you_mean, hide_secrets
+from cola_lightning.private_apis import commands_of, options_of
+
+GIVEN = ("in_features", "out_features", "params", "optimizer")
+"""Arguments that come from the network and the run, not from the command line."""
+
+WORDS = {
+    "bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text", "list": "a list",
+    "dict": "a mapping", "NoneType": "null",
+}  # fmt: skip
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's messages spell out every type that was tried; one line with place, value and fix comes of them.
+
+    Attributes:
+        bases: Of the classes that can be named; a misspelt name is compared with those of their subclasses.
+    """
+
+    bases: tuple[type, ...] = ()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # a parser within another: it tries the next type
+            super().error(message, ex)
+        commands = commands_of(self)
+        options = {option for parser in (self, *commands.values()) for option in options_of(parser)}
+        print(f"error: {hide_secrets(explain(message, options, commands, _names(self.bases)))}", file=sys.stderr)
+        sys.exit(2)
+
+
+class OptionParser(argparse.ArgumentParser):
+    """The standard library's parser, which says in one line what it did not understand.
+
+    Raises:
+        InputError: For what is typed wrong, and for whole numbers of more than 64 bits.
+    """
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().parse_known_args(*args, **kwargs)
+        for name, value in vars(found[0]).items():
+            # A seed may be an unsigned number of 64 bits, too; the command that takes one checks it.
+            if isinstance(value, int) and abs(value) >= 2**63 and name != "seed":
+                raise InputError(f"--{name} is {value}; it must be below 2^63")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; {self.prog} --help lists the options")
+
+
+def explain(
+    message: str, options: Iterable[str] = (), commands: Iterable[str] = (), classes: Iterable[str] = ()
+) -> str:
+    """One line of what jsonargparse says in many; as it is, but for line breaks, where its kind is not known."""
+    if found := re.search(r"unrecognized arguments: ([^\s=]+)", message):
+        return _no_option(found[1], options)
+    if found := re.search(r"(?:Group '(\S+)'|Subcommand '\S+') does not accept option '(\S+)'", message):
+        return _no_option("--" + ".".join(filter(None, found.groups())), options)
+    if found := re.search(r"argument subcommand: invalid choice: '(\S*)'", message):
+        return f"{found[1]} is none of the commands{did_you_mean(found[1], commands)}; --help lists them"
+    if 'expected "subcommand"' in message:
+        return "no command is given; --help lists them"
+    if 'Parser key "' not in message:
+        return " ".join(message.split())
+    # The classes that a value may belong to are tried one after another; the first is the one that was typed.
+    tried = re.search(r"^( *)- (Problem with given class_path .*?)(?=\n\1\S|\n *Given value|\Z)", message, re.S | re.M)
+    first = message[: tried.start()] + tried[2] if tried else message
+    place = "--" + ".".join(re.findall(r'Parser key "([^"]+)"', first))
+    if found := re.search(r"Importing '([\w.]+)' is not allowed(?:: (\S+) holds no (\w+)\.)?", message):
+        if found[2]:
+            return f"{place} is {found[1]}, but {found[2]} holds no {found[3]}; it is not imported"
+        return (
+            f"{place} names {found[1]}, which may run anything and is nothing that a run is made of; it is not imported"
+        )
+    if found := re.search(r"Option '(\w+)' is not accepted", first):
+        return f"{place}.{found[1]}: {_lacks(_class_path(first), found[1])}"
+    if found := re.search(r"arguments are required: ([\w, ]+)", first):
+        missing, owner = (f"{place}.{name}" for name in found[1].split(", ")), _class_path(first).rpartition(".")[2]
+        return f"{' and '.join(missing)} must be given{f', for {owner} needs it' * bool(owner)}"
+    absent = re.search(r"No module named '(\w+)", first)
+    if absent and find_spec(absent[1]) is None and (value := re.search(r"Got value: ([\w.]+)", first)):
+        return f"{place} is {value[1]}, of a package that is not installed; pip install {absent[1]}"
+    given = re.search(r"Given value: (.*?)(?:\. Got value: .*)?$", first, re.M) or re.search(r"Got value: (.*)", first)
+    name = re.search(r"dot import path string: ([\w.]+)|has no attribute '\w+'\. Got value: ([\w.]+)", first)
+    takes = _types(first)
+    if name and not set(takes) - {"true or false", "null"}:
+        path = name[1] or name[2]
+        return (
+            f"{place} is {path}, a class that cannot be found{did_you_mean(path.rpartition('.')[2], classes)}; "
+            "name one of those that --help lists, or any by its import path"
+        )
+    if given and takes:
+        return f"{place} is {given[1]}; it must be {', '.join(takes[:-1])}{' or ' if takes[1:] else ''}{takes[-1]}"
+    return f"{place}: " + " ".join(message.split(":", 1)[1].split())
+
+
+def _no_option(name: str, options: Iterable[str]) -> str:
+    if not name.startswith("-"):
+        return f"{name} stands where an option is expected"
+    return f"{name} is no option{did_you_mean(name, options)}; --help lists them"
+
+
+def _class_path(text: str) -> str:
+    found = re.search(r"class_path[ =]'([\w.]+)'", text)
+    return found[1] if found else ""
+
+
+def _lacks(class_path: str, name: str) -> str:
+    module, _, owner = class_path.rpartition(".")
+    try:
+        parameters = inspect.signature(getattr(importlib.import_module(module), owner)).parameters
+        accepted = [name for name in parameters if name not in GIVEN]
+    except (ImportError, AttributeError, ValueError, TypeError):
+        accepted = []
+    hint = did_you_mean(name, accepted) or f"; it has {', '.join(accepted)}" * bool(accepted)
+    return f"{owner or 'this class'} has no option {name}{hint}"
+
+
+def _types(text: str) -> list[str]:
+    """What could have been there, in words; classes are left out."""
+    words: list[str] = []
+    for kind in re.findall(r"Expected (?:an? )?(<class '[^']+'>|typing\.Literal\[[^\]]*\])", text):
+        if kind.startswith("typing.Literal"):
+            words += re.findall(r"[^\s\[\],']+", kind.removeprefix("typing.Literal"))
+        else:
+            words += [WORDS[name] for name in [kind.split("'")[1]] if name in WORDS]
+    return list(dict.fromkeys(words))
+
+
+def _names(bases: Iterable[type]) -> set[str]:
+    """Of these classes and all that derive from them, as far as they are imported."""
+    return {base.__name__ for base in bases}.union(*(_names(base.__subclasses__()) for base in bases))

@@ -1,0 +1,237 @@
+"""What a run costs: parameters, FLOPs, memory of a GPU, days."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch.optim import Optimizer
+
+from cola_lightning.costs.gpus import Gpu
+from cola_lightning.costs.memory_layout import MemoryLayout, memory_layout
+from cola_lightning.costs.parameters import Parameters, count_parameters
+from cola_lightning.costs.trace import Build, Flops, Kept, Trace, Transforms, optimizer_states, trace
+from cola_lightning.errors import InputError
+from cola_lightning.models import LlamaConfig
+from cola_lightning.training.module import LanguageModel
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a GPU when it is fullest, by what they are for.
+
+    Attributes:
+        weights, gradients, optimizer: What lies on the GPU of each.
+        buffers: Gradient buckets, and weights that sharding gathers.
+        activations: Kept by the layers between forward and backward.
+        logits: Head and loss on top of that.
+        backward: What a layer's backward pass needs beyond all of it.
+        step: What the optimizer's step needs beyond, when the rest is gone.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    activations: float
+    logits: float
+    backward: float
+    step: float
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run, as far as its cost goes.
+
+    Args:
+        build: Makes the network, a partial of :func:`build_llama`; takes any field of :class:`LlamaConfig`, and
+            ``projection``, in place of what it has.
+        layers: Decoder layers.
+        make_optimizer: Makes the optimizer from the parameters.
+        batch_size: Rows of a micro-batch on one GPU (B).
+        sequence_length: Tokens of a row (T).
+        transforms: What is done to the network before it runs, such as a checkpointing policy.
+        strategy: As ``--trainer.strategy`` takes it.
+        precision: As ``--trainer.precision`` takes it.
+        gpus: All of them.
+        accumulate: Micro-batches of an optimizer step.
+        global_batch_size: Rows of an optimizer step, in place of ``accumulate``.
+        max_steps: Optimizer steps of the run.
+        apart: Attention keeps to its own document.
+        fused_norm: RMSNorm is one kernel, as on GPUs.
+    """
+
+    build: Build
+    layers: int
+    make_optimizer: Callable[..., Optimizer]
+    batch_size: int
+    sequence_length: int
+    transforms: Transforms = ()
+    strategy: str | Strategy = "auto"
+    precision: Any = "32-true"
+    gpus: int = 1
+    accumulate: int = 1
+    global_batch_size: int | None = None
+    max_steps: int = 0
+    mask_documents: bool = False
+    fused_norm: bool = True
+
+    @classmethod
+    def of(cls, model: LanguageModel, data: Any, **settings: Any) -> "Run":
+        """The run of a module and a data module.
+
+        Args:
+            settings: Arguments of :class:`Run` that the trainer decides.
+
+        Raises:
+            InputError: If the data module does not say how large its batches are.
+        """
+        for name in ("batch_size", "sequence_length"):
+            if not hasattr(data, name):
+                raise InputError(f"{type(data).__name__} has no {name}, so a batch's size is not known; give it one")
+        shape = getattr(data, "row_shape", None)
+        return cls(
+            model.build,
+            model.config.num_hidden_layers,
+            model.make_optimizer,
+            data.batch_size,
+            data.sequence_length,
+            global_batch_size=getattr(data, "global_batch_size", None),
+            mask_documents=getattr(shape, "mask_documents", False),
+            **settings,
+        )
+
+    @property
+    def config(self) -> LlamaConfig:
+        """Sizes of the network that ``build`` makes."""
+        changes = dict(self.build.keywords)
+        del changes["projection"]
+        return replace(changes.pop("config"), **changes)
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        return count_parameters(self.build)
+
+    @cached_property
+    def layout(self) -> MemoryLayout:
+        return memory_layout(self.strategy, self.precision, self.gpus)
+
+    @cached_property
+    def traced(self) -> Trace:
+        return self._trace(self.transforms, self.batch_size)
+
+    def _trace(self, transforms: Transforms, batch_size: int) -> Trace:
+        return trace(
+            self.build,
+            self.layers,
+            transforms,
+            batch_size,
+            self.sequence_length,
+            self.layout.computed,
+            self.layout.autocast,
+            self.mask_documents,
+            self.fused_norm,
+        )
+
+    # -- computation --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def flops(self) -> Flops:
+        """Of a micro-batch on one GPU."""
+        plain = self.traced
+        if self.transforms or self.config.loss_chunk_size:  # which forms gradients in the forward pass
+            plain = replace(self, build=partial(self.build, loss_chunk_size=None), transforms=()).traced
+        # A backward pass of attention is five products, one of which is done in the forward pass too.
+        model = plain.step_flops - plain.attention_backward_flops / 5
+        forward = plain.forward_flops
+        return Flops(forward, model - forward, self.traced.step_flops - model)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Slots of an optimizer step; where rows are padded, fewer are learnt from."""
+        return (self.global_batch_size or self.batch_size * self.gpus * self.accumulate) * self.sequence_length
+
+    @property
+    def tokens(self) -> int:
+        return self.tokens_per_step * self.max_steps
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    def days(self, gpu: Gpu, utilisation: float, of: str = "model") -> float:
+        """Days of training: tokens times FLOPs of a token, over GPUs times peak times utilisation.
+
+        Args:
+            utilisation: MFU where ``of`` is ``model``, HFU where it is ``hardware``.
+        """
+        flops = getattr(self.flops, of) / self.micro_batch_tokens * self.tokens
+        return flops / (self.gpus * gpu.peak * 1e12 * utilisation) / 86_400
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def static_memory(self) -> Memory:
+        """What does not depend on the batch; ``step`` is all that the optimizer's step needs."""
+        layout, total = self.layout, self.parameters.total
+        width = layout.dtype.itemsize
+        own = torch.float32 if layout.master else layout.dtype
+        states = optimizer_states(self.build, self.layers, self.make_optimizer, own)
+        copies = 4 * total.trained * layout.master
+        # Its gradients in float32 are made for the step.
+        step = layout.optimizer * (states.temporary * own.itemsize * total.trained + copies)
+        return Memory(
+            weights=layout.weights * width * total.parameters + total.buffer_bytes,
+            gradients=layout.gradients * width * total.trained,
+            optimizer=layout.optimizer * (states.size + copies),
+            buffers=layout.buffers(self.parameters)[0],
+            activations=0,
+            logits=0,
+            backward=0,
+            step=step,
+        )
+
+    @cached_property
+    def memory(self) -> Memory:
+        return self._memory(self.traced.kept)
+
+    def _memory(self, kept: Kept) -> Memory:
+        at_head, in_layers = self.layout.buffers(self.parameters)
+        backward = max(0, kept.layers + in_layers - kept.logits - at_head)
+        # At the optimizer's step activations and logits are gone.
+        step = max(0, self.static_memory.step - kept.activations - kept.logits - backward)
+        return replace(
+            self.static_memory, activations=kept.activations, logits=kept.logits, backward=backward, step=step
+        )
+
+    def rows_that_fit(self, gpu: Gpu) -> int:
+        """The largest micro-batch that fits on ``gpu``; 0 if a single row does not.
+
+        Memory grows with the batch in a line that may bend once; so it is followed from here, and from where it led.
+        """
+        beside = replace(self.static_memory, step=0).total
+        if beside + self.static_memory.step > gpu.usable:
+            return 0
+
+        def working(rows: int) -> float:
+            memory = self._memory(self._trace(self.transforms, rows).kept)
+            return memory.activations + memory.logits + memory.backward
+
+        here = working(self.batch_size)
+        per_row = (working(2 * self.batch_size) - here) / self.batch_size
+        rows = max(1, self.batch_size + math.floor((gpu.usable - beside - here) / per_row))
+        return max(0, rows + math.floor((gpu.usable - beside - working(rows)) / per_row))
+
+    def micro_batch_for(self, rows: int) -> int:
+        """The largest micro-batch up to ``rows`` that an optimizer step can be made of; 0 if there is none."""
+        if self.global_batch_size is None:
+            return rows
+        own = self.global_batch_size // self.gpus
+        return max((size for size in range(1, min(rows, own) + 1) if own % size == 0), default=0)

@@ -1,0 +1,154 @@
+"""Rows to batches, in an order that is a function of the seed and of how many rows were trained on.
+
+Lightning sees objects that have a length and can be iterated, nothing more: it then neither replaces the sampler, nor
+fetches a batch ahead, nor restores one rank's position on all ranks.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from cola_lightning.data.rows import IGNORE, Row, add_step_tokens
+from cola_lightning.data.stream_loader import end_where_batches_are_lost
+from cola_lightning.data.transfer import SentBatch
+from cola_lightning.errors import InputError
+from cola_lightning.signals import leave_signals_to_parent
+
+Batch = dict[str, Tensor]
+
+
+class TrainLoader:
+    """The whole training run as one sequence of batches: pass after pass over the rows, each in a new order.
+
+    Global batch ``b`` takes the sequence's entries from ``b * G`` on, G = ``batch_size * replicas``, and every rank its
+    own ``batch_size`` of them. A position counted in rows therefore means the same for any number of ranks.
+
+    Every iteration goes on where the one before ended, because an epoch of Lightning's is a part of the run.
+
+    Args:
+        rows: The data set.
+        batch_size: Rows of a batch on one rank (B).
+        batches: How many batches the run takes on this rank, which is the loader's length.
+        seed: Decides the order.
+        position: Rows, over all ranks, that were trained on before.
+        replicas: Number of ranks that share the data.
+        rank: This one among them.
+        workers: Processes that read ahead; 0 for none.
+        window: Batches of an optimizer step. They are fetched together, so that each knows the step's tokens.
+        overfit: Begin every iteration with the first rows, in their own order; for ``overfit_batches``.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        batch_size: int,
+        batches: int,
+        *,
+        seed: int,
+        position: int = 0,
+        replicas: int = 1,
+        rank: int = 0,
+        workers: int = 0,
+        batches_per_step: int = 1,
+        overfit: bool = False,
+    ) -> None:
+        self.rows, self.batch_size, self.batches, self.seed = rows, batch_size, batches, seed
+        self.overfit = overfit
+        self.position, self.replicas, self.rank, self.workers = position, replicas, rank, workers
+        self.batches_per_step = batches_per_step
+        self._permutation = lru_cache(maxsize=2)(self._shuffled)
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.overfit:
+            self.position = 0
+        batches = _loader(self.rows, self._indices(), self.workers)
+        while True:
+            for batch in add_step_tokens(list(islice(batches, self.batches_per_step))):
+                # Counted as it is handed over, so that a checkpoint taken after this batch goes on at the next.
+                self.position += self.batch_size * self.replicas
+                yield batch
+
+    def _indices(self) -> Iterator[list[int]]:
+        start = self.position + self.rank * self.batch_size
+        while True:
+            yield [self._row(index) for index in range(start, start + self.batch_size)]
+            start += self.batch_size * self.replicas
+
+    def _row(self, index: int) -> int:
+        turn, within = divmod(index, len(self.rows))  # type: ignore[arg-type]
+        if self.overfit:
+            return within
+        return int(self._permutation(turn)[within])
+
+    def _shuffled(self, turn: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+        return torch.randperm(len(self.rows), generator=generator)  # type: ignore[arg-type]
+
+
+class EvalLoader:
+    """Every row exactly once over all ranks, in order, and as many batches on each rank.
+
+    Where the rows do not divide evenly, a rank's last batches are filled with rows whose labels are all ignored, so
+    that sums over tokens are exact and ranks that talk to each other in the forward pass stay in step.
+    """
+
+    def __init__(self, rows: Dataset, batch_size: int, *, replicas: int = 1, rank: int = 0) -> None:
+        self.rows, self.batch_size, self.replicas, self.rank = rows, batch_size, replicas, rank
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // (self.batch_size * self.replicas))  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = [self.indices(batch) for batch in range(len(self))]
+        return _loader(_Filled(self.rows), batches, workers=0)
+
+    def indices(self, batch: int) -> list[int]:
+        """The rows of a batch of this rank; those that fill it up have the length of the data set or more.
+
+        Example: of 10 rows in batches of 4 on 2 ranks, rank 1 has 4 to 7, and rank 0 in its second batch 8 to 11.
+        """
+        start = (batch * self.replicas + self.rank) * self.batch_size
+        return list(range(start, start + self.batch_size))
+
+
+class _Filled(Dataset):
+    """The rows, and past their end rows with nothing to learn."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self.rows = rows
+
+    def __getitem__(self, index: int) -> Row:
+        if index < len(self.rows):  # type: ignore[arg-type]
+            return self.rows[index]
+        row = self.rows[0]
+        return row | {"labels": torch.full_like(row["labels"], IGNORE)}
+
+
+def _loader(rows: Dataset, batches: object, workers: int) -> Iterator[Batch]:
+    if workers < 0:
+        raise InputError(f"--data.num_workers is {workers}; it must be 0 or more")
+    loader = DataLoader(
+        rows,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_worker_init,
+        collate_fn=_collate,
+    )
+    return (sent.batch for sent in loader)
+
+
+def _collate(rows: list[Row]) -> SentBatch:
+    return SentBatch(default_collate(rows))
+
+
+def _worker_init(worker: int) -> None:
+    leave_signals_to_parent()
+    end_where_batches_are_lost()

@@ -1,0 +1,221 @@
+"""What every data module of this package does alike."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import Dataset
+from typing_extensions import TypedDict
+
+from cola_lightning.data.identity import Identity, StoredIdentity, StoredTokenizer, compare_runs, content_of
+from cola_lightning.data.row_loader import EvalLoader
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.distributed.ranks import tell_all
+from cola_lightning.errors import InputError, hide_secrets
+from cola_lightning.stored_data import ALTERED, check_stored
+
+IDENTITY = "identity"
+"""What the state of every data module of this package has: what the run's data is."""
+
+
+class StoredState(TypedDict):
+    """State of a data module in a checkpoint. A subclass adds its position."""
+
+    identity: StoredIdentity
+
+
+class _OtherIdentity(TypedDict):
+    tokenizer: StoredTokenizer
+
+
+def resolve_global_batch_size(rows: int | None, tokens: int | None, sequence_length: int) -> int | None:
+    """Rows of an optimizer step, stated in rows or in tokens; None if in neither.
+
+    Raises:
+        InputError: If it is stated in both, or the tokens are no whole number of rows.
+    """
+    if tokens is None:
+        return rows
+    if rows is not None:
+        raise InputError(
+            f"--data.global_batch_size {rows} and --data.global_batch_tokens {tokens} both state the batch; set one of "
+            f"them to null"
+        )
+    rows, left = divmod(tokens, sequence_length)
+    if left or rows < 1:
+        nearest = [n * sequence_length for n in (rows, rows + 1) if n > 0]
+        raise InputError(
+            f"--data.global_batch_tokens {tokens} is no multiple of --data.sequence_length {sequence_length}; the "
+            f"nearest that are: {' and '.join(map(str, nearest))}"
+        )
+    return rows
+
+
+class TokenDataModule(L.LightningDataModule):
+    """Evaluates on ``validation_rows``, each row once over all ranks; a subclass makes those rows and trains.
+
+    Attributes:
+        tokenizer: What made the ids; there after ``setup``.
+        validation_rows: Held-out rows; there after ``setup``.
+        batch_size: Rows of a micro-batch on one device (B).
+        global_batch_size: Rows of an optimizer step over all devices, or None.
+        sequence_length: Tokens of a row (T).
+        tokenizer_name: What the user named, or None.
+    """
+
+    tokenizer: Tokenizer
+    validation_rows: Dataset
+    batch_size: int
+    global_batch_size: int | None
+    sequence_length: int
+    tokenizer_name: str | None
+    _began_with: Identity | None = None
+    _known: Identity | None = None
+    _run_tokenizer: Path | None = None
+    _chosen: Tokenizer | None = None
+    _stage: str = "fit"
+    _state_type: type = StoredState
+    """Shape of the state of this data module in a checkpoint."""
+
+    @property
+    def identity(self) -> Identity | None:
+        """What this data is; there after ``setup``."""
+        return self._known
+
+    def val_dataloader(self) -> EvalLoader:
+        return EvalLoader(self.validation_rows, self.batch_size, **self._share())
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    # -- what the run began with --------------------------------------------------------------------------------------
+
+    def begin_from(
+        self,
+        checkpoint: dict[str, Any],
+        run_tokenizer: Path | None,
+        training: bool,
+        path: object = "the checkpoint",
+    ) -> None:
+        """Learn what a run began with, before any data is read: Lightning loads states only after ``setup``.
+
+        Args:
+            checkpoint: State of the whole checkpoint that the run goes on from, or that is evaluated.
+            run_tokenizer: Folder of the tokenizer that the run keeps beside its checkpoints.
+            training: Whether the run goes on.
+            path: The checkpoint, for messages.
+
+        Raises:
+            InputError: If the settings of this data are not those that the run began with, or the run's data is of
+                another kind, or its state was altered.
+        """
+        state = checkpoint.get(type(self).__qualname__)
+        if state:
+            self._run_tokenizer = run_tokenizer
+            self._remember(state, training, path)
+            return
+        for name, other in checkpoint.items():
+            if not isinstance(other, dict) or IDENTITY not in other:
+                continue
+            if not training:  # a model may be evaluated on any text, but only with its own tokenizer
+                self._run_tokenizer = run_tokenizer
+                check_stored(other[IDENTITY], _OtherIdentity, f"{path} in {name}.{IDENTITY}", ALTERED)
+                self._began_with = {"fixed": {}, "free": {}, "tokenizer": other[IDENTITY]["tokenizer"]}
+            else:
+                raise InputError(
+                    f"--data is {type(self).__name__}, but the run began with {name}, and its position is one in that; "
+                    f"name it, or begin a new run"
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Begin at the position that ``state_dict`` of the subclass returned.
+
+        Raises:
+            InputError: If the data changed since.
+        """
+        # Lightning knows only loaders that keep one state for all ranks, and warns of any other.
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
+        if state_dict and (self._began_with is None or self._began_with != state_dict.get(IDENTITY)):
+            self._remember(state_dict, self._stage == "fit")
+            if hasattr(self, "tokenizer"):  # setup is done, which else compares
+                self._compare()
+
+    def _remember(self, state: dict[str, Any], training: bool, path: object = "the checkpoint") -> None:
+        """Keep what the run began with, and refuse settings that differ."""
+        if isinstance(state, dict) and not state.get(IDENTITY):
+            raise InputError(
+                f"{path} does not say what data it was trained on, so that its position in it cannot be used; "
+                "begin a new run, with --model.initial_weights to go on from its weights"
+            )
+        check_stored(state, self._state_type, f"{path} in {type(self).__qualname__}", ALTERED)
+        self._began_with = state[IDENTITY]
+        self._chosen = None  # to be chosen with the run's in mind
+        compare_runs(self._began_with, self._settings(), training)
+
+    def _settings(self) -> Identity:
+        """The settings in the identity of this data, ``fixed`` and ``free``; see :func:`compare_runs`."""
+        raise NotImplementedError
+
+    def _identity(self) -> Identity:
+        """All of the identity; there after ``setup``."""
+        raise NotImplementedError
+
+    def _compare(self) -> None:
+        """Note the identity of this data, refuse what changed since the run began, and say what is harmless."""
+        self._known = self._identity()
+        content = [self._known["tokenizer"]["fingerprint"], *map(content_of, self._known.get("sources", []))]
+        everywhere = tell_all(content)
+        others = [rank for rank, other in enumerate(everywhere) if other != everywhere[0]]
+        if others:
+            raise InputError(
+                f"ranks {', '.join(map(str, others))} have other data or another tokenizer than rank 0, under the same "
+                f"names; bring the same files to every node"
+            )
+        if self._began_with is not None:
+            for change in compare_runs(self._began_with, self._known, self._stage == "fit"):
+                rank_zero_warn(hide_secrets(f"since the run began, something changed: {change}"))
+
+    def _choose_tokenizer(self, load: Callable[[], Tokenizer] | None) -> Tokenizer | None:
+        """The tokenizer to use, chosen once. The one that the run keeps comes first, so that nothing which happens to
+        another, on the hub or on a disk, changes the run.
+
+        Args:
+            load: Loads what the user named; None where one is to be trained.
+
+        Raises:
+            InputError: If the user named one that makes other ids than the run's.
+        """
+        if self._chosen is None:
+            self._chosen = self._own_or_named_tokenizer(load)
+        return self._chosen
+
+    def _own_or_named_tokenizer(self, load: Callable[[], Tokenizer] | None) -> Tokenizer | None:
+        began = self._began_with and self._began_with["tokenizer"]
+        own = Tokenizer.load(str(self._run_tokenizer)) if began and self._run_tokenizer else None
+        if not began or own is None or own.fingerprint() != began["fingerprint"]:
+            return load() if load else None  # compared with the run's once all is known
+        if load is None or self.tokenizer_name is None:
+            return own
+        on_disk = Path(self.tokenizer_name).expanduser().exists()
+        if self.tokenizer_name == began["name"] and not on_disk:
+            return own
+        if load().fingerprint() != own.fingerprint():
+            if self.tokenizer_name != began["name"]:
+                raise InputError(
+                    f"--data.tokenizer {self.tokenizer_name} makes other ids than the tokenizer of the run; leave it "
+                    f"out to go on with that one, or begin a new run in another --run_dir"
+                )
+            rank_zero_warn(
+                f"--data.tokenizer {self.tokenizer_name} was changed since the run began; the run goes on with its "
+                f"own, in {self._run_tokenizer}"
+            )
+        return own
+
+    def _share(self) -> dict[str, int]:
+        """Which part of the data this process takes."""
+        assert self.trainer is not None
+        ranks: dict[str, Any] = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        return {"replicas": ranks["num_replicas"], "rank": ranks["rank"]}

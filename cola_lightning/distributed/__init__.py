@@ -1,0 +1,1 @@
+"""Strategies, precision and what several processes have to agree on."""

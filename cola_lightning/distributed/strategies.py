@@ -1,0 +1,189 @@
+"""Strategies as they have to be for these networks, under the names that ``--trainer.strategy`` takes."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from cola_lightning.checkpoints import check_no_code, read_state
+from cola_lightning.checkpoints.formats import Format, format_of
+from cola_lightning.checkpoints.safe_unpickle import deepspeed_data, plain_data_only
+from cola_lightning.errors import InputError, did_you_mean
+from cola_lightning.private_apis import guard_engine_writers, set_data_parallel_size
+
+if not torch.accelerator.is_available():  # else DeepSpeed says on stdout that it found none, amid what is printed there
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Fully sharded data parallel, second generation, over all devices; see ``sharding`` for what a unit is.
+
+    Args:
+        save_distributed_checkpoint: Each rank writes its shard, into a folder; else rank 0 writes one file.
+    """
+
+    def __init__(self, save_distributed_checkpoint: bool = False) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint)
+
+    def setup_environment(self) -> None:
+        set_data_parallel_size(self, self.num_nodes * self.num_processes)  # Lightning's "auto" is one per node
+        super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        check_no_code(Path(checkpoint_path))
+        with plain_data_only():
+            return super().load_checkpoint(checkpoint_path, weights_only=True)
+
+
+class ZeROStrategy(DeepSpeedStrategy):
+    """DeepSpeed, with any optimizer also where its states are kept on the CPU.
+
+    What keeps this rank from writing its part of a checkpoint is kept in ``problem``: raised, it would leave the others
+    waiting, which hear of nothing.
+
+    Arguments are those of Lightning's DeepSpeedStrategy.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Else DeepSpeed insists on an Adam of its own for offloading; --model.optimizer may still name that one.
+        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+        self.problem: str | None = None
+
+    def setup_environment(self) -> None:
+        if not isinstance(self.accelerator, CUDAAccelerator):
+            name = f"deepspeed_stage_{self.config['zero_optimization']['stage']}"
+            raise InputError(
+                f"--trainer.strategy {name} needs GPUs, for Lightning has it so; on CPUs choose ddp or fsdp2"
+            )
+        super().setup_environment()
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        # Lightning divides the loss by the micro-batches of a step, and by default DeepSpeed would divide it again.
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        self.problem = None
+        with guard_engine_writers(self.deepspeed_engine, self._guarded):
+            try:
+                super().save_checkpoint(checkpoint, filepath, storage_options)
+            except OSError as error:
+                self.problem = self.problem or str(error)
+                torch.distributed.barrier()
+
+    def _guarded(self, write: Callable[..., None]) -> Callable[..., None]:
+        def attempt(*arguments: Any, **named: Any) -> None:
+            try:
+                write(*arguments, **named)
+            except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+                self.problem = self.problem or str(error)
+
+        return attempt
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        check_no_code(Path(checkpoint_path))
+        with plain_data_only(), deepspeed_data():  # DeepSpeed itself unpickles
+            return super().load_checkpoint(checkpoint_path, weights_only=True)
+
+
+def check_strategy(strategy: object) -> None:
+    """Refuse a name that is none of Lightning's, nor of those below.
+
+    Raises:
+        InputError: Names the nearest.
+    """
+    known = StrategyRegistry.available_strategies()
+    if isinstance(strategy, str) and strategy not in ("auto", *known):
+        raise InputError(
+            f"--trainer.strategy {strategy} is unknown{did_you_mean(strategy, known)}; take auto, ddp, fsdp, fsdp2, "
+            "deepspeed_stage_1, 2 or 3, or deepspeed_stage_2_offload or 3_offload"
+        )
+
+
+# -- a step -----------------------------------------------------------------------------------------------------------
+
+
+def check_optimizer(strategy: Strategy, optimizer: Optimizer) -> None:
+    """Refuse an optimizer that needs whole matrices where a rank holds but a piece of each."""
+    if getattr(optimizer, "whole_matrices", False) and isinstance(
+        strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy
+    ):
+        raise InputError(
+            f"{type(optimizer).__name__} works on whole matrices, which {type(strategy).__name__} cuts into pieces; "
+            f"set --trainer.strategy ddp, or name another --model.optimizer"
+        )
+    if getattr(optimizer, "named_parameters_only", False) and isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+        raise InputError(
+            f"{type(optimizer).__name__} treats parameters by what they are, but {type(strategy).__name__} flattens "
+            f"them into one; set --trainer.strategy fsdp2 or ddp, or name another --model.optimizer"
+        )
+
+
+def clip_gradients(strategy: Strategy, parameters: list[nn.Parameter], limit: float | None) -> Tensor | None:
+    """Clip by the global norm over all ranks' shards, and return the norm as it was before.
+
+    No limit, or one that is not above 0, clips nothing, as in Lightning. DeepSpeed clips by itself in its own step,
+    from ``gradient_clip_val``; its norm is known only after that.
+    """
+    if isinstance(strategy, DeepSpeedStrategy):
+        return None
+    maximum = limit if limit is not None and limit > 0 else float("inf")
+    root: Any = strategy.model
+    if isinstance(root, FullyShardedDataParallel):
+        return root.clip_grad_norm_(maximum)  # Lightning refuses clip-by-norm here, FSDP itself does not
+    norm = torch.nn.utils.clip_grad_norm_(parameters, maximum)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+# -- going on ---------------------------------------------------------------------------------------------------------
+
+
+def check_world_size(strategy: Strategy, path: Path, world_size: int) -> None:
+    """Say before anything is built whether a strategy can go on from a checkpoint.
+
+    One file goes with one device, DDP, FSDP and FSDP2 alike, whichever wrote it, on any number of devices. Shards go
+    with FSDP and FSDP2. DeepSpeed's folder goes with the stage and the number of devices that wrote it.
+
+    Raises:
+        InputError: If it cannot.
+    """
+    written, deepspeed = format_of(path), isinstance(strategy, DeepSpeedStrategy)
+    name = type(strategy).__name__
+    hint = "go on under the strategy that wrote it, or take its weights by 'cola_lightning export'"
+    if deepspeed != (written is Format.DEEPSPEED):
+        raise InputError(f"{path} is {written.value}, which {name} cannot go on from; {hint}")
+    if written is Format.SHARDS and not isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        raise InputError(f"{path} is in {written.value}, which {name} cannot go on from; {hint}")
+    if deepspeed:
+        state = read_state(path)
+        theirs = state["ds_config"]["zero_optimization"]["stage"], state["dp_world_size"]
+        ours = strategy.config["zero_optimization"]["stage"], world_size
+        if theirs != ours:
+            raise InputError(
+                f"{path} was written by ZeRO-{theirs[0]} on {theirs[1]} devices, which ZeRO-{ours[0]} on {ours[1]} "
+                f"cannot go on from; {hint}"
+            )
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2, a unit for each decoder layer")
+for _stage in (1, 2, 3):
+    _offload = {"offload_optimizer": True} | ({"offload_parameters": True} if _stage == 3 else {})
+    _name, _register = f"deepspeed_stage_{_stage}", StrategyRegistry.register
+    _register(_name, ZeROStrategy, description=f"DeepSpeed ZeRO-{_stage}", override=True, stage=_stage)
+    if _stage > 1:
+        _about = f"DeepSpeed ZeRO-{_stage}, with the optimizer{' and parameters' * (_stage == 3)} on the CPU"
+        _register(f"{_name}_offload", ZeROStrategy, description=_about, override=True, stage=_stage, **_offload)

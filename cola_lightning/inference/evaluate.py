@@ -1,0 +1,296 @@
+"""The command ``evaluate``: perplexity on any text, and the tasks of lm-eval."""
+
+import importlib.util
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from cola_lightning.cli.parser import OptionParser
+from cola_lightning.data.documents import find_files, read_documents
+from cola_lightning.data.rows import IGNORE
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.errors import InputError, UnusableModelError
+from cola_lightning.hub import write_folder
+from cola_lightning.inference.load import LoadedModel, load_model_for_inference, pick_device
+from cola_lightning.models import Llama
+from cola_lightning.output_files import check_output_file, to_json, write_json
+
+ENCODE_BATCH_SIZE = 64
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
+    """Tuples of ``size``, the last of what is left; ``itertools.batched``, which Python 3.11 has not."""
+    iterator = iter(items)
+    while some := tuple(islice(iterator, size)):
+        yield some
+
+
+def main(args: list[str]) -> None:
+    """Measure a model: perplexity and bits per byte on text, and tasks of lm-eval."""
+    parser = OptionParser("cola_lightning evaluate", allow_abbrev=False, description=main.__doc__)
+    parser.add_argument("model", help="checkpoint, directory of a run, or folder in Hugging Face's layout")
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        default=[],
+        help="files or folders of .txt, .jsonl, .parquet; JSON lines may be compressed (.gz, .zst)",
+    )
+    parser.add_argument("--text_column", default="text", help="key or column that holds the text")
+    parser.add_argument("--sequence_length", type=int, help="tokens of a window; those of the run if not given")
+    parser.add_argument("--stride", type=int, help="tokens from one window to the next; sequence_length if not given")
+    parser.add_argument("--tasks", help="names of lm-eval tasks, with commas between them")
+    parser.add_argument("--include_path", help="folder with task files of your own")
+    parser.add_argument("--limit", type=int, help="examples of each task; all if not given")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows at a time")
+    parser.add_argument("--tokenizer", help="folder, tokenizer.json or hub repository; the model's if not given")
+    parser.add_argument("--device", help="cuda, cpu, …; what there is if not given")
+    parser.add_argument("--trust", nargs="+", default=[], help="classes or packages whose code a checkpoint may name")
+    parser.add_argument("--json", metavar="FILE", help="write the result there too")
+    options = parser.parse_args(args)
+    if not options.text and not (options.tasks or "").strip(", "):
+        raise InputError("there is nothing to evaluate on; give --text FILE_OR_FOLDER, or --tasks NAME,NAME")
+    for name in ("batch_size", "sequence_length", "limit"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} is {value}; it must be at least 1")
+    check_output_file(options.json)
+    if options.include_path is not None and not Path(options.include_path).is_dir():
+        raise InputError(f"--include_path {options.include_path} is no folder; name one with task files")
+    files = find_files(options.text) if options.text else []
+    names = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
+    if names:
+        _find_tasks(names, options.include_path)  # says so now if there is no such task
+    device = pick_device(options.device)
+    trained = load_model_for_inference(options.model, options.trust)
+    tokenizer = trained.tokenizer(options.tokenizer)
+    result: dict[str, Any] = {}
+    if files:
+        result["text"] = evaluate_text(
+            trained.network.to(device), tokenizer, files, options.text_column,
+            trained.sequence_length() if options.sequence_length is None else options.sequence_length,
+            options.stride, options.batch_size,
+        )  # fmt: skip
+        if math.isinf(result["text"]["perplexity"]):
+            print(f"the perplexity, exp({result['text']['loss']:.6g}), is beyond any number: null", file=sys.stderr)
+    if names:
+        result["tasks"] = evaluate_tasks(
+            trained, tokenizer, names, options.include_path, options.limit, options.batch_size, device
+        )
+    write_json(options.json, result)
+    print(to_json(result))
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_text(
+    network: Llama,
+    tokenizer: Tokenizer,
+    files: list[Path],
+    text_column: str = "text",
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, float]:
+    """Loss on the documents of files. Each document stands by itself, and ends with the end-of-document id.
+
+    Every token but a document's first is predicted once, from the tokens of its window that come before it; where the
+    tokenizer puts an id before each text, the first too.
+
+    Args:
+        network: The network, on the device to use.
+        tokenizer: Its tokenizer.
+        files: As for :func:`cola_lightning.data.documents.read_documents`.
+        text_column: Likewise.
+        sequence_length: Tokens that the network sees at once (T); all that it accepts if not given.
+        stride: Tokens by which a window is further on than the one before. Less than ``sequence_length`` gives each
+            token more context, and costs as many times more.
+        batch_size: Windows at a time (B).
+
+    Returns:
+        ``perplexity`` and ``loss`` (nats), per predicted token; ``tokens``, how many those were; ``documents``,
+        ``bytes``; ``bits_per_byte``, the loss over all tokens, those that begin documents included, per byte of UTF-8
+        (The Pile, arXiv 2101.00027).
+
+    Raises:
+        InputError: If there is no text, or sizes cannot work.
+        UnusableModelError: If the loss is NaN.
+    """
+    length, step = window_sizes(network, sequence_length, stride)
+    tokenizer.check_fits(network.config.vocab_size)
+    total = sum(len(text.encode()) for text in read_documents(files, text_column))  # also looks through all files first
+    if not total:
+        raise InputError(f"{', '.join(map(str, files[:3]))} holds no text; every document is empty")
+    counts = {"documents": 0, "bytes": 0, "tokens": 0, "predicted": 0}
+    nats = 0.0
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("evaluating", total=total)
+        windows = _windows(read_documents(files, text_column), tokenizer, length, step, counts)
+        for batch in batched(windows, batch_size):
+            loss_sum, predicted = _loss(network, batch)
+            nats += loss_sum
+            counts["predicted"] += predicted
+            mean = nats / max(counts["predicted"], 1)
+            if math.isnan(mean):
+                raise UnusableModelError(
+                    f"the loss is NaN after {counts['predicted']:,} tokens: the network overflows in "
+                    f"{network.lm_head.weight.dtype}; take an earlier checkpoint"
+                )
+            description = f"{counts['predicted']:,} tokens, perplexity {_exp(mean):,.2f}"
+            progress.update(task, completed=counts["bytes"], description=description)
+    if not counts["predicted"]:
+        raise InputError("no document has two tokens, so there is nothing to predict")
+    mean = nats / counts["predicted"]
+    return {
+        "perplexity": _exp(mean),
+        "loss": mean,
+        "bits_per_byte": mean / math.log(2) * counts["tokens"] / counts["bytes"],
+        "tokens": counts["predicted"],
+        "documents": counts["documents"],
+        "bytes": counts["bytes"],
+        "sequence_length": length,
+        "stride": step,
+    }
+
+
+def window_sizes(network: Llama, sequence_length: int | None, stride: int | None = None) -> tuple[int, int]:
+    """Tokens of a window and from one to the next, from what was asked for.
+
+    Raises:
+        InputError: If they are out of range.
+    """
+    longest = network.config.max_position_embeddings
+    length = min(longest, 2048) if sequence_length is None else sequence_length
+    step = length if stride is None else stride
+    if not 1 <= length <= longest:
+        raise InputError(f"--sequence_length is {length}; this model takes from 1 to {longest} tokens")
+    if not 1 <= step <= length:
+        raise InputError(f"--stride is {step}; it must lie between 1 and the sequence_length, {length}")
+    return length, step
+
+
+def _exp(mean: float) -> float:
+    """exp, or infinity where that is more than a float holds."""
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf
+
+
+Window = tuple[list[int], list[int]]
+"""Ids that are shown, and of the same number what is to be predicted after each, IGNORE where that was done before."""
+
+
+def _windows(
+    documents: Iterable[str], tokenizer: Tokenizer, length: int, step: int, counts: dict[str, int]
+) -> Iterator[Window]:
+    prefix = len(tokenizer.prefix)
+    for texts in batched(documents, ENCODE_BATCH_SIZE):
+        for text, ids in zip(texts, tokenizer.encode(list(texts)), strict=True):
+            counts["documents"] += 1
+            counts["bytes"] += len(text.encode())
+            counts["tokens"] += len(ids) - prefix
+            done = max(prefix - 1, 0)  # of what stands before a text nothing is predicted
+            for begin in range(0, len(ids) - 1, step):
+                shown, labels = ids[begin : begin + length], ids[begin + 1 : begin + length + 1]
+                shown = shown[: len(labels)]
+                yield shown, [IGNORE] * (done - begin) + labels[done - begin :]
+                done = begin + len(labels)
+                if done == len(ids) - 1:
+                    break
+
+
+@torch.no_grad()
+def _loss(network: Llama, windows: tuple[Window, ...]) -> tuple[float, int]:
+    """Summed loss in nats, and how many tokens were predicted."""
+    longest = max(len(shown) for shown, _ in windows)
+    device = network.lm_head.weight.device
+    # Padded on the right, where by causality it changes nothing.
+    ids = torch.tensor([shown + [0] * (longest - len(shown)) for shown, _ in windows], device=device)
+    labels = torch.tensor([row + [IGNORE] * (longest - len(row)) for _, row in windows], device=device)
+    logits: Tensor = network(ids)
+    loss = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    return loss.item(), int((labels != IGNORE).sum())
+
+
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_tasks(
+    trained: LoadedModel,
+    tokenizer: Tokenizer,
+    tasks: list[str],
+    include_path: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: torch.device | None = None,
+) -> dict[str, dict[str, float]]:
+    """Scores of lm-eval's tasks, through its Hugging Face model class on a folder exported for the purpose.
+
+    Args:
+        trained: The model.
+        tokenizer: Its tokenizer.
+        tasks: Names.
+        include_path: Folder with task files besides those that lm-eval brings.
+        limit: Examples of each task.
+        batch_size: Examples at a time.
+        device: Where to.
+
+    Raises:
+        InputError: If lm-eval is not installed, or knows no such task.
+    """
+    manager = _find_tasks(tasks, include_path)
+    from lm_eval import simple_evaluate
+
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        # Written anew from tensors, so that no code is run but that of this package.
+        write_folder(trained.network, folder, tokenizer, lambda config: "")
+        try:
+            result = simple_evaluate(
+                model="hf",
+                model_args={"pretrained": str(folder), "trust_remote_code": True, "dtype": "auto"},
+                tasks=tasks,
+                task_manager=manager,
+                limit=limit,
+                batch_size=batch_size,
+                device=str(device or "cpu"),
+            )
+        except OSError as error:  # a data set that is not here, or cannot be fetched
+            raise InputError(f"lm-eval cannot read the data of {', '.join(tasks)}: {error}") from error
+    # Keys are "acc,none": the measure and the filter of the answers.
+    return {
+        task: {key.removesuffix(",none"): value for key, value in scores.items() if isinstance(value, int | float)}
+        for task, scores in result["results"].items()
+    }
+
+
+def _find_tasks(tasks: list[str], include_path: str | None) -> Any:
+    """Lm-eval's index of tasks, in which these are.
+
+    Raises:
+        InputError: If lm-eval is not installed, or knows no such task.
+    """
+    for module in ("lm_eval", "transformers"):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(f"--tasks needs {module}, which is not installed; run: pip install 'cola-lightning[eval]'")
+    from lm_eval.tasks import TaskManager
+
+    # Lm-eval's own tasks are thousands of files to look through; not where all that are named are the user's.
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not all(manager.match_tasks([name]) for name in tasks):
+        manager = TaskManager(include_path=include_path)
+    if missing := [name for name in tasks if not manager.match_tasks([name])]:
+        raise InputError(f"lm-eval knows no task {', '.join(missing)}; set --include_path for task files of your own")
+    return manager

@@ -1,0 +1,99 @@
+"""What cannot be understood, typed on the real command line: one line with place, value and fix, and nothing else."""
+
+import pytest
+
+from cola_lightning.cli.app import main
+from cola_lightning.cli.parser import explain
+from tests.conftest import REPOSITORY
+
+QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
+NAMED = "name one of those that --help lists, or any by its import path"
+STEPS = "(did you mean --trainer.max_steps or --trainer.max_time?); --help lists them"
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--trainer.max_stepz=3"], f"--trainer.max_stepz is no option {STEPS}"),
+        (["--checkpoint.foo", "3"],
+         "--checkpoint.foo is no option (did you mean --checkpoint or --checkpoint.keep?); --help lists them"),
+        (["more"], "more stands where an option is expected"),
+        (["--model.vocab_size"], "argument --model.vocab_size: expected one argument"),
+        (["--trainer.max_steps=many"], "--trainer.max_steps is many; it must be a whole number"),
+        (["--model.compile=maybe"], "--model.compile is maybe; it must be true or false"),
+        (["--model.optimizer.lr=fast"], "--model.optimizer.lr is fast; it must be a number"),
+        (["--trainer.precision=bf32"],
+         "--trainer.precision is bf32; it must be a whole number, transformer-engine, transformer-engine-float16, "
+         "16-true, 16-mixed, bf16-true, bf16-mixed, 32-true, 64-true, 64, 32, 16, bf16 or null"),
+        (["--trainer.strategy=fsdp3"],
+         "--trainer.strategy fsdp3 is unknown (did you mean fsdp or fsdp2?); take auto, ddp, fsdp, fsdp2, "
+         "deepspeed_stage_1, 2 or 3, or deepspeed_stage_2_offload or 3_offload"),
+        (["--trainer.accelerator=cpu", "--trainer.devices=x"],
+         "`devices` selected with `CPUAccelerator` should be an int > 0."),
+        (["--data.batch_size=two"], "--data.batch_size is two; it must be a whole number"),
+        (["--data.paths=5"], "--data.paths is 5; it must be a list"),
+        (["--data=Text"], f"--data is Text, a class that cannot be found; {NAMED}"),
+        (["--model.projection=Cola2"],
+         f"--model.projection is Cola2, a class that cannot be found (did you mean CoLA or CoLAM?); {NAMED}"),
+        (["--model.optimizer=torch.optim.AdamWW"],
+         f"--model.optimizer is torch.optim.AdamWW, a class that cannot be found (did you mean AdamW or Adam?); "
+         f"{NAMED}"),
+        (["--model.optimizer=bitsandbyte.optim.AdamW8bit"],
+         "--model.optimizer is bitsandbyte.optim.AdamW8bit, of a package that is not installed; pip install "
+         "bitsandbyte"),
+        (["--model.projection.rnk=3"], "--model.projection.rnk: CoLA has no option rnk (did you mean rank?)"),
+        (["--model.projection.x=3"], "--model.projection.x: CoLA has no option x; it has rank"),
+        (["--model.schedule=CosineAnnealingLR", "--model.schedule.T_maxx=3"],
+         "--model.schedule.T_maxx: CosineAnnealingLR has no option T_maxx (did you mean T_max?)"),
+        (["--model.schedule=CosineAnnealingLR", "--model.schedule.T_max=soon"],
+         "--model.schedule.T_max is soon; it must be a whole number or null"),
+        (["--model.schedule=ExponentialLR"],
+         "--model.schedule.gamma must be given, for ExponentialLR needs it"),
+        (["--model.schedule=torch.optim.lr_scheduler.ReduceLROnPlateau"],
+         "--model.schedule ReduceLROnPlateau follows a metric; name a schedule that follows the step, such as "
+         "WarmupCosine or CosineAnnealingLR"),
+        (["--trainer.callbacks+=CoLAM", "--trainer.callbacks.keep=all"],
+         "--trainer.callbacks.keep is all; it must be residual_and_latents, latents or block_input"),
+        (["--trainer.callbacks=[{class_path: CoLAM, init_args: {kep: latents}}]"],
+         "--trainer.callbacks.kep: CoLAM has no option kep (did you mean keep?)"),
+    ],
+)  # fmt: skip
+def test_one_line_says_what_and_where_and_how_to_mend_it(flags, line, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", f"--config={QUICKSTART}", *flags])
+    said = [text for text in capsys.readouterr().err.splitlines() if "Seed set" not in text]
+    assert said == [f"error: {line}"]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("trainer: {max_step: 3}", f"--trainer.max_step is no option {STEPS}"),
+        ("model: {hidden_size: wide}", "--model.hidden_size is wide; it must be a whole number"),
+    ],
+)  # fmt: skip
+def test_in_files_too(content, line, capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", f"--config={QUICKSTART}", f"--config={tmp_path / 'run.yaml'}"])
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [(["fitt"], "fitt is none of the commands (did you mean fit?); --help lists them"),
+     ([], "no command is given; --help lists them"),
+     (["export", "model", "folder", "--max_shard_sze=1"],
+      "--max_shard_sze is no option (did you mean --max_shard_size?); --help lists them"),
+     (["factorize", "model", "folder", "--projection=LoRA"], "--projection.rank must be given, for LoRA needs it"),
+     (["compare", "--jobs=many"], "--jobs is many; it must be a whole number")],
+)  # fmt: skip
+def test_commands(typed, line, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(typed)
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_of_unknown_kinds_nothing_is_left_out():
+    assert explain("Something\n  quite else:\n    3") == "Something quite else: 3"
+    assert explain('Parser key "model.x":\n  This is\n  new') == "--model.x: This is new"
