@@ -1,8 +1,9 @@
 """Nothing in a checkpoint runs code: what is loaded is tensors and plain data, whatever strategy wrote it.
 
 Two things see to that. While :func:`plain_data_only` lasts, every loader that a strategy may use is one that cannot
-unpickle anything else. And :func:`check_no_code` looks through a checkpoint beforehand, so that what is wrong is said in
-one line before any work starts. Only the first is needed for safety, because it acts on the very bytes that are used.
+unpickle anything else. And :func:`check_no_code` looks through a checkpoint beforehand, so that what is wrong is said
+in one line before any work starts. Only the first is needed for safety, because it acts on the very bytes that are
+used.
 """
 
 import io

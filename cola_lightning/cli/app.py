@@ -1,4 +1,4 @@
-"""What can be typed: Lightning's ``fit``, ``validate``, ``test``, ``predict``, and the commands that need no Trainer."""
+"""The command line: Lightning's ``fit``, ``validate``, ``test``, ``predict``, and the commands without a Trainer."""
 
 import errno
 import io

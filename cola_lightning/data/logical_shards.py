@@ -1,8 +1,9 @@
 """Logical shards: the logical shards that a run is made of, each of which makes micro-batches and says where it stands.
 
-A run has a fixed number of logical shards, whatever the number of ranks and workers. Each logical shard has a stretch of every source's
-documents in each pass (see :mod:`cola_lightning.data.passes`), mixes the sources, and makes micro-batches. Ranks and
-workers are given logical shards, so a change of their number moves logical shards about and touches no document.
+A run has a fixed number of logical shards, whatever the number of ranks and workers. Each logical shard has a stretch
+of every source's documents in each pass (see :mod:`cola_lightning.data.passes`), mixes the sources, and makes
+micro-batches. Ranks and workers are given logical shards, so a change of their number moves logical shards about and
+touches no document.
 """
 
 from collections.abc import Iterable
@@ -57,8 +58,8 @@ class RowShape:
 
     Args:
         length: Tokens of a row (T).
-        packed: Documents end to end, cut every T ids, what is left over going on in the logical shard's next row; else one
-            document a row, cut with its end-of-document id kept last.
+        packed: Documents end to end, cut every T ids, what is left over going on in the logical shard's next row; else
+            one document a row, cut with its end-of-document id kept last.
         pad_id: Id that fills rows up.
         apart: In packed rows, number the documents, so that attention can keep to its own.
     """
@@ -72,10 +73,10 @@ class RowShape:
 class LogicalShard:
     """Micro-batches out of a logical shard's documents of all sources, mixed so that each has its share of the tokens.
 
-    The next document is one of the source that is furthest behind its share. Logical shards do not begin alike: each takes its
-    first document of a source a little later than the logical shard before, so that over all logical shards every source has its share
-    from the first batches on. With sixteen logical shards and a weight of 1e-6, logical shard 0 takes the first after about 31,000
-    documents, logical shard 1 after 94,000, and so on.
+    The next document is one of the source that is furthest behind its share. Logical shards do not begin alike: each
+    takes its first document of a source a little later than the logical shard before, so that over all logical shards
+    every source has its share from the first batches on. With sixteen logical shards and a weight of 1e-6, logical
+    shard 0 takes the first after about 31,000 documents, logical shard 1 after 94,000, and so on.
 
     Args:
         index: Number of this logical shard.
@@ -111,9 +112,9 @@ class LogicalShard:
             self._take_up(rest)
 
     def state(self) -> dict[str, Any]:
-        """Plain numbers that say where the logical shard stands: the readers' places; of each source the documents and tokens
-        handed out, and the documents left out because they are validated on; and what is left over of a document that
-        has begun, as its ids or as its place."""
+        """Plain numbers that say where the logical shard stands: the readers' places; of each source the documents and
+        tokens handed out, and the documents left out because they are validated on; and what is left over of a document
+        that has begun, as its ids or as its place."""
         rest = None
         if self._rest is not None:
             rest = {"source": self._rest_of, "shard": self._rest.shard, "row": self._rest.row, "begin": self._begin}
@@ -198,8 +199,8 @@ class LogicalShard:
             found = next(iter(corpus.read(shard, row)), None) if shard < len(corpus.shards) else None
             if found is None:
                 raise InputError(
-                    f"the checkpoint places a logical shard in row {row} of shard {shard} of {corpus.title}, which there is "
-                    "not; it was altered, take another checkpoint"
+                    f"the checkpoint places a logical shard in row {row} of shard {shard} of {corpus.title}, which "
+                    "there is not; it was altered, take another checkpoint"
                 )
             [ids] = corpus.encode([found[1]])
         self._rest, self._begin = Document(ids, shard, row), rest["begin"]
@@ -258,8 +259,8 @@ class MakeLogicalShards:
             entries = {len(state[key]) for key in ("readers", "documents", "tokens", "held_out") if key in state}
             if entries != {len(self.corpora)} or ((rest := state["rest"]) and rest["source"] >= len(self.corpora)):
                 raise InputError(
-                    f"the checkpoint's state of logical shard {logical_shard} is not one of {len(self.corpora)} sources; it was altered, "
-                    "take another checkpoint"
+                    f"the checkpoint's state of logical shard {logical_shard} is not one of "
+                    f"{len(self.corpora)} sources; it was altered, take another checkpoint"
                 )
         sources = []
         for number, corpus in enumerate(self.corpora):

@@ -38,8 +38,8 @@ def measure(
     workers: tuple[int, ...] = (1, 2),
 ) -> None:
     """Print, as a table, the tokens a second of each loader alone: padding is not counted, nor the first batches. The
-    loaders take turns, ``times`` rounds of ``seconds`` each. A figure is over all rounds together, because logical shards
-    tokenize many documents at a time and nearly all at once; the range is that of the rounds. The ratio to plain
+    loaders take turns, ``times`` rounds of ``seconds`` each. A figure is over all rounds together, because logical
+    shards tokenize many documents at a time and nearly all at once; the range is that of the rounds. The ratio to plain
     ``datasets`` is one of tokens for a second of processor time of all processes, which other work on the machine
     changes little; tokens for a second of the clock want an idle machine.
 

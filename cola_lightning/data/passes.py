@@ -1,7 +1,7 @@
 """Passes over a source: each document once before any comes twice, whatever the shards' number and sizes.
 
-A source is divided among L logical shards (logical shards). In each pass the S shards are shuffled anew and laid end to end, and
-logical shard i gets the i-th of L equal stretches. A stretch begins and ends within a shard, so at most S + L
+A source is divided among L logical shards. In each pass the S shards are shuffled anew and laid end to
+end, and logical shard i gets the i-th of L equal stretches. A stretch begins and ends within a shard, so at most S + L
 shards are opened, where every logical shard would have to open every shard if each shard were divided by L.
 
     S = 3 shards, L = 2 logical shards, order of the pass: c a b

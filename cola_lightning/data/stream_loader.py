@@ -82,30 +82,30 @@ class OneRank:
 class StreamLoader:
     """The whole training run as one sequence of batches, drawn from the logical shards in rotation.
 
-    Micro-batch ``m`` of the run, counted over all ranks, comes from logical shard ``m % logical shards``. Rank ``r`` of R takes those
-    with ``m % R == r`` and its workers take turns. There are two ways to make that sequence:
+    Micro-batch ``m`` of the run, counted over all ranks, comes from logical shard ``m % num_logical_shards``. Rank
+    ``r`` of R takes those with ``m % R == r`` and its workers take turns. There are two ways to make that sequence:
 
-    - *Apart*: each process has some of the logical shards and reads nothing else. A logical shard's batches then depend on its own
-      documents alone. This is how nearly all of a pass is read.
-    - *Jointly*: each process has all logical shards, makes all micro-batches and hands over its own. This is how the end of a
-      pass is read, where logical shards that are through take documents from others: what a logical shard is given then depends on what
-      all others took. It is also how a process reads that is the only one.
+    - *Apart*: each process has some of the logical shards and reads nothing else. A logical shard's batches then depend
+      on its own documents alone. This is how nearly all of a pass is read.
+    - *Jointly*: each process has all logical shards, makes all micro-batches and hands over its own. This is how the
+      end of a pass is read, where logical shards that are through take documents from others: what a logical shard is
+      given then depends on what all others took. It is also how a process reads that is the only one.
 
-    When a logical shard that is read apart has no document left for a batch, all ranks drop what they have of that optimizer
-    step, tell each other where their logical shards stand, and go on jointly; after the pass they part again. The batches do not
-    depend on when that happens, only on the logical shards' states. Where R x workers divides the number of logical shards, the batches
-    are therefore the same sequence for any R and any number of workers. Where it does not, processes that read apart
-    draw from their logical shards in turn; the order then depends on R and the workers, each logical shard's own sequence does not, and
-    each document still comes once before any comes twice.
+    When a logical shard that is read apart has no document left for a batch, all ranks drop what they have of that
+    optimizer step, tell each other where their logical shards stand, and go on jointly; after the pass they part again.
+    The batches do not depend on when that happens, only on the logical shards' states. Where R x workers divides the
+    number of logical shards, the batches are therefore the same sequence for any R and any number of workers. Where it
+    does not, processes that read apart draw from their logical shards in turn; the order then depends on R and the
+    workers, each logical shard's own sequence does not, and each document still comes once before any comes twice.
 
-    To read jointly costs every process the reading of all there is, so it is made short: logical shards get equal shares of the
-    shards. Passes that are shorter than LONG_PASS micro-batches of a rank are read jointly throughout.
+    To read jointly costs every process the reading of all there is, so it is made short: logical shards get equal
+    shares of the shards. Passes that are shorter than LONG_PASS micro-batches of a rank are read jointly throughout.
 
     Lightning sees an object with a length and an iterator, nothing more: it then neither fetches a batch ahead, nor
     restores one rank's position on all ranks.
 
     Args:
-        make_lanes: Makes logical shards from their numbers and the states to go on from.
+        make_logical_shards: Makes logical shards from their numbers and the states to go on from.
         num_logical_shards: Number of logical shards.
         batch_size: Rows of a batch on one rank (B).
         batches: How many batches the run takes on this rank, which is the loader's length.
@@ -141,8 +141,8 @@ class StreamLoader:
         consumers = replicas * max(1, workers)
         if consumers > num_logical_shards:
             raise InputError(
-                f"{replicas} ranks x {max(1, workers)} workers are more than the {num_logical_shards} logical shards that the data is dealt "
-                f"out in; set --data.num_logical_shards to a multiple of {consumers} from the start of the run, or use fewer workers"
+                f"{replicas} ranks x {max(1, workers)} workers are more than the {num_logical_shards} logical shards; "
+                f"set --data.num_logical_shards to a multiple of {consumers}, or use fewer workers"
             )
         self.make_logical_shards, self.num_logical_shards, self.batch_size, self.batches = (
             make_logical_shards,
@@ -155,7 +155,8 @@ class StreamLoader:
         state = state or {"batches": 0, "assignment": {}, "logical_shards": {}}
         self.position: int = state["batches"]
         self.states: States = dict(state["logical_shards"])
-        # Logical shards are dealt out anew only where ranks or workers are other ones, or the order would change on the way.
+        # Logical shards are dealt out anew only where ranks or workers are other ones, or the order would change on the
+        # way.
         then = state["assignment"]
         self.assignment = self._assign(
             jointly=consumers == 1 or self._pass_ends(), began=then.get("began", self.position)
@@ -199,7 +200,7 @@ class StreamLoader:
         raise failure
 
     def state_dict(self) -> dict[str, Any]:
-        """Micro-batches handed over on all ranks, how logical shards are dealt out, and where each of this rank's stands."""
+        """Count of micro-batches of all ranks, the assignment of logical shards, and this rank's states."""
         return {"batches": self.position, "assignment": self.assignment, "num_logical_shards": self._own()}
 
     def _own(self) -> States:
@@ -235,7 +236,7 @@ class StreamLoader:
         }
 
     def _may_part(self) -> bool:
-        """Whether logical shards that are read jointly can be read apart again, because a new pass has begun for all."""
+        """Whether logical shards that are read jointly can be read apart again: a new pass has begun for all."""
         if not self.assignment["jointly"] or self.assignment["always"]:
             return False
         return self._passes() > self.assignment["passes"] and not self._pass_ends()
@@ -249,7 +250,7 @@ class StreamLoader:
         return any(reader["through"] for state in self.states.values() for reader in state["readers"])
 
     def _turns(self, process: int) -> list[int]:
-        """The logical shards of one of this rank's worker processes, in the order in which it draws from them from now on."""
+        """The logical shards of one of this rank's worker processes, in the order in which it draws from them."""
         workers = self.assignment["workers"]
         drawn = (self.position - self.assignment["at"]) // self.replicas
         worker = (drawn + process) % workers  # whose turn it is comes first
@@ -348,9 +349,9 @@ class _Apart(_Stream):
 
 
 class _Jointly(_Stream):
-    """All logical shards in rotation from a position on. Ranks x B rows, one micro-batch for each rank, are a group; the workers
-    of a rank take turns by groups. With 2 ranks and 2 workers, worker 1 of rank 0 hands over the first micro-batch of
-    each second group:
+    """All logical shards in rotation from a position on. Ranks x B rows, one micro-batch for each rank, are a group;
+    the workers of a rank take turns by groups. With 2 ranks and 2 workers, worker 1 of rank 0 hands over the first
+    micro-batch of each second group:
 
         group              0       1       2       3
         micro-batch m    0   1   2   3   4   5   6   7

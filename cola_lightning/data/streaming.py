@@ -39,9 +39,10 @@ class C4DataModule(TokenDataModule):
 
     The order of the batches is a function of the arguments alone. A checkpoint holds, for every logical shard (see
     :class:`StreamLoader`), where it stands after the batch trained on last. To go on from it costs the reading of one
-    shuffle block for each logical shard, and in a compressed shard the unpacking of what comes before that block; nothing that
-    was trained on is tokenized again. On another number of ranks or workers no document is lost or repeated, and
-    where ranks x workers divides ``logical shards``, before and after, the batches stay the same sequence.
+    shuffle block for each logical shard, and in a compressed shard the unpacking of what comes before that block;
+    nothing that was trained on is tokenized again. On another number of ranks or workers no document is lost or
+    repeated, and where ranks x workers divides ``logical shards``, before and after, the batches stay the same
+    sequence.
 
     Args:
         path: Data set on the Hugging Face hub, folder of files, format of ``datasets`` with ``data_files``, or folder
@@ -65,7 +66,8 @@ class C4DataModule(TokenDataModule):
             documents end to end.
         mask_documents: Whether tokens of packed rows attend to the documents before theirs in the row.
         shuffle_buffer: Documents of a logical shard that are shuffled together; these are read before its first batch.
-        num_logical_shards: Streams that the run is made of. Ranks x workers must not be more; it cannot change within a run.
+        num_logical_shards: Streams that the run is made of. Ranks x workers must not be more; it cannot change within a
+            run.
         validation_tokens: Tokens of the validation set, which is the first documents of its source.
         seed: Decides the order of shards and documents.
         num_workers: Processes on each rank that read and tokenize ahead; 0 for none.
@@ -323,8 +325,8 @@ class C4DataModule(TokenDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Where every logical shard of every rank stands after the batch last handed over, in plain numbers; all ranks call
-        it."""
+        """Where every logical shard of every rank stands after the batch last handed over, in plain numbers; all ranks
+        call it."""
         if self._loader is None:
             return self._state or {}
         state = self._loader.state_dict()

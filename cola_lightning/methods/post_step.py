@@ -93,8 +93,8 @@ class PostStepCallback(L.Callback):
         self.projections = [module for module in self.network.modules() if isinstance(module, self.projection_class)]
         if not self.projections:
             raise InputError(
-                f"{type(self).__name__} acts on {self.projection_class.__name__} projections, of which the network has none; "
-                f"set --model.projection {self.projection_class.__name__}, or remove the callback"
+                f"{type(self).__name__} acts on {self.projection_class.__name__} projections, of which the network has "
+                f"none; set --model.projection {self.projection_class.__name__}, or remove the callback"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

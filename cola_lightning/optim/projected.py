@@ -79,7 +79,7 @@ class ProjectedAdam(StepEachParameter):
 
 
 def leading_directions(state: dict, grad: Tensor, group: dict[str, Any]) -> Tensor:
-    """The leading left singular vectors of the gradient, renewed every ``update_proj_gap`` steps, the first included."""
+    """The leading left singular vectors of the gradient, renewed every ``update_proj_gap`` steps from the first on."""
     if state["step"] % group["update_proj_gap"] == 0:
         u = torch.linalg.svd(grad.float(), full_matrices=False).U[:, : group["rank"]]
         state["projector"] = u.to(grad.dtype).contiguous()

@@ -179,13 +179,15 @@ class LanguageModel(L.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, *_: Any, **__: Any) -> "LanguageModel":
-        """Lightning's way imports and calls what the file names; ``cola_lightning.inference.load.load_model_for_inference`` does not.
+        """Lightning's way imports and calls what the file names;
+        ``cola_lightning.inference.load.load_model_for_inference`` does not.
 
         Raises:
             InputError: Always.
         """
         raise InputError(
-            "load_from_checkpoint runs code that the file names; use cola_lightning.inference.load.load_model_for_inference(path).network"
+            "load_from_checkpoint runs code that the file names; use "
+            "cola_lightning.inference.load.load_model_for_inference(path).network"
         )
 
     # -- network ------------------------------------------------------------------------------------------------------

@@ -79,10 +79,10 @@ def test_weights_that_are_no_numbers_are_refused_unless_a_flag_allows_them(
     command, altered, tiny_run, tmp_path, capsys
 ):
     path = altered(lambda state: next(iter(state["state_dict"].values())).view(-1)[:1].fill_(float("nan")))
-    command = [command, *tiny_run, f"--ckpt_path={path}", f"--run_dir={tmp_path / 'out'}"]
-    assert "holds NaN or infinity; take an earlier checkpoint, or add --allow_nan true" in refused(command, capsys)
+    flags = [command, *tiny_run, f"--ckpt_path={path}", f"--run_dir={tmp_path / 'out'}"]
+    assert "holds NaN or infinity; take an earlier checkpoint, or add --allow_nan true" in refused(flags, capsys)
     if command == "validate":
-        main([*command, "--allow_nan=true"])
+        main([*flags, "--allow_nan=true"])
 
 
 def as_shards(state, folder, place):

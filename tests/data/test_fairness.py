@@ -100,7 +100,7 @@ def test_each_document_once_before_any_comes_twice_at_every_moment_and_after_eve
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(60, 70))
-def test_sequence_is_the_same_for_ranks_and_workers_that_divide_the_lanes_and_fair_for_all(number):
+def test_sequence_is_the_same_for_ranks_and_workers_that_divide_the_logical_shards_and_fair_for_all(number):
     layout = Layout(number)
     total = 12 * layout.batches_per_step * 6
     alone = layout.run(ranks=1, workers=0).take(total)
@@ -132,8 +132,8 @@ def test_every_source_has_its_share_of_the_tokens(number):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_source_of_little_weight_has_its_share_from_the_first_batches_on(packed):
-    """With each logical shard beginning with a document of every source, 16 logical shards gave a weight of 1e-6 an eighth of the first
-    16 batches. 8,000 documents of equal length at a weight of 1/100 are due 80 documents, at 1e-6 none."""
+    """With each logical shard beginning with a document of every source, 16 logical shards gave a weight of 1e-6 an
+    eighth of the first 16 batches. 8,000 documents of equal length at a weight of 1/100 are due 80, at 1e-6 none."""
     for weight, due in ((1e-2, 80), (1e-6, 0)):
         corpora = [Numbers([500] * 20, longest=1), Numbers([500] * 20, longest=1, first=500_000)]
         make = make_logical_shards(
@@ -190,6 +190,6 @@ def test_a_source_without_any_document_is_an_error(sizes):
         Run(make_logical_shards(Numbers(sizes, title="empty one"), num_logical_shards=4)).take(1)
 
 
-def test_fewer_documents_than_lanes_are_enough():
+def test_fewer_documents_than_logical_shards_are_enough():
     batches = Run(make_logical_shards(Numbers([3]), num_logical_shards=8, packed=False), ranks=2, workers=2).take(24)
     assert Counter(row[0] for batch in batches for row in batch) == dict.fromkeys(Numbers([3]).everything(), 16)

@@ -60,8 +60,8 @@ def test_the_same_ranks_and_workers_resume_exactly_even_if_they_do_not_divide_th
     "changes", [[(5, 0), (1, 0)], [(1, 0), (5, 0)], [(2, 0), (7, 0), (5, 0), (3, 0)], [(1, 5), (5, 1)]]
 )
 def test_ranks_and_workers_that_do_not_divide_the_logical_shards_lose_and_repeat_no_document(changes):
-    """270 documents, two a batch: what is seen before any logical shard's second pass is seen once, and by then each logical shard's
-    part is seen without a gap."""
+    """270 documents, two a batch: what is seen before any logical shard's second pass is seen once, and by then each
+    logical shard's part is seen without a gap."""
     state, seen = None, []
     for ranks, workers in changes:
         again = run(ranks, workers, state=state)
@@ -79,7 +79,7 @@ def test_ranks_and_workers_that_do_not_divide_the_logical_shards_lose_and_repeat
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_real_workers_go_on_through_the_ends_of_passes_as_one_process_does(ranks, monkeypatch):
-    """Of 270 documents in 300 micro-batches of two; logical shards part again after each pass, which starts new workers."""
+    """Of 270 documents in 300 micro-batches of two; logical shards part again after each pass, with new workers."""
     monkeypatch.setattr(stream, "LONG_PASS", 2)
     assert run(ranks, 2).take(300) == run(1, 0).take(300)
 
@@ -140,7 +140,7 @@ class Hangs(Numbers):
         time.sleep(600)
         yield 0, 0
 
-next(iter(StreamLoader(make_lanes(Hangs([90]), logical shards=4), 4, 1, 100, workers=2)))
+next(iter(StreamLoader(make_logical_shards(Hangs([90]), logical shards=4), 4, 1, 100, workers=2)))
 """
 
 

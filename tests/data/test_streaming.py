@@ -134,7 +134,7 @@ def test_sources_are_mixed_and_counted_by_name(c4, tmp_path):
     [
         ({"sequence_length": 1}, "sequence_length is 1; it must be at least 2"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"logical_shards": 0}, "logical shards is 0"),
+        ({"num_logical_shards": 0}, "num_logical_shards is 0"),
         ({"sources": [Source("a", weight=0.5), Source("b", weight=0.4)]}, r"in sum 0\.9; .* must sum to 1"),
         ({"sources": [Source("a", weight=2.0), Source("b", weight=-1.0)]}, "each above 0"),
         ({"sources": [Source("a", weight=0.5), Source("a", weight=0.5)]}, "the same path and name"),

@@ -1,5 +1,5 @@
-"""The largest differences that ``test_strategies`` bounds, as a table: ``python -m tests.distributed.parity_table``. The table of
-recipes/cluster comes from it."""
+"""The largest differences that ``test_strategies`` bounds, as a table: ``python -m tests.distributed.parity_table``.
+The table of recipes/cluster comes from it."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory

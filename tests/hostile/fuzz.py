@@ -300,8 +300,8 @@ def cache(draw: random.Random, prepared: Prepared) -> list[str]:
 
 Case = Callable[[random.Random, Prepared], list[str]]
 CASES: list[Case] = [
-    config_file, config_file, flags, flags, checkpoint_bytes, checkpoint_content, checkpoint_content, foreign_checkpoint,
-    run_directory, exported_folder, exported_folder, data, cache,
+    config_file, config_file, flags, flags, checkpoint_bytes, checkpoint_content, checkpoint_content,
+    foreign_checkpoint, run_directory, exported_folder, exported_folder, data, cache,
 ]  # fmt: skip
 
 
