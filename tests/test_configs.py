@@ -168,7 +168,7 @@ def test_every_method_of_the_comparison_parses():
     plan = yaml.safe_load((REPOSITORY / "recipes" / "compare_methods" / "plan.yaml").read_text())
     methods = {name: Method(**method) for name, method in plan["methods"].items()}
     made = Plan(plan["configs"], {}, methods, plan["learning_rates"], plan["seeds"], resolve)
-    assert len(made.cells) == 96
+    assert len(made.trials) == 96
     for name in methods:
         model = made.configuration(name, 2, 1, REPOSITORY)["model"]
         assert model["hidden_size"] == 128

@@ -166,7 +166,7 @@ PAPER = {
 @pytest.mark.parametrize("size", ["60m", "130m", "350m", "1b"])
 @pytest.mark.parametrize("kind", ["full", "cola"])
 def test_the_papers_memory_column(kind, size):
-    held = Run(network(kind, size), SIZES[size][2], torch.optim.AdamW, 1, 256, precision="bf16-true").held
+    held = Run(network(kind, size), SIZES[size][2], torch.optim.AdamW, 1, 256, precision="bf16-true").static_memory
     assert round((held.weights + held.gradients + held.optimizer) / GIB, 2) == PAPER[kind][size]
 
 
