@@ -1,4 +1,4 @@
-"""What is to be compared: methods, learning rates and seeds, as cells that each are one training run."""
+"""What is to be compared: methods, learning rates and seeds, as trials that each are one training run."""
 
 import json
 import re
@@ -41,7 +41,7 @@ class Trial:
 
 
 class Plan:
-    """The cells of a comparison: for each method every learning rate with the first seed, then, at the best of them,
+    """The trials of a comparison: for each method every learning rate with the first seed, then, at the best of them,
     the other seeds.
 
     Args:

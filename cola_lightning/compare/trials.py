@@ -1,4 +1,4 @@
-"""Carrying cells out: each is a process of its own, leaves its result in a file, and goes on where it broke off."""
+"""Carrying trials out: each is a process of its own, leaves its result in a file, and goes on where it broke off."""
 
 import json
 import math
@@ -18,17 +18,17 @@ from cola_lightning.errors import InputError
 from cola_lightning.provenance import commit, read_provenance
 from cola_lightning.stored_data import Count, check_stored
 
-RESULT, FAILED, COSTS, CONFIG, LOG = "result.json", "failed.txt", "costs.json", "cell.yaml", "output.log"
+RESULT, FAILED, COSTS, CONFIG, LOG = "result.json", "failed.txt", "costs.json", "trial.yaml", "output.log"
 
 
 class SweepRunner:
-    """Where cells are carried out.
+    """Where trials are carried out.
 
     Args:
         plan: What they are.
-        folder: Of this comparison; a folder for each method and cell in it.
+        folder: Of this comparison; a folder for each method and trial in it.
         threads: Of each process.
-        keep_checkpoints: Leave a cell's checkpoints when it has finished; they are large.
+        keep_checkpoints: Leave a trial's checkpoints when it has finished; they are large.
     """
 
     def __init__(self, plan: Plan, folder: Path, threads: int, keep_checkpoints: bool = False) -> None:
@@ -81,7 +81,7 @@ class SweepRunner:
     # -- running ------------------------------------------------------------------------------------------------------
 
     def run(self, trial: Trial) -> str:
-        """Carry a cell out unless that was done; what became of it, in a word."""
+        """Carry a trial out unless that was done; what became of it, in a word."""
         factor = self.best(trial.method) if trial.factor is None else trial.factor
         if factor is None:
             return "skipped, for no run of the sweep ended with a number"

@@ -38,7 +38,7 @@ class TrainLoader:
         replicas: Number of ranks that share the data.
         rank: This one among them.
         workers: Processes that read ahead; 0 for none.
-        window: Batches of an optimizer step. They are fetched together, so that each knows the step's tokens.
+        batches_per_step: Batches of an optimizer step. They are fetched together, so that each knows the step's tokens.
         overfit: Begin every iteration with the first rows, in their own order; for ``overfit_batches``.
     """
 

@@ -113,8 +113,8 @@ class StreamLoader:
         replicas: Number of ranks that share the data.
         rank: This one among them.
         workers: Processes that read ahead; 0 for none.
-        window: Batches of an optimizer step. They are fetched together, so that data that fails does so between
-            two steps, where a checkpoint is whole.
+        batches_per_step: Batches of an optimizer step. They are fetched together, so that data that fails does
+            so between two steps, where a checkpoint is whole.
         ranks: How ranks agree.
         overfit: Begin every iteration where the first one did; for ``overfit_batches``.
 
@@ -201,7 +201,7 @@ class StreamLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Count of micro-batches of all ranks, the assignment of logical shards, and this rank's states."""
-        return {"batches": self.position, "assignment": self.assignment, "num_logical_shards": self._own()}
+        return {"batches": self.position, "assignment": self.assignment, "logical_shards": self._own()}
 
     def _own(self) -> States:
         """The states that this rank tells. Of logical shards read jointly every rank knows all, and tells a part."""

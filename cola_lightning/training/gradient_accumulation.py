@@ -69,15 +69,15 @@ def count_micro_batches(global_batch_size: int, batch_size: int, replicas: int) 
 def tell_step_tokens(trainer: L.Trainer) -> None:
     """Have every batch that ``trainer`` trains on carry the number of tokens that its optimizer step learns from.
 
-    A loader that fetches whole optimizer steps adds it by itself; its attribute ``window`` says how many micro-batches
-    it takes for one. Any other is wrapped, after Lightning has set up its sampler.
+    A loader that fetches whole optimizer steps adds it by itself; its attribute ``batches_per_step`` says how many
+    micro-batches it takes for one. Any other is wrapped, after Lightning has set up its sampler.
     """
     strategy = trainer.strategy
     varies = any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)
 
     def process_dataloader(loader: Any) -> Any:
         loader = type(strategy).process_dataloader(strategy, loader)
-        knows = getattr(loader, "window", None) == trainer.accumulate_grad_batches and not varies
+        knows = getattr(loader, "batches_per_step", None) == trainer.accumulate_grad_batches and not varies
         return _WithStepTokens(loader, trainer) if trainer.training and not knows else loader
 
     strategy.process_dataloader = process_dataloader  # type: ignore[method-assign]

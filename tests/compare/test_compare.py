@@ -147,15 +147,15 @@ def test_another_plan_in_the_same_folder_is_refused(compared, config_file, capsy
 
 
 @pytest.mark.slow
-def test_single_cells_and_one_that_fails(config_file, tmp_path, capsys):
+def test_single_trials_and_one_that_fails(config_file, tmp_path, capsys):
     """The second method's width does not fit its heads; the first is carried out all the same."""
     methods = {"good": {}, "bad": {"flags": {"model.num_attention_heads": 5}}}
     flags = write_plan(tmp_path, config_file, methods=methods, learning_rates=[1])
     with pytest.raises(SystemExit, match="2"):
-        main([*flags, "--cell=2"])
-    assert "cell 2 is good at its best learning rate; run cell 0 first" in capsys.readouterr().err
+        main([*flags, "--trial=2"])
+    assert "trial 2 is good at its best learning rate; run trial 0 first" in capsys.readouterr().err
     for trial in (0, 1, 2):
-        main([*flags, f"--cell={trial}"])
+        main([*flags, f"--trial={trial}"])
     assert "bad, learning rate x 1, seed 1: failed, see" in capsys.readouterr().out
     main([*flags, "--jobs=0"])
     text = (tmp_path / "out" / "report" / "table.md").read_text()
@@ -201,7 +201,7 @@ def make(**changes) -> Plan:
     return Plan(**(arguments | changes))
 
 
-def test_cells_are_numbered_sweep_first():
+def test_trials_are_numbered_sweep_first():
     trials = [(trial.number, trial.method, trial.factor, trial.seed) for trial in make().trials]
     assert trials == [
         (0, "a", 1, 1), (1, "a", 3, 1), (2, "b", 1, 1), (3, "b", 3, 1),

@@ -73,7 +73,7 @@ def arguments(c4: Path, **others) -> dict:
         "sequence_length": 32,
         "batch_size": 2,
         "shuffle_buffer": 8,
-        "logical_shards": 4,
+        "num_logical_shards": 4,
         "validation_tokens": 500,
         "num_workers": 0,
         "retry_wait": 0.01,

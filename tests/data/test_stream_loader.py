@@ -140,7 +140,7 @@ class Hangs(Numbers):
         time.sleep(600)
         yield 0, 0
 
-next(iter(StreamLoader(make_logical_shards(Hangs([90]), logical shards=4), 4, 1, 100, workers=2)))
+next(iter(StreamLoader(make_logical_shards(Hangs([90]), num_logical_shards=4), 4, 1, 100, workers=2)))
 """
 
 

@@ -86,7 +86,7 @@ TOO_LARGE = [
     ),
     (STREAM, {"batch_size": 10**11}, "a batch of --data.batch_size 100000000000 rows of"),
     (STREAM, {"num_workers": 10**6}, "--data.num_workers 1000000"),
-    (STREAM, {"logical shards": 10**11}, "--data.num_logical_shards 100000000000"),
+    (STREAM, {"num_logical_shards": 10**11}, "--data.num_logical_shards 100000000000"),
 ]
 
 

@@ -129,7 +129,7 @@ LANE = {"readers": [READER], "documents": [0], "tokens": [0], "held_out": [0], "
 DEALT = {"at": 0, "replicas": 1, "workers": 1, "jointly": True, "began": 0, "always": True, "passes": 0}
 STATES = {
     TextDataModule: {"position": 0, "identity": IDENTITY},
-    C4DataModule: {"batches": 0, "dealt": DEALT, "logical shards": {"0": LANE}, "identity": IDENTITY},
+    C4DataModule: {"batches": 0, "assignment": DEALT, "logical_shards": {"0": LANE}, "identity": IDENTITY},
 }
 
 

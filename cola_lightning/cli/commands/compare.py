@@ -52,7 +52,7 @@ def compare(
             [0.3, 1, 3] if not given.
         seeds: The first is the sweep's; the others are for the best learning rate only. [42, 43] if not given.
         jobs: Runs at a time, which share the cores; 0 to train nothing and write the report of what is there.
-        cell: Number of the only cell to carry out, from 0, for array jobs: first the learning rates of each
+        trial: Number of the only trial to carry out, from 0, for array jobs: first the learning rates of each
             method, then its further seeds. No report is written.
         report: Folder of the table and the plots; "report" in the folder if not given.
         keep_checkpoints: Leave the checkpoints of finished runs.
@@ -77,7 +77,7 @@ def compare(
 def run_one(runner: SweepRunner, number: int) -> None:
     trials = runner.plan.trials
     if not 0 <= number < len(trials):
-        raise InputError(f"cell is {number}; the plan has cells 0 to {len(trials) - 1}")
+        raise InputError(f"trial is {number}; the plan has trials 0 to {len(trials) - 1}")
     trial = trials[number]
     if trial.factor is None:
         for other in trials:
@@ -85,7 +85,7 @@ def run_one(runner: SweepRunner, number: int) -> None:
             failed = other.factor is not None and runner.failure(trial.method, other.factor, other.seed)
             if other.method == trial.method and not done and not failed:
                 raise InputError(
-                    f"cell {number} is {trial.method} at its best learning rate; run cell {other.number} first"
+                    f"trial {number} is {trial.method} at its best learning rate; run trial {other.number} first"
                 )
     print(f"{title(trial)}: {runner.run(trial)}")
 
