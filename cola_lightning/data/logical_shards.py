@@ -22,7 +22,7 @@ from cola_lightning.data.rows import IGNORE
 from cola_lightning.errors import InputError
 from cola_lightning.stored_data import Count
 
-__all__ = ["ENCODE_BATCH_SIZE", "Batch", "Corpus", "LaneState", "LogicalShard", "MakeLogicalShards", "RowShape"]
+__all__ = ["ENCODE_BATCH_SIZE", "Batch", "Corpus", "LogicalShard", "LogicalShardState", "MakeLogicalShards", "RowShape"]
 
 Batch = dict[str, Tensor]
 
@@ -33,7 +33,7 @@ IDS_IN_STATE = 2048
 
 
 class RestState(TypedDict):
-    """The rest of a document that has begun, in a :class:`LaneState`."""
+    """The rest of a document that has begun, in a :class:`LogicalShardState`."""
 
     source: Count
     shard: Count
@@ -42,7 +42,7 @@ class RestState(TypedDict):
     ids: NotRequired[list[Annotated[int, Ge(0), Lt(2**31)]]]
 
 
-class LaneState(TypedDict):
+class LogicalShardState(TypedDict):
     """A state of :class:`LogicalShard`; each list has an entry for each source."""
 
     readers: list[ReaderState]

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from typing_extensions import TypedDict
 
-from cola_lightning.data.logical_shards import Batch, LaneState, LogicalShards
+from cola_lightning.data.logical_shards import Batch, LogicalShards, LogicalShardState
 from cola_lightning.data.passes import PassEndError
 from cola_lightning.data.rows import add_step_tokens
 from cola_lightning.data.transfer import SentBatch
@@ -44,7 +44,7 @@ class LoaderState(TypedDict):
 
     batches: Count
     assignment: Assignment
-    num_logical_shards: dict[str, LaneState]
+    logical_shards: dict[str, LogicalShardState]
 
 
 MakeSomeLogicalShards = Callable[[Iterable[int], States], LogicalShards]

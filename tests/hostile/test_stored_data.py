@@ -125,11 +125,16 @@ IDENTITY = {
     "validation": SOURCE,
 }
 READER = {"pass": 0, "unit": 0, "row": 0, "taken": 0, "through": 0}
-LANE = {"readers": [READER], "documents": [0], "tokens": [0], "held_out": [0], "rest": None}
-DEALT = {"at": 0, "replicas": 1, "workers": 1, "jointly": True, "began": 0, "always": True, "passes": 0}
+LOGICAL_SHARD = {"readers": [READER], "documents": [0], "tokens": [0], "held_out": [0], "rest": None}
+ASSIGNMENT = {"at": 0, "replicas": 1, "workers": 1, "jointly": True, "began": 0, "always": True, "passes": 0}
 STATES = {
     TextDataModule: {"position": 0, "identity": IDENTITY},
-    C4DataModule: {"batches": 0, "assignment": DEALT, "logical_shards": {"0": LANE}, "identity": IDENTITY},
+    C4DataModule: {
+        "batches": 0,
+        "assignment": ASSIGNMENT,
+        "logical_shards": {"0": LOGICAL_SHARD},
+        "identity": IDENTITY,
+    },
 }
 
 
