@@ -3,7 +3,7 @@
 from cola_lightning.optim.parameter_groups import HybridOptimizer, MakeOptimizer, Parameters
 from cola_lightning.optim.projected import APOLLO, Fira, GaLore
 from cola_lightning.optim.row_adamw import RowAdamW
-from cola_lightning.optim.schedules import MakeSchedule, WarmupCosine, WarmupCosineRestarts
+from cola_lightning.optim.schedules import MakeSchedule, WarmupCosine, WarmupCosineRestarts, WarmupStableDecay
 from cola_lightning.optim.transformers_adamw import TransformersAdamW
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "TransformersAdamW",
     "WarmupCosine",
     "WarmupCosineRestarts",
+    "WarmupStableDecay",
 ]

@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
@@ -167,6 +167,68 @@ class WarmupCosineRestarts(LambdaLR):
             return since / restart_warmup_steps * _ratio(end, total_steps, warmup_steps, min_ratio)
 
         super().__init__(optimizer, ratio)
+
+
+class WarmupStableDecay(LambdaLR):
+    """Warm up linearly from 0, hold the peak, then decay to ``min_ratio`` of the peak at ``total_steps``.
+
+    The rate in the constant part does not depend on the length of the run. Therefore one run with ``decay_share: 0``
+    (the trunk) serves several budgets: resume its checkpoint at :func:`decay_start` of each budget, with
+    ``--trainer.max_steps`` of the budget and the decay. Each ends as a run of that length from the beginning would.
+    ``compare`` does this for the ``budgets`` of a plan. The shape ``1-sqrt`` and the decay of a fifth of the run are
+    those of arXiv 2405.18392, section 3.
+
+    Args:
+        optimizer: Its groups' learning rates are the peaks.
+        total_steps: Optimizer steps of the whole run; the trainer's ``max_steps``.
+        warmup_steps: Steps of the linear rise.
+        decay_share: Share of ``total_steps`` in which the rate decays, between 0 (never) and 1.
+        shape: Of the decay: ``linear``, or ``1-sqrt``, which falls faster at first.
+        min_ratio: Last learning rate as a share of the peak, between 0 and 1.
+
+    Raises:
+        InputError: If a value is out of range, or the warm-up does not end before the decay begins.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        warmup_steps: int = 1000,
+        decay_share: float = 0.2,
+        shape: Literal["linear", "1-sqrt"] = "1-sqrt",
+        min_ratio: float = 0.0,
+    ) -> None:
+        _check(warmup_steps, min_ratio)
+        start = decay_start(total_steps, decay_share)
+        if shape not in ("linear", "1-sqrt"):
+            raise InputError(f"shape is {shape!r}; it must be linear or 1-sqrt")
+        if warmup_steps > start:
+            raise InputError(
+                f"warmup_steps is {warmup_steps}, but the decay of a run of {total_steps} steps begins after {start}; "
+                f"lower warmup_steps or decay_share, or lengthen the run"
+            )
+
+        def ratio(step: int) -> float:
+            if step < warmup_steps:
+                return step / warmup_steps
+            if step <= start:
+                return 1.0
+            progress = min(1.0, (step - start) / (total_steps - start)) if total_steps > start else 0.0
+            return min_ratio + (1 - min_ratio) * (1 - (math.sqrt(progress) if shape == "1-sqrt" else progress))
+
+        super().__init__(optimizer, ratio)
+
+
+def decay_start(total_steps: int, decay_share: float) -> int:
+    """Return the steps of a run before :class:`WarmupStableDecay` lowers the rate.
+
+    Raises:
+        InputError: If the share does not lie between 0 and 1.
+    """
+    if not 0 <= decay_share <= 1:
+        raise InputError(f"decay_share is {decay_share}; it must lie between 0 and 1")
+    return total_steps - round(decay_share * total_steps)
 
 
 def _check(warmup_steps: int, min_ratio: float) -> None:

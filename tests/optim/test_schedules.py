@@ -6,8 +6,8 @@ import torch
 from torch.optim import lr_scheduler
 
 from cola_lightning.errors import InputError
-from cola_lightning.optim import WarmupCosine, WarmupCosineRestarts
-from cola_lightning.optim.schedules import make_schedule
+from cola_lightning.optim import WarmupCosine, WarmupCosineRestarts, WarmupStableDecay
+from cola_lightning.optim.schedules import decay_start, make_schedule
 from cola_lightning.training.module import LanguageModel
 
 
@@ -112,3 +112,57 @@ def test_a_length_that_is_given_is_kept_and_null_is_the_runs():
         assert made.T_max == expected
     gamma = make_schedule(partial(lr_scheduler.ExponentialLR, gamma=0.9), optimizer, 12)
     assert gamma.gamma == 0.9
+
+
+@pytest.mark.parametrize(
+    ("shape", "decay"),
+    [
+        ("linear", [2, 1.5, 1, 0.5]),
+        ("1-sqrt", [2, 2 * (1 - 0.5), 2 * (1 - math.sqrt(0.5)), 2 * (1 - math.sqrt(0.75))]),
+    ],
+)
+def test_warmup_stable_decay_rises_holds_and_decays_to_zero_at_the_end(shape, decay):
+    lr = rates(22, WarmupStableDecay, total_steps=20, warmup_steps=4, decay_share=0.2, shape=shape)
+    assert lr[:5] == pytest.approx([0, 0.5, 1, 1.5, 2])
+    assert lr[4:16] == [2.0] * 12
+    assert lr[16:20] == pytest.approx(decay)
+    assert lr[20:] == [0, 0]  # steps beyond the end
+
+
+def test_warmup_stable_decay_ends_at_min_ratio():
+    lr = rates(13, WarmupStableDecay, total_steps=10, warmup_steps=1, decay_share=0.5, shape="linear", min_ratio=0.1)
+    assert lr[5:] == pytest.approx([2, 1.64, 1.28, 0.92, 0.56, 0.2, 0.2, 0.2])
+
+
+def test_the_constant_part_does_not_depend_on_the_length_of_the_run():
+    """Because of this, a decay may start from the checkpoint of a run that was to go on."""
+    trunk = rates(40, WarmupStableDecay, total_steps=40, warmup_steps=4, decay_share=0.0)
+    for total in (10, 20, 40):
+        start = decay_start(total, 0.2)
+        assert rates(start + 1, WarmupStableDecay, total_steps=total, warmup_steps=4) == trunk[: start + 1]
+    assert [decay_start(total, 0.2) for total in (10, 20, 40)] == [8, 16, 32]
+
+
+def test_the_length_of_warmup_stable_decay_is_the_runs():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    schedule = make_schedule(partial(WarmupStableDecay, warmup_steps=0, decay_share=1.0, shape="linear"), optimizer, 4)
+    seen = [schedule.get_last_lr()[0]]
+    for _ in range(4):
+        optimizer.step()
+        schedule.step()
+        seen.append(schedule.get_last_lr()[0])
+    assert seen == [2, 1.5, 1, 0.5, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decay_share": 1.5}, "decay_share is 1.5; it must lie between 0 and 1"),
+        ({"warmup_steps": 33}, "warmup_steps is 33, but the decay of a run of 40 steps begins after 32"),
+        ({"shape": "cosine"}, "shape is 'cosine'; it must be linear or 1-sqrt"),
+        ({"min_ratio": -1}, "min_ratio is -1"),
+    ],
+)
+def test_warmup_stable_decay_refuses_values_out_of_range(settings, message):
+    with pytest.raises(InputError, match=message):
+        rates(1, WarmupStableDecay, **({"total_steps": 40, "warmup_steps": 4} | settings))
