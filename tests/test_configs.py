@@ -9,7 +9,8 @@ import yaml
 
 from cola_lightning.cli.app import CLI, main, resolve
 from cola_lightning.cli.commands.benchmark import parse
-from cola_lightning.compare.plan import Method, Plan, learning_rates
+from cola_lightning.compare.plan import Method, Plan
+from cola_lightning.compare.rates import Rates
 from cola_lightning.models.recompute import RecomputedBlock
 from tests.conftest import REPOSITORY
 
@@ -164,15 +165,19 @@ def test_schedules_that_restart_keep_the_config_files_warmup(overlay, restart, s
     assert schedule["init_args"]["restart_warmup_steps"] == restart
 
 
-def test_every_method_of_the_comparison_parses():
+def test_the_methods_of_the_comparison_differ_in_what_they_are_about_alone():
+    """Projection, optimizer of the matrices, and nothing else: not clipping, decay, warm-up, precision, batch."""
     plan = yaml.safe_load((REPOSITORY / "recipes" / "compare_methods" / "plan.yaml").read_text())
     methods = {name: Method(**method) for name, method in plan["methods"].items()}
-    made = Plan(plan["configs"], {}, methods, plan["learning_rates"], plan["seeds"], resolve)
-    assert len(made.trials) == 96
+    names = ("configs", "flags", "matrix_rates", "other_rates", "seeds", "budgets", "weight_decay", "published")
+    made = Plan(**{name: plan[name] for name in names}, methods=methods, resolve=resolve)
+    assert len(made.trials) == 165
+    own = ("model.projection.", "model.optimizer.init_args.matrix.")
     for name in methods:
-        model = made.configuration(name, 2, 1, REPOSITORY)["model"]
-        assert model["hidden_size"] == 128
-        assert len(learning_rates(model["optimizer"])) >= 1
+        assert [key for key in made.differences(name) if not key.startswith(own)] == []
+        parts = made.configuration(name, Rates(0.5, 0.25), 1)["model"]["optimizer"]["init_args"]
+        assert [parts[part]["init_args"]["lr"] for part in ("matrix", "other")] == [0.5, 0.25]
+        assert all(made.trunk_steps(name, budget) == steps for budget, steps in ((1_000_000, 390), (4_000_000, 1562)))
 
 
 SIZES = ["60M", "130M", "350M", "1B", "7B"]

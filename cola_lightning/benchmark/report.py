@@ -25,7 +25,7 @@ def report(results: list[dict[str, Any]], subject: BenchmarkTarget, file: str | 
     setting = {
         "date": date.today().isoformat(),
         "commit": commit(),
-        "device": torch.cuda.get_device_name(subject.device) if subject.device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(subject.device) if subject.device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "precision": str(subject.trainer.precision),
         "libraries": libraries(),
@@ -52,7 +52,8 @@ def report(results: list[dict[str, Any]], subject: BenchmarkTarget, file: str | 
         console.print(_table(ratios, RATIOS))
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name this machine's processor, and how many cores it has."""
     names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return f"{os.cpu_count()} x {names[0].partition(': ')[2] if names else platform.machine()}"
 

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 # Imported so that their classes can be named without a path.
 import cola_lightning.data
 import cola_lightning.methods  # noqa: F401
-from cola_lightning import benchmark, compare
+from cola_lightning import benchmark
 from cola_lightning.callbacks import (
     Checkpoints,
     Dashboard,
@@ -55,7 +55,7 @@ from cola_lightning.checkpoints.lock import lock, release
 from cola_lightning.checkpoints.pretrained import check_finite
 from cola_lightning.checkpoints.restore import check_complete, incomplete, restore_explained
 from cola_lightning.cli import completion
-from cola_lightning.cli.commands import estimate, export
+from cola_lightning.cli.commands import compare, estimate, export
 from cola_lightning.cli.config_files import ConfigFile
 from cola_lightning.cli.merge_settings import differences, merge_settings, stand_ins
 from cola_lightning.cli.parser import Parser
@@ -518,7 +518,7 @@ def _run(args: list[str]) -> None:
         case ["prepare", *rest]:
             prepare.main(rest)
         case ["compare", *rest]:
-            compare.main(rest, resolve)
+            compare.main(rest, resolve, main)
         case ["export", *rest]:
             export.main(rest)
         case ["generate", *rest]:

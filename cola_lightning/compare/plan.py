@@ -1,59 +1,114 @@
-"""What is to be compared: methods, learning rates and seeds, as trials that each are one training run."""
+"""A comparison as data: methods, learning rates, seeds and budgets, and the trials that they make."""
 
 import json
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
-
+from cola_lightning.compare.rates import Rates, flatten, published_ratio, set_rates, set_weight_decay
+from cola_lightning.data.token_data_module import resolve_global_batch_size
 from cola_lightning.errors import InputError
+from cola_lightning.optim.schedules import decay_start
 
 Flag = bool | int | float | str | None
 
 Resolve = Callable[[list[str]], dict[str, Any]]
-"""``f(flags)`` is the whole configuration that ``fit`` makes of these flags."""
+"""``f(flags)`` returns the whole configuration that ``fit`` makes of these flags."""
+
+Kind = Literal["grid", "published", "seed"]
+SCHEDULE = "WarmupStableDecay"
 
 
 @dataclass
 class Method:
-    """One of the things compared.
+    """One of the methods that are compared.
 
     Args:
-        configs: Configs over the plan's own, such as ``configs/method/cola.yaml``.
-        flags: What comes on top of them, as on the command line; for instance ``model.projection.rank: 32``.
+        configs: Configs after the plan's own, such as ``configs/method/cola.yaml``.
+        flags: Settings after these, as on the command line; for instance ``model.projection.rank: 32``.
+        matrix_rates: Learning rates of the projections' matrices that are tried, in place of the plan's; as many.
+        other_rates: The same for all other parameters.
     """
 
     configs: list[str] = field(default_factory=list)
     flags: dict[str, Flag] = field(default_factory=dict)
+    matrix_rates: list[float] | None = None
+    other_rates: list[float] | None = None
+
+
+@dataclass
+class HeldOut:
+    """How the validation documents are told apart by source.
+
+    Args:
+        column: Key of the JSON lines that names a document's source.
+        groups: For each group its name, and a regular expression that matches the column.
+    """
+
+    column: str
+    groups: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run. ``factor`` multiplies the method's learning rates; None for the best of the sweep."""
+    """A method trained with one pair of learning rates and one seed.
+
+    Args:
+        number: Counted from 0; an array job runs one trial by its number.
+        method: Name of the method.
+        kind: ``grid`` is part of the sweep. ``published`` has the ratio of the two rates that the method's own files
+            have. ``seed`` has the best rates of the sweep, and all budgets.
+        seed: Seed of the run.
+        matrix: Learning rate of the matrices; None for the best.
+        other: Learning rate of the other parameters; None for the best, or where the published ratio sets it.
+    """
 
     number: int
     method: str
-    factor: float | None
+    kind: Kind
     seed: int
+    matrix: float | None = None
+    other: float | None = None
+
+    @property
+    def title(self) -> str:
+        if self.matrix is None:
+            rates = "best rates"
+        elif self.other is None:
+            rates = f"matrix rate {self.matrix:g}, other rate by the published ratio"
+        else:
+            rates = f"matrix rate {self.matrix:g}, other rate {self.other:g}"
+        return f"{self.method}, {rates}, seed {self.seed}"
 
 
 class Plan:
-    """The trials of a comparison: for each method every learning rate with the first seed, then, at the best of them,
-    the other seeds.
+    """The trials of a comparison.
+
+    For each method, each pair of a matrix rate and an other rate is tried with the first seed at the smallest budget.
+    Then, at the best pair, all seeds are trained to all budgets. Every method has the same number of trials.
 
     Args:
-        configs: Configs that all methods build on.
-        flags: What comes on top of all files and methods' own flags.
-        methods: What is compared, by name.
-        learning_rates: Factors of the learning rate that a method's own files give.
-        seeds: The first is the sweep's.
+        configs: Configs that all methods share.
+        flags: Settings after all configs and all methods' flags.
+        methods: The methods, by name.
+        matrix_rates: Learning rates of the projections' matrices.
+        other_rates: Learning rates of all other parameters: embedding, head, norms.
+        seeds: The sweep has the first.
         resolve: Makes a whole configuration.
+        budgets: Tokens that a method is trained on. If not given, one: that of the configs' ``trainer.max_steps``.
+            Several need the schedule ``WarmupStableDecay``.
+        weight_decay: Weight decay of all parameters of all methods; if not given, each has that of its files.
+        published: Try the ratio of the two rates that each method's own files have, too.
+        baseline: The method with which others are compared; the first if not given.
+        held_out: Groups of the validation documents; perplexity is then reported for each.
 
     Raises:
-        InputError: If a list is empty or repeats itself, two names make one folder, or a file is missing.
+        InputError: If a list is empty or repeats itself, methods have unequal numbers of trials, two names make one
+            folder, or a file is missing.
     """
 
     def __init__(
@@ -61,45 +116,171 @@ class Plan:
         configs: list[str],
         flags: dict[str, Flag],
         methods: dict[str, Method],
-        learning_rates: list[float],
+        matrix_rates: list[float],
+        other_rates: list[float],
         seeds: list[int],
         resolve: Resolve,
+        budgets: list[int] | None = None,
+        weight_decay: float | None = None,
+        published: bool = False,
+        baseline: str | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
-        for name, values in (("methods", list(methods)), ("learning_rates", learning_rates), ("seeds", seeds)):
-            if not values or len(set(values)) < len(values):
-                raise InputError(f"{name} is {values}; it must name at least one, and none twice")
-        if min(learning_rates) <= 0:
-            raise InputError(f"learning_rates {learning_rates} are factors; each must be above 0")
+        for name, values in (
+            ("methods", list(methods)),
+            ("matrix_rates", matrix_rates),
+            ("other_rates", other_rates),
+            ("seeds", seeds),
+            *([("budgets", budgets)] if budgets is not None else []),
+        ):
+            _check_distinct(name, values)
+        for name, method in methods.items():
+            for argument, common in (("matrix_rates", matrix_rates), ("other_rates", other_rates)):
+                own = getattr(method, argument)
+                if own is not None:
+                    _check_distinct(f"{argument} of {name}", own)
+                    if len(own) != len(common):
+                        raise InputError(
+                            f"{argument} of {name} has {len(own)} values, but the plan's has {len(common)}; every "
+                            f"method must have the same number of trials"
+                        )
+                if min(own or common) <= 0:
+                    raise InputError(f"{argument} is {own or common}; each rate must be above 0")
+        if min(budgets or [1]) < 1:
+            raise InputError(f"budgets is {budgets}; each is a number of tokens above 0")
         folders = [folder_name(method) for method in methods]
         if len(set(folders)) < len(folders):
             raise InputError(f"two of the methods {list(methods)} would share a folder; rename one")
+        if baseline is not None and baseline not in methods:
+            raise InputError(f"baseline is {baseline!r}, which is not one of the methods {list(methods)}")
         for file in [*configs, *(file for method in methods.values() for file in method.configs)]:
             if not Path(file).is_file():
                 raise InputError(f"{file} does not exist; name configs relative to {Path.cwd()}")
         self.configs, self.common, self.methods = configs, flags, methods
-        self.learning_rates, self.seeds, self.resolve = sorted(learning_rates), seeds, resolve
-        trials = [(name, factor, seeds[0]) for name in methods for factor in self.learning_rates]
-        again = [(name, None, seed) for name in methods for seed in seeds[1:]]
-        self.trials = [Trial(number, *trial) for number, trial in enumerate(trials + again)]
+        self.matrix_rates, self.other_rates, self.seeds = matrix_rates, other_rates, seeds
+        self.resolve, self.weight_decay, self.held_out = resolve, weight_decay, held_out
+        self.baseline = baseline or next(iter(methods))
+        self._budgets = budgets
+        self.published = published
+        self.trials = self._number_trials()
         self._resolved: dict[str, dict[str, Any]] = {}
 
-    def flags(self, method: str) -> list[str]:
-        """Of the command line, for a method as its files have it."""
+    def _number_trials(self) -> list[Trial]:
+        trials: list[Trial] = []
+        for name in self.methods:
+            for rates in self.grid(name):
+                trials.append(Trial(len(trials), name, "grid", self.seeds[0], *rates))
+        for name in self.methods if self.published else ():
+            for matrix in self.matrix_rates_of(name):
+                trials.append(Trial(len(trials), name, "published", self.seeds[0], matrix))
+        for name in self.methods:
+            for seed in self.seeds:
+                trials.append(Trial(len(trials), name, "seed", seed))
+        return trials
+
+    # -- learning rates -----------------------------------------------------------------------------------------------
+
+    def matrix_rates_of(self, method: str) -> list[float]:
+        return sorted(self.methods[method].matrix_rates or self.matrix_rates)
+
+    def other_rates_of(self, method: str) -> list[float]:
+        return sorted(self.methods[method].other_rates or self.other_rates)
+
+    def grid(self, method: str) -> list[Rates]:
+        """All pairs of rates that the sweep tries for a method."""
+        return [Rates(*pair) for pair in product(self.matrix_rates_of(method), self.other_rates_of(method))]
+
+    def published_rates(self, method: str) -> list[Rates]:
+        """The pairs with the ratio that the method's own files have."""
+        ratio = published_ratio(self._base(method)["model"]["optimizer"])
+        return [Rates(matrix, float(f"{matrix * ratio:.6g}")) for matrix in self.matrix_rates_of(method)]
+
+    def edges(self, method: str, rates: Rates) -> list[str]:
+        """Which of the two rates is the lowest or the highest of several that were tried."""
+        tried = (self.matrix_rates_of(method), self.other_rates_of(method))
+        return [
+            name
+            for name, rate, values in zip(Rates._fields, rates, tried, strict=True)
+            if len(values) > 1 and rate in (values[0], values[-1])
+        ]
+
+    # -- budgets ------------------------------------------------------------------------------------------------------
+
+    @property
+    def budgets(self) -> list[int]:
+        """Tokens of the budgets, ascending."""
+        if self._budgets is None:
+            config = self._base(next(iter(self.methods)))
+            self._budgets = [config["trainer"]["max_steps"] * tokens_per_step(config)]
+        return sorted(self._budgets)
+
+    def steps(self, method: str, budget: int) -> int:
+        """Optimizer steps of a budget."""
+        return max(1, round(budget / tokens_per_step(self._base(method))))
+
+    def trunk_steps(self, method: str, budget: int) -> int:
+        """Steps of a budget before the decay begins.
+
+        Raises:
+            InputError: If the method's schedule is not ``WarmupStableDecay``, or its warm-up is longer.
+        """
+        schedule = self._base(method)["model"]["schedule"]
+        if schedule["class_path"].rpartition(".")[2] != SCHEDULE:
+            raise InputError(
+                f"{method} has the schedule {schedule['class_path']}, but several budgets need {SCHEDULE}, because "
+                f"all of them start from one run; set model.schedule, or one budget"
+            )
+        start = decay_start(self.steps(method, budget), schedule["init_args"]["decay_share"])
+        warmup = schedule["init_args"]["warmup_steps"]
+        if start < max(1, warmup):
+            raise InputError(
+                f"the decay of {method} at {budget:,} tokens begins after {start} steps, within the warm-up of "
+                f"{warmup}; raise the budget, or lower warmup_steps"
+            )
+        return start
+
+    # -- configurations -----------------------------------------------------------------------------------------------
+
+    def command_line(self, method: str) -> list[str]:
+        """Flags of ``fit`` for a method as its files have it."""
         chosen = self.methods[method]
         files = [f"--config={file}" for file in [*self.configs, *chosen.configs]]
         return files + [f"--{name}={as_text(value)}" for name, value in (chosen.flags | self.common).items()]
 
-    def configuration(self, method: str, factor: float, seed: int, run_dir: Path) -> dict[str, Any]:
-        """The whole configuration of a training run."""
+    def _base(self, method: str) -> dict[str, Any]:
         if method not in self._resolved:
-            self._resolved[method] = self.resolve(self.flags(method))
-        config = yaml.safe_load(yaml.safe_dump(self._resolved[method]))  # a copy
-        scale_learning_rates(config["model"]["optimizer"], factor)
-        return config | {"seed_everything": seed, "run_dir": str(run_dir)}
+            self._resolved[method] = self.resolve(self.command_line(method))
+        return self._resolved[method]
+
+    def configuration(self, method: str, rates: Rates, seed: int) -> dict[str, Any]:
+        """The whole configuration of a trial, but for its length and its folder."""
+        config = deepcopy(self._base(method))
+        config["model"]["optimizer"] = set_rates(config["model"]["optimizer"], rates)
+        if self.weight_decay is not None:
+            set_weight_decay(config["model"]["optimizer"], self.weight_decay)
+        return config | {"seed_everything": seed}
+
+    def differences(self, method: str) -> dict[str, Any]:
+        """The settings of a method that differ from the baseline's, learning rates left out.
+
+        A setting that only the baseline's classes have is not among them.
+        """
+        rates = Rates(1.0, 1.0)
+        own, other = (flatten(self.configuration(name, rates, 0)) for name in (method, self.baseline))
+        return {key: value for key, value in own.items() if value != other.get(key)}
+
+
+def tokens_per_step(config: dict[str, Any]) -> int:
+    """Tokens of an optimizer step, those that rows are padded with included."""
+    data = config["data"]["init_args"]
+    rows = resolve_global_batch_size(
+        data.get("global_batch_size"), data.get("global_batch_tokens"), data["sequence_length"]
+    )
+    return (rows or data["batch_size"] * config["trainer"]["accumulate_grad_batches"]) * data["sequence_length"]
 
 
 def as_text(value: Flag) -> str:
-    """As one would type it."""
+    """Write a value as one types it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -107,21 +288,6 @@ def folder_name(method: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", method.lower()).strip("-")
 
 
-def scale_learning_rates(optimizer: dict[str, Any], factor: float) -> None:
-    """Multiply every ``lr`` in the settings of an optimizer, be it one or made of several."""
-    for key, value in optimizer.items():
-        if key == "lr":
-            optimizer[key] = float(f"{value * factor:.6g}")
-        elif isinstance(value, dict):
-            scale_learning_rates(value, factor)
-
-
-def learning_rates(optimizer: dict[str, Any]) -> list[float]:
-    """Every ``lr`` in the settings of an optimizer, each value once."""
-    found = []
-    for key, value in optimizer.items():
-        if key == "lr":
-            found.append(value)
-        elif isinstance(value, dict):
-            found += learning_rates(value)
-    return list(dict.fromkeys(found))
+def _check_distinct(name: str, values: list[Any]) -> None:
+    if not values or len(set(values)) < len(values):
+        raise InputError(f"{name} is {values}; it must name at least one, and none twice")

@@ -1,5 +1,7 @@
-"""The pictures of a comparison."""
+"""The plots of a comparison: held-out loss by budget, and smoothed training loss, each on logarithmic axes."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,56 +9,128 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-STYLES = ("-", "--", ":")
-MARKS = ("o", "s", "^")
+from cola_lightning.compare.statistics import bootstrap_interval, smooth
 
+MOST_LINES = 12
+"""Lines with a colour and a label; the others are grey."""
+SMOOTHED_OVER = 0.04
+"""Share of a curve over which its moving mean is taken."""
+GREY = "0.8"
 
-def write_plots(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Loss against tokens, loss against FLOPs, perplexity against memory; of each method the best run."""
-    known = [row for row in rows if row["curve"]]
-    _curves(known, folder / "loss_tokens.png", "tokens, M", lambda row, step, tokens: tokens / 1e6)
-    counted = [row for row in known if row["tflops"]]
-    per_step = {row["method"]: row["tflops"] / row["curve"][-1][0] for row in counted}
-    _curves(counted, folder / "loss_flops.png", "TFLOPs", lambda row, step, tokens: per_step[row["method"]] * step)
-    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    for number, row in enumerate(counted):
-        memory, mark = row["training_mb"], MARKS[number // 10 % len(MARKS)]
-        axes.plot(memory, row["perplexity"], mark, color=_color(number), label=row["method"])
-        axes.plot([memory, memory], [min(row["perplexities"]), max(row["perplexities"])], color=_color(number), lw=1)
-    axes.set_yscale("log")
-    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        ticks(lambda value, _: f"{value:g}")
-    axes.set(
-        xlabel="weights, gradients, optimizer state and activations, MB",
-        ylabel="perplexity: mean and range over seeds",
-    )
-    axes.grid(alpha=0.3, which="both")
-    if counted:
-        axes.legend(fontsize=7, ncols=2)
-    _save(figure, folder / "perplexity_memory.png")
+Line = tuple[list[float], list[float], list[float], list[float]]
+"""x, mean, low and high."""
 
 
-def _curves(rows: list[dict[str, Any]], file: Path, label: str, at: Any) -> None:
-    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    for number, row in enumerate(rows):
-        x = [at(row, step, tokens) for step, tokens, _ in row["curve"]]
-        style = STYLES[number // 10 % len(STYLES)]
-        axes.plot(x, [loss for *_, loss in row["curve"]], style, color=_color(number), label=row["method"], lw=1.2)
-    if rows:
-        lowest = min(loss for row in rows for *_, loss in row["curve"])
-        first = sorted(row["curve"][len(row["curve"]) // 8][2] for row in rows)
-        axes.set_ylim(lowest - 0.05, first[len(first) // 2] + 0.3)  # where curves part, not where all begin
-        axes.legend(fontsize=7, ncols=2)
-    axes.set(xlabel=label, ylabel="training loss, nats a token")
-    axes.grid(alpha=0.3)
-    _save(figure, file)
+def write_plots(rows: list[dict[str, Any]], terms: dict[str, Any], baseline: str, folder: Path) -> list[str]:
+    """Write the plots.
+
+    Args:
+        rows: Of the methods, the best first.
+        terms: What they were compared at.
+        baseline: Has a colour in any case, and is drawn dashed.
+        folder: Of the files.
+
+    Returns:
+        Names of the files.
+    """
+    known = [row for row in rows if row["curves"] and all(math.isfinite(value.mean) for value in row["loss"])]
+    if not known:
+        return []
+    chosen = [row["method"] for row in known if row["method"] != baseline][: MOST_LINES - 1]
+    colors = {name: plt.get_cmap("tab20")(2 * n % 20 + n // 10) for n, name in enumerate(chosen)} | {baseline: "black"}
+    counted = [row for row in known if row["mflops_per_token"]]
+    names = []
+    if len(known[0]["loss"]) > 1:
+        figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained", sharey=True)
+        _draw(axes[0], [(row["method"], _budgets(row, "tokens", 1e6)) for row in known], colors, baseline, "o")
+        _draw(axes[1], [(row["method"], _budgets(row, "flops", 1e12)) for row in counted], colors, baseline, "o")
+        if terms["flops"]:
+            axes[1].axvline(terms["flops"] / 1e12, color="0.5", lw=0.8, ls=":")
+        axes[0].set(xlabel="tokens, M", ylabel="held-out loss, nats per token")
+        axes[1].set(xlabel="TFLOPs (dotted: where methods are compared)")
+        names.append(_save(figure, folder / "held_out_loss.png"))
+    figure, panels = plt.subplots(1, 3, figsize=(18, 5.5), layout="constrained", sharey=True)
+    per_token: dict[str, Callable[[dict[str, Any]], float | None]] = {
+        "tokens, M": lambda row: 1e-6,
+        "TFLOPs": lambda row: row["mflops_per_token"] and row["curves"][0]["flops"][-1] / row["tokens"] / 1e12,
+        "seconds of training": lambda row: row["seconds"] and row["seconds"] / row["tokens"],
+    }
+    for axis, (label, scale) in zip(panels, per_token.items(), strict=True):
+        lines = [(row["method"], _training(row, factor)) for row in known if (factor := scale(row))]
+        if lines and axis is panels[0]:
+            # Where curves differ: not the fall from the loss of an untrained network.
+            early = [np.interp(0.25, np.linspace(0, 1, len(line[1])), line[1]) for _, line in lines]
+            axis.set_ylim(min(min(line[1]) for _, line in lines) * 0.985, float(np.median(early)) * 1.1)
+        _draw(axis, lines, colors, baseline, "")
+        axis.set(xlabel=label)
+    panels[0].set(ylabel="training loss, nats per token (moving mean)")
+    names.append(_save(figure, folder / "training_loss.png"))
+    return names
 
 
-def _color(number: int) -> Any:
-    return plt.get_cmap("tab10")(number % 10)
+def _budgets(row: dict[str, Any], x: str, unit: float) -> Line:
+    """Held-out loss at each budget."""
+    xs = [value / unit for value in row["curves"][0][x]]
+    return xs, *([getattr(value, name) for value in row["loss"]] for name in ("mean", "low", "high"))  # type: ignore[return-value]
 
 
-def _save(figure: Any, file: Path) -> None:
-    figure.savefig(file, dpi=130)
+def _training(row: dict[str, Any], factor: float) -> Line:
+    """Training loss of the largest budget: mean and interval over seeds of the smoothed curves, after a tenth of it."""
+    length = min(len(curve) for curve in row["training_curves"])
+    window = max(1, round(SMOOTHED_OVER * length))
+    smoothed = [smooth([loss for *_, loss in curve[:length]], window) for curve in row["training_curves"]]
+    start = length // 10
+    points = range(start, length, max(1, length // 200))
+    intervals = [bootstrap_interval([curve[n] for curve in smoothed]) for n in points]
+    xs = [row["training_curves"][0][n][1] * factor for n in points]
+    return xs, [i.mean for i in intervals], [i.low for i in intervals], [i.high for i in intervals]
+
+
+def _draw(axis: Any, lines: list[tuple[str, Line]], colors: dict[str, Any], baseline: str, mark: str) -> None:
+    """Draw lines with shaded intervals, and label each at its right end."""
+    axis.set(xscale="log", yscale="log")
+    for method, (x, mean, low, high) in reversed(lines):  # the best on top
+        color = colors.get(method, GREY)
+        style = "--" if method == baseline else "-"
+        axis.plot(x, mean, style, marker=mark, ms=3, color=color, lw=1.4, zorder=2 if method in colors else 1)
+        axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+    for ticks in (axis.xaxis, axis.yaxis):
+        # Less than two decades have few powers of ten.
+        ticks.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+        ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ticks.set_minor_formatter(NullFormatter())
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    _label(axis, [(method, x[-1], mean[-1], colors[method]) for method, (x, mean, *_) in lines if method in colors])
+
+
+def _label(axis: Any, ends: list[tuple[str, float, float, Any]]) -> None:
+    """Write names right of the lines' ends, far enough apart to be read."""
+    if not ends:
+        return
+    right = max(x for _, x, *_ in ends)
+    heights = [math.log(y) for *_, y, _ in ends]
+    bottom, top = math.log(axis.get_ylim()[0]), math.log(axis.get_ylim()[1])
+    gap = (top - bottom) / 24
+    order = sorted(range(len(ends)), key=lambda n: heights[n])
+    placed = [heights[n] for n in order]
+    for n in range(1, len(placed)):
+        placed[n] = max(placed[n], placed[n - 1] + gap)
+    excess = (sum(placed) - sum(heights)) / len(placed)  # upwards; shared between both sides, within the axes
+    excess = min(excess, placed[0] - bottom)
+    for n, height in zip(order, placed, strict=True):
+        method, x, y, color = ends[n]
+        axis.annotate(
+            method, (x, y), (right * 1.03, math.exp(height - excess)), fontsize=8, color=color, va="center",
+            annotation_clip=False, arrowprops={"arrowstyle": "-", "color": color, "lw": 0.4, "alpha": 0.6},
+        )  # fmt: skip
+
+
+def _save(figure: Any, file: Path) -> str:
+    # The same bytes for the same numbers: no date, no version.
+    figure.savefig(file, dpi=110, metadata={"Software": None})
     plt.close(figure)
+    return file.name

@@ -1,30 +1,38 @@
-"""Command lines in processes of their own, forked from one that has imported everything: imports take longer than a
-small run. They end when the comparison does, however it ends."""
+"""Run functions in processes of their own, forked from one that has imported everything, because imports take longer
+than a small run. The processes end when the comparison does, however it ends."""
 
 import os
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
-PRELOAD = ["cola_lightning.cli.app"]
 
+def run(function: Callable[..., Any], arguments: tuple[Any, ...], log: Path, threads: int) -> int:
+    """Call a function in a process of its own, and wait for it.
 
-def run(flags: list[str], log: Path, threads: int) -> int:
-    """Run a command line, its output added to a file, and wait for it; the exit status, negative for a signal."""
+    Args:
+        function: A function of a module, so that it can be named to the process.
+        arguments: Its arguments.
+        log: What the process prints is added to this file.
+        threads: Of torch.
+
+    Returns:
+        The exit status, negative for a signal.
+    """
     context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=_child, args=(flags, str(log), threads, os.getpid()))
+    context.set_forkserver_preload([function.__module__])
+    process = context.Process(target=_child, args=(function, arguments, str(log), threads, os.getpid()))
     process.start()
     process.join()
     return process.exitcode or 0
 
 
-def _child(flags: list[str], log: str, threads: int, comparison: int) -> None:
+def _child(function: Callable[..., Any], arguments: tuple[Any, ...], log: str, threads: int, comparison: int) -> None:
     import torch
-
-    from cola_lightning.cli.app import main  # not above: the command line imports this package
 
     Thread(target=_end_with, args=(comparison,), daemon=True).start()
     with open(log, "ab", buffering=0) as file:
@@ -32,7 +40,7 @@ def _child(flags: list[str], log: str, threads: int, comparison: int) -> None:
             os.dup2(file.fileno(), stream)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     torch.set_num_threads(threads)
-    main(flags)
+    function(*arguments)
 
 
 def _end_with(comparison: int) -> None:

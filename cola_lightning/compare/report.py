@@ -1,171 +1,299 @@
-"""The table of a comparison, as Markdown, JSON and CSV."""
+"""The report of a comparison: one page of Markdown with tables and plots, and the same as JSON and CSV."""
 
 import csv
+import json
 import math
 import os
-import statistics
+from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from cola_lightning.compare.plan import learning_rates
-from cola_lightning.compare.trials import SweepRunner, write
-from cola_lightning.data.token_data_module import resolve_global_batch_size
+from cola_lightning.benchmark.report import processor
+from cola_lightning.compare.outcome import write
+from cola_lightning.compare.rows import make_rows, run_folder_of
+from cola_lightning.compare.statistics import Interval
+from cola_lightning.compare.trials import STAGE, SweepRunner
+from cola_lightning.provenance import libraries
 
-COLUMNS = {
-    "method": "method",
-    "learning_rate": "best learning rate",
-    "perplexity": "perplexity",
-    "perplexity_as_published": "as published",
-    "parameters_m": "parameters, M",
-    "optimizer_mb": "optimizer state, MB",
-    "activations_mb": "activations, MB",
-    "training_mb": "all memory, MB",
-    "mflops_per_token": "MFLOPs a token",
-    "tflops": "TFLOPs in all",
-    "tokens_per_second": "tokens/s",
-    "trials": "trials",
-}
+INTERVALS = (
+    "Each value is the mean over the seeds, in brackets its 95 % percentile bootstrap interval over seeds. Of three "
+    "seeds that interval is from the least to the greatest, and covers the true mean in about 75 % of cases. A rank is "
+    "the range that the intervals allow: two methods whose intervals overlap share at least one rank."
+)
 
 
-def write_report(runner: SweepRunner, folder: Path) -> None:
-    """Write ``table.md``, ``results.json``, ``results.csv`` and, where matplotlib is there, three plots."""
-    rows = [row(runner, method) for method in runner.plan.methods]
-    rows.sort(key=lambda r: r["perplexity"] if r["perplexity"] is not None else math.inf)
+def write_report(runner: SweepRunner, folder: Path, command_line: str) -> None:
+    """Write ``report.md``, ``table.md`` (its part that is the same whenever the plan is carried out anew on one
+    machine), ``results.json``, ``results.csv`` and, where matplotlib is installed, the plots."""
+    rows, terms = make_rows(runner)
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "results.json", _strict({"setting": setting(runner), "methods": rows}))
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        table.writeheader()
-        table.writerows(rows)
-    (folder / "table.md").write_text(markdown(runner, rows), encoding="utf-8")
+    write(folder / "results.json", _strict({"setting": setting(runner, command_line), "at": terms, "methods": rows}))
+    _write_csv(rows, folder / "results.csv")
+    table = tables(runner, rows, terms)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    plots: list[str] = []
     try:
         from cola_lightning.compare.plots import write_plots
     except ModuleNotFoundError as error:
-        rank_zero_warn(f"no plots, for {error.name} is not installed; run: pip install 'cola-lightning[plots]'")
+        rank_zero_warn(f"no plots: {error.name} is not installed; run: pip install 'cola-lightning[plots]'")
     else:
-        write_plots(rows, folder)
-    rank_zero_info(f"Table and plots: {folder}")
+        plots = write_plots(rows, terms, runner.plan.baseline, folder)
+    page = ["# Comparison", "", *plots_section(plots), table, *provenance(runner, rows, command_line)]
+    (folder / "report.md").write_text("\n".join(page) + "\n", encoding="utf-8")
+    rank_zero_info(f"Report: {folder / 'report.md'}")
 
 
-def row(runner: SweepRunner, method: str) -> dict[str, Any]:
-    """All that is known of a method; None where it is not."""
-    sweep, best, seeds = runner.sweep(method), runner.best(method), runner.plan.seeds
-    factors = runner.plan.learning_rates
-    config = runner.plan.configuration(method, best or 1.0, seeds[0], Path())
-    failed = [f for f in factors if runner.failure(method, f, seeds[0])]
-    result: dict[str, Any] = {
-        "method": method,
-        "learning_rates": learning_rates(config["model"]["optimizer"]) if best else None,
-        "factor": best,
-        "at_edge": best is not None and len(factors) > 1 and best in (factors[0], factors[-1]),
-        "sweep": {f"{factor:g}": sweep[factor]["perplexity"] if factor in sweep else None for factor in factors},
-        "failed": failed,
-        "trials": f"{len(sweep)} of {len(factors)}",
-    }
-    found = [runner.result(method, best, seed) for seed in seeds] if best else []
-    runs = [run for run in found if run]
-    for name in ("perplexity", "perplexity_as_published", "tokens", "tokens_per_second"):
-        result[name] = statistics.mean(run[name] for run in runs) if runs else None
-    result["perplexities"] = [run["perplexity"] for run in runs]
-    result["seeds"] = [run["seed"] for run in runs]
-    result["learning_rate"] = " and ".join(f"{rate:g}" for rate in result["learning_rates"] or [])
-    result["curve"] = runs[0]["curve"] if runs else []
-    result["commits"] = sorted({run["commit"] for run in [*runs, *sweep.values()] if run["commit"]})
-    return result | spent(runner, method, config)
+# -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def spent(runner: SweepRunner, method: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Parameters, bytes and FLOPs, as counted by ``benchmark``."""
-    costs = runner.costs(method)
-    names = ("parameters_m", "optimizer_mb", "activations_mb", "training_mb", "mflops_per_token", "tflops")
-    if costs is None:
-        return dict.fromkeys(names)
-    data, trainer = config["data"]["init_args"], config["trainer"]
-    tokens = data["batch_size"] * data["sequence_length"]  # of the micro-batch that was measured
-    stated = resolve_global_batch_size(
-        data.get("global_batch_size"), data.get("global_batch_tokens"), data["sequence_length"]
+def tables(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, Any]) -> str:
+    """All tables that do not depend on the speed of the machine."""
+    sections = [headline, by_budget, by_source, rates, sweep, costs, differences]
+    return "\n".join(line for section in sections for line in section(runner, rows, terms))
+
+
+def headline(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list[str]:
+    budget, flops, loss = runner.plan.budgets[-1], terms["flops"], terms["loss"]
+    header = ["rank", "method"]
+    if flops is not None:
+        header.append(f"loss at {flops / 1e12:.4g} TFLOPs")
+    if loss is not None:
+        header.append(f"tokens to loss {loss:.4f}, M")
+    header += [f"loss at {budget / 1e6:.4g}M tokens", "perplexity there", "TFLOPs there", "parameters, M"]
+    lines = []
+    for row in rows:
+        cells = [rank(row["rank"]), row["method"]]
+        if flops is not None:
+            cells.append(interval(row["loss_at_flops"], ".4f"))
+        if loss is not None:
+            found = row["tokens_to_loss"]
+            outside = isinstance(found, str)
+            cells.append(f"{found[0]} {float(found[2:].replace(',', '')) / 1e6:.3g}" if outside else millions(found))
+        cells.append(interval(row["loss"][-1], ".4f") if row["loss"] else failed(row))
+        cells.append(interval(row["perplexity"][-1], ",.2f") if row["perplexity"] else "–")
+        flops_there = row["curves"][0]["flops"][-1] if row["curves"] and row["mflops_per_token"] else None
+        cells += [number(flops_there and flops_there / 1e12), number(row["parameters_m"])]
+        lines.append(cells)
+    text = []
+    if flops is not None:
+        text.append(
+            "**Loss at equal FLOPs** is interpolated along each method's budgets, in the logarithms of both; the FLOPs "
+            "are the most that every method reaches."
+        )
+    if loss is not None:
+        text.append(
+            f"**Tokens to equal loss** are those until the loss that {runner.plan.baseline} has at "
+            f"{terms['loss_tokens'] / 1e6:.4g}M tokens, the geometric mean of its smallest and its largest budget."
+        )
+    text.append(
+        f"{INTERVALS} Losses are in nats per token of the held-out text. FLOPs are counted: forward, backward, and the "
+        f"optimizer's matrix products, not its decompositions."
     )
-    accumulated = stated / data["batch_size"] if stated else trainer["accumulate_grad_batches"]
-    step = accumulated * costs["flops_step"] + costs["flops_optimizer"]
-    activations = costs["saved_bytes_per_token_per_layer"] * tokens * config["model"]["num_hidden_layers"]
-    kept = costs["parameter_bytes"] + costs["gradient_bytes"] + costs["optimizer_state_bytes"]
-    values = (
-        costs["parameters"] / 1e6,
-        costs["optimizer_state_bytes"] / 1e6,
-        activations / 1e6,
-        (kept + activations) / 1e6,
-        step / (accumulated * tokens) / 1e6,
-        step * trainer["max_steps"] / 1e12,
+    return ["## Result", "", *markdown(header, lines), "", *text, ""]
+
+
+def by_budget(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list[str]:
+    header = ["perplexity at, M tokens", *(f"{budget / 1e6:.4g}" for budget in runner.plan.budgets), "as published"]
+    lines = []
+    for row in rows:
+        values = [interval(value, ",.2f") for value in row["perplexity"]] or ["–"] * len(runner.plan.budgets)
+        published = row["perplexity_as_published"]
+        lines.append([row["method"], *values, number(published[-1].mean if published else None)])
+    note = "The last column is the last budget's by the formula of the published scripts, which gives less."
+    return ["## By budget", "", *markdown(header, lines), "", note, ""]
+
+
+def by_source(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list[str]:
+    names = next((list(row["by_source"]) for row in rows if row["by_source"]), [])
+    if not names:
+        return []
+    lines = [[row["method"], *(interval(row["by_source"].get(name), ",.2f") for name in names)] for row in rows]
+    note = "Held-out documents, each read by itself, at the largest budget."
+    return ["## Perplexity by source", "", *markdown(["method", *names], lines), "", note, ""]
+
+
+def rates(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list[str]:
+    plan = runner.plan
+    header = ["method", "matrix rate", "other rate", "perplexity", "trials"]
+    if plan.published:
+        header += ["published ratio", "perplexity at it"]
+    lines = []
+    for row in rows:
+        best = row["rates"]
+        cells = [f"{getattr(best, name):g}{' *' if name in row['edges'] else ''}" if best else "–" for name in
+                 ("matrix", "other")]  # fmt: skip
+        cells += [number(row["best_of_sweep"]), row["trials"]]
+        if plan.published:
+            cells += [number(row["published_ratio"]), number(row["perplexity_at_published_ratio"])]
+        lines.append([row["method"], *cells])
+    text = (
+        f"The best of {len(plan.matrix_rates)} x {len(plan.other_rates)} pairs of learning rates, of the projections' "
+        f"matrices and of all other parameters, tried for every method with seed {plan.seeds[0]} at "
+        f"{plan.budgets[0] / 1e6:.4g}M tokens. A * marks a rate that is the lowest or the highest that was tried: a "
+        f"further one may be better."
     )
-    return dict(zip(names, values, strict=True))
+    if plan.published:
+        text += " The last columns have the best of the same matrix rates with the ratio of the method's own files."
+    return ["## Learning rates", "", *markdown(header, lines), "", text, ""]
 
 
-def setting(runner: SweepRunner) -> dict[str, Any]:
+def sweep(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list[str]:
+    lines = []
+    for row in rows:
+        for entry in row["sweep"]:
+            value = "failed" if entry["failed"] else number(entry["perplexity"])
+            lines.append([row["method"], f"{entry['matrix']:g}", f"{entry['other']:g}", value])
+    head = ["<details><summary>Every trial of the sweep</summary>", ""]
+    table = markdown(["method", "matrix rate", "other rate", "perplexity"], lines)
+    return [*head, *table, "", "</details>", ""]
+
+
+def costs(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list[str]:
+    columns = {
+        "parameters_m": "parameters, M", "mflops_per_token": "MFLOPs per token", "optimizer_mb": "optimizer state, MB",
+        "activations_mb": "activations, MB", "training_mb": "all memory, MB",
+    }  # fmt: skip
+    lines = [[row["method"], *(number(row[name]) for name in columns)] for row in rows]
+    text = (
+        "Counted by `benchmark`. Activations are those that the decoder layers keep between forward and backward for "
+        "one micro-batch; all memory adds weights, gradients and optimizer state."
+    )
+    return ["## Costs", "", *markdown(["method", *columns.values()], lines), "", text, ""]
+
+
+def differences(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list[str]:
+    lines = []
+    for row in rows:
+        if row["method"] == runner.plan.baseline:
+            continue
+        named = "; ".join(f"`{key}` {shorten(value)}" for key, value in row["differences"].items())
+        lines.append(f"- {row['method']}: {named or 'nothing'}")
+    text = f"All settings in which a method differs from {runner.plan.baseline}, learning rates left out:"
+    return ["## Terms", "", text, "", *lines, ""]
+
+
+# -- page -------------------------------------------------------------------------------------------------------------
+
+
+def plots_section(plots: list[str]) -> list[str]:
+    return [line for name in plots for line in (f"![{name.removesuffix('.png').replace('_', ' ')}]({name})", "")]
+
+
+def provenance(runner: SweepRunner, rows: list[dict[str, Any]], command_line: str) -> list[str]:
+    """Speed, commands, machine and commit."""
+    facts = setting(runner, command_line)
+    lines = [
+        [row["method"], number(row["tokens"] and row["tokens"] / 1e6), number(row["seconds"]),
+         number(row["seconds"] and row["tokens"] / row["seconds"])]
+        for row in rows
+    ]  # fmt: skip
+    table = markdown(["method", "tokens, M", "seconds of training", "tokens/s"], lines)
+    commits = sorted({commit for row in rows for commit in row["commits"]})
+    versions = ", ".join(f"{name} {version}" for name, version in facts["libraries"].items())
+    example = next((folder for row in rows if (folder := run_folder_of(runner, row))), None)
+    commands = [command_line]
+    if example:
+        commands.append(f"python -m cola_lightning fit --config {example / STAGE} --run_dir ANOTHER_FOLDER")
+    return [
+        "## Speed", "", *table, "", "Seconds depend on what else the machine did; they are a mean over seeds.", "",
+        "## How it was made", "", "```sh", *commands, "```", "",
+        "The first command makes this page. The second trains one run again by its whole configuration; with several "
+        "budgets, add `--ckpt_path` with the trunk's checkpoint.", "",
+        f"{facts['date']}, commit {', '.join(commits) or 'unknown'}; {facts['device']}, {facts['threads']} threads for "
+        f"each run; {versions}.", "",
+    ]  # fmt: skip
+
+
+def setting(runner: SweepRunner, command_line: str) -> dict[str, Any]:
     plan = runner.plan
     return {
-        "learning_rate_factors": plan.learning_rates,
+        "command": command_line,
+        "date": date.today().isoformat(),
+        "budgets": plan.budgets,
         "seeds": plan.seeds,
+        "weight_decay": plan.weight_decay,
         "configs": plan.configs,
         "flags": plan.common,
-        "torch": torch.__version__,
+        "baseline": plan.baseline,
+        "libraries": libraries(),
         "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "threads": runner.threads,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
     }
 
 
-def markdown(runner: SweepRunner, rows: list[dict[str, Any]]) -> str:
-    plan = runner.plan
-    lines = [
-        "| " + " | ".join(COLUMNS.values()) + " |",
-        "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(trial(row, name) for name in COLUMNS) + " |" for row in rows),
-        "",
-        f"Trials for each method: {len(plan.learning_rates)} learning rates, its own times "
-        f"{', '.join(f'{factor:g}' for factor in plan.learning_rates)}, with seed {plan.seeds[0]}; the best then with "
-        f"{', '.join(f'seed {seed}' for seed in plan.seeds[1:]) or 'no other seed'} too. Perplexities are means over "
-        f"these seeds, in brackets each. A * marks a best that is the lowest or the highest that was tried: a further "
-        f"one may be better. Activations are those that the decoder layers keep between forward and backward for one "
-        f"micro-batch; all memory adds weights, gradients and optimizer state. FLOPs are counted, the optimizer's "
-        f"matrix products included, decompositions not. Tokens a second depend on what else the machine did.",
-        "",
-        "Perplexity of every trial:",
-        "",
-        "| method | " + " | ".join(f"x {factor:g}" for factor in plan.learning_rates) + " |",
-        "|" + "---|" * (1 + len(plan.learning_rates)),
-    ]
-    for row in rows:
-        trials = [
-            f"{value:,.1f}" if value is not None else "failed" if float(factor) in row["failed"] else "not run"
-            for factor, value in row["sweep"].items()
-        ]
-        lines.append(f"| {row['method']} | " + " | ".join(trials) + " |")
-    commits = sorted({commit for row in rows for commit in row["commits"]})
-    device = setting(runner)
-    lines += ["", f"Commit {', '.join(commits) or 'unknown'}; {device['device']}, {device['cores']} cores, torch "
-              f"{device['torch']}."]  # fmt: skip
-    return "\n".join(lines) + "\n"
+# -- cells ------------------------------------------------------------------------------------------------------------
 
 
-def trial(row: dict[str, Any], name: str) -> str:
-    value = row[name]
-    if name == "perplexity" and value is not None:
-        return f"{value:,.1f} ({', '.join(f'{one:,.1f}' for one in row['perplexities'])})"
-    if name == "learning_rate":
-        return f"{value}{' *' if row['at_edge'] else ''}" or "–"
-    if isinstance(value, str):
-        return value
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    rows = [header, ["---"] * len(header), *lines]
+    return ["| " + " | ".join(cells) + " |" for cells in rows]
+
+
+def interval(value: Interval | None, form: str) -> str:
     if value is None:
         return "–"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    if not math.isfinite(value.mean):
+        return "diverged"
+    return f"{value.mean:{form}} ({value.low:{form}}–{value.high:{form}})"
+
+
+def millions(value: Interval | None) -> str:
+    return interval(value and Interval(*(end / 1e6 for end in value)), ".3g")
+
+
+def rank(value: tuple[int, int] | None) -> str:
+    if value is None:
+        return "–"
+    return str(value[0]) if value[0] == value[1] else f"{value[0]}–{value[1]}"
+
+
+def failed(row: dict[str, Any]) -> str:
+    return "failed" if any(entry["failed"] for entry in row["sweep"]) else "not run"
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def shorten(value: Any) -> str:
+    """A setting's value in a few words: of a class its name, of a list what it holds."""
+    if isinstance(value, list):
+        return "[" + ", ".join(shorten(one) for one in value) + "]"
+    if isinstance(value, dict) and "class_path" in value:
+        return str(value["class_path"]).rpartition(".")[2]
+    text = str(value).rpartition(".")[2] if str(value).startswith("cola_lightning.") else json.dumps(value)
+    return text
+
+
+def _write_csv(rows: list[dict[str, Any]], file: Path) -> None:
+    columns = (
+        "method", "rank", "matrix_rate", "other_rate", "loss", "loss_low", "loss_high", "perplexity", "loss_at_flops",
+        "parameters_m", "mflops_per_token", "optimizer_mb", "training_mb", "tokens",
+    )  # fmt: skip
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        table = csv.DictWriter(stream, columns, extrasaction="ignore")
+        table.writeheader()
+        for row in rows:
+            loss = row["loss"][-1] if row["loss"] else (None, None, None)
+            at = row["loss_at_flops"]
+            best = row["rates"] or (None, None)
+            own = dict(zip(("loss", "loss_low", "loss_high"), loss, strict=True))
+            own |= {"perplexity": row["perplexity"][-1].mean if row["perplexity"] else None, "rank": rank(row["rank"])}
+            own |= {"matrix_rate": best[0], "other_rate": best[1], "loss_at_flops": at.mean if at else None}
+            table.writerow(row | own)
 
 
 def _strict(value: Any) -> Any:
-    """JSON has no nan and no infinity, and not every reader takes Python's: a run that ended so has a word there."""
+    """JSON has no NaN and no infinity, and not every reader takes Python's: such a value becomes its word."""
     if isinstance(value, dict):
         return {key: _strict(one) for key, one in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_strict(one) for one in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,75 +1,100 @@
-"""Carrying trials out: each is a process of its own, leaves its result in a file, and goes on where it broke off."""
+"""Carry trials out: each run is a process of its own, leaves its result in a file, and resumes where it broke off."""
 
-import json
 import math
 import shutil
-import statistics
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any
+from threading import Lock
+from typing import Any
 
 import yaml
-from annotated_types import Len
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from typing_extensions import TypedDict
+from lightning.pytorch.utilities import rank_zero_warn
 
-from cola_lightning.compare.plan import Plan, Trial, folder_name, learning_rates
+from cola_lightning.checkpoints.latest import LINK, checkpoint_name, written
+from cola_lightning.compare.held_out import evaluate_sources, split_by_source
+from cola_lightning.compare.outcome import StoredCosts, StoredResult, read, read_outcome, write
+from cola_lightning.compare.plan import Plan, Trial, folder_name
 from cola_lightning.compare.processes import run
+from cola_lightning.compare.rates import Rates, flatten
 from cola_lightning.errors import InputError
-from cola_lightning.provenance import commit, read_provenance
-from cola_lightning.stored_data import Count, check_stored
 
-RESULT, FAILED, COSTS, CONFIG, LOG = "result.json", "failed.txt", "costs.json", "trial.yaml", "output.log"
+RESULT, FAILED, COSTS, CONFIG, STAGE, LOG = (
+    "result.json", "failed.txt", "costs.json", "trial.yaml", "stage.yaml", "output.log",
+)  # fmt: skip
+BY_SOURCE = "by_source.json"
+
+Command = Callable[[list[str]], None]
+"""``f(args)`` runs a command of the command line, such as ``["fit", "--config=FILE"]``."""
 
 
 class SweepRunner:
-    """Where trials are carried out.
+    """Runs the trials of a plan in a folder, and knows their results.
+
+    A trial has a folder: FOLDER/METHOD/mRATE-oRATE-seed-SEED. In it are ``trial.yaml``, its whole configuration; a run
+    ``tokens-N`` for each budget, with ``result.json``; and, where the plan has several budgets, the run ``trunk``, from
+    whose checkpoints these begin.
 
     Args:
-        plan: What they are.
-        folder: Of this comparison; a folder for each method and trial in it.
+        plan: The trials.
+        folder: Of this comparison.
         threads: Of each process.
-        keep_checkpoints: Leave a trial's checkpoints when it has finished; they are large.
+        command: Runs a command line.
+        keep_checkpoints: Leave the checkpoints of finished trials; they are large.
     """
 
-    def __init__(self, plan: Plan, folder: Path, threads: int, keep_checkpoints: bool = False) -> None:
+    def __init__(
+        self, plan: Plan, folder: Path, threads: int, command: Command, keep_checkpoints: bool = False
+    ) -> None:
         self.plan, self.root, self.keep_checkpoints = plan, folder, keep_checkpoints
-        self.threads = threads
+        self.threads, self.command = threads, command
+        self._lock = Lock()
 
     # -- what is there ------------------------------------------------------------------------------------------------
 
-    def folder(self, method: str, factor: float, seed: int) -> Path:
-        return self.root / folder_name(method) / f"lr-x{factor:g}-seed-{seed}"
+    def folder(self, method: str, rates: Rates, seed: int) -> Path:
+        return self.root / folder_name(method) / f"{rates.name}-seed-{seed}"
 
-    def result(self, method: str, factor: float, seed: int) -> dict[str, Any] | None:
-        return read(self.folder(method, factor, seed) / RESULT, _Result)
+    def run_dir(self, method: str, rates: Rates, seed: int, budget: int) -> Path:
+        return self.folder(method, rates, seed) / f"tokens-{budget}"
 
-    def failure(self, method: str, factor: float, seed: int) -> str | None:
-        file = self.folder(method, factor, seed) / FAILED
+    def result(self, method: str, rates: Rates, seed: int, budget: int) -> dict[str, Any] | None:
+        return read(self.run_dir(method, rates, seed, budget) / RESULT, StoredResult)
+
+    def failure(self, method: str, rates: Rates, seed: int) -> str | None:
+        file = self.folder(method, rates, seed) / FAILED
         return file.read_text(encoding="utf-8") if file.is_file() else None
 
     def costs(self, method: str) -> dict[str, Any] | None:
-        measured = read(self.root / folder_name(method) / COSTS, _Costs)
+        measured = read(self.root / folder_name(method) / COSTS, StoredCosts)
         return measured and measured["subjects"][0]
 
-    def sweep(self, method: str) -> dict[float, dict[str, Any]]:
-        """The finished runs of the sweep, by factor."""
-        found = {factor: self.result(method, factor, self.plan.seeds[0]) for factor in self.plan.learning_rates}
-        return {factor: result for factor, result in found.items() if result}
+    def sweep(self, method: str, pairs: list[Rates] | None = None) -> dict[Rates, float]:
+        """Perplexity of the finished runs of the sweep, by rates: of the grid, or of these pairs."""
+        smallest, seed = self.plan.budgets[0], self.plan.seeds[0]
+        pairs = self.plan.grid(method) if pairs is None else pairs
+        found = {rates: self.result(method, rates, seed, smallest) for rates in pairs}
+        return {rates: result["perplexity"] for rates, result in found.items() if result}
 
-    def best(self, method: str) -> float | None:
-        """The factor with the lowest perplexity; None if none ended with a number."""
-        finite = {f: r["perplexity"] for f, r in self.sweep(method).items() if math.isfinite(r["perplexity"])}
-        return min(finite, key=lambda f: finite[f]) if finite else None
+    def best(self, method: str) -> Rates | None:
+        """The rates with the lowest perplexity in the grid; None if no run ended with a number."""
+        finite = {rates: value for rates, value in self.sweep(method).items() if math.isfinite(value)}
+        return min(finite, key=lambda rates: finite[rates]) if finite else None
 
     def check(self) -> None:
-        """Refuse what was begun with other settings, before anything is run."""
-        for trial in self.plan.trials:
-            if trial.factor is not None:
-                self._configuration(trial.method, trial.factor, trial.seed)
+        """Refuse a plan that cannot work, and trials that were begun with other settings, before anything is run."""
+        for method in self.plan.methods:
+            for rates in self.plan.grid(method):
+                self._configuration(method, rates, self.plan.seeds[0])
+            if len(self.plan.budgets) > 1:
+                for budget in self.plan.budgets:
+                    self.plan.trunk_steps(method, budget)
+        if self.plan.held_out:
+            self._held_out_files()
 
-    def _configuration(self, method: str, factor: float, seed: int) -> dict[str, Any]:
-        folder = self.folder(method, factor, seed)
-        config = self.plan.configuration(method, factor, seed, folder)
+    def _configuration(self, method: str, rates: Rates, seed: int) -> dict[str, Any]:
+        folder = self.folder(method, rates, seed)
+        config = self.plan.configuration(method, rates, seed)
         begun = folder / CONFIG
         if begun.is_file() and (different := _difference(yaml.safe_load(begun.read_text()), config)):
             raise InputError(
@@ -78,145 +103,149 @@ class SweepRunner:
             )
         return config
 
+    def _held_out_files(self) -> dict[str, Path]:
+        data = self.plan.configuration(self.plan.baseline, Rates(1, 1), 0)["data"]["init_args"]
+        if not (paths := data.get("validation_paths")):
+            raise InputError("held_out needs data.validation_paths, whose documents it tells apart; set them")
+        assert self.plan.held_out
+        return split_by_source(paths, data.get("text_column", "text"), self.plan.held_out, self.root / "held_out")
+
     # -- running ------------------------------------------------------------------------------------------------------
 
+    def rates(self, trial: Trial) -> Rates | None:
+        """The rates of a trial; None for the best where the sweep has none."""
+        if trial.matrix is None:
+            return self.best(trial.method)
+        if trial.other is None:
+            return next(rates for rates in self.plan.published_rates(trial.method) if rates.matrix == trial.matrix)
+        return Rates(trial.matrix, trial.other)
+
     def run(self, trial: Trial) -> str:
-        """Carry a trial out unless that was done; what became of it, in a word."""
-        factor = self.best(trial.method) if trial.factor is None else trial.factor
-        if factor is None:
-            return "skipped, for no run of the sweep ended with a number"
-        if trial.number % len(self.plan.learning_rates) == 0 and self.costs(trial.method) is None:
-            self.measure(trial.method)
-        if self.result(trial.method, factor, trial.seed):
-            return "finished before"
-        folder = self.folder(trial.method, factor, trial.seed)
-        config = self._configuration(trial.method, factor, trial.seed)
-        resumes = (folder / "checkpoints" / "last.ckpt").is_file()
-        if not resumes:
-            shutil.rmtree(folder, ignore_errors=True)  # events without a checkpoint to go on from
+        """Carry a trial out unless that was done; return what became of it, in a few words."""
+        plan, method, seed = self.plan, trial.method, trial.seed
+        rates = self.rates(trial)
+        if rates is None:
+            return "skipped, because no run of the sweep ended with a number"
+        config = self._configuration(method, rates, seed)
+        if trial.kind == "grid" and rates == plan.grid(method)[0] and self.costs(method) is None:
+            self._count(method, config)
+        result, made = None, False
+        for budget in plan.budgets if trial.kind == "seed" else plan.budgets[:1]:
+            result = self.result(method, rates, seed, budget)
+            if result is None:
+                result, made = self._train(method, rates, seed, budget, config), True
+            if result is None:
+                return f"failed, see {self.folder(method, rates, seed) / FAILED}"
+        if not self.keep_checkpoints:
+            self._prune(method, finished=trial.kind == "seed" and (rates, seed))
+        assert result
+        return f"perplexity {result['perplexity']:.2f}" if made else "finished before"
+
+    def _train(
+        self, method: str, rates: Rates, seed: int, budget: int, config: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """Train to a budget, through the trunk where the plan has several budgets; None if that failed."""
+        folder, run_dir = self.folder(method, rates, seed), self.run_dir(method, rates, seed, budget)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FAILED).unlink(missing_ok=True)
         (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        flags = ["fit", f"--config={folder / CONFIG}", *(["--ckpt_path=last"] if resumes else [])]
-        code = run(flags, folder / LOG, self.threads)
-        result = None if code else outcome(folder, config)
+        steps, trunk, trunk_steps = self.plan.steps(method, budget), None, 0
+        if len(self.plan.budgets) > 1:
+            trunk, trunk_steps = folder / "trunk", self.plan.trunk_steps(method, budget)
+            # Begun already where the run was killed in its decay; else from the trunk's checkpoint.
+            if not (run_dir / "checkpoints" / LINK).is_file() and not self._train_trunk(trunk, trunk_steps, config):
+                return self._fail(folder, trunk)
+        start = trunk / "checkpoints" / checkpoint_name(trunk_steps) if trunk else None
+        if self._fit(run_dir, steps, config, start):
+            return self._fail(folder, run_dir)
+        result = read_outcome(run_dir, steps, trunk, trunk_steps)
         if result is None:
-            lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            (folder / FAILED).write_text(f"exit status {code}: {lines[-1] if lines else ''}\n", encoding="utf-8")
-            return f"failed, see {folder / LOG}"
-        result |= {"method": trial.method, "factor": factor, "seed": trial.seed}
+            return self._fail(folder, run_dir)
+        result["by_source"] = {}
+        if self.plan.held_out and budget == self.plan.budgets[-1]:
+            files = {name: str(file) for name, file in self._held_out_files().items()}
+            bf16 = "bf16" in str(config["trainer"]["precision"])
+            found = run_dir / BY_SOURCE
+            if run(evaluate_sources, (str(run_dir), files, bf16, str(found)), run_dir / LOG, self.threads):
+                return self._fail(folder, run_dir)
+            result["by_source"] = read(found, dict[str, float])  # type: ignore[arg-type]
+        result |= {"method": method, "matrix": rates.matrix, "other": rates.other, "seed": seed, "budget": budget}
         self._check_data(folder, result)
-        write(folder / RESULT, result)
+        write(run_dir / RESULT, result)
         if not self.keep_checkpoints:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return f"perplexity {result['perplexity']:.2f}"
+            shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+        return result
+
+    def _train_trunk(self, trunk: Path, steps: int, config: dict[str, Any]) -> bool:
+        """Train the constant part up to a step, at which a checkpoint is then; whether that succeeded."""
+        checkpoint = trunk / "checkpoints" / checkpoint_name(steps)
+        if checkpoint.exists():
+            return True
+        newest = next(iter(written(trunk / "checkpoints")), None)
+        if newest is not None and newest.name > checkpoint.name:  # a larger budget's; the step itself is gone
+            shutil.rmtree(trunk)
+        constant = deepcopy(config)
+        constant["model"]["schedule"]["init_args"]["decay_share"] = 0.0
+        constant["trainer"]["limit_val_batches"] = 0  # validation is of the budgets' ends
+        return self._fit(trunk, steps, constant) == 0 and checkpoint.exists()
+
+    def _fit(self, run_dir: Path, steps: int, config: dict[str, Any], start: Path | None = None) -> int:
+        """Train a run to a step: from its own newest checkpoint, else from ``start``, else from the beginning."""
+        resumes = (run_dir / "checkpoints" / LINK).is_file()
+        if not resumes:
+            shutil.rmtree(run_dir, ignore_errors=True)  # events without a checkpoint to resume from
+        run_dir.mkdir(parents=True, exist_ok=True)
+        stage = deepcopy(config)
+        stage["trainer"] |= {"max_steps": steps, "val_check_interval": steps}
+        stage["run_dir"] = str(run_dir)
+        (run_dir / STAGE).write_text(yaml.safe_dump(stage, sort_keys=False), encoding="utf-8")
+        begin = "last" if resumes else start
+        flags = ["fit", f"--config={run_dir / STAGE}", *([f"--ckpt_path={begin}"] if begin else [])]
+        return run(self.command, (flags,), run_dir / LOG, self.threads)
+
+    @staticmethod
+    def _fail(folder: Path, run_dir: Path) -> None:
+        lines = (run_dir / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        text = f"{run_dir.name} did not finish: {lines[-1] if lines else ''}; see {run_dir / LOG}\n"
+        (folder / FAILED).write_text(text, encoding="utf-8")
+
+    def _prune(self, method: str, finished: Any) -> None:
+        """Remove trunks' checkpoints that no other trial needs: of rates that are not the best, and of finished seeds.
+
+        Args:
+            finished: Rates and seed whose every budget is trained, if any.
+        """
+        with self._lock:
+            if finished:
+                shutil.rmtree(self.folder(method, *finished) / "trunk" / "checkpoints", ignore_errors=True)
+                return
+            best, seed = self.best(method), self.plan.seeds[0]
+            for rates in {*self.sweep(method), *self.plan.published_rates(method)} - {best}:
+                if self.result(method, rates, seed, self.plan.budgets[0]):
+                    shutil.rmtree(self.folder(method, rates, seed) / "trunk" / "checkpoints", ignore_errors=True)
 
     def _check_data(self, folder: Path, result: dict[str, Any]) -> None:
         """Refuse a result on other text than that of a run which finished before."""
-        for file in sorted(self.root.glob(f"*/*/{RESULT}")):
-            if (other := read(file, _Result)) and other["data"] != result["data"]:
+        for file in sorted(self.root.glob(f"*/*/*/{RESULT}")):
+            if (other := read(file, StoredResult)) and other["data"] != result["data"]:
                 raise InputError(
                     f"{folder} was trained on other text than {file.parent}: the files changed between the two; choose "
                     f"another --folder, or delete the runs on the old text"
                 )
 
-    def measure(self, method: str) -> None:
-        """Count FLOPs and bytes of a method; where that fails the table has gaps, and the log says why."""
+    def _count(self, method: str, config: dict[str, Any]) -> None:
+        """Count FLOPs and bytes of a method. If that fails, the table has gaps, and a warning says where to look."""
         folder = self.root / folder_name(method)
         folder.mkdir(parents=True, exist_ok=True)
-        benchmark = [
-            "benchmark",
-            f"--json={folder / COSTS}",
-            "--warmup=0",
-            "--rounds=1",
-            "--steps=1",
-            *self.plan.flags(method),
-        ]
-        run([*benchmark, "--trainer.logger=false"], folder / "costs.log", self.threads)
+        settings = {name: config[name] for name in ("trainer", "model", "data")}  # what is not only of fit
+        (folder / "costs.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        flags = ["benchmark", f"--json={folder / COSTS}", "--warmup=0", "--rounds=1", "--steps=1"]
+        flags += [f"--config={folder / 'costs.yaml'}", "--trainer.logger=false"]
+        if run(self.command, (flags,), folder / "costs.log", self.threads):
+            rank_zero_warn(f"FLOPs and memory of {method} could not be counted, see {folder / 'costs.log'}")
 
 
-def outcome(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """What a run came to, from its events; None if it did not come to its end."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    tags = set(events.Tags()["scalars"])
-    if not {"val/perplexity", "train/loss", "train/tokens"} <= tags:
-        return None
-    curves = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in tags}
-    perplexity = curves["val/perplexity"]
-    if max(perplexity) < config["trainer"]["max_steps"] - 1:
-        return None
-    tokens, loss = curves["train/tokens"], curves["train/loss"]
-    speeds = list(curves.get("train/tokens_per_second", {}).values())
-    return {
-        "perplexity": perplexity[max(perplexity)],
-        "perplexity_as_published": curves["val/perplexity_as_published"][max(perplexity)],
-        "learning_rates": learning_rates(config["model"]["optimizer"]),
-        "steps": config["trainer"]["max_steps"],
-        "tokens": int(tokens[max(tokens)]),
-        "tokens_per_second": statistics.median(speeds[1:] or speeds),
-        "curve": [[step + 1, int(tokens[step]), loss[step]] for step in sorted(loss) if step in tokens],
-        "commit": commit(),
-        "data": [
-            {key: source[key] for key in ("names", "paths", "commit", "sizes", "contents")}
-            for source in (read_provenance(folder).get("data") or {}).get("sources", [])
-        ],
-    }
-
-
-class _Result(TypedDict):
-    """The result of a run, made by :func:`outcome`: the keys that are read again."""
-
-    perplexity: float
-    perplexity_as_published: float
-    learning_rates: list[float]
-    steps: Count
-    tokens: Count
-    tokens_per_second: float
-    curve: list[list[float]]
-    commit: str | None
-    data: list[dict[str, Any]]
-    method: str
-    factor: float
-    seed: Count
-
-
-class _Costs(TypedDict):
-    subjects: Annotated[list[dict[str, Any]], Len(1)]
-
-
-def read(file: Path, kind: type) -> dict[str, Any] | None:
-    """Read a result or costs that a comparison wrote before; None if the file is missing.
-
-    Args:
-        file: JSON.
-        kind: Its shape.
-
-    Raises:
-        InputError: If it is damaged.
-    """
-    if not file.is_file():
-        return None
-    remedy = "delete the file, and it is made again"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON: {error}; {remedy}") from error
-    check_stored(content, kind, file, remedy)
-    return content
-
-
-def write(file: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    scratch = file.with_suffix(".part")
-    scratch.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    scratch.replace(file)
-
-
-def _difference(old: Any, new: Any, path: str = "") -> str:
-    """Where two configurations first differ; empty if nowhere."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            if found := _difference(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")):
-                return found
-        return ""
-    return "" if old == new else path
+def _difference(old: Any, new: Any) -> str:
+    """Name the first setting in which two configurations differ; empty if there is none."""
+    old, new = flatten(old), flatten(new)
+    return next((key for key in {**old, **new} if old.get(key) != new.get(key)), "")

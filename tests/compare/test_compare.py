@@ -1,8 +1,9 @@
-"""Small comparisons, carried out by real processes, one of which is killed."""
+"""Small comparisons, carried out by real processes, some of which are killed."""
 
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,23 +14,36 @@ import pytest
 import yaml
 
 from cola_lightning.cli.app import main, resolve
-from cola_lightning.compare.plan import Method, Plan
+from cola_lightning.compare.outcome import read_outcome
 from cola_lightning.compare.trials import SweepRunner
 from cola_lightning.errors import InputError
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 GALORE = str(REPOSITORY / "configs" / "method" / "galore.yaml")
+STEP = 4 * 32
+"""Tokens of an optimizer step."""
 
 
 @pytest.fixture(scope="module")
 def config_file(tiny_run, tmp_path_factory) -> str:
-    """What all methods here build on: six steps of a tiny network."""
-    file = tmp_path_factory.mktemp("plans") / "run.yaml"
-    flags = ["--model.optimizer.lr=0.01", "--trainer.val_check_interval=6"]
-    settings = resolve([flag for flag in tiny_run if "val_check" not in flag] + flags)
+    """What all methods here build on: a tiny network, and a schedule with a constant part."""
+    folder = tmp_path_factory.mktemp("plans")
+    draw = random.Random(0)
+    with (folder / "held_out.jsonl").open("w") as file:
+        for number in range(12):
+            words = ["law", "land", "treaty", "sum"] if number % 2 else ["peace", "war"]
+            source = "laws" if number % 2 else "wars"
+            file.write(json.dumps({"text": " ".join(draw.choices(words, k=60)), "url": f"x://{source}/1"}) + "\n")
+    settings = resolve([*tiny_run, f"--data.validation_paths=['{folder / 'held_out.jsonl'}']"])
+    settings["model"]["schedule"] = {
+        "class_path": "cola_lightning.optim.WarmupStableDecay",
+        "init_args": {"warmup_steps": 2, "decay_share": 0.2, "shape": "linear", "min_ratio": 0.0},
+    }
     kept = ("trainer", "checkpoint", "model", "data")
-    file.write_text(yaml.safe_dump({name: settings[name] for name in kept}))
-    return str(file)
+    (folder / "run.yaml").write_text(yaml.safe_dump({name: settings[name] for name in kept}))
+    return str(folder / "run.yaml")
 
 
 def write_plan(folder: Path, config_file: str, **changes) -> list[str]:
@@ -39,10 +53,15 @@ def write_plan(folder: Path, config_file: str, **changes) -> list[str]:
             "CoLA": {"flags": {"model.projection.rank": 4}},
             "GaLore, full rank": {"configs": [GALORE], "flags": {"model.projection": "FullRank"}},
         },
-        "learning_rates": [1, 0.5],
+        "matrix_rates": [0.02, 0.01],
+        "other_rates": [0.02],
         "seeds": [1, 2],
+        "budgets": [5 * STEP, 10 * STEP],
+        "threads": 1,
+        "held_out": {"column": "url", "groups": {"of war": "//wars/", "of law": "//laws/"}},
     }
-    (folder / "plan.yaml").write_text(yaml.safe_dump(plan | changes, sort_keys=False))
+    plan = {key: value for key, value in (plan | changes).items() if value is not None}
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
     return ["compare", f"--config={folder / 'plan.yaml'}", f"--folder={folder / 'out'}"]
 
 
@@ -57,27 +76,39 @@ def compared(config_file, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-def test_every_method_has_the_same_trials_and_its_best_another_seed(compared):
+def test_every_pair_of_rates_is_tried_at_the_smallest_budget_and_the_best_trained_with_all_seeds_to_all(compared):
     found = results(compared / "out")
     for method in ("cola", "galore-full-rank"):
-        sweep = {factor: found[f"{method}/lr-x{factor}-seed-1"] for factor in ("0.5", "1")}
-        best = min(sweep, key=lambda factor: sweep[factor]["perplexity"])
-        assert found.pop(f"{method}/lr-x{best}-seed-2")["seed"] == 2
-        found = {name: result for name, result in found.items() if not name.startswith(method)}
+        sweep = {rate: found.pop(f"{method}/m{rate}-o0.02-seed-1/tokens-640") for rate in ("0.01", "0.02")}
+        best = min(sweep, key=lambda rate: sweep[rate]["perplexity"])
+        assert found.pop(f"{method}/m{best}-o0.02-seed-1/tokens-1280")["tokens"] == 10 * 4 * 31
+        for budget in (640, 1280):
+            again = found.pop(f"{method}/m{best}-o0.02-seed-2/tokens-{budget}")
+            assert (again["seed"], again["matrix"], again["other"]) == (2, float(best), 0.02)
+            assert [point[:2] for point in again["curve"]] == [[n, n * 124] for n in range(1, budget // STEP + 1)]
+            assert again["by_source"].keys() == ({"of war", "of law"} if budget == 1280 else set())
     assert not found
-    results_ = results(compared / "out")
-    assert results_["cola/lr-x0.5-seed-1"]["learning_rates"] == [0.005]
-    assert results_["galore-full-rank/lr-x0.5-seed-1"]["learning_rates"] == [0.005]  # both of its optimizers'
-    assert results_["cola/lr-x1-seed-1"]["tokens"] == 6 * 4 * 31
-    assert [point[:2] for point in results_["cola/lr-x1-seed-1"]["curve"]] == [[n, n * 124] for n in range(1, 7)]
     assert not list((compared / "out").rglob("*.ckpt"))
 
 
-@pytest.mark.slow
+def test_a_budget_ends_as_a_run_of_its_length_from_the_beginning(compared, tmp_path):
+    """The trunk's constant part and the decay from its checkpoint are, together, the same run bit for bit."""
+    run_dir = next(compared.glob("out/*/*-seed-2/tokens-1280"))
+    result = json.loads((run_dir / "result.json").read_text())
+    settings = yaml.safe_load((run_dir / "stage.yaml").read_text())
+    settings["run_dir"] = str(tmp_path / "whole")
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(settings))
+    runner = SweepRunner(None, tmp_path, 1, main)
+    assert runner._fit(tmp_path / "whole", 10, settings) == 0
+    whole = read_outcome(tmp_path / "whole", 10)
+    assert whole["curve"] == result["curve"]
+    assert whole["perplexity"] == result["perplexity"]
+
+
 def test_the_report_has_what_was_counted_and_measured(compared):
     report = compared / "out" / "report"
-    rows = {row["method"]: row for row in json.loads((report / "results.json").read_text())["methods"]}
+    content = json.loads((report / "results.json").read_text())
+    rows = {row["method"]: row for row in content["methods"]}
     cola, galore = rows["CoLA"], rows["GaLore, full rank"]
     d, f, layers, rank = 32, 48, 2, 4
     shared = 2 * 300 * d + 5 * d
@@ -85,32 +116,44 @@ def test_the_report_has_what_was_counted_and_measured(compared):
     assert cola["optimizer_mb"] * 1e6 == pytest.approx(8 * cola["parameters_m"] * 1e6, rel=0.01)  # two float32 moments
     assert galore["parameters_m"] * 1e6 == pytest.approx(shared + layers * (4 * d * d + 3 * d * f))
     assert galore["mflops_per_token"] > cola["mflops_per_token"] > 0
-    assert galore["tflops"] == pytest.approx(galore["mflops_per_token"] * 6 * 4 * 32 / 1e6)
-    kept = [result["perplexity"] for name, result in results(compared / "out").items() if name.startswith("cola")]
-    assert cola["perplexity"] == pytest.approx(sum(cola["perplexities"]) / 2)
-    assert set(cola["perplexities"]) <= set(kept)
-    assert min(cola["sweep"].values()) in cola["perplexities"]
-    text = (report / "table.md").read_text()
-    assert "Trials for each method: 2 learning rates, its own times 0.5, 1" in text
+    # The cheaper method's largest budget is where both are compared.
+    assert content["at"]["flops"] == pytest.approx(cola["mflops_per_token"] * 1e6 * 1280)
+    assert cola["loss_at_flops"][0] == pytest.approx(cola["loss"][-1][0])
+    assert galore["loss"][-1][0] < galore["loss_at_flops"][0] < galore["loss"][0][0]
+    found = results(compared / "out")
+    own = [result for name, result in found.items() if name.startswith("cola") and result["budget"] == 1280]
+    perplexity = [result["perplexity"] for result in own]
+    assert cola["perplexity"][-1] == pytest.approx([sum(perplexity) / 2, min(perplexity), max(perplexity)])
+    # The baseline reaches its own loss between its budgets, where that was taken.
+    assert content["at"]["loss_tokens"] == pytest.approx((620 * 1240) ** 0.5)
+    assert cola["tokens_to_loss"][1] < content["at"]["loss_tokens"] < cola["tokens_to_loss"][2]
+    text = (report / "report.md").read_text()
     assert "2 of 2" in text
+    assert "compare --config=" in text
+    assert "`model.optimizer.init_args.matrix.class_path` GaLore" in text
+    assert (report / "table.md").read_text() in text
     assert len(list(csv.DictReader((report / "results.csv").open()))) == 2
-    for name in ("loss_tokens", "loss_flops", "perplexity_memory"):
+    for name in ("held_out_loss", "training_loss"):
+        assert f"({name}.png)" in text
         assert (report / f"{name}.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
-def test_what_has_finished_is_kept(compared, capsys):
+def test_what_has_finished_is_kept_and_the_report_is_the_same(compared, capsys):
     before = {file: file.stat().st_mtime_ns for file in (compared / "out").rglob("result.json")}
+    report = compared / "out" / "report"
+    kept = {name: (report / name).read_bytes() for name in ("table.md", "held_out_loss.png")}
     main(["compare", f"--config={compared / 'plan.yaml'}", f"--folder={compared / 'out'}"])
-    assert capsys.readouterr().out.count("finished before") == 6
+    assert capsys.readouterr().out.count("finished before") == 8
     assert before == {file: file.stat().st_mtime_ns for file in (compared / "out").rglob("result.json")}
+    assert kept == {name: (report / name).read_bytes() for name in kept}
 
 
-@pytest.mark.slow
 def test_a_run_that_ended_without_a_number_is_reported_and_never_best(compared, tmp_path):
-    file = compared / "out" / "cola" / "lr-x0.5-seed-1" / "result.json"
-    before = file.read_text()
     plan = [f"--config={compared / 'plan.yaml'}", f"--folder={compared / 'out'}"]
+    best = json.loads((compared / "out" / "report" / "results.json").read_text())["methods"]
+    best = next(row["rates"][0] for row in best if row["method"] == "CoLA")
+    file = compared / "out" / "cola" / f"m{best:g}-o0.02-seed-1" / "tokens-640" / "result.json"
+    before = file.read_text()
     try:
         file.write_text(json.dumps(json.loads(before) | {"perplexity": float("nan")}))
         main(["compare", *plan, "--jobs=0", f"--report={tmp_path}"])
@@ -122,113 +165,83 @@ def test_a_run_that_ended_without_a_number_is_reported_and_never_best(compared, 
 
     rows = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)["methods"]
     cola = next(row for row in rows if row["method"] == "CoLA")
-    assert (cola["sweep"]["0.5"], cola["factor"]) == ("nan", 1.0)
-    assert "| CoLA | nan |" in (tmp_path / "table.md").read_text()
+    assert [entry["perplexity"] for entry in cola["sweep"] if entry["matrix"] == best] == ["nan"]
+    assert cola["rates"][0] != best
+    assert f"| CoLA | {best:g} | 0.02 | nan |" in (tmp_path / "table.md").read_text()
 
 
-@pytest.mark.slow
 def test_runs_on_text_that_changed_in_between_are_not_compared(compared):
-    """Of the same paths and settings: the files themselves are in the results."""
+    """The paths and settings are the same, and the files themselves are in the results."""
     result = next(iter(results(compared / "out").values()))
     [source] = result["data"]
     assert source["contents"]
-    runner = SweepRunner(None, compared / "out", 1)
+    runner = SweepRunner(None, compared / "out", 1, main)
     runner._check_data(compared / "out" / "cola" / "new", result)
     with pytest.raises(InputError, match=r"cola/new was trained on other text than .*: the files changed between"):
         runner._check_data(compared / "out" / "cola" / "new", result | {"data": [source | {"contents": "other"}]})
 
 
-@pytest.mark.slow
 def test_another_plan_in_the_same_folder_is_refused(compared, config_file, capsys, tmp_path):
-    flags = write_plan(tmp_path, config_file, flags={"trainer.max_steps": 7})
+    flags = write_plan(tmp_path, config_file, flags={"trainer.gradient_clip_val": 7})
     with pytest.raises(SystemExit, match="2"):
         main([*flags[:2], f"--folder={compared / 'out'}"])
-    assert "was begun with another trainer.max_steps than the plan has now" in capsys.readouterr().err
+    assert "was begun with another trainer.gradient_clip_val than the plan has now" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+def test_a_group_that_no_document_matches_is_refused_before_anything_runs(config_file, tmp_path, capsys):
+    flags = write_plan(tmp_path, config_file, held_out={"column": "url", "groups": {"novels": "//novels/"}})
+    with pytest.raises(SystemExit, match="2"):
+        main(flags)
+    assert "held_out group 'novels' matches no url of" in capsys.readouterr().err
+    assert not results(tmp_path)
+
+
 def test_single_trials_and_one_that_fails(config_file, tmp_path, capsys):
     """The second method's width does not fit its heads; the first is carried out all the same."""
     methods = {"good": {}, "bad": {"flags": {"model.num_attention_heads": 5}}}
-    flags = write_plan(tmp_path, config_file, methods=methods, learning_rates=[1])
+    changes = {"methods": methods, "matrix_rates": [0.01], "seeds": [1], "budgets": [640], "held_out": None}
+    flags = write_plan(tmp_path, config_file, **changes)
     with pytest.raises(SystemExit, match="2"):
         main([*flags, "--trial=2"])
-    assert "trial 2 is good at its best learning rate; run trial 0 first" in capsys.readouterr().err
+    assert "trial 2 is good at its best rates; run trial 0 first" in capsys.readouterr().err
     for trial in (0, 1, 2):
         main([*flags, f"--trial={trial}"])
-    assert "bad, learning rate x 1, seed 1: failed, see" in capsys.readouterr().out
+    assert "bad, matrix rate 0.01, other rate 0.02, seed 1: failed, see" in capsys.readouterr().out
     main([*flags, "--jobs=0"])
     text = (tmp_path / "out" / "report" / "table.md").read_text()
-    assert "| bad | failed |" in text
-    assert len(results(tmp_path / "out")) == 2
-    assert "does not divide hidden_size 32" in (tmp_path / "out" / "bad" / "lr-x1-seed-1" / "failed.txt").read_text()
+    assert "| – | bad | failed |" in text
+    assert len(results(tmp_path / "out")) == 1
+    failure = tmp_path / "out" / "bad" / "m0.01-o0.02-seed-1" / "failed.txt"
+    assert "does not divide hidden_size 32" in failure.read_text()
 
 
-@pytest.mark.slow
-def test_killed_for_real_it_goes_on_from_its_checkpoint(config_file, tmp_path):
-    steps = {"trainer.max_steps": 150, "trainer.val_check_interval": 150, "checkpoint.every_n_train_steps": 5}
+def test_killed_twice_it_ends_as_if_it_never_was(config_file, tmp_path):
+    """Kill in the trunk and in a decay, by the checkpoints that are there by then."""
+    changes = {
+        "methods": {"CoLA": {}}, "matrix_rates": [0.01], "seeds": [1], "budgets": [100 * STEP, 200 * STEP],
+        "flags": {"checkpoint.every_n_train_steps": 5}, "held_out": None,
+    }  # fmt: skip
+    plans = {}
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
-    plans = {
-        name: write_plan(tmp_path / name, config_file, methods={"CoLA": {}}, learning_rates=[1], seeds=[1], flags=steps)
-        for name in ("whole", "broken")
-    }
+        plans[name] = write_plan(tmp_path / name, config_file, **changes)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    folder = tmp_path / "broken" / "out" / "cola" / "lr-x1-seed-1"
-    last = folder / "checkpoints" / "last.ckpt"
-    with subprocess.Popen([sys.executable, "-m", "cola_lightning", *plans["broken"]], env=environment) as process:
-        until = time.monotonic() + 240
-        while not last.exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    time.sleep(5)
-    reached = os.readlink(last)
-    time.sleep(2)
-    assert reached == os.readlink(last) < "step_00000150.ckpt"  # the run ended with its parent
-    assert not results(tmp_path / "broken")
+    trial = tmp_path / "broken" / "out" / "cola" / "m0.01-o0.02-seed-1"
+    marks = [trial / "trunk" / "checkpoints" / "last.ckpt", trial / "tokens-12800" / "checkpoints" / "last.ckpt"]
+    for mark in marks:
+        with subprocess.Popen([sys.executable, "-m", "cola_lightning", *plans["broken"]], env=environment) as process:
+            until = time.monotonic() + 240
+            while not os.path.lexists(mark) and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+        time.sleep(1)  # its runs notice that within a fifth of a second
+        assert not (trial / "tokens-25600" / "result.json").exists()
     for plan in plans.values():
         main(plan)
-    assert reached in (folder / "output.log").read_text()
-    whole, broken = (next(iter(results(tmp_path / name).values())) for name in ("whole", "broken"))
-    assert broken["curve"] == whole["curve"]
-    assert broken["perplexity"] == whole["perplexity"]
-
-
-def make(**changes) -> Plan:
-    arguments = {"configs": [], "flags": {}, "methods": {"a": Method(), "b": Method()}, "learning_rates": [3, 1],
-                 "seeds": [1, 2, 3], "resolve": lambda flags: {}}  # fmt: skip
-    return Plan(**(arguments | changes))
-
-
-def test_trials_are_numbered_sweep_first():
-    trials = [(trial.number, trial.method, trial.factor, trial.seed) for trial in make().trials]
-    assert trials == [
-        (0, "a", 1, 1), (1, "a", 3, 1), (2, "b", 1, 1), (3, "b", 3, 1),
-        (4, "a", None, 2), (5, "a", None, 3), (6, "b", None, 2), (7, "b", None, 3),
-    ]  # fmt: skip
-
-
-def test_learning_rates_are_scaled_at_every_place_of_a_config():
-    optimizer = {"init_args": {"matrices": {"init_args": {"lr": 0.02, "rank": 4}}, "rest": {"init_args": {"lr": 0.01}}}}
-    plan = make(resolve=lambda flags: {"model": {"optimizer": optimizer}})
-    made = plan.configuration("a", 0.5, 7, Path("x"))
-    parts = made["model"]["optimizer"]["init_args"]
-    assert parts == {"matrices": {"init_args": {"lr": 0.01, "rank": 4}}, "rest": {"init_args": {"lr": 0.005}}}
-    assert (made["seed_everything"], made["run_dir"]) == (7, "x")
-    assert plan.configuration("a", 1, 7, Path("x"))["model"]["optimizer"] == optimizer
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"methods": {}}, r"methods is \[\]; it must name at least one"),
-        ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; it must name at least one, and none twice"),
-        ({"learning_rates": [0, 1]}, "each must be above 0"),
-        ({"methods": {"A b": Method(), "a-B": Method()}}, "would share a folder"),
-        ({"configs": ["gone.yaml"]}, "gone.yaml does not exist"),
-    ],
-)
-def test_bad_plans_are_refused(changes, message):
-    with pytest.raises(InputError, match=message):
-        make(**changes)
+    whole, broken = (results(tmp_path / name) for name in ("whole", "broken"))
+    for key, result in whole.items():
+        for name in ("curve", "perplexity", "tokens"):
+            assert broken[key][name] == result[name]
+    tables = {(tmp_path / name / "out" / "report" / "table.md").read_text() for name in ("whole", "broken")}
+    assert len(tables) == 1

@@ -7,7 +7,7 @@ from typing import NotRequired
 import pytest
 from typing_extensions import TypedDict
 
-from cola_lightning.compare import trials
+from cola_lightning.compare import outcome
 from cola_lightning.data import C4DataModule, TextDataModule
 from cola_lightning.data.prepared import PreparedCorpus
 from cola_lightning.data.sources import Source
@@ -78,7 +78,7 @@ def test_an_example_states_a_shape():
 def test_a_damaged_file_of_a_comparison_is_one_line(tmp_path, content):
     (tmp_path / "costs.json").write_text(content)
     with pytest.raises(InputError, match=r"costs.json .*; delete the file, and it is made again$"):
-        trials.read(tmp_path / "costs.json", trials._Costs)
+        outcome.read(tmp_path / "costs.json", outcome.StoredCosts)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""Perplexity of a trained model on each source of the held-out documents."""
+
+import json
+import re
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cola_lightning.compare.outcome import write
+from cola_lightning.compare.plan import HeldOut
+from cola_lightning.data.documents import find_files
+from cola_lightning.data.readers import json_text, read_lines
+from cola_lightning.errors import InputError
+
+
+def split_by_source(paths: list[str], text_column: str, held_out: HeldOut, folder: Path) -> dict[str, Path]:
+    """Write the documents of each group into a file of its own.
+
+    Args:
+        paths: JSON lines.
+        text_column: Key of the text.
+        held_out: The groups. A document belongs to the first that its source matches.
+        folder: For the files.
+
+    Returns:
+        The file of each group.
+
+    Raises:
+        InputError: If a file is not JSON lines, or a group has no document.
+    """
+    texts: dict[str, list[str]] = {name: [] for name in held_out.groups}
+    for file in find_files(paths):
+        if ".json" not in file.name:
+            raise InputError(f"{file} holds no {held_out.column!r}; held_out needs validation documents as JSON lines")
+        for number, line in enumerate(read_lines(str(file)), 1):
+            if not line.strip():
+                continue
+            place = f"{file}, line {number}"
+            source = json_text(line, held_out.column, place) or ""
+            group = next((name for name, pattern in held_out.groups.items() if re.search(pattern, source)), None)
+            if group is not None and (text := json_text(line, text_column, place)):
+                texts[group].append(text)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name, documents in texts.items():
+        if not documents:
+            raise InputError(f"held_out group {name!r} matches no {held_out.column} of {', '.join(paths)}")
+        files[name] = folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.jsonl"
+        lines = (json.dumps({"text": text}) + "\n" for text in documents)
+        scratch = files[name].with_suffix(".part")
+        scratch.write_text("".join(lines), encoding="utf-8")
+        scratch.replace(files[name])
+    return files
+
+
+def evaluate_sources(run_dir: str, files: dict[str, str], bf16: bool, result: str) -> None:
+    """Write the perplexity of a run's newest checkpoint on each file. Each document is read by itself.
+
+    Args:
+        run_dir: Of the run.
+        files: JSON lines with the key ``text``, by group.
+        bf16: Compute in bf16, as the run did.
+        result: JSON file to write.
+    """
+    from cola_lightning.inference.evaluate import evaluate_text  # here, because it imports much
+    from cola_lightning.inference.load import load_model_for_inference
+
+    model = load_model_for_inference(run_dir, [])
+    found: dict[str, Any] = {}
+    with ExitStack() as stack:
+        if bf16:
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        for name, file in files.items():
+            measured = evaluate_text(
+                model.network, model.tokenizer(None), [Path(file)], sequence_length=model.sequence_length()
+            )
+            found[name] = measured["perplexity"]
+    write(Path(result), found)

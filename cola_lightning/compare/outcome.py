@@ -1,0 +1,128 @@
+"""What a training run came to, read from its events, and the files in which a comparison keeps that."""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Len
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typing_extensions import TypedDict
+
+from cola_lightning.errors import InputError
+from cola_lightning.provenance import commit, read_provenance
+from cola_lightning.stored_data import Count, check_stored
+
+PERPLEXITY, PUBLISHED = "val/perplexity", "val/perplexity_as_published"
+LOSS, TOKENS, SPEED = "train/loss", "train/tokens", "train/tokens_per_second"
+
+
+class StoredResult(TypedDict):
+    """Result of a trial at one budget: the keys that are read again."""
+
+    perplexity: float
+    perplexity_as_published: float
+    by_source: dict[str, float]
+    steps: Count
+    tokens: Count
+    seconds: float
+    curve: list[list[float]]
+    commit: str | None
+    data: list[dict[str, Any]]
+    method: str
+    matrix: float
+    other: float
+    seed: Count
+    budget: Count
+
+
+class StoredCosts(TypedDict):
+    """Costs of a method, as ``benchmark`` counts them."""
+
+    subjects: Annotated[list[dict[str, Any]], Len(1)]
+
+
+def read_outcome(run_dir: Path, steps: int, trunk: Path | None = None, trunk_steps: int = 0) -> dict[str, Any] | None:
+    """Read the result of a finished run.
+
+    Args:
+        run_dir: Of the run.
+        steps: Its length.
+        trunk: Run whose checkpoint it began with, if any; the first part of the curve is read from there.
+        trunk_steps: Step of that checkpoint.
+
+    Returns:
+        None if the run did not come to its end. Else perplexities; ``tokens``, those learnt from; ``seconds`` of
+        training, validation left out; ``curve``, the training loss as [step, tokens, nats]; commit and data.
+    """
+    scalars = _read_events(run_dir)
+    if not {PERPLEXITY, LOSS, TOKENS} <= scalars.keys():
+        return None
+    perplexity = scalars[PERPLEXITY]
+    if max(perplexity) < steps - 1:
+        return None
+    parts = [({}, 0), (scalars, steps)] if trunk is None else [(_read_events(trunk), trunk_steps), (scalars, steps)]
+    curve: list[list[float]] = []
+    seconds, begun = 0.0, 0
+    for events, end in parts:
+        for step in sorted(events.get(LOSS, {})):
+            # Events count steps from 0. Those of a trunk that went on after this budget do not belong to it.
+            if not begun <= step < end or step not in events[TOKENS]:
+                continue
+            before = curve[-1][1] if curve else 0
+            curve.append([step + 1, int(events[TOKENS][step]), events[LOSS][step]])
+            if speed := events.get(SPEED, {}).get(step):
+                seconds += (curve[-1][1] - before) / speed
+        begun = end
+    return {
+        "perplexity": perplexity[max(perplexity)],
+        "perplexity_as_published": scalars[PUBLISHED][max(perplexity)],
+        "steps": steps,
+        "tokens": int(curve[-1][1]) if curve else 0,
+        "seconds": seconds,
+        "curve": curve,
+        "commit": commit(),
+        "data": [
+            {key: source[key] for key in ("names", "paths", "commit", "sizes", "contents")}
+            for source in (read_provenance(run_dir).get("data") or {}).get("sources", [])
+        ],
+    }
+
+
+def _read_events(run_dir: Path) -> dict[str, dict[int, float]]:
+    """Scalars by tag and step. Of a step that was made twice, because a run was killed, the last value counts."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def loss_of(perplexity: float) -> float:
+    """Mean loss in nats per token; infinity for a run that ended without a number."""
+    return math.log(perplexity) if math.isfinite(perplexity) and perplexity > 0 else math.inf
+
+
+def read(file: Path, kind: type) -> dict[str, Any] | None:
+    """Read a result or costs that a comparison wrote before; None if the file is missing.
+
+    Args:
+        file: JSON.
+        kind: Its shape.
+
+    Raises:
+        InputError: If it is damaged.
+    """
+    if not file.is_file():
+        return None
+    remedy = "delete the file, and it is made again"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON: {error}; {remedy}") from error
+    check_stored(content, kind, file, remedy)
+    return content
+
+
+def write(file: Path, content: dict[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    scratch = file.with_suffix(".part")
+    scratch.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    scratch.replace(file)

@@ -1,0 +1,170 @@
+"""All that a comparison knows of a method, as one row of plain data."""
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from cola_lightning.compare.outcome import loss_of
+from cola_lightning.compare.plan import tokens_per_step
+from cola_lightning.compare.rates import Rates
+from cola_lightning.compare.statistics import (
+    Interval,
+    bootstrap_interval,
+    equal_flops,
+    loss_at,
+    middle,
+    rank_ranges,
+    x_of_loss,
+)
+from cola_lightning.compare.trials import SweepRunner
+
+COSTS = ("parameters_m", "optimizer_mb", "activations_mb", "training_mb", "mflops_per_token")
+
+
+def make_rows(runner: SweepRunner) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the row of each method, the best first, and what they were compared at.
+
+    Returns:
+        Rows, and ``flops`` (None where FLOPs are not known), ``loss`` and ``loss_tokens``: the baseline's loss, and the
+        tokens at which it has that.
+    """
+    rows = [make_row(runner, method) for method in runner.plan.methods]
+    terms = {"flops": None, "loss": None, "loss_tokens": None}
+    largest = [row["curves"][0]["flops"][-1] for row in rows if row["curves"] and row["mflops_per_token"]]
+    if largest and len(runner.plan.budgets) > 1:
+        terms["flops"] = equal_flops(largest)
+    baseline = next(row for row in rows if row["method"] == runner.plan.baseline)
+    if baseline["curves"] and len(runner.plan.budgets) > 1:
+        points = mean_curve(baseline, "tokens")
+        terms["loss_tokens"] = middle(points[0][0], points[-1][0])
+        terms["loss"] = loss_at(points, terms["loss_tokens"])
+    for row in rows:
+        at = [loss_at(points_of(curve, "flops"), terms["flops"]) for curve in row["curves"]] if terms["flops"] else []
+        known = [loss for loss in at if loss is not None]
+        row["loss_at_flops"] = bootstrap_interval(known) if known and len(known) == len(at) else None
+        row["tokens_to_loss"] = tokens_to_loss(row, terms["loss"])
+        row["headline"] = row["loss_at_flops"] or (row["loss"][-1] if row["loss"] else None)
+    rows.sort(key=lambda row: row["headline"].mean if row["headline"] else math.inf)
+    known = [row for row in rows if row["headline"]]
+    for row, rank in zip(known, rank_ranges([row["headline"] for row in known]), strict=True):
+        row["rank"] = rank
+    return rows, terms
+
+
+def make_row(runner: SweepRunner, method: str) -> dict[str, Any]:
+    """What is known of one method; None and empty lists stand for what is not."""
+    plan, best = runner.plan, runner.best(method)
+    sweep, seed = runner.sweep(method), plan.seeds[0]
+    published = plan.published_rates(method) if plan.published else []
+    tried = {rates: value for rates, value in runner.sweep(method, published).items() if math.isfinite(value)}
+    row: dict[str, Any] = {
+        "method": method,
+        "rank": None,
+        "rates": best,
+        "edges": plan.edges(method, best) if best else [],
+        "sweep": [
+            {
+                "matrix": rates.matrix,
+                "other": rates.other,
+                "perplexity": sweep.get(rates),
+                "failed": runner.failure(method, rates, seed) is not None,
+            }
+            for rates in plan.grid(method)
+        ],
+        "trials": f"{len(sweep)} of {len(plan.grid(method))}",
+        "best_of_sweep": sweep[best] if best else None,
+        "published_ratio": published[0].other / published[0].matrix if published else None,
+        "perplexity_at_published_ratio": min(tried.values()) if tried else None,
+        "differences": plan.differences(method),
+    }
+    row |= spent(runner, method, best)
+    runs = trained_seeds(runner, method, best)
+    per_token = (row["mflops_per_token"] or 0) * 1e6
+    step = tokens_per_step(plan.configuration(method, best or Rates(1, 1), seed))
+    row["seeds"] = list(runs)
+    row["curves"] = [
+        {
+            "tokens": [result["tokens"] for result in results],
+            "flops": [result["steps"] * step * per_token for result in results],
+            "loss": [loss_of(result["perplexity"]) for result in results],
+        }
+        for results in runs.values()
+    ]
+    finals = [results[-1] for results in runs.values()]
+    row["loss"] = [bootstrap_interval(losses) for losses in zip(*(c["loss"] for c in row["curves"]), strict=True)]
+    for name in ("perplexity", "perplexity_as_published"):
+        values = zip(*([result[name] for result in results] for results in runs.values()), strict=True)
+        row[name] = [bootstrap_interval(value) for value in values]
+    row["tokens"] = finals[0]["tokens"] if finals else None
+    row["by_source"] = {
+        name: bootstrap_interval([result["by_source"][name] for result in finals])
+        for name in (finals[0]["by_source"] if finals else {})
+    }
+    row["seconds"] = statistics.mean(result["seconds"] for result in finals) if finals else None
+    row["training_curves"] = [result["curve"] for result in finals]
+    row["commits"] = sorted({result["commit"] for results in runs.values() for result in results if result["commit"]})
+    return row
+
+
+def trained_seeds(runner: SweepRunner, method: str, best: Rates | None) -> dict[int, list[dict[str, Any]]]:
+    """Results at the best rates of the seeds that were trained to all budgets, by seed, in the order of budgets."""
+    found = {}
+    for seed in runner.plan.seeds if best else ():
+        assert best
+        results = [runner.result(method, best, seed, budget) for budget in runner.plan.budgets]
+        if all(results):
+            found[seed] = [result for result in results if result]
+    return found
+
+
+def points_of(curve: dict[str, list[float]], x: str) -> list[tuple[float, float]]:
+    return list(zip(curve[x], curve["loss"], strict=True))
+
+
+def mean_curve(row: dict[str, Any], x: str) -> list[tuple[float, float]]:
+    """Points (x, loss) of the budgets, the mean over seeds."""
+    curves = [points_of(curve, x) for curve in row["curves"]]
+    return [(points[0][0], statistics.mean(loss for _, loss in points)) for points in zip(*curves, strict=True)]
+
+
+def tokens_to_loss(row: dict[str, Any], loss: float | None) -> Interval | str | None:
+    """Tokens to reach a loss, over seeds; a text where it is outside the budgets of a seed."""
+    if loss is None or not row["curves"]:
+        return None
+    found = [x_of_loss(points_of(curve, "tokens"), loss) for curve in row["curves"]]
+    known = [tokens for tokens in found if tokens is not None]
+    if len(known) == len(found):
+        return bootstrap_interval(known)
+    curve = row["curves"][0]
+    below = all(each["loss"][0] < loss for each in row["curves"])
+    return f"< {curve['tokens'][0]:,.0f}" if below else f"> {curve['tokens'][-1]:,.0f}"
+
+
+def spent(runner: SweepRunner, method: str, best: Rates | None) -> dict[str, Any]:
+    """Parameters, bytes and FLOPs per token, as counted by ``benchmark``."""
+    costs = runner.costs(method)
+    if costs is None:
+        return dict.fromkeys(COSTS)
+    config = runner.plan.configuration(method, best or Rates(1, 1), runner.plan.seeds[0])
+    data = config["data"]["init_args"]
+    tokens = data["batch_size"] * data["sequence_length"]  # of the micro-batch that was measured
+    micro_batches = tokens_per_step(config) / tokens
+    step = micro_batches * costs["flops_step"] + costs["flops_optimizer"]
+    activations = costs["saved_bytes_per_token_per_layer"] * tokens * config["model"]["num_hidden_layers"]
+    kept = costs["parameter_bytes"] + costs["gradient_bytes"] + costs["optimizer_state_bytes"]
+    values = (
+        costs["parameters"] / 1e6,
+        costs["optimizer_state_bytes"] / 1e6,
+        activations / 1e6,
+        (kept + activations) / 1e6,
+        step / (micro_batches * tokens) / 1e6,
+    )
+    return dict(zip(COSTS, values, strict=True))
+
+
+def run_folder_of(runner: SweepRunner, row: dict[str, Any]) -> Path | None:
+    """Run of a method at its best rates, with the first seed, to the largest budget."""
+    if row["rates"] is None:
+        return None
+    return runner.run_dir(row["method"], row["rates"], runner.plan.seeds[0], runner.plan.budgets[-1])

@@ -1,0 +1,107 @@
+"""What a comparison concludes from its numbers: intervals, shared ranks, loss at equal FLOPs, tokens to equal loss."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise, product
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES, EXACT = 10_000, 5
+
+
+class Interval(NamedTuple):
+    """A mean, and the ends of its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Return the mean of values with its percentile bootstrap interval.
+
+    All resamples of up to five values are enumerated, so that the interval is exact; of more, 10,000 are drawn with a
+    fixed seed. The interval of three values is from the least to the greatest, because each of the 27 resamples has
+    a probability of 3.7 %. It then covers the true mean in about 75 % of cases, not in 95 %.
+
+    Raises:
+        ValueError: If there is no value.
+    """
+    if not values:
+        raise ValueError("no values")
+    numbers = np.array(values, dtype=np.float64)
+    if not np.isfinite(numbers).all():
+        return Interval(math.inf, math.inf, math.inf)
+    if len(numbers) <= EXACT:
+        means = np.array(list(product(numbers, repeat=len(numbers)))).mean(axis=1)
+    else:
+        means = np.random.default_rng(0).choice(numbers, (RESAMPLES, len(numbers))).mean(axis=1)
+    tail = (1 - level) / 2
+    # The definition of the percentile by the inverse of the distribution: an end is a mean that a resample has.
+    low, high = np.quantile(means, [tail, 1 - tail], method="inverted_cdf")
+    return Interval(float(numbers.mean()), float(low), float(high))
+
+
+def rank_ranges(intervals: Sequence[Interval]) -> list[tuple[int, int]]:
+    """Return for each interval its best and its worst possible rank, the lowest value being best.
+
+    The best rank counts the intervals that lie wholly below, the worst those that do not lie wholly above. Two
+    intervals that overlap therefore share at least one rank: of [1, 2], [1.5, 4] and [3, 5], the ranks are 1–2, 1–3
+    and 2–3.
+    """
+    return [
+        (
+            1 + sum(other.high < own.low for other in intervals),
+            sum(not other.low > own.high for other in intervals),
+        )
+        for own in intervals
+    ]
+
+
+Curve = Sequence[tuple[float, float]]
+"""Points (x, loss) in ascending x: tokens or FLOPs, and the loss in nats that a budget of it reaches."""
+
+
+def loss_at(curve: Curve, x: float) -> float | None:
+    """Return the loss at ``x``, linear in the logarithms of both between the two budgets around it.
+
+    A power law is a line there. Nothing is extrapolated: the result is None outside the curve.
+    """
+    if not curve or not curve[0][0] * (1 - 1e-9) <= x <= curve[-1][0] * (1 + 1e-9):
+        return None
+    if len(curve) == 1:
+        return curve[0][1]
+    xs, losses = zip(*curve, strict=True)
+    return float(np.exp(np.interp(np.log(x), np.log(xs), np.log(losses))))
+
+
+def x_of_loss(curve: Curve, loss: float) -> float | None:
+    """Return the least ``x`` at which a curve reaches a loss, by the interpolation of :func:`loss_at`; else None."""
+    if curve and curve[0][1] == loss:
+        return curve[0][0]
+    for (x0, loss0), (x1, loss1) in pairwise(curve):
+        if math.isfinite(loss0) and loss0 > loss >= loss1:
+            share = math.log(loss0 / loss) / math.log(loss0 / loss1)
+            return float(math.exp(math.log(x0) + share * math.log(x1 / x0)))
+    return None
+
+
+def equal_flops(largest: Sequence[float]) -> float:
+    """Return the FLOPs at which methods are compared: the most that each of them reaches at its largest budget."""
+    return min(largest)
+
+
+def middle(low: float, high: float) -> float:
+    """Return the geometric mean of two budgets. The baseline's loss there is the target for ``tokens to equal loss``,
+    so that methods up to the root of their ratio better or worse reach it within their own budgets."""
+    return math.sqrt(low * high)
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Return the centered moving mean over ``window`` values, over fewer at both ends."""
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
+    half = window // 2
+    starts = np.maximum(np.arange(len(values)) - half, 0)
+    ends = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return list((sums[ends] - sums[starts]) / (ends - starts))

@@ -1,0 +1,148 @@
+"""Carry out a comparison: sweep two learning rates for every method, train the best with all seeds, report."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cola_lightning.compare.estimate import print_estimate
+from cola_lightning.compare.plan import Flag, HeldOut, Method, Plan, Resolve, Trial
+from cola_lightning.compare.report import write_report
+from cola_lightning.compare.trials import Command, SweepRunner
+from cola_lightning.errors import InputError
+
+
+def compare(
+    resolve: Resolve,
+    command: Command,
+    command_line: str,
+    methods: dict[str, Method],
+    matrix_rates: list[float],
+    other_rates: list[float],
+    folder: str,
+    configs: list[str] | None = None,
+    flags: dict[str, Flag] | None = None,
+    seeds: list[int] | None = None,
+    budgets: list[int] | None = None,
+    weight_decay: float | None = None,
+    published: bool = False,
+    baseline: str | None = None,
+    held_out: HeldOut | None = None,
+    jobs: int = 1,
+    threads: int | None = None,
+    trial: int | None = None,
+    report: str | None = None,
+    keep_checkpoints: bool = False,
+    tokens_per_second: float | None = None,
+) -> None:
+    """Sweep two learning rates for every method, train the best of each with more seeds to all budgets, and report.
+
+    Run again after a break, it keeps what has finished and resumes what has not from its checkpoints. Trials that
+    failed are tried again.
+
+    Args:
+        resolve: Makes a whole configuration of the flags of ``fit``.
+        command: Runs a command line of this package.
+        command_line: What was typed, for the report.
+        methods: The methods that are compared, by name.
+        matrix_rates: Learning rates of the projections' matrices that are tried. A method may name as many others.
+        other_rates: Learning rates of all other parameters (embedding, head, norms) that are tried.
+        folder: Folder of runs and results.
+        configs: Configs that all methods share.
+        flags: Settings after all configs and all methods' flags, as on the command line.
+        seeds: The sweep has the first; the best pair of rates is trained with all. [42, 43, 44] if not given.
+        budgets: Numbers of tokens. The sweep has the smallest. Several need the schedule WarmupStableDecay; then one
+            run with a constant rate serves all of them, and each ends with a decay of its own. If not given, one: that
+            of trainer.max_steps.
+        weight_decay: Weight decay of all parameters of all methods; if not given, each has that of its files.
+        published: Also try the ratio of the two rates that each method's own files have, as many trials as
+            matrix_rates.
+        baseline: The method with which others are compared; the first if not given.
+        held_out: Groups of the validation documents, for perplexity by source.
+        jobs: Runs at a time, which share the cores; 0 to train nothing and write the report of what is there.
+        threads: Threads of a run; the cores shared among the jobs if not given. Results depend on it in their last
+            bits.
+        trial: Number of the only trial to carry out, from 0, for array jobs: first the grids of all methods, then
+            the published ratios, then the seeds. No report is written.
+        report: Folder of the report; "report" in the folder if not given.
+        keep_checkpoints: Leave the checkpoints of finished runs.
+        tokens_per_second: Train nothing, and print how long the plan takes at this speed of the baseline.
+
+    Raises:
+        InputError: For values that cannot work.
+    """
+    if jobs < 0:
+        raise InputError(f"jobs is {jobs}; it must be 0 or more")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; it must be at least 1")
+    root = Path(folder).expanduser().absolute()
+    plan = Plan(
+        configs or [], flags or {}, methods, matrix_rates, other_rates, seeds or [42, 43, 44], resolve, budgets,
+        weight_decay, published, baseline, held_out,
+    )  # fmt: skip
+    share = threads or max(1, (os.cpu_count() or 1) // max(1, jobs))
+    runner = SweepRunner(plan, root, share, command, keep_checkpoints)
+    if tokens_per_second is not None:
+        print_estimate(plan, tokens_per_second, jobs)
+        return
+    if trial is not None:
+        run_one(runner, trial)
+        return
+    if jobs:
+        runner.check()
+        run_all(runner, jobs)
+    write_report(runner, Path(report) if report else root / "report", command_line)
+
+
+def run_one(runner: SweepRunner, number: int) -> None:
+    """Carry one trial out by its number.
+
+    Raises:
+        InputError: If there is no such trial, or it needs the best rates of a sweep that is not finished.
+    """
+    trials = runner.plan.trials
+    if not 0 <= number < len(trials):
+        raise InputError(f"trial is {number}; the plan has trials 0 to {len(trials) - 1}")
+    trial = trials[number]
+    if trial.kind == "seed":
+        for other in trials:
+            if other.method != trial.method or other.kind != "grid":
+                continue
+            rates = runner.rates(other)
+            assert rates
+            done = runner.result(other.method, rates, other.seed, runner.plan.budgets[0])
+            if not done and not runner.failure(other.method, rates, other.seed):
+                raise InputError(f"trial {number} is {trial.method} at its best rates; run trial {other.number} first")
+    print(f"{trial.title}: {runner.run(trial)}")
+
+
+def run_all(runner: SweepRunner, jobs: int) -> None:
+    """Carry all trials out, some at a time."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    trials = runner.plan.trials
+    running: list[str] = []
+    lock = Lock()
+    with Progress(*columns) as progress, ThreadPoolExecutor(jobs) as pool:
+        task = progress.add_task("", total=len(trials))
+
+        def run(trial: Trial) -> None:
+            with lock:
+                running.append(trial.title)
+                progress.update(task, description=" | ".join(running))
+            outcome = runner.run(trial)
+            with lock:
+                running.remove(trial.title)
+                progress.update(task, advance=1, description=" | ".join(running))
+            progress.print(f"{trial.title}: {outcome}", markup=False, highlight=False)
+
+        try:
+            run(trials[0])  # alone, because it may prepare data that the others then find
+            # Each kind needs the one before: a published pair may be one of the grid, and the best pair is known only
+            # when the sweep has finished.
+            for kind in ("grid", "published", "seed"):
+                list(pool.map(run, [trial for trial in trials[1:] if trial.kind == kind]))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
