@@ -10,7 +10,7 @@ def trained_tokens(plan: Plan, method: str) -> dict[str, int]:
     tokens = {kind: counts[kind] * smallest for kind in ("grid", "published")}
     if plan.published:  # pairs that the grid has already are not trained again
         tokens["published"] = len({*plan.published_rates(method)} - {*plan.grid(method)}) * smallest
-    per_seed = plan.budgets[-1]
+    per_seed: float = plan.budgets[-1]
     if len(plan.budgets) > 1:
         per_step = plan.budgets[-1] / plan.steps(method, plan.budgets[-1])
         # The trunk once, up to where the last decay begins, and each decay.

@@ -126,14 +126,13 @@ class Plan:
         baseline: str | None = None,
         held_out: HeldOut | None = None,
     ) -> None:
-        for name, values in (
-            ("methods", list(methods)),
-            ("matrix_rates", matrix_rates),
-            ("other_rates", other_rates),
-            ("seeds", seeds),
-            *([("budgets", budgets)] if budgets is not None else []),
-        ):
+        lists: dict[str, list[Any]] = {
+            "methods": list(methods), "matrix_rates": matrix_rates, "other_rates": other_rates, "seeds": seeds,
+        }  # fmt: skip
+        for name, values in lists.items():
             _check_distinct(name, values)
+        if budgets is not None:
+            _check_distinct("budgets", budgets)
         for name, method in methods.items():
             for argument, common in (("matrix_rates", matrix_rates), ("other_rates", other_rates)):
                 own = getattr(method, argument)

@@ -30,7 +30,7 @@ def make_rows(runner: SweepRunner) -> tuple[list[dict[str, Any]], dict[str, Any]
         tokens at which it has that.
     """
     rows = [make_row(runner, method) for method in runner.plan.methods]
-    terms = {"flops": None, "loss": None, "loss_tokens": None}
+    terms: dict[str, Any] = {"flops": None, "loss": None, "loss_tokens": None}
     largest = [row["curves"][0]["flops"][-1] for row in rows if row["curves"] and row["mflops_per_token"]]
     if largest and len(runner.plan.budgets) > 1:
         terms["flops"] = equal_flops(largest)
@@ -40,14 +40,12 @@ def make_rows(runner: SweepRunner) -> tuple[list[dict[str, Any]], dict[str, Any]
         terms["loss_tokens"] = middle(points[0][0], points[-1][0])
         terms["loss"] = loss_at(points, terms["loss_tokens"])
     for row in rows:
-        at = [loss_at(points_of(curve, "flops"), terms["flops"]) for curve in row["curves"]] if terms["flops"] else []
-        known = [loss for loss in at if loss is not None]
-        row["loss_at_flops"] = bootstrap_interval(known) if known and len(known) == len(at) else None
+        row["loss_at_flops"] = loss_at_flops(row, terms["flops"])
         row["tokens_to_loss"] = tokens_to_loss(row, terms["loss"])
         row["headline"] = row["loss_at_flops"] or (row["loss"][-1] if row["loss"] else None)
     rows.sort(key=lambda row: row["headline"].mean if row["headline"] else math.inf)
-    known = [row for row in rows if row["headline"]]
-    for row, rank in zip(known, rank_ranges([row["headline"] for row in known]), strict=True):
+    ranked = [row for row in rows if row["headline"]]
+    for row, rank in zip(ranked, rank_ranges([row["headline"] for row in ranked]), strict=True):
         row["rank"] = rank
     return rows, terms
 
@@ -126,6 +124,15 @@ def mean_curve(row: dict[str, Any], x: str) -> list[tuple[float, float]]:
     """Points (x, loss) of the budgets, the mean over seeds."""
     curves = [points_of(curve, x) for curve in row["curves"]]
     return [(points[0][0], statistics.mean(loss for _, loss in points)) for points in zip(*curves, strict=True)]
+
+
+def loss_at_flops(row: dict[str, Any], flops: float | None) -> Interval | None:
+    """Loss at FLOPs, over seeds; None where they are outside the budgets of a seed."""
+    if flops is None or not row["curves"]:
+        return None
+    found = [loss_at(points_of(curve, "flops"), flops) for curve in row["curves"]]
+    known = [loss for loss in found if loss is not None]
+    return bootstrap_interval(known) if len(known) == len(found) else None
 
 
 def tokens_to_loss(row: dict[str, Any], loss: float | None) -> Interval | str | None:
