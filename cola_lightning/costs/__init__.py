@@ -1,4 +1,4 @@
-"""What a run costs, before it runs: parameters, FLOPs, memory of a GPU, days."""
+"""Predict what a run costs before it runs: parameters, FLOPs, memory of a GPU, days."""
 
 from cola_lightning.costs.gpus import GPUS, Gpu, gpu_named, gpu_reported
 from cola_lightning.costs.memory_layout import MemoryLayout, memory_layout

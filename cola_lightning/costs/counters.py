@@ -1,4 +1,4 @@
-"""Counting what operations do while they run, on real tensors or on fake ones that have a shape and no content."""
+"""Count FLOPs and bytes of operations while they run, on real tensors or on fake ones, which have no content."""
 
 import gc
 from collections import Counter
@@ -23,7 +23,7 @@ from cola_lightning.private_apis import (
     tree_leaves,
 )
 
-# The counter knows every attention kernel but the CPU's. As for the others, causality is not taken off.
+# PyTorch's counter lacks the CPU's attention kernel. As for the others, causal attention counts as full attention.
 CPU_FORMULAS = {
     CPU_ATTENTION: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
     CPU_ATTENTION_BACKWARD: (lambda g, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(g, q, k, v)),
@@ -31,14 +31,14 @@ CPU_FORMULAS = {
 
 
 def count_flops(run: Callable[[], Any]) -> int:
-    """FLOPs of the matrix products and attention in ``run()``; a multiply-add counts as two."""
+    """Count the FLOPs of matrix products and attention in ``run()``. A multiply-add counts as two."""
     with FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS) as counter:
         run()
     return counter.get_total_flops()
 
 
 def kept_bytes(run: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
-    """Bytes that are alive after ``run()`` because of it, besides its result and the storages of ``known``."""
+    """Count the bytes that ``run()`` leaves alive, without its result and the storages of ``known``."""
     known = list(known)
     with Recorder(known) as recorder:
         result = run()
@@ -50,16 +50,18 @@ FORMULAS = {**flop_registry, **{op: shape_wrapper(formula) for op, formula in CP
 
 
 class Recorder(TorchDispatchMode):
-    """What operations compute and allocate. PyTorch's own counter follows modules too, and so keeps alive what a
-    checkpointed layer makes again: it cannot be used where memory is watched.
+    """Record what operations compute and allocate.
+
+    PyTorch's own counter also follows modules. It thereby keeps alive what a layer with activation checkpointing
+    recomputes, so that it cannot be used to measure memory.
 
     Args:
-        known: Tensors that were there before and do not count.
+        known: Tensors from before, which do not count.
 
     Attributes:
-        flops: FLOPs by operation, from PyTorch's formulas.
-        peak: The most bytes that were alive at once since it was last set to zero. What an operation needs inside
-            itself is not seen.
+        flops: FLOPs by operation, by PyTorch's formulas.
+        peak: The most bytes that were alive at once since it was last set to zero. What an operation allocates and
+            frees inside is not seen.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -81,13 +83,14 @@ class Recorder(TorchDispatchMode):
                     continue
                 self.seen[key] = (StorageWeakRef(storage), storage.nbytes())
                 self._bound += storage.nbytes()
-        # Asking every storage whether it lives is slow; it is needed only where a new peak is possible.
+        # To ask every storage whether it is alive is slow. It is needed only if a new peak is possible: _bound is the
+        # bytes that were alive when last asked, and all allocated since.
         if self._bound > self.peak:
             self.peak = max(self.peak, self.live())
         return out
 
     def live(self, besides: Iterable[Tensor] = ()) -> int:
-        """Bytes that are alive now, those of ``besides`` left out."""
+        """Count the bytes that are alive now, without those of ``besides``."""
         excluded = {storage_key(tensor) for tensor in besides}
         self.seen = {key: (ref, size) for key, (ref, size) in self.seen.items() if not ref.expired()}
         self._bound = sum(size for _, size in self.seen.values())

@@ -1,4 +1,4 @@
-"""What the vendors say of their GPUs."""
+"""Memory and peak of GPUs, by their makers' datasheets."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ class Gpu:
     """A GPU.
 
     Args:
-        name: As it is typed.
-        memory: In GiB. What datasheets call GB is what the driver shows in GiB, a per cent or two apart.
+        name: Value of ``--gpu``.
+        memory: In GiB. The number that datasheets give in GB is what the driver shows in GiB, within a per cent or two.
         peak: Dense bf16 matrix products with float32 accumulation, in TFLOP/s. Datasheets often print twice as much,
-            for matrices of which half is zero.
-        reported: What its name as PyTorch reports it contains, all of it.
+            which holds for matrices of which half is zero.
+        reported: Words that are all part of the name that PyTorch reports.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Gpu:
 
     @property
     def usable(self) -> float:
-        """Bytes left to a training run: 92 %, the rest being CUDA's context, libraries and what lies between blocks."""
+        """Bytes for a training run: 92 %. The rest is CUDA's context, libraries, and gaps between blocks."""
         return 0.92 * self.memory * 2**30
 
 
@@ -52,7 +52,7 @@ GPUS = (
 
 
 def gpu_named(name: str) -> Gpu:
-    """The GPU that is typed so.
+    """Return the GPU with this name.
 
     Raises:
         InputError: If it is not in the table.
@@ -64,7 +64,7 @@ def gpu_named(name: str) -> Gpu:
 
 
 def gpu_reported(name: str) -> Gpu | None:
-    """The GPU that ``torch.cuda.get_device_name()`` calls so, None if it is not in the table."""
+    """Return the GPU with this name of ``torch.cuda.get_device_name()``; None if it is not in the table."""
     words = name.replace("-", " ").split()
     for gpu in GPUS:
         if all(part in words if " " not in part else part in name for part in gpu.reported):

@@ -1,7 +1,7 @@
-"""Where weights, gradients and optimizer states lie under each strategy and precision.
+"""Shares of weights, gradients and optimizer states on a GPU, under each strategy and precision.
 
-P are the trained parameters, N the GPUs, w the bytes of a weight, S the bytes of the optimizer's states: 2 w P for
-Adam.
+P is the number of trained parameters, N of GPUs, w the bytes of a weight, S the bytes of the optimizer's states: 2 w P
+for Adam.
 
 ================  =======  =========  =============  =================================================================
 strategy          weights  gradients  optimizer      buffers
@@ -14,8 +14,8 @@ DeepSpeed ZeRO-2  w P      w P / N    (4 P + S) / N  the same
 DeepSpeed ZeRO-3  w P / N  w P / N    (4 P + S) / N  gathered: head, or a layer and gradients; prefetch; a bucket
 ================  =======  =========  =============  =================================================================
 
-DeepSpeed keeps the 4 P of a float32 copy, and its states in float32, where weights have 16 bits, and its weights have
-16 bits in mixed precision too (ZeRO, arXiv 1910.02054). What is offloaded takes nothing of the GPU.
+If weights have 16 bits, DeepSpeed keeps a float32 copy of them (the 4 P), and its states in float32. In mixed precision
+its weights have 16 bits, too (ZeRO, arXiv 1910.02054). What is offloaded takes no memory of the GPU.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "bf16-mixed": (torch.float32, torch.bfloat16),
     "16-mixed": (torch.float32, torch.float16),
 }
-"""The type of weights, and that of autocast."""
+"""Types of the weights and of autocast."""
 ALIASES = {"None": "32-true", "64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
@@ -55,14 +55,14 @@ class MemoryLayout:
     """What a GPU holds of a run.
 
     Attributes:
-        strategy: Its name.
-        dtype: Of the weights and gradients that are held.
-        computed: Of the weights that a layer computes with.
-        autocast: Of the matrix products, under mixed precision.
-        weights, gradients, optimizer: Shares that lie on a GPU.
-        master: A float32 copy of the weights is held with the optimizer's states, which are float32 then.
-        buffers: Bytes besides, for a network's parameters: first while head and loss are at work, then while a layer's
-            backward pass is.
+        strategy: Name of the strategy.
+        dtype: Type of the weights and gradients that are held.
+        computed: Type of the weights that a layer computes with.
+        autocast: Type of the matrix products under mixed precision.
+        weights, gradients, optimizer: Shares on a GPU.
+        master: Whether a float32 copy of the weights is held with the optimizer's states, which are then float32.
+        buffers: From a network's parameters, further bytes: while head and loss run, and while the backward pass of a
+            layer runs.
     """
 
     strategy: str
@@ -77,15 +77,15 @@ class MemoryLayout:
 
 
 def memory_layout(strategy: str | Strategy, precision: str | int | None, gpus: int) -> MemoryLayout:
-    """The layout of a run on ``gpus`` GPUs.
+    """Return the layout of a run.
 
     Args:
-        strategy: As ``--trainer.strategy`` takes it.
-        precision: As ``--trainer.precision`` takes it.
-        gpus: All of them.
+        strategy: Value of ``--trainer.strategy``.
+        precision: Value of ``--trainer.precision``.
+        gpus: Number of GPUs.
 
     Raises:
-        InputError: For what is not estimated.
+        InputError: If the strategy or the precision is not one that can be estimated.
     """
     name = ALIASES.get(str(precision), str(precision))
     if name not in PRECISIONS:
@@ -109,7 +109,7 @@ def memory_layout(strategy: str | Strategy, precision: str | int | None, gpus: i
 
 
 def _strategy(strategy: str | Strategy, gpus: int) -> tuple[type, dict[str, Any], str]:
-    """Its class, options and name. A strategy that is named is not made: DeepSpeed's wants DeepSpeed installed."""
+    """Return a strategy's class, options and name. A named one is not made, because DeepSpeed's needs DeepSpeed."""
     if isinstance(strategy, Strategy):
         options = {**ddp_options(strategy), **getattr(strategy, "kwargs", {})}
         for attribute in ("cpu_offload", "sharding_strategy", "config"):
@@ -139,8 +139,8 @@ def _fully_sharded(
     on_gpu = 0 if getattr(offload, "offload_params", offload) else 1 / gpus
 
     def gathered(p: Parameters) -> tuple[float, float]:
-        # What is in no layer stays gathered, and its gradients wait for the last of them, the embedding's. The next
-        # layer is gathered while one is at work.
+        # Embedding and head stay gathered, and their gradients until the last of them, the embedding's, is there. While
+        # one layer computes, the next is gathered.
         beside, everything = p.outside_layers.parameters, p.total.parameters
         at_head, in_layers = beside, beside + 2 * p.layer.parameters
         if sharding == "SHARD_GRAD_OP":

@@ -1,4 +1,4 @@
-"""How many parameters a network has, part by part."""
+"""Count the parameters of a network, part by part."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ PARTS = ("embedding", "attention projections", "MLP projections", "norms", "head
 
 @dataclass
 class Part:
-    """Numbers that a part of a network holds.
+    """Sizes of a part of a network.
 
     Attributes:
         trained: Parameters with a gradient.
-        frozen: Parameters without.
-        buffer_bytes: Bytes of what is no parameter, such as index tables.
+        frozen: Parameters without a gradient.
+        buffer_bytes: Bytes of buffers, such as index tables.
     """
 
     trained: int = 0
@@ -35,7 +35,7 @@ class Part:
 
 @dataclass
 class Parameters:
-    """A network's parameters by part, and those of its largest decoder layer."""
+    """Parameters of a network by part, and those of its largest decoder layer."""
 
     parts: dict[str, Part] = field(default_factory=lambda: {name: Part() for name in PARTS})
     layer: Part = field(default_factory=Part)
@@ -46,15 +46,15 @@ class Parameters:
 
     @property
     def outside_layers(self) -> Part:
-        """Embedding, head and final norm, the norms being too small to tell apart."""
+        """Embedding and head. The final norm is left out, because it is too small to matter."""
         return self.parts["embedding"] + self.parts["head"]
 
 
 def count_parameters(build: Callable[[], Llama]) -> Parameters:
-    """Count what ``build()`` makes, on the meta device: no memory is taken.
+    """Count the parameters of the network that ``build()`` makes, on the meta device, so that no memory is taken.
 
-    For LLaMA with L layers, embedding and head hold V D each, and norms (2 L + 1) D. A layer's projections hold
-    4 D² + 3 D F at full rank with as many key as query heads, and R (11 D + 3 F) in two factors.
+    For LLaMA with L layers, embedding and head have V D parameters each, and norms (2 L + 1) D. A layer's projections
+    have 4 D² + 3 D F at full rank with as many key as query heads, and R (11 D + 3 F) as two factors.
     """
     with torch.device("meta"):
         network = build()
@@ -78,7 +78,7 @@ def _part(name: str, module: nn.Module) -> str:
 
 
 def _own(module: nn.Module) -> Part:
-    """What the module holds itself, its children left out."""
+    """Count a module's own parameters and buffers, without those of its children."""
     own = list(module.parameters(recurse=False))
     return Part(
         trained=sum(p.numel() for p in own if p.requires_grad),

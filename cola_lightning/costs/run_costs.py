@@ -1,4 +1,4 @@
-"""What a run costs: parameters, FLOPs, memory of a GPU, days."""
+"""Predict the costs of a run: parameters, FLOPs, memory of a GPU, days."""
 
 import math
 from collections.abc import Callable
@@ -13,23 +13,23 @@ from torch.optim import Optimizer
 from cola_lightning.costs.gpus import Gpu
 from cola_lightning.costs.memory_layout import MemoryLayout, memory_layout
 from cola_lightning.costs.parameters import Parameters, count_parameters
-from cola_lightning.costs.trace import Build, Flops, Kept, Trace, Transforms, optimizer_states, trace
+from cola_lightning.costs.trace import Flops, Kept, Trace, Transforms, optimizer_states, trace
 from cola_lightning.errors import InputError
-from cola_lightning.models import LlamaConfig
+from cola_lightning.models import Llama, LlamaConfig
 from cola_lightning.training.module import LanguageModel
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a GPU when it is fullest, by what they are for.
+    """Bytes on a GPU at the peak of a step, by their use.
 
     Attributes:
-        weights, gradients, optimizer: What lies on the GPU of each.
+        weights, gradients, optimizer: This GPU's share of each.
         buffers: Gradient buckets, and weights that sharding gathers.
-        activations: Kept by the layers between forward and backward.
-        logits: Head and loss on top of that.
-        backward: What a layer's backward pass needs beyond all of it.
-        step: What the optimizer's step needs beyond, when the rest is gone.
+        activations: Tensors that the layers keep from the forward to the backward pass.
+        logits: What head and loss need in addition.
+        backward: What a layer's backward pass needs in addition to all of these.
+        step: What the optimizer's step needs in addition, when activations and logits are freed.
     """
 
     weights: float
@@ -48,27 +48,27 @@ class Memory:
 
 @dataclass(frozen=True)
 class Run:
-    """A training run, as far as its cost goes.
+    """A training run, as far as its costs depend on it.
 
     Args:
-        build: Makes the network, a partial of :func:`build_llama`; takes any field of :class:`LlamaConfig`, and
-            ``projection``, in place of what it has.
-        layers: Decoder layers.
+        build: Makes the network; a partial of :func:`build_llama`. Any field of :class:`LlamaConfig` and ``projection``
+            can be given to it, in place of its own.
+        layers: Decoder layers (L).
         make_optimizer: Makes the optimizer from the parameters.
         batch_size: Rows of a micro-batch on one GPU (B).
         sequence_length: Tokens of a row (T).
-        transforms: What is done to the network before it runs, such as a checkpointing policy.
-        strategy: As ``--trainer.strategy`` takes it.
-        precision: As ``--trainer.precision`` takes it.
-        gpus: All of them.
+        transforms: Functions that change the network before it runs, such as activation checkpointing.
+        strategy: Value of ``--trainer.strategy``.
+        precision: Value of ``--trainer.precision``.
+        gpus: Number of GPUs of the run.
         accumulate: Micro-batches of an optimizer step.
         global_batch_size: Rows of an optimizer step, in place of ``accumulate``.
         max_steps: Optimizer steps of the run.
-        apart: Attention keeps to its own document.
+        mask_documents: Tokens attend only to their own document.
         fused_norm: RMSNorm is one kernel, as on GPUs.
     """
 
-    build: Build
+    build: partial[Llama]
     layers: int
     make_optimizer: Callable[..., Optimizer]
     batch_size: int
@@ -85,13 +85,15 @@ class Run:
 
     @classmethod
     def of(cls, model: LanguageModel, data: Any, **settings: Any) -> "Run":
-        """The run of a module and a data module.
+        """Make the run of a module and a data module.
 
         Args:
+            model: The module.
+            data: The data module.
             settings: Arguments of :class:`Run` that the trainer decides.
 
         Raises:
-            InputError: If the data module does not say how large its batches are.
+            InputError: If the data module has no batch size or sequence length.
         """
         for name in ("batch_size", "sequence_length"):
             if not hasattr(data, name):
@@ -144,18 +146,20 @@ class Run:
 
     @cached_property
     def flops(self) -> Flops:
-        """Of a micro-batch on one GPU."""
+        """FLOPs of a micro-batch on one GPU."""
+        # Recompute is what the run does more than the same run without transforms. A chunked loss hides that, because
+        # it computes its gradients in the forward pass.
         plain = self.traced
-        if self.transforms or self.config.loss_chunk_size:  # which forms gradients in the forward pass
+        if self.transforms or self.config.loss_chunk_size:
             plain = replace(self, build=partial(self.build, loss_chunk_size=None), transforms=()).traced
-        # A backward pass of attention is five products, one of which is done in the forward pass too.
+        # The kernel's backward pass of attention is five products. One of them recomputes the scores.
         model = plain.step_flops - plain.attention_backward_flops / 5
         forward = plain.forward_flops
         return Flops(forward, model - forward, self.traced.step_flops - model)
 
     @property
     def tokens_per_step(self) -> int:
-        """Slots of an optimizer step; where rows are padded, fewer are learnt from."""
+        """Tokens of an optimizer step over all GPUs, padding included."""
         return (self.global_batch_size or self.batch_size * self.gpus * self.accumulate) * self.sequence_length
 
     @property
@@ -167,10 +171,12 @@ class Run:
         return self.batch_size * self.sequence_length
 
     def days(self, gpu: Gpu, utilisation: float, of: str = "model") -> float:
-        """Days of training: tokens times FLOPs of a token, over GPUs times peak times utilisation.
+        """Days of training: tokens times FLOPs per token, divided by GPUs times peak times utilisation.
 
         Args:
-            utilisation: MFU where ``of`` is ``model``, HFU where it is ``hardware``.
+            gpu: Kind of GPU.
+            utilisation: MFU if ``of`` is ``model``, HFU if it is ``hardware``.
+            of: Which FLOPs of :class:`Flops` count.
         """
         flops = getattr(self.flops, of) / self.micro_batch_tokens * self.tokens
         return flops / (self.gpus * gpu.peak * 1e12 * utilisation) / 86_400
@@ -179,13 +185,13 @@ class Run:
 
     @cached_property
     def static_memory(self) -> Memory:
-        """What does not depend on the batch; ``step`` is all that the optimizer's step needs."""
+        """Memory that does not depend on the batch. Its ``step`` is all that the optimizer's step needs."""
         layout, total = self.layout, self.parameters.total
         width = layout.dtype.itemsize
         own = torch.float32 if layout.master else layout.dtype
         states = optimizer_states(self.build, self.layers, self.make_optimizer, own)
         copies = 4 * total.trained * layout.master
-        # Its gradients in float32 are made for the step.
+        # With a float32 copy of the weights, the step makes a float32 copy of the gradients, too.
         step = layout.optimizer * (states.temporary * own.itemsize * total.trained + copies)
         return Memory(
             weights=layout.weights * width * total.parameters + total.buffer_bytes,
@@ -200,21 +206,23 @@ class Run:
 
     @cached_property
     def memory(self) -> Memory:
+        """Memory of a GPU at the peak of a step."""
         return self._memory(self.traced.kept)
 
     def _memory(self, kept: Kept) -> Memory:
         at_head, in_layers = self.layout.buffers(self.parameters)
         backward = max(0, kept.layers + in_layers - kept.logits - at_head)
-        # At the optimizer's step activations and logits are gone.
+        # At the optimizer's step activations and logits are freed.
         step = max(0, self.static_memory.step - kept.activations - kept.logits - backward)
         return replace(
             self.static_memory, activations=kept.activations, logits=kept.logits, backward=backward, step=step
         )
 
     def rows_that_fit(self, gpu: Gpu) -> int:
-        """The largest micro-batch that fits on ``gpu``; 0 if a single row does not.
+        """The largest micro-batch, in rows, that fits on ``gpu``; 0 if one row does not.
 
-        Memory grows with the batch in a line that may bend once; so it is followed from here, and from where it led.
+        Memory grows linearly with the batch, but the slope may change once, where another part becomes the largest.
+        Therefore the line is followed from this batch size, and then once more from the size that it leads to.
         """
         beside = replace(self.static_memory, step=0).total
         if beside + self.static_memory.step > gpu.usable:
@@ -230,7 +238,7 @@ class Run:
         return max(0, rows + math.floor((gpu.usable - beside - working(rows)) / per_row))
 
     def micro_batch_for(self, rows: int) -> int:
-        """The largest micro-batch up to ``rows`` that an optimizer step can be made of; 0 if there is none."""
+        """The largest micro-batch up to ``rows`` that divides this GPU's rows of an optimizer step; 0 if none does."""
         if self.global_batch_size is None:
             return rows
         own = self.global_batch_size // self.gpus

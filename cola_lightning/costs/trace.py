@@ -1,14 +1,14 @@
-"""What a training step computes and keeps, found by running it without numbers.
+"""Count the FLOPs and the memory of a training step by running it on fake tensors.
 
-Three layers of the network run on fake tensors, which have a shape, a type and a size but no content: the operations
-are those of a real step, of any projection and any checkpointing policy, but none is carried out and no memory is
-taken. The last of them then stands for all that follow.
+Fake tensors have a shape, a type and a size, but no content. The operations are therefore those of a real step, with
+any projection and any activation checkpointing, but nothing is computed and no memory is taken. At most three layers
+are traced. In a deeper network, the third counts once more for each layer that was not.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -25,20 +25,21 @@ from cola_lightning.training.module import next_token_losses
 Build = Callable[..., Llama]
 Transforms = tuple[Callable[[Llama], None], ...]
 TRACED = 3
+"""Layers that are traced. The third is the first whose neighbours on both sides are layers, as of all that follow."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of a step over B rows of T tokens, a multiply-add counting as two, attention as if it were not causal.
+    """FLOPs of a step over B rows of T tokens. A multiply-add counts as two, and attention as if it were not causal.
 
-    With P numbers in a token's matrix products (the projections' and the head's), L layers, forward is
-    B T (2 P + 4 L T D), and a backward pass without recomputation twice as much.
+    With P parameters in matrices (projections and head) and L layers, the forward pass has B T (2 P + 4 L T D) FLOPs. A
+    backward pass without recompute has twice as many.
 
     Attributes:
         forward: Forward pass.
-        backward: Backward pass, without what it does a second time.
-        recomputed: What backward does a second time: by the checkpointing policy, and within the attention kernel,
-            which always forms its scores again (2 B T² D in a layer).
+        backward: Backward pass, without recompute.
+        recomputed: What the backward pass computes a second time: by activation checkpointing, and within the attention
+            kernel, which always recomputes its scores (2 B T² D per layer).
     """
 
     forward: float
@@ -47,23 +48,24 @@ class Flops:
 
     @property
     def model(self) -> float:
-        """What the mathematics asks for; MFU is measured by it."""
+        """FLOPs without recompute, as MFU counts them."""
         return self.forward + self.backward
 
     @property
     def hardware(self) -> float:
-        """What the device carries out; HFU is measured by it."""
+        """FLOPs that the device carries out, as HFU counts them."""
         return self.model + self.recomputed
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes of a step besides weights, gradients and optimizer states.
+    """Bytes of a step, without weights, gradients and optimizer states.
 
     Attributes:
-        activations: Alive between the forward and the backward pass of the decoder: embedding and layers.
-        logits: What final norm, head and loss need on top of that, at most, in either pass.
-        layers: What the layers' backward pass needs on top of the activations, at most. The logits are gone by then.
+        activations: Bytes that embedding and layers keep from the forward to the backward pass.
+        logits: The most that final norm, head and loss need in addition, in either pass.
+        layers: The most that the layers' backward pass needs in addition to the activations. The logits are freed by
+            then.
     """
 
     activations: float
@@ -77,7 +79,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class _Mark:
-    """Where a step stands at a layer's boundary."""
+    """Counts at the boundary of a layer: bytes that are alive, and FLOPs since the step began."""
 
     live: int
     flops: int
@@ -85,7 +87,19 @@ class _Mark:
 
 @dataclass(frozen=True)
 class Trace:
-    """A traced step of ``TRACED`` layers; ``layers`` says how many the network has."""
+    """Counts of a traced step, and what follows from them for the whole network.
+
+    Attributes:
+        layers: Layers of the whole network (L); at most ``TRACED`` of them were traced.
+        forward_marks: Counts of the forward pass before each traced layer, and before the final norm.
+        end: Counts after the forward pass.
+        backward_marks: Counts of the backward pass at the same places, in its order: at the final norm first.
+        last: Counts after the backward pass.
+        peaks: The most bytes that were alive in the forward pass; in the backward pass of head and final norm; and in
+            that of the layers.
+        attention_backward: FLOPs of attention in the backward pass of the traced layers.
+        autocast_cache_bytes: Copies of weights that autocast keeps until the forward pass ends.
+    """
 
     layers: int
     forward_marks: list[_Mark]
@@ -98,35 +112,47 @@ class Trace:
 
     @property
     def _more(self) -> int:
+        """Layers that were not traced."""
         return self.layers - min(self.layers, TRACED)
 
     @cached_property
     def forward_flops(self) -> float:
+        """FLOPs of the forward pass of the whole network."""
         return self.end.flops + self._more * self._layer_forward_flops
 
     @cached_property
     def step_flops(self) -> float:
+        """FLOPs of both passes of the whole network, recompute included."""
+        # The first two marks of the backward pass enclose the last layer.
         layer = self._layer_forward_flops + self.backward_marks[1].flops - self.backward_marks[0].flops
         return self.last.flops + self._more * layer
 
     @property
     def _layer_forward_flops(self) -> int:
+        # The last two marks of the forward pass enclose the last layer: before it, and before the final norm.
         return self.forward_marks[-1].flops - self.forward_marks[-2].flops
 
     @property
     def attention_backward_flops(self) -> float:
+        """FLOPs of attention in the backward pass of the whole network."""
         return self.attention_backward * self.layers / min(self.layers, TRACED)
 
     @property
     def kept(self) -> Kept:
-        # Between the entries of two layers. With fewer than three there is nothing to go on from.
+        """Bytes of the whole network.
+
+        Example: 8 layers, of which 3 are traced. Before layers 1, 2, 3 and the final norm, 10, 14, 18 and 22 MB are
+        alive, 3 MB of them autocast's copies of weights (1 MB per layer). So a layer adds 18 - 14 = 4 MB in the forward
+        pass, and keeps 3 MB for the backward pass. The 8 layers keep 22 - 3 + 5 * 3 = 34 MB.
+        """
+        # What a middle layer adds: from its own entry to that of the next. No layer is missing in a network of three.
         layer = self.forward_marks[-2].live - self.forward_marks[-3].live if self._more else 0
-        # Autocast holds on to its copies of the weights until the forward pass ends, also where no layer keeps them.
-        in_forward, in_backward = (
-            self._more * layer,
-            self._more * (layer - self.autocast_cache_bytes / min(self.layers, TRACED)),
-        )
+        # Autocast keeps its copies of the weights until the forward pass ends, also if no layer saves them.
+        copies = self.autocast_cache_bytes / min(self.layers, TRACED)
+        in_forward, in_backward = self._more * layer, self._more * (layer - copies)
         activations = self.forward_marks[-1].live - self.autocast_cache_bytes + in_backward
+        # The peaks are of the traced layers. Add what the missing ones hold at that time, and subtract the activations,
+        # which are counted by themselves.
         forward, head, layers = self.peaks
         logits = max(forward + in_forward, head + in_backward) - activations
         return Kept(activations, logits, layers + in_backward - activations)
@@ -148,15 +174,15 @@ def trace(
 
     Args:
         build: Makes the network; takes ``num_hidden_layers``.
-        layers: Decoder layers of the whole network.
-        transforms: What is done to the network before it runs, such as a checkpointing policy; it must not hold on to
-            the network.
+        layers: Decoder layers of the whole network (L).
+        transforms: Functions that change the network before it runs, such as activation checkpointing. They must not
+            keep a reference to it.
         batch_size: Rows (B).
         sequence_length: Tokens of a row (T).
-        dtype: Of the weights.
-        autocast: Of the matrix products, under mixed precision.
-        apart: Attention keeps to its own document.
-        fused_norm: RMSNorm is one kernel, as on GPUs; on a CPU it is several, which keep more.
+        dtype: Type of the weights.
+        autocast: Type of the matrix products under mixed precision; None for that of the weights.
+        mask_documents: Tokens attend only to their own document.
+        fused_norm: RMSNorm is one kernel, as on GPUs. On a CPU it is several, which keep more.
     """
     with ExitStack() as stack:
         stack.enter_context(fake_tensors())
@@ -164,21 +190,34 @@ def trace(
         network = build(num_hidden_layers=min(layers, TRACED))
         for transform in transforms:
             transform(network)
+        # Replace the norms' forward by one whose saved tensors are a GPU kernel's.
         for norm in (module for module in network.modules() if fused_norm and isinstance(module, nn.RMSNorm)):
-            norm.forward = lambda x, norm=norm: _FusedNorm.apply(x, norm.weight)
+            vars(norm)["forward"] = partial(_fused_norm, norm)
         ids = torch.zeros(batch_size, sequence_length, dtype=torch.long)
         batch = {"input_ids": ids, "labels": ids} | ({"document_ids": ids} if mask_documents else {})
-        trained = [p for p in network.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)
-        known = [*network.parameters(), *network.buffers(), *(p.grad for p in trained), ids]
+        # Gradients are there from the beginning, so that they count as neither activations nor part of a peak.
+        gradients: list[Tensor] = []
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+                gradients.append(parameter.grad)
+        known = [*network.parameters(), *network.buffers(), *gradients, ids]
         recorder = stack.enter_context(Recorder(known))
-        # The CPU's autocast, whatever the device: fake tensors of others need a PyTorch that is built for them.
+        # The CPU's autocast, whatever the device, because fake tensors of a GPU need a PyTorch that is built for it.
         products = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None)
         return _step(network, batch, products, layers, recorder)
 
 
 def _step(network: Llama, batch: dict[str, Tensor], products: Any, layers: int, recorder: Recorder) -> Trace:
+    """Run both passes, with a mark at each boundary of a layer.
+
+    Args:
+        network: On fake tensors.
+        batch: ``input_ids`` and ``labels`` (B, T), and ``document_ids`` if documents are masked.
+        products: Context of the forward pass: autocast.
+        layers: Decoder layers of the whole network.
+        recorder: Active; it counts what runs.
+    """
     forward_marks: list[_Mark] = []
     backward_marks: list[_Mark] = []
     at_head: list[int] = []
@@ -187,11 +226,13 @@ def _step(network: Llama, batch: dict[str, Tensor], products: Any, layers: int, 
         return _Mark(recorder.live(), recorder.flops.total())
 
     def enter(module: nn.Module, args: tuple) -> None:
-        """Note where the forward pass stands before a layer, and the backward pass when it has come down there."""
+        """Mark the forward pass before a layer, and the backward pass when it has finished that layer."""
         forward_marks.append(mark())
 
         def arrived(gradient: Tensor) -> None:
+            # The gradient of a layer's input is there: the layer's backward pass is over.
             if module is network.model.norm:
+                # Now head and final norm are done. Their peak is kept, and the layers' begins.
                 at_head.append(recorder.peak)
                 recorder.peak = 0
             backward_marks.append(mark())
@@ -204,19 +245,23 @@ def _step(network: Llama, batch: dict[str, Tensor], products: Any, layers: int, 
         total, kept = next_token_losses(network, batch, reduction="sum")
         loss = total / kept.sum().clamp(min=1)
         del total, kept
-        inside = recorder.live()
+        inside = recorder.live()  # autocast's copies are alive here, and no longer after the context
     for handle in handles:
         handle.remove()
     forward_peak, recorder.peak = recorder.peak, 0
     end = mark()
     loss.backward()
     attention = sum(n for name, n in recorder.flops.items() if "attention" in name and "backward" in name)
-    peaks = forward_peak, at_head[0], recorder.peak
+    peaks = forward_peak, at_head[0], recorder.peak  # the last is that of the layers, since the mark at the norm
     return Trace(layers, forward_marks, end, backward_marks, mark(), peaks, attention, inside - end.live)
 
 
+def _fused_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    return _FusedNorm.apply(x, norm.weight)
+
+
 class _FusedNorm(Function):
-    """RMSNorm as GPUs run it, in shapes and sizes: the kernel keeps its input and one float32 number a token."""
+    """RMSNorm as a GPU's kernel, in shapes and sizes: it saves its input and one float32 number per token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -231,14 +276,14 @@ class _FusedNorm(Function):
 
 @dataclass(frozen=True)
 class OptimizerStates:
-    """What an optimizer needs.
+    """Memory of an optimizer.
 
     Attributes:
         size: Bytes of its states.
-        temporary: Copies of the trained parameters that its step makes for a moment: one where it works on all of them
-            at once (``foreach``, PyTorch's default on GPUs), none where it is fused or goes one by one.
-        traced: Whether this was found by a step on fake tensors. It is not for an optimizer that looks at numbers to
-            decide what to do; then two states a parameter are assumed, as Adam has.
+        temporary: Copies of the trained parameters that its step makes for a moment: one if it works on all of them at
+            once (``foreach``, PyTorch's default on GPUs), none if it is fused or works on one by one.
+        traced: Whether a step on fake tensors told this. An optimizer that decides by the numbers in its tensors cannot
+            be traced; then two states per parameter are assumed, as Adam has.
     """
 
     size: float
@@ -249,7 +294,7 @@ class OptimizerStates:
 def optimizer_states(
     build: Build, layers: int, make_optimizer: Callable[..., Optimizer], dtype: torch.dtype
 ) -> OptimizerStates:
-    """Make a step on fake parameters of ``dtype`` and see what the optimizer holds afterwards."""
+    """Make an optimizer step on fake parameters of ``dtype``, and count the states that it leaves."""
     with fake_tensors(), default_dtype(dtype):
         network = build(num_hidden_layers=min(layers, TRACED))
         for parameter in network.parameters():
@@ -262,6 +307,7 @@ def optimizer_states(
             traced = True
         except RuntimeError:
             traced = False
+        # The states of the last traced layer count once more for each layer that was not traced.
         more = 1 + layers - min(layers, TRACED)
         last = set(network.model.layers[-1].parameters())
         size = 0.0
@@ -277,7 +323,7 @@ def optimizer_states(
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Modules made inside have weights of ``dtype``."""
+    """Give the modules that are made in the context weights of ``dtype``."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
