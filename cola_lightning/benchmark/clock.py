@@ -1,4 +1,4 @@
-"""Time, and what a device can do in it."""
+"""Measure time on a device, and the peak of its matrix products."""
 
 import time
 from itertools import pairwise
@@ -10,7 +10,7 @@ from cola_lightning.callbacks.throughput import peak_flops
 
 
 class Clock:
-    """Seconds between marks, by the device's own clock. A GPU is waited for when they are read, not before."""
+    """Seconds between marks, by the device's own clock. It synchronizes with a GPU only when they are read."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -25,7 +25,7 @@ class Clock:
             self.marks.append((name, time.perf_counter()))
 
     def read(self) -> list[tuple[str, float]]:
-        """The name of each mark but the first, and the seconds since the one before it."""
+        """Return the name of each mark but the first, with the seconds since the one before it, and start anew."""
         marks, self.marks = self.marks, []
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -34,8 +34,7 @@ class Clock:
 
 
 def peak_of(device: torch.device, precision: str) -> tuple[float, str]:
-    """FLOP/s that a device can do at most: what its maker says, or else what it does in a large matrix product; and
-    which of the two it is."""
+    """Return the peak of a device in FLOP/s, and where the number is from: its maker, or a large matrix product."""
     known = peak_flops(device)
     if known:
         return known, "the maker's, dense bf16"

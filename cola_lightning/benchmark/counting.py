@@ -1,5 +1,6 @@
-"""What a training step computes and keeps, counted: the same on any machine, whatever else it does."""
+"""Count what a training step computes and keeps: the same numbers on any machine, whatever else it does."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -10,16 +11,16 @@ from cola_lightning.models.llama import run_layers
 
 
 def count(subject: BenchmarkTarget) -> dict[str, Any]:
-    """FLOPs and bytes of a step, uncompiled.
+    """Count the FLOPs and bytes of a step, without compiled code.
 
     Returns:
-        ``parameters``; ``flops_forward`` and ``flops_step`` of the whole network, what is done again in backward
-        included; ``flops_model``, without it; ``flops_optimizer`` of the matrix products in an optimizer step;
+        ``parameters``; ``flops_forward`` and ``flops_step`` of the whole network, recompute included; ``flops_model``,
+        the same without recompute; ``flops_optimizer``, of the matrix products in an optimizer step;
         ``parameter_bytes``, ``gradient_bytes`` and ``optimizer_state_bytes``; ``counted_peak_bytes``, the most that is
-        alive during a step, what an operation needs inside itself left out.
-        Of this package's networks also ``layers``, the FLOPs of the decoder layers alone;
-        ``saved_bytes_per_token_per_layer``, what one more layer keeps between forward and backward, its input included;
-        and ``saved_hidden_states_per_layer``, the same in bf16 hidden states (2 D bytes).
+        alive during a step, without what an operation allocates and frees inside.
+        Networks of this package also have ``layers``, the FLOPs of the decoder layers alone;
+        ``saved_bytes_per_token_per_layer``, the bytes that one more layer keeps from forward to backward, its input
+        included; and ``saved_hidden_states_per_layer``, the same number in bf16 hidden states (2 D bytes).
     """
     with eagerly():
         result: dict[str, Any] = {
@@ -31,9 +32,11 @@ def count(subject: BenchmarkTarget) -> dict[str, Any]:
         }
         parameters, states = list(subject.network.parameters()), subject.states()
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        sizes = {"parameter_bytes": parameters, "gradient_bytes": gradients, "optimizer_state_bytes": states}
+        sizes: dict[str, list[Tensor]] = {
+            "parameter_bytes": list(parameters), "gradient_bytes": gradients, "optimizer_state_bytes": states,
+        }  # fmt: skip
         result |= {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in sizes.items()}
-        del gradients
+        del gradients, sizes  # so that a step may free them
         subject.optimizer.zero_grad()
         known = [*parameters, *subject.network.buffers(), *states, subject.batch]
         with Recorder(known) as recorder:
@@ -56,8 +59,8 @@ def _layers(subject: PackageModel) -> dict[str, Any]:
             return run_layers(layers[:count], hidden, rotary)
 
     known = [*subject.network.parameters(), hidden, *rotary[:2]]
-    # What the last layer hands on is the next one's input: each layer is charged with one.
-    more, fewer = (kept_bytes(lambda n=n: first(n), known) for n in (len(layers), len(layers) - 1))
+    # The output of the last layer is the input of the next. Each layer counts with one of them.
+    more, fewer = (kept_bytes(partial(first, n), known) for n in (len(layers), len(layers) - 1))
     per_layer = (more - fewer) / subject.batch.numel()
     result = {
         "layers": {

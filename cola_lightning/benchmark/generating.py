@@ -1,4 +1,4 @@
-"""Timing generation."""
+"""Time generation."""
 
 import statistics
 import time
@@ -15,17 +15,18 @@ from cola_lightning.models.generation import stream
 
 
 def measure_generation(subjects: list[PackageModel], warmup: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
-    """Time greedy continuations of random prompts, a micro-batch of them (B, T), keys and values kept.
+    """Time greedy continuations of a micro-batch of random prompts (B, T), with a KV cache.
 
     Args:
-        warmup: Tokens that are not timed, of a continuation of their own.
+        subjects: The networks.
+        warmup: Tokens of a continuation that is made first and not timed.
         rounds: Continuations of every subject.
         tokens: Length of a continuation.
 
     Returns:
-        Of each subject: ``tokens_per_second`` of each round, those added after the first, over all rows;
-        ``first_token_seconds``, the median, in which the prompt is read; ``parameter_bytes``; ``peak_memory_bytes`` of
-        the allocator on CUDA, and ``counted_peak_bytes``, the most that is alive, weights included.
+        For each subject ``tokens_per_second`` of each round, over all rows, without the first token;
+        ``first_token_seconds``, the median of the time in which the prompt is read; ``parameter_bytes``;
+        ``peak_memory_bytes`` of the allocator on CUDA; ``counted_peak_bytes``, the most that is alive, with weights.
     """
     results: dict[str, dict[str, Any]] = {}
     firsts: dict[str, list[float]] = {}
@@ -59,7 +60,7 @@ def measure_generation(subjects: list[PackageModel], warmup: int, rounds: int, t
 
 
 def _generate(subject: PackageModel, tokens: int) -> tuple[float, float]:
-    """Seconds until the first token, and for the rest."""
+    """Return the seconds until the first token, and those of the rest."""
     wait = torch.cuda.synchronize if subject.device.type == "cuda" else lambda: None
     ids = subject.batch.to(subject.device)
     wait()

@@ -1,4 +1,4 @@
-"""Benchmarks as tables, and as JSON."""
+"""Print benchmarks as tables, and write them as JSON."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ from cola_lightning.provenance import commit, libraries
 
 
 def report(results: list[dict[str, Any]], subject: BenchmarkTarget, file: str | None) -> None:
-    """Print the tables, ratios of the first to each other, and write everything to ``file`` as JSON."""
+    """Print the tables, with ratios of the first subject to each other one, and write all to ``file`` as JSON."""
     peak, source = peak_of(subject.device, str(subject.trainer.precision))
     setting = {
         "date": date.today().isoformat(),
@@ -63,7 +63,7 @@ def _lines(file: str) -> list[str]:
 
 
 def _ratios(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Of the first to the other: speeds round by round, the rest once."""
+    """Divide the first subject's numbers by the other's: speeds round by round, the rest once."""
     speeds = [a / b for a, b in zip(first["tokens_per_second"], other["tokens_per_second"], strict=True) if b]
     result: dict[str, Any] = {"name": f"{first['name']} ÷ {other['name']}", "tokens_per_second": speeds}
     for name in ("peak_memory_bytes", "counted_peak_bytes", "flops_step", "parameters"):
@@ -73,7 +73,7 @@ def _ratios(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """The median, and the least and the greatest."""
+    """Write the median, the least and the greatest of values."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
@@ -99,7 +99,7 @@ TRAINING = {
     "a step, ms": _milliseconds("step"),
     **{f"  {part}": _milliseconds(part) for part in PARTS},
     "FLOPs of a step, G: model": _plain("flops_model", ",.1f", 1e9),
-    "  with what is done again": _plain("flops_step", ",.1f", 1e9),
+    "  with recompute": _plain("flops_step", ",.1f", 1e9),
     "MFU": _plain("mfu", ".1%"),
     "HFU": _plain("hfu", ".1%"),
     "peak memory, MB": _plain("peak_memory_bytes", ",.0f", MILLION),

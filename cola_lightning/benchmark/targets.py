@@ -1,4 +1,4 @@
-"""What is measured: a network that trains, whoever wrote it."""
+"""Networks whose training steps are measured: of this package, or of others."""
 
 import sys
 from abc import ABC, abstractmethod
@@ -23,17 +23,17 @@ from cola_lightning.private_apis import tree_leaves
 from cola_lightning.training.module import LanguageModel, next_token_losses
 
 Mark = Callable[[str], Any]
-"""``mark(part)`` is called when a part of a step is over."""
+"""``mark(part)`` is called at the end of each part of a step."""
 
 
 class BenchmarkTarget(ABC):
-    """A network with its loss and optimizer, in the precision, on the device and with the clipping of a trainer.
+    """A network with its loss and optimizer, and with precision, device and clipping of a trainer.
 
     Args:
-        name: What it is called in tables.
-        trainer: Built, but not running.
+        name: Its name in tables.
+        trainer: A trainer that does not run.
         shape: Rows and tokens of a micro-batch (B, T).
-        vocab_size: Ids are drawn below it (V).
+        vocab_size: Number of ids (V); they are drawn at random.
     """
 
     network: nn.Module
@@ -45,31 +45,34 @@ class BenchmarkTarget(ABC):
         self.precision = trainer.precision_plugin
 
     @abstractmethod
-    def make_network(self) -> nn.Module: ...
+    def make_network(self) -> nn.Module:
+        """Make the network, in training mode, on any device."""
 
     @abstractmethod
-    def make_optimizer(self) -> Optimizer: ...
+    def make_optimizer(self) -> Optimizer:
+        """Make the optimizer of ``self.network``."""
 
     @abstractmethod
     def loss(self, ids: Tensor) -> Tensor:
-        """Mean next-token loss of ids (B, T)."""
+        """Compute the mean next-token loss of ids (B, T), in nats."""
 
     @abstractmethod
     def model_flops(self) -> float:
-        """FLOPs of a step that the mathematics asks for, forward and backward, nothing done twice."""
+        """Count the FLOPs of a step, forward and backward, without recompute."""
 
     def build(self) -> None:
+        """Make network, optimizer and a random batch, on the device."""
         with self.precision.module_init_context():
             network = self.make_network()
         self.network = self.precision.convert_module(network.to(self.device))
         self.optimizer = self.make_optimizer()
         on_gpu = self.device.type == "cuda"
-        # As a loader would leave it: in host memory, from where a GPU can fetch it while it computes.
+        # A data loader leaves a batch in pinned host memory, so that a GPU copies it while it computes.
         self.batch = torch.randint(self.vocab_size, self.shape)
         self.batch = self.batch.pin_memory() if on_gpu else self.batch
 
     def release(self) -> None:
-        """Give the device's memory back."""
+        """Free the device's memory."""
         del self.network, self.optimizer, self.batch
         torch.compiler.reset()
         if self.device.type == "cuda":
@@ -83,7 +86,7 @@ class BenchmarkTarget(ABC):
             return self.loss(self.batch.to(self.device, non_blocking=True))
 
     def step(self, mark: Mark = lambda part: None) -> None:
-        """An optimizer step of one micro-batch."""
+        """Make an optimizer step of one micro-batch."""
         ids = self.batch.to(self.device, non_blocking=True)
         mark("data")
         with self.autocast():
@@ -95,25 +98,26 @@ class BenchmarkTarget(ABC):
         mark("optimizer")
 
     def update(self) -> None:
-        if (self.trainer.gradient_clip_val or 0) > 0:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.trainer.gradient_clip_val)
+        """Clip the gradients, update the weights, and delete the gradients."""
+        if (most := self.trainer.gradient_clip_val or 0) > 0:
+            nn.utils.clip_grad_norm_(self.network.parameters(), most)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def states(self) -> list[Tensor]:
-        """The optimizer's."""
+        """Tensors of the optimizer's state."""
         return [leaf for leaf in tree_leaves([*self.optimizer.state.values()]) if isinstance(leaf, Tensor)]
 
 
 class PackageModel(BenchmarkTarget):
-    """The network of a run of this package, with the run's checkpointing."""
+    """The network of a run of this package, with the run's activation checkpointing."""
 
     def __init__(self, name: str, trainer: L.Trainer, model: LanguageModel, data: Any) -> None:
         super().__init__(name, trainer, (data.batch_size, data.sequence_length), model.config.vocab_size)
         self.model = model
 
     def make_network(self) -> LanguageModel:
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it in a connector
             if isinstance(callback, CoLAM | CRNetRecompute):
                 callback.setup(self.trainer, self.model, "fit")
         self.model.configure_model()
@@ -136,12 +140,12 @@ class PackageModel(BenchmarkTarget):
 
 
 class ExternalModel(BenchmarkTarget):
-    """Any other network, trained as a run of this package would train it.
+    """A network of others, trained as a run of this package would train it.
 
     Args:
-        path: ``module:callable``; the callable takes nothing and returns a module that maps ids (B, T) to logits
-            (B, T, V), or to something that has them as ``logits``. It may bring checkpointing of its own.
-        like: Whose precision, device, batch, clipping and optimizer it gets.
+        path: ``module:callable``. The callable takes no argument and returns a module that maps ids (B, T) to logits
+            (B, T, V), or to an object with the attribute ``logits``. It may have its own activation checkpointing.
+        like: The network whose precision, device, batch, clipping and optimizer it gets.
 
     Raises:
         InputError: If it cannot be imported, or does not return a module.
@@ -176,11 +180,11 @@ class ExternalModel(BenchmarkTarget):
         return cross_entropy(at_least_float32(logits).flatten(0, 1), ids[:, 1:].flatten())
 
     def model_flops(self) -> float:
-        """Three times a forward pass, as it is for networks all of whose matrices are trained."""
+        """Return three times the FLOPs of a forward pass, which is right if all matrices are trained."""
         with torch.no_grad(), eagerly():
             return 3 * count_flops(self.forward)
 
 
 def eagerly() -> Any:
-    """Without compiled code, into which counters cannot look."""
+    """Return a context in which nothing is compiled, because counters do not see inside compiled code."""
     return torch.compiler.set_stance("force_eager")

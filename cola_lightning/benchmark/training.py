@@ -1,9 +1,9 @@
-"""Timing training steps."""
+"""Time training steps."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -14,14 +14,15 @@ from cola_lightning.benchmark.clock import Clock
 from cola_lightning.benchmark.counting import count
 from cola_lightning.benchmark.targets import BenchmarkTarget
 
+Target = TypeVar("Target", bound=BenchmarkTarget)
 PARTS = ("data", "forward", "backward", "optimizer")
 
 
-def turns(subjects: list[BenchmarkTarget], rounds: int) -> Iterator[tuple[int, BenchmarkTarget]]:
-    """Who is measured when, built by then: the number of the round, and the subject.
+def turns(subjects: Sequence[Target], rounds: int) -> Iterator[tuple[int, Target]]:
+    """Yield the number of a round and the subject that is measured next, which is built by then.
 
-    On a CPU, which may have other things to do, all take turns in every round, so that what disturbs one disturbs the
-    others. A GPU works for one program and keeps its pace; there each subject has it alone, for its memory to be seen.
+    On a CPU all subjects take turns in every round, so that other work on the machine disturbs all of them alike. A GPU
+    runs one program at a steady speed. There each subject is alone, so that its memory can be measured.
     """
     if subjects[0].device.type == "cuda":
         for subject in subjects:
@@ -42,14 +43,15 @@ def measure_training(
     """Time steps of every subject, after counting what they do.
 
     Args:
+        subjects: The networks.
         warmup: Steps that are not timed, before a subject's first turn.
         rounds: Turns of every subject.
         steps: Timed steps of a turn.
-        folder: Where a trace of each subject's steps is written.
+        folder: Folder for a trace of each subject's steps.
 
     Returns:
-        Of each subject what :func:`count` returns, and: ``tokens_per_second`` of each round, its median step;
-        ``seconds``, the median of a step and of its parts (``data`` is the way of a batch from host memory to the
+        For each subject what :func:`count` returns; ``tokens_per_second`` of each round, by its median step;
+        ``seconds``, the median of a step and of its parts (``data`` is the copy of a batch from host memory to the
         device); ``peak_memory_bytes`` of the allocator on CUDA, else None.
     """
     results: dict[str, dict[str, Any]] = {}

@@ -184,10 +184,11 @@ def trace(
         mask_documents: Tokens attend only to their own document.
         fused_norm: RMSNorm is one kernel, as on GPUs. On a CPU it is several, which keep more.
     """
+    network = _build_on_meta(build, layers, dtype)
     with ExitStack() as stack:
         stack.enter_context(fake_tensors())
         stack.enter_context(default_dtype(dtype))
-        network = build(num_hidden_layers=min(layers, TRACED))
+        _make_fake(network)
         for transform in transforms:
             transform(network)
         # Replace the norms' forward by one whose saved tensors are a GPU kernel's.
@@ -206,6 +207,29 @@ def trace(
         # The CPU's autocast, whatever the device, because fake tensors of a GPU need a PyTorch that is built for it.
         products = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None)
         return _step(network, batch, products, layers, recorder)
+
+
+def _build_on_meta(build: Build, layers: int, dtype: torch.dtype) -> Llama:
+    """Build the layers that are traced without memory, and without a draw from the global random numbers.
+
+    On the meta device, and not with fake tensors, because an initialization may read a number that it drew, as that of
+    LaX's gates does. A fake tensor has none.
+    """
+    with torch.random.fork_rng(devices=[]), default_dtype(dtype), torch.device("meta"):
+        return build(num_hidden_layers=min(layers, TRACED))
+
+
+def _make_fake(network: nn.Module) -> None:
+    """Replace parameters and buffers by fake ones of the CPU; fake tensors are on. Tied parameters stay tied."""
+    made: dict[int, Tensor] = {}
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in made:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            setattr(module, name, made[id(parameter)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _step(network: Llama, batch: dict[str, Tensor], products: Any, layers: int, recorder: Recorder) -> Trace:
@@ -295,8 +319,9 @@ def optimizer_states(
     build: Build, layers: int, make_optimizer: Callable[..., Optimizer], dtype: torch.dtype
 ) -> OptimizerStates:
     """Make an optimizer step on fake parameters of ``dtype``, and count the states that it leaves."""
+    network = _build_on_meta(build, layers, dtype)
     with fake_tensors(), default_dtype(dtype):
-        network = build(num_hidden_layers=min(layers, TRACED))
+        _make_fake(network)
         for parameter in network.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         optimizer = make_optimizer(Parameters(network))

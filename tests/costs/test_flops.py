@@ -7,7 +7,7 @@ from torch import nn
 
 from cola_lightning.costs import Flops, Run
 from cola_lightning.costs.counters import Recorder, count_flops
-from cola_lightning.methods import CoLA, CoLAM, LowRank
+from cola_lightning.methods import SST, CoLA, CoLAM, CRNet, LaX, LoRA, LowRank, ReLoRA, SLTrain, SwitchLoRA
 from cola_lightning.models import FullRank, LlamaConfig
 from cola_lightning.models.llama import build_llama
 from cola_lightning.training.module import next_token_losses
@@ -72,6 +72,30 @@ def test_the_recorder_counts_as_pytorchs_counter_does():
     with Recorder() as recorder:
         step()
     assert recorder.flops.total() == count_flops(step)
+
+
+METHODS = {
+    "LaX": partial(LaX, rank=16),
+    "CR-Net": partial(CRNet, rank=16),
+    "SLTrain": partial(SLTrain, rank=16),
+    "LoRA": partial(LoRA, rank=16),
+    "ReLoRA": partial(ReLoRA, rank=16),
+    "SwitchLoRA": partial(SwitchLoRA, rank=16),
+    "SST": partial(SST, rank=16),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_traced_as_it_runs(method):
+    """Also those whose initialization reads a number that it drew (LaX), which fake tensors do not have."""
+    plain = run_of("small", "none", FullRank)
+    run = replace(plain, build=partial(plain.build, projection=METHODS[method]))
+    state = torch.random.get_rng_state()
+    assert run.memory.optimizer > 0
+    traced = run.traced.step_flops
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert traced == count_flops(real_step(run)[1])
 
 
 @pytest.mark.slow
