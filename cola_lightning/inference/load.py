@@ -1,4 +1,4 @@
-"""A trained model to use: a checkpoint of any strategy, the directory of a run, or a Hugging Face folder."""
+"""Load a trained model: from a checkpoint of any strategy, the directory of a run, or a Hugging Face folder."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -21,18 +21,18 @@ from cola_lightning.provenance import TOKENIZER
 from cola_lightning.training.module import LanguageModel
 
 NOT_BUILT = {"optimizer", "schedule", "compile", "initial_weights"}
-"""Arguments of the LightningModule that make no difference to its network."""
+"""Arguments of the LightningModule that its network does not depend on."""
 
 
 @dataclass
 class LoadedModel:
-    """A network with what is known of it.
+    """A network, with the facts of its checkpoint and its run.
 
     Args:
-        network: In eval mode, on the CPU, in the dtype it was stored in.
+        network: In eval mode, on the CPU, in the dtype in which it was stored.
         path: The checkpoint or folder.
-        checkpoint: All that a checkpoint says; None for a folder in Hugging Face's layout.
-        run_dir: Directory of the run that the checkpoint lies in; None where there is none.
+        checkpoint: Content of the checkpoint; None for a folder in Hugging Face's layout.
+        run_dir: Directory of the run that the checkpoint is in; None if there is none.
     """
 
     network: Llama
@@ -41,13 +41,17 @@ class LoadedModel:
     run_dir: Path | None = None
 
     def tokenizer(self, name: str | None = None) -> Tokenizer:
-        """The one named, or that of the run or folder.
+        """Load the tokenizer of the run or folder, or another one by name.
 
-        A run's is used as in training. A folder's is used as transformers does, which puts ids before a text and reads
-        special tokens out of it; one that is named for a folder too, where it puts ids before a text.
+        A run's tokenizer is used as in training. That of a folder in Hugging Face's layout is used as transformers uses
+        it: it puts ids before a text, and reads special tokens in it. Another one for such a folder is used in the same
+        way if it puts ids before a text.
+
+        Args:
+            name: Folder, tokenizer.json or repository on the hub; None for the model's own.
 
         Raises:
-            InputError: If none is named and none is known.
+            InputError: If no name is given, and the model's own is not known.
         """
         if name is not None:
             if self.checkpoint is None and (foreign := FolderTokenizer.open(name)).prefix:
@@ -64,20 +68,20 @@ class LoadedModel:
         raise InputError(f"{self.path} does not say which tokenizer it was trained with; name it by --tokenizer")
 
     def sequence_length(self) -> int | None:
-        """Tokens of the rows that it was trained on; None where that is not known."""
+        """Return the tokens of a training row (T); None if that is not known."""
         length = self._data_arguments().get("sequence_length")
         return length if type(length) is int and length > 0 else None
 
     def _data_arguments(self) -> dict[str, Any]:
-        """Arguments of the data module, which may be one of the user's, with arguments of any kind."""
+        """Return the arguments of the data module. It may be a user's own, with arguments of any kind."""
         arguments = (self.configuration().get("data") or {}).get("init_args")
         return arguments if isinstance(arguments, dict) else {}
 
     def configuration(self) -> dict[str, Any]:
-        """What the run was started with; empty where that is not known.
+        """Read the configuration of the run; empty if there is no run.
 
         Raises:
-            InputError: If the file that says so cannot be read.
+            InputError: If its file cannot be read.
         """
         file = self.run_dir / "config.yaml" if self.run_dir else None
         if file is None:
@@ -95,15 +99,16 @@ class LoadedModel:
 
 
 def load_model_for_inference(path: str | Path, trusted: Collection[str] = ()) -> LoadedModel:
-    """Open a checkpoint of any strategy, the directory of a run (its last checkpoint), or a folder that ``load_model``
-    understands. Nothing in it is run.
+    """Load a checkpoint of any strategy, the last checkpoint of a run's directory, or a Hugging Face folder.
+
+    No code in the file runs.
 
     Args:
         path: The checkpoint, directory or folder.
-        trusted: Classes, or packages, of which a checkpoint may name code besides this package's.
+        trusted: Classes or packages whose code a checkpoint may name, in addition to this package's.
 
     Raises:
-        InputError: If it is none of these, or not whole by its checksums, or names code of others.
+        InputError: If the path is none of these, its checksums do not match, or it names code of others.
         UnusableModelError: If its weights hold NaN or infinity.
     """
     path = Path(path).expanduser()
@@ -113,7 +118,7 @@ def load_model_for_inference(path: str | Path, trusted: Collection[str] = ()) ->
         return LoadedModel(network, path)
     last = path / "checkpoints" / "last.ckpt"
     path = last if last.exists() else path
-    format_of(path)  # says so if it is no checkpoint at all
+    format_of(path)  # refuses what is not a checkpoint
     check_no_code(path)
     if problem := find_corruption(path):
         raise InputError(f"{path} is damaged: {problem}; name another checkpoint")
@@ -124,7 +129,7 @@ def load_model_for_inference(path: str | Path, trusted: Collection[str] = ()) ->
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device that is named, or a GPU where there is one.
+    """Return the device with this name; without a name, a GPU if there is one, else the CPU.
 
     Raises:
         InputError: If there is no such device.
@@ -138,10 +143,10 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def build(checkpoint: Checkpoint, path: Path, trusted: Collection[str] = ()) -> Llama:
-    """The network that a checkpoint's hyper-parameters describe, with its weights, in eval mode.
+    """Build the network that a checkpoint's hyper-parameters describe, with its weights, in eval mode.
 
     Raises:
-        InputError: If they describe none, or another than the weights are of.
+        InputError: If the hyper-parameters describe no network, or one that the weights do not fit.
     """
     parser = ArgumentParser(exit_on_error=False)
     known = parser.add_class_arguments(LanguageModel, "model", skip=NOT_BUILT)
