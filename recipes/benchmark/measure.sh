@@ -1,6 +1,6 @@
 #!/bin/bash
-# Everything that recipes/benchmark/README.md has in tables, in one call: bash recipes/benchmark/measure.sh FOLDER
-# Further flags go to every measurement, those of another's networks (--peer module:callable) to the trainings. By
+# Measure all tables of recipes/benchmark/README.md in one call: bash recipes/benchmark/measure.sh FOLDER
+# Further flags go to every measurement, and --peer module:callable to those of training. By
 # environment: SIZE (1b), ROWS of a micro-batch (64), LARGE for a second size (7b; empty for none) and its LARGE_ROWS.
 # On a CPU: SIZE=60m ROWS=4 LARGE= bash recipes/benchmark/measure.sh FOLDER --trainer.accelerator cpu \
 #   --trainer.precision 32-true
@@ -21,7 +21,7 @@ measure() {  # NAME, then the command line
   python -m cola_lightning benchmark "${@:2}" "${flags[@]}" --json "$folder/$1.json" | tee "$folder/$1.txt"
 }
 
-# One path at a time, over the plain run
+# One path at a time, compared with the plain run
 echo '{model: {fused_projections: true}}' > "$folder/fused.yaml"
 echo '{model: {loss_chunk_size: 2048}}' > "$folder/chunks.yaml"
 echo '{model: {compile: true}}' > "$folder/compile.yaml"
