@@ -104,6 +104,18 @@ def keep_logging_position(trainer: L.Trainer) -> Iterator[None]:
     connector._first_loop_iter = first
 
 
+def count_validation_on_resume(trainer: L.Trainer, count: bool) -> None:
+    """Choose whether Lightning adds the batches of the validation that is due at a resumed step to its progress.
+
+    Lightning takes that validation as made, and adds its batches before the first batch that it trains on. Where the
+    validation was made after resuming, its batches have been counted one by one, so they must not be added again.
+    """
+    loop, name = trainer.fit_loop.epoch_loop.val_loop, "increment_progress_to_evaluation_end"
+    vars(loop).pop(name, None)
+    if not count:
+        vars(loop)[name] = lambda: None  # An attribute of the object hides the method of its class.
+
+
 def log_step_now(trainer: L.Trainer) -> None:
     """Send what this step has logged to the loggers now, and not again when the batch ends."""
     connector, name = trainer._logger_connector, "update_train_step_metrics"
@@ -382,6 +394,12 @@ EXPECTED = (
     Expected("lightning", f"{_EPOCH_LOOP}._num_ready_batches_reached", "self"),
     Expected("lightning", f"{_EPOCH_LOOP}._should_check_val_fx", "self, data_fetcher"),
     Expected("lightning", f"{_EPOCH_LOOP}.on_advance_end", mentions=("_should_check_val_fx", "_batches_that_stepped")),
+    Expected(
+        "lightning",
+        "lightning.pytorch.loops.evaluation_loop:_EvaluationLoop.increment_progress_to_evaluation_end",
+        "self",
+    ),
+    Expected("lightning", f"{_EPOCH_LOOP}.advance", mentions=("increment_progress_to_evaluation_end",)),
     Expected("lightning", f"{_EPOCH_LOOP}._broadcast_sigterm_tensor", "self"),
     Expected("lightning", f"{_EPOCH_LOOP}.advance", mentions=("_broadcast_sigterm_tensor",)),
     Expected("lightning", f"{_EPOCH_LOOP}._on_before_fetch", mentions=("].train_dataloader_next",)),

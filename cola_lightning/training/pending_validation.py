@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import TypedDict
 
 from cola_lightning.errors import InputError
-from cola_lightning.private_apis import is_validation_due, keep_logging_position
+from cola_lightning.private_apis import count_validation_on_resume, is_validation_due, keep_logging_position
 from cola_lightning.stored_data import Count, StoredDataError, check_stored
 from cola_lightning.training.resumed_settings import keep_patience
 
@@ -98,8 +98,10 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def validate_if_pending(trainer: L.Trainer) -> None:
-    """Make it up, before the next step; all ranks take part."""
-    if not _is_due(trainer):
+    """Run the validation that was due before the next step, if it was not made; all ranks take part."""
+    pending = _is_due(trainer)
+    count_validation_on_resume(trainer, count=not pending)
+    if not pending:
         return
     rank_zero_info(f"Validating step {trainer.global_step}, after which the run was stopped")
     loop = trainer.fit_loop.epoch_loop.val_loop

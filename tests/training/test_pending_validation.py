@@ -105,6 +105,24 @@ def test_every_point_of_the_curves_is_there_once(start, unbroken, tmp_path, numb
     assert scalars(tmp_path / "run") == unbroken[ranks]  # and not a second time
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_validation_made_after_a_stop_is_counted_once(start, tmp_path, ranks):
+    """A run is stopped after step 3, before the validation of that step. The count of validation batches in the
+    checkpoint of step 6 is that of one validation, as in a run that is not stopped."""
+    start(tmp_path / "unbroken", ranks=ranks).done()
+    run = start(tmp_path / "broken", *end(signal.SIGTERM, 3, validating=False), ranks=ranks)
+    assert run.wait()[0] == 128 + signal.SIGTERM, run.output()
+    start(tmp_path / "broken", ranks=ranks).done()
+    counts = [batches_validated(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("unbroken", "broken")]
+    assert counts[0] == counts[1]
+    assert counts[0]["ready"] == counts[0]["completed"] > 0
+
+
+def batches_validated(checkpoint) -> dict[str, int]:
+    loops = torch.load(checkpoint, weights_only=True)["loops"]["fit_loop"]
+    return loops["epoch_loop.val_loop.batch_progress"]["total"]
+
+
 def test_what_callbacks_made_of_a_validation_is_not_lost_before_the_next_checkpoint(start, tmp_path):
     """The run is killed after the validation of step 3, whose checkpoint is older than that, and before another: the
     best value so far, and how long EarlyStopping has waited, are those of the run that went on."""
