@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 _SERVER = multiprocessing.get_context("forkserver")
-_PRELOADED = ["tests.distributed.parity_run", "cola_lightning.cli.app"]
+_PRELOADED = ["tests.distributed.parity_run", "cola_lightning.cli.lightning_cli"]
 _SERVER.set_forkserver_preload(_PRELOADED)
 _RUNS: list["Run"] = []
 

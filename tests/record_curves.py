@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from cola_lightning.cli.app import CLI
+from cola_lightning.cli.lightning_cli import CLI
 from tests.distributed.parity_run import STEPS, Data, train_each
 from tests.processes import Run
 from tests.recorder import Curve

@@ -7,8 +7,9 @@ import pytest
 import torch
 import yaml
 
-from cola_lightning.cli.app import CLI, main, resolve
+from cola_lightning.cli.app import main
 from cola_lightning.cli.commands.benchmark import parse
+from cola_lightning.cli.lightning_cli import CLI, resolve
 from cola_lightning.compare.plan import Method, Plan
 from cola_lightning.compare.rates import Rates
 from cola_lightning.models.recompute import RecomputedBlock

@@ -1,12 +1,69 @@
-"""What an import brings with it, looked at in a fresh interpreter."""
+"""Which package imports which, by the source; and what an import loads, in a fresh interpreter."""
 
+import ast
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
+from tests.conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "cola_lightning"
 HEAVY = ["torch", "lightning", "transformers", "datasets", "deepspeed"]
+
+
+def imports(folder: str) -> Iterator[tuple[str, str]]:
+    """Each module that a file in the folder imports, within functions too: file and module."""
+    for file in sorted((PACKAGE / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file} imports relatively, which this test cannot follow"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            yield from ((str(file.relative_to(PACKAGE)), name) for name in names)
+
+
+def test_only_the_entry_point_imports_the_command_line():
+    found = {file for file, name in imports(".") if name.startswith("cola_lightning.cli")}
+    assert {file for file in found if not file.startswith("cli/")} == {"__main__.py"}
+
+
+LAYERS = [
+    {"models"},
+    {"methods", "optim"},
+    {"checkpoints"},
+    {"distributed"},
+    {"data"},
+    {"training"},
+    {"costs"},
+    {"callbacks"},
+    {"hub", "inference", "benchmark", "compare"},
+    {"cli"},
+]
+"""Packages from the lowest: a package imports those of its own layer and of those below it."""
+COMMANDS = {"methods/factorize.py"}
+"""Files that are a command's work from a folder to a folder, and lie in a lower package because of its subject."""
+
+
+def test_imports_run_one_way():
+    layer = {package: number for number, packages in enumerate(LAYERS) for package in packages}
+    assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()} == set(layer)
+    upward = [
+        (file, name)
+        for file, name in imports(".")
+        if name.startswith("cola_lightning.") and "/" in file and file not in COMMANDS
+        and layer.get(name.split(".")[1], 0) > layer[file.split("/")[0]]
+    ]  # fmt: skip
+    assert upward == []
+
+
+def test_models_import_no_lightning():
+    assert [each for each in imports("models") if each[1].split(".")[0] in ("lightning", "lightning_utilities")] == []
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from cola_lightning.benchmark.generating import measure_generation
 from cola_lightning.benchmark.report import report
 from cola_lightning.benchmark.targets import BenchmarkTarget, ExternalModel, PackageModel
 from cola_lightning.benchmark.training import measure_training
-from cola_lightning.cli.commands.benchmark import parse
 
 __all__ = [
     "BenchmarkTarget",
@@ -12,6 +11,5 @@ __all__ = [
     "PackageModel",
     "measure_generation",
     "measure_training",
-    "parse",
     "report",
 ]

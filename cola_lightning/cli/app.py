@@ -1,541 +1,94 @@
-"""The command line: Lightning's ``fit``, ``validate``, ``test``, ``predict``, and the commands without a Trainer."""
+"""Dispatch a command line to its command, and report in one line what a user can mend."""
 
+import ast
 import errno
+import importlib
 import io
-import json
 import os
 import re
 import signal
 import sys
-from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
-import lightning as L
-import yaml
-from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.enums import StrEnum
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from cola_lightning.errors import InputError, did_you_mean
 
-# Imported so that their classes can be named without a path.
-import cola_lightning.data
-import cola_lightning.methods  # noqa: F401
-from cola_lightning import benchmark
-from cola_lightning.callbacks import (
-    Checkpoints,
-    Dashboard,
-    HyperParameters,
-    LogLines,
-    Memory,
-    OutOfMemoryAdvice,
-    Predictions,
-    Progress,
-    SourceTokenCounter,
-    Throughput,
-)
-from cola_lightning.callbacks.out_of_memory import out_of_memory
-from cola_lightning.checkpoints import (
-    check_named_code,
-    check_no_code,
-    check_sizes,
-    find_corruption,
-    model_settings,
-    plain_data_only,
-    read_state,
-)
-from cola_lightning.checkpoints.formats import weights_in_parts
-from cola_lightning.checkpoints.latest import latest_valid
-from cola_lightning.checkpoints.lock import lock, release
-from cola_lightning.checkpoints.pretrained import check_finite
-from cola_lightning.checkpoints.restore import check_complete, incomplete, restore_explained
-from cola_lightning.cli import completion
-from cola_lightning.cli.commands import compare, estimate, export
-from cola_lightning.cli.config_files import ConfigFile
-from cola_lightning.cli.merge_settings import differences, merge_settings, stand_ins
-from cola_lightning.cli.parser import Parser
-from cola_lightning.cli.trainer_flags import (
-    check_numbers,
-    check_settings,
-    check_trainer,
-    defaults_beside,
-    loggers_of_a_measurement,
-    next_version,
-    place_loggers,
-)
-from cola_lightning.data import prepare
-from cola_lightning.data.token_data_module import TokenDataModule
-from cola_lightning.distributed.precision import check_precision
-from cola_lightning.distributed.strategies import check_strategy, check_world_size
-from cola_lightning.errors import InputError, UnusableModelError
-from cola_lightning.inference import evaluate, generate
-from cola_lightning.loggers import FaultTolerantTensorBoardLogger
-from cola_lightning.methods import factorize as factorize
-from cola_lightning.models import Projection
-from cola_lightning.optim.schedules import open_lengths
-from cola_lightning.private_apis import check_private_apis, commands_of
-from cola_lightning.provenance import TOKENIZER, run_folder, write_provenance
-from cola_lightning.signals import LISTENER
-from cola_lightning.training.module import LanguageModel
-from cola_lightning.training.preemption import await_ranks, limit_rendezvous, own_signals
-
-TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
+TRAINER_COMMANDS = {
+    "fit": ("Train", "Train a model, or go on with a run."),
+    "validate": ("Look", "Measure a model on the validation data of a config."),
+    "test": ("Look", "Measure a model on the test data of a config."),
+    "predict": ("Use", "Write the loss of each row of a config's data."),
+}
+"""Lightning's commands: group and line of each in ``--help``."""
+GROUPS = ("Train", "Look", "Compare", "Use")
+"""Groups of commands in ``--help``, in this order."""
 CLOSED_PIPE = 141
 """Exit status of a command that a closed pipe ended: 128 and the signal's number, as shells report it."""
-REFUSALS = (InputError, ModuleNotFoundError, MisconfigurationException)
-"""Errors that a class raises in its constructor for settings that cannot work."""
-USAGE = "[--config FILE] [--NAME VALUE ...]"
-MORE_COMMANDS = (
-    "Besides: 'prepare' tokenizes a data set beforehand, 'estimate --config FILE [--gpus N] [--gpu NAME]' tells what a "
-    "run will cost, 'benchmark --config FILE [--against FILE]' measures training steps, 'compare --config FILE' trains "
-    "several methods side by side, 'export', 'generate', 'evaluate' and 'factorize' use what was trained (each has a "
-    "--help), 'schema' prints a JSON schema of the configs, and 'completion SHELL' a completion script."
-)
-
-
-# Timer has an enum among its defaults, which YAML could not write; then Timer could not be named.
-yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Writes the whole configuration into the directory of a training run, also of one that is resumed there, and what
-    else it takes to use and describe its checkpoints."""
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self.folder = run_folder(trainer)
-            super().setup(trainer, pl_module, stage)
-
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        write_provenance(trainer, self.folder)  # rank 0 alone is here
-        config = self.parser.dump(self.config, skip_none=False)
-        (self.folder / self.config_filename).write_text(config, encoding="utf-8")
-
-
-class RunParser(Parser, LightningArgumentParser):
-    """Of the commands that are Lightning's."""
-
-    bases = (L.Callback, L.LightningDataModule, Logger, Optimizer, LRScheduler, Projection)
-
-    def add_class_arguments(self, class_type: type, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ever, but leave open the arguments of a schedule that are the run's length where they are not given."""
-        lengths = (
-            open_lengths(class_type, {}) if isinstance(class_type, type) and issubclass(class_type, LRScheduler) else []
-        )
-        if not lengths:
-            return super().add_class_arguments(class_type, nested_key, *args, **kwargs)
-        kwargs["skip"] = {*(kwargs.get("skip") or ()), *lengths}
-        added = super().add_class_arguments(class_type, nested_key, *args, **kwargs)
-        for name in lengths:
-            key = f"{nested_key}.{name}" if nested_key else name
-            about = "Optimizer steps until its end; those of the run, --trainer.max_steps, if not given."
-            self.add_argument(f"--{key}", type=int | None, default=None, help=about)
-            added.append(key)
-        return added
-
-
-class CLI(LightningCLI):
-    """LightningCLI around :class:`LanguageModel`, with what every run has."""
-
-    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
-        super().__init__(
-            LanguageModel,
-            L.LightningDataModule,
-            subclass_mode_data=True,
-            save_config_callback=SaveRunConfig,
-            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},  # a logger's is not always the run's
-            trainer_defaults={
-                "callbacks": [
-                    Throughput(),
-                    Memory(),
-                    SourceTokenCounter(),
-                    Predictions(),
-                    OutOfMemoryAdvice(),
-                    HyperParameters(),
-                    Dashboard(),
-                    LogLines(),
-                ],
-                "max_epochs": -1,  # runs are counted in steps; an epoch is what is left of the run
-                "enable_model_summary": False,  # the module tells the network's size; the metrics have none
-            },
-            seed_everything_default=42,
-            auto_configure_optimizers=False,
-            # A usage line of its own, for the one made from all options buries the error that follows it.
-            parser_kwargs={command: {"usage": f"cola_lightning {command} {USAGE}"} for command in self.subcommands()},
-            args=args,
-            run=run,
-        )
-
-    # -- what can be typed --------------------------------------------------------------------------------------------
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = RunParser(**kwargs)
-        parser.description = f"{parser.description or ''} {MORE_COMMANDS}".strip()
-        parser.add_argument(
-            "-c", "--config", action=ConfigFile, help="YAML file; may be given several times, later ones win."
-        )
-        return parser
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--run_dir",
-            type=str | None,
-            default=None,
-            help="Directory of the run: its events, checkpoints and configuration. Without it, runs/version_0, 1, …",
-        )
-        parser.add_argument(
-            "--trust",
-            type=list[str],
-            default=[],
-            help="Classes, or packages, of which a checkpoint may name code, besides this package, torch.optim and "
-            "torch.nn. What the command line and its configs name themselves is trusted.",
-        )
-        parser.add_argument(
-            "--weights_only_start",
-            type=bool,
-            default=False,
-            help="Begin a new run with the weights of --ckpt_path, at step 0 and with a fresh optimizer, and take "
-            "nothing else from it; for checkpoints that hold no more than weights.",
-        )
-        parser.add_argument(
-            "--allow_nan",
-            type=bool,
-            default=False,
-            help="Take a checkpoint whose weights hold NaN or infinity, which is refused otherwise.",
-        )
-        parser.add_lightning_class_args(Checkpoints, "checkpoint")
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.typed = args
-        for subparser in commands_of(parser).values():
-            subparser.set_defaults({"weights_only": True})  # nothing but tensors and plain data is loaded from a file
-        match args:
-            case ["schema"]:
-                print(json.dumps(completion.json_schema(commands_of(parser)["fit"]), indent=1))
-                sys.exit()
-            case ["completion", shell]:
-                print(completion.shell_script(parser, shell))
-                sys.exit()
-        self.config = parser.parse_args(args)
-        seed = (self.config.get(self.config.get("subcommand") or "") or self.config).get("seed_everything")
-        if type(seed) is int and not 0 <= seed < 2**32:
-            raise InputError(f"--seed_everything is {seed}; it must lie between 0 and {2**32 - 1}")
-        command = self.config.get("subcommand")
-        for group in ("trainer", "model", "checkpoint") if command else ():
-            if not isinstance(
-                self.config[command].get(group), Namespace
-            ):  # jsonargparse takes a number, and fails later
-                raise InputError(f"--{group} is {self.config[command].get(group)!r}; it must be a mapping of settings")
-        check_numbers((self.config[command] if command else self.config).as_dict())
-        if command and self.config[command].get("weights_only", True) is not True:
-            raise InputError(
-                "--weights_only is fixed: a checkpoint holds tensors and plain data, and nothing else is loaded; leave "
-                "the option away"
-            )
-        self._choose_checkpoint()
-        self._hide_checkpoint()
-
-    def _choose_checkpoint(self) -> None:
-        """Find the checkpoint that is meant, look whether it can be trusted, and take from it what the command line and
-        its files are silent about.
-
-        Lightning does the reverse: there, what the checkpoint holds replaces what was typed. It does so between
-        ``parse_arguments`` and ``before_instantiate_classes``, so ``ckpt_path`` is hidden from it in between.
-        """
-        self.begin_weights: str | None = None
-        config = self.config.get("subcommand") and self.config[self.config.subcommand]
-        if not config:
-            return
-        if config.weights_only_start and not (self.config.subcommand == "fit" and config.get("ckpt_path")):
-            raise InputError("--weights_only_start begins a run, by fit, with the weights of --ckpt_path; name one")
-        if not config.get("ckpt_path"):
-            if self.config.subcommand in ("validate", "test", "predict") and not config.model.initial_weights:
-                rank_zero_warn(
-                    f"{self.config.subcommand} without --ckpt_path or --model.initial_weights: the network is untrained"
-                )
-            return
-        path = self._find_checkpoint(config)
-        config["ckpt_path"] = path and str(path)
-        if path is None:
-            return
-        if self.config.subcommand == "fit" and not config.weights_only_start:
-            check_complete(path)
-        if not config.allow_nan and rank_zero_only.rank == 0:
-            self._check_finite(path)
-        stored = model_settings(path)
-        check_sizes(stored, path)
-        trusted = [*config.trust, *_class_paths(config.as_dict())]
-        stored = check_named_code(stored, LanguageModel, path, trusted)
-        merged = merge_settings(stored, self._typed_settings(), stand_ins().values())
-        self.config = self.parser.parse_args([*self.typed, "--config", yaml.safe_dump({"model": merged})])
-        self.config[self.config.subcommand]["ckpt_path"] = None if config.weights_only_start else str(path)
-        self.begin_weights = str(path) if config.weights_only_start else None
-        model = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.config.subcommand]["model"]
-        for place, old, new in differences(stored, model):
-            if place == "optimizer" and self.config.subcommand == "fit" and not config.weights_only_start:
-                raise InputError(
-                    f"--model.optimizer is {new}, but {path} holds the state of {old}; go on with that one, or begin a "
-                    "new run with its weights, by --weights_only_start true"
-                )
-            rank_zero_warn(f"--model.{place} is {new} now; in {path} it was {old}")
-
-    def _hide_checkpoint(self) -> None:
-        """Keep ``ckpt_path`` aside until ``before_instantiate_classes`` puts it back."""
-        self.checkpoint_path: str | None = None
-        if command := self.config.get("subcommand"):
-            self.checkpoint_path, self.config[command]["ckpt_path"] = self.config[command].get("ckpt_path"), None
-
-    def _typed_settings(self) -> dict[str, Any]:
-        """Settings of the model that the command line and its files state, without defaults."""
-        command = self.typed.index(self.config.subcommand) + 1
-        classes = {"model": {key: {"class_path": name} for key, name in stand_ins().items()}}
-        below = ["--config", yaml.safe_dump(classes)]
-        typed = self.parser.parse_args([*self.typed[:command], *below, *self.typed[command:]], defaults=False)
-        return typed[self.config.subcommand].as_dict()["model"]
-
-    @staticmethod
-    def _check_finite(path: Path) -> None:
-        for weights in weights_in_parts(path):
-            try:
-                check_finite(weights, path)
-            except UnusableModelError as error:
-                raise InputError(f"{error}, or add --allow_nan true") from error
-
-    def _find_checkpoint(self, config: Any) -> Path | None:
-        """The checkpoint that ``--ckpt_path`` means; None where a run is to go on from its last and has none yet."""
-        if config.ckpt_path != "last":
-            path = Path(config.ckpt_path)
-            if not path.exists():
-                raise InputError(
-                    f"--ckpt_path {path} is not there; name a checkpoint, or the run's newest by --ckpt_path last"
-                )
-            check_no_code(path)
-            if problem := find_corruption(path):
-                raise InputError(
-                    f"--ckpt_path {path} is damaged: {problem}; name another, or take the newest that is whole by "
-                    "--ckpt_path last"
-                )
-            return path
-        folder = config.checkpoint.dirpath or (config.run_dir and Path(config.run_dir, "checkpoints"))
-        if folder is None:
-            raise InputError("--ckpt_path last needs to know of which run; set --run_dir, or name the checkpoint")
-        path = latest_valid(Path(folder))
-        if path:
-            check_no_code(path)
-        elif self.config.subcommand != "fit":
-            raise InputError(f"--ckpt_path last finds no checkpoint in {folder}; train first, or set --run_dir")
-        else:
-            rank_zero_info(f"No checkpoint in {folder} yet: the run begins")
-        return path
-
-    # -- what is made of it -------------------------------------------------------------------------------------------
-
-    def before_instantiate_classes(self) -> None:
-        """Find the directory of the run, because loggers need it when they are made."""
-        if self.subcommand:
-            self.config[self.subcommand]["ckpt_path"] = self.checkpoint_path
-        config = self.config[self.subcommand] if self.subcommand else self.config
-        trainer = config.trainer
-        self.run_dir = config.run_dir and Path(config.run_dir).absolute()
-        if self.run_dir and self.run_dir.exists() and not self.run_dir.is_dir():
-            raise InputError(f"--run_dir {config.run_dir} is a file; name a directory, which need not exist yet")
-        folder = config.checkpoint.dirpath and Path(config.checkpoint.dirpath)
-        if folder and folder.exists() and not folder.is_dir():
-            raise InputError(f"--checkpoint.dirpath {folder} is a file; name a directory, which need not exist yet")
-        if self.run_dir and trainer.default_root_dir not in (None, config.run_dir, str(self.run_dir)):
-            raise InputError(
-                f"--run_dir {config.run_dir} and --trainer.default_root_dir {trainer.default_root_dir} both say where "
-                "a run's files go; leave the second out"
-            )
-        if self.run_dir is None and not (self.subcommand == "fit" and trainer.logger in (None, True)):
-            # TensorBoard's logger numbers the directories of runs without a name by itself.
-            self.run_dir = next_version(Path(trainer.default_root_dir or "runs")).absolute()
-        if self.run_dir:
-            place_loggers(trainer.logger, self.run_dir)
-
-    def instantiate_classes(self) -> None:
-        try:
-            super().instantiate_classes()
-        except ValueError as error:  # the parser's, around what a class said as it was made
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, REFUSALS):
-                cause = cause.__cause__
-            if cause is None:
-                raise
-            raise InputError(" ".join(str(cause).split())) from error
-
-    def _setting(self, name: str) -> Any:
-        """A setting of this command, with its classes made."""
-        return (self.config_init[self.subcommand] if self.subcommand else self.config_init).get(name)
-
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        trainer, run_dir = self._setting("trainer"), self.run_dir
-        checkpoint = self._setting("checkpoint")
-        if run_dir and checkpoint.dirpath is None:
-            checkpoint.dirpath = str(run_dir / "checkpoints")
-        resumes = self._setting("ckpt_path")
-        if self.subcommand == "fit" and run_dir and not resumes and list(Path(checkpoint.dirpath).glob("*.ckpt")):
-            raise InputError(
-                f"{run_dir} holds a run already; go on with it by --ckpt_path last (if that finds all its checkpoints "
-                "damaged, move them away), or choose another --run_dir"
-            )
-        if self.subcommand not in ("fit", None):
-            kwargs["logger"] = loggers_of_a_measurement(trainer["logger"])
-        elif trainer["logger"] in (None, True) and not trainer["barebones"]:
-            kwargs["logger"] = FaultTolerantTensorBoardLogger(
-                run_dir or "runs", name="", version="" if run_dir else None, default_hp_metric=False
-            )
-        if run_dir:
-            kwargs["default_root_dir"] = str(run_dir)
-        kwargs["callbacks"] = self._callbacks(trainer)
-        if trainer["enable_checkpointing"] is False or trainer["barebones"]:
-            # LightningCLI adds the callback in any case, so something else has to stand in its place.
-            (self.config_init[self.subcommand] if self.subcommand else self.config_init)["checkpoint"] = L.Callback()
-            checkpoint.dirpath = None
-        check_precision(trainer["precision"], trainer["accelerator"])
-        check_strategy(trainer["strategy"])
-        check_settings(trainer)
-        try:
-            trainer = super().instantiate_trainer(**kwargs)
-        except (TypeError, ValueError, ModuleNotFoundError, MisconfigurationException) as error:  # do not go together
-            raise InputError(" ".join(str(error).split())) from error
-        trainer.run_dir = run_dir
-        check_trainer(trainer, self.datamodule)
-        if self.begin_weights:
-            self.model.initial_weights = self.begin_weights
-        if resumes:
-            self.model.initial_weights = None  # the checkpoint's count, and the folder may be gone by now
-            check_world_size(trainer.strategy, Path(resumes), trainer.world_size)
-            self._tell_data(Path(resumes), run_dir)
-        own_signals(trainer)
-        limit_rendezvous(trainer)
-        if self.subcommand == "fit" and trainer.is_global_zero:
-            for folder in {Path(folder) for folder in (run_dir, checkpoint.dirpath) if folder}:
-                lock(folder)  # before anything is written there
-        return trainer
-
-    def _tell_data(self, checkpoint: Path, run_dir: Path | None) -> None:
-        """Let the data know what the run began with, before it is read."""
-        if not isinstance(self.datamodule, TokenDataModule):
-            return
-        folders = [*checkpoint.absolute().parents[:2], *([run_dir] if run_dir else [])]
-        kept = (folder / TOKENIZER for folder in folders if (folder / TOKENIZER / "tokenizer.json").is_file())
-        state = read_state(checkpoint)
-        self.datamodule.begin_from(state, next(kept, None), training=self.subcommand == "fit", path=checkpoint)
-        name = type(self.datamodule).__qualname__
-        if self.subcommand == "fit" and not isinstance(state.get(name), dict):
-            raise incomplete(checkpoint, f"position in the data ({name})")
-
-    def _callbacks(self, trainer: Any) -> list[L.Callback]:
-        """The callbacks that the user named, with a progress bar; the other defaults follow by themselves."""
-        named = trainer["callbacks"] or []
-        named = list(named) if isinstance(named, list) else [named]
-        defaults = self.trainer_defaults["callbacks"]
-        if trainer["barebones"]:
-            defaults = []
-        elif trainer["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in named):
-            named.append(Progress())
-        self.trainer_defaults = {**self.trainer_defaults, "callbacks": defaults_beside(named, defaults)}
-        return named
-
-
-class Settings(CLI):
-    """The settings of a run that is not made: a trainer would ask for the devices that they name."""
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        return self._setting("trainer")
-
-
-def _class_paths(settings: Any) -> list[str]:
-    """Every import path of a class in these settings, at any depth."""
-    if isinstance(settings, list):
-        return [path for each in settings for path in _class_paths(each)]
-    if not isinstance(settings, dict):
-        return []
-    own = [settings["class_path"]] if isinstance(settings.get("class_path"), str) else []
-    return own + [path for each in settings.values() for path in _class_paths(each)]
-
-
-def predict_costs(args: list[str]) -> None:
-    """The command ``estimate``: options of its own, then those of ``fit``."""
-    options, rest = estimate.parser().parse_known_args(args)
-    estimate.check(options)
-    flags = [[f"--config={file}", *rest] for file in options.models] or [rest]
-    plans = [
-        estimate.plan(cli.model, cli.datamodule, cli.trainer, options.gpus)
-        for cli in (Settings(each, run=False) for each in flags)
-    ]
-    estimate.report(plans, options)
-
-
-def measure(args: list[str]) -> None:
-    """The command ``benchmark``: options of its own, then those of ``fit``."""
-    options, flags = benchmark.parse(args)
-    runs = {name: CLI(each, run=False) for name, each in flags.items()}
-    own = [benchmark.PackageModel(name, cli.trainer, cli.model, cli.datamodule) for name, cli in runs.items()]
-    if options.generate:
-        results = benchmark.measure_generation(own, options.warmup, options.rounds, options.generate)
-    else:
-        subjects = [*own, *(benchmark.ExternalModel(path, own[0]) for path in options.peer)]
-        results = benchmark.measure_training(subjects, options.warmup, options.rounds, options.steps, options.profile)
-    benchmark.report(results, own[0], options.json)
-
-
-def resolve(flags: list[str]) -> dict[str, Any]:
-    """The whole configuration that ``fit`` makes of these flags."""
-    try:
-        with redirect_stdout(io.StringIO()) as printed:
-            CLI(["fit", *flags, "--print_config"])
-    except SystemExit as stop:
-        if stop.code:
-            raise
-    return yaml.safe_load(printed.getvalue())
-
-
-def train(args: list[str]) -> None:
-    """Lightning's commands, with signals and the run's directory in this process's own hands until they end."""
-    check_private_apis(only_imported=True)
-    began = LISTENER.listen()
-    try:
-        await_ranks(CLI(args).trainer)
-    finally:
-        release()
-        if began:
-            LISTENER.unlisten()
-
-
-def _run(args: list[str]) -> None:
-    match args:
-        case ["benchmark", *rest]:
-            measure(rest)
-        case ["estimate", *rest]:
-            predict_costs(rest)
-        case ["prepare", *rest]:
-            prepare.main(rest)
-        case ["compare", *rest]:
-            compare.main(rest, resolve, main)
-        case ["export", *rest]:
-            export.main(rest)
-        case ["generate", *rest]:
-            generate.main(rest)
-        case ["evaluate", *rest]:
-            evaluate.main(rest)
-        case ["factorize", *rest]:
-            factorize.main(rest)
-        case _:
-            train(args)
-
-
-OF_A_PLACE = {
+FILE_ERRORS = {
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
     errno.EFBIG, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO, errno.ENODEV, errno.ENXIO,
 }  # fmt: skip
-"""Errors of the operating system that tell of a place, not of this program."""
+"""Errors of the operating system that are about a file or a disk, and no fault of this program."""
+EXAMPLES = """\
+Examples:
+  cola_lightning fit --config configs/quickstart.yaml          a small model in minutes
+  cola_lightning estimate --config configs/cola_1b.yaml        what a run will cost
+  cola_lightning generate runs/quickstart --prompt 'We'        let a model continue a text
+"""
+
+
+def own_commands() -> dict[str, tuple[str, str]]:
+    """List the files of the folder ``commands``: group and first line of the docstring of each, without importing."""
+    found = {}
+    for file in sorted(Path(__file__).with_name("commands").glob("[!_]*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        group = next(
+            node.value.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            and ast.unparse(node.targets[0]) == "GROUP"
+            and isinstance(node.value, ast.Constant)
+        )
+        found[file.stem] = (str(group), (ast.get_docstring(tree) or "").splitlines()[0])
+    return found
+
+
+def help_text() -> str:
+    """Describe the program: its commands by group, with a line each, and examples."""
+    commands = TRAINER_COMMANDS | own_commands()
+    width = max(map(len, commands))
+    lines = ["usage: cola_lightning COMMAND [OPTION ...]", "", "Pre-train LLaMA-style language models with low-rank"]
+    lines[-1] += " projections (CoLA and others)."
+    for group in GROUPS:
+        lines += ["", f"{group}:"]
+        lines += [f"  {name:<{width}}  {line}" for name, (its, line) in commands.items() if its == group]
+    return "\n".join([*lines, "", EXAMPLES + "\ncola_lightning COMMAND --help shows the options of a command."])
+
+
+def dispatch(args: list[str]) -> None:
+    """Parse a command line and run its command. Only this command is imported, and parsed before what it needs is.
+
+    Raises:
+        InputError: If there is no such command, or what was typed cannot work.
+    """
+    match args:
+        case ["-h" | "--help", *_]:
+            print(help_text())
+            return
+        case []:
+            raise InputError("no command is given; --help lists them")
+        case [name, *rest] if name in (commands := own_commands()):
+            command = importlib.import_module(f"cola_lightning.cli.commands.{name}")
+            options = command.parse(rest)
+        case [name, *_] if not (name in TRAINER_COMMANDS or name.startswith("-")):
+            hint = did_you_mean(name, [*TRAINER_COMMANDS, *commands])
+            raise InputError(f"{name} is none of the commands{hint}; --help lists them")
+        case _:  # options before the name of one of Lightning's commands are its too
+            command = importlib.import_module("cola_lightning.cli.lightning_cli")
+            options = args
+    from cola_lightning.cli.guards import guard_run
+
+    with guard_run():
+        command.run(options)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -545,38 +98,28 @@ def main(args: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # letters that a terminal's encoding lacks end no command
     try:
-        with plain_data_only(), restore_explained():
-            _run(args)
+        dispatch(args)
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, where it can still be said that it failed
+            sys.stdout.flush()  # a failure to write is noticed here, where it can be reported
     except BrokenPipeError:
-        if args and args[0] in TRAINING_COMMANDS:
+        if args and args[0] in TRAINER_COMMANDS:
             raise
         print("error: standard output was closed before all was written, as by '| head'", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not tried again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing more is written to the pipe
         sys.exit(CLOSED_PIPE)
     except KeyboardInterrupt:
         print("error: ended by Ctrl-C", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except (InputError, MisconfigurationException) as error:
-        print("error:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)  # libraries' words may have more lines
-        sys.exit(getattr(error, "exit_status", 2))
+    except InputError as error:
+        message = re.sub(r"\s*\n\s*", " ", str(error))  # messages of libraries may have several lines
+        print(f"error: {message}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+        sys.exit(error.exit_status)
     except OSError as error:
-        if error.errno not in OF_A_PLACE:
+        if error.errno not in FILE_ERRORS:
             raise
         place = error.filename or "a file"
         print(f"error: {place} cannot be read or written: {error.strerror}; choose another place", file=sys.stderr)
         sys.exit(1)
     except MemoryError:
         print("error: memory does not suffice; some size in the settings asks for more than there is", file=sys.stderr)
-        sys.exit(1)
-    except RuntimeError as error:
-        # EarlyStopping, whose monitor the run does not log; validation data of several loaders
-        if re.search("conditioned on metric|but no `dataloader_idx` argument", str(error)):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
-        if not out_of_memory(error) or not getattr(error, "__notes__", None):
-            raise
-        what = str(error).rpartition("DefaultCPUAllocator: ")[2]
-        print(f"error: {what.split('. ')[0]}", *error.__notes__, sep="\n", file=sys.stderr)
         sys.exit(1)

@@ -1,18 +1,17 @@
 """The parser of the command line, which says in one line what it did not understand."""
 
-import argparse
 import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 
 import cola_lightning.cli.import_policy  # noqa: F401  denies what no config may name
-from cola_lightning.errors import InputError, did_you_mean, hide_secrets
+from cola_lightning.errors import did_you_mean, hide_secrets
 from cola_lightning.private_apis import commands_of, options_of
 
 GIVEN = ("in_features", "out_features", "params", "optimizer")
@@ -42,23 +41,26 @@ class Parser(ArgumentParser):
         sys.exit(2)
 
 
-class OptionParser(argparse.ArgumentParser):
-    """The standard library's parser, which says in one line what it did not understand.
+def parse_function(
+    function: Callable, command: str, args: list[str], as_positional: bool = True, skip: Collection[str] = ()
+) -> dict[str, Any]:
+    """Parse the arguments of a function, from flags or a file named by ``--config``, and make the classes among them.
 
-    Raises:
-        InputError: For what is typed wrong, and for whole numbers of more than 64 bits.
+    Args:
+        function: The function; its docstring is the help.
+        command: Name of the command.
+        args: What was typed.
+        as_positional: Whether required arguments are typed without their names.
+        skip: Names of arguments that are not typed.
     """
-
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().parse_known_args(*args, **kwargs)
-        for name, value in vars(found[0]).items():
-            # A seed may be an unsigned number of 64 bits, too; the command that takes one checks it.
-            if isinstance(value, int) and abs(value) >= 2**63 and name != "seed":
-                raise InputError(f"--{name} is {value}; it must be below 2^63")
-        return found
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; {self.prog} --help lists the options")
+    parser = Parser(prog=f"cola_lightning {command}", description=(function.__doc__ or "").partition("\n")[0])
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with these arguments")
+    parser.add_function_arguments(
+        function, as_group=False, as_positional=as_positional, skip=set(skip), sub_configs=True
+    )
+    options = parser.instantiate_classes(parser.parse_args(args))
+    del options["config"]
+    return options.as_dict()
 
 
 def explain(

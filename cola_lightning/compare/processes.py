@@ -24,7 +24,8 @@ def run(function: Callable[..., Any], arguments: tuple[Any, ...], log: Path, thr
         The exit status, negative for a signal.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
+    # What this process has imported, the server imports once for all.
+    context.set_forkserver_preload(sorted(name for name in sys.modules if name.startswith("cola_lightning.")))
     process = context.Process(target=_child, args=(function, arguments, str(log), threads, os.getpid()))
     process.start()
     process.join()

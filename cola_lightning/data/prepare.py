@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jsonargparse import auto_cli
 from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import TypedDict
 
-from cola_lightning.cli.parser import Parser
 from cola_lightning.data.identity import StoredSource
 from cola_lightning.data.logical_shards import ENCODE_BATCH_SIZE
 from cola_lightning.data.prepared import FORMAT, INDEX, PLAN, TOKENIZER, StoredShard, read_record
@@ -71,11 +69,6 @@ def prepare(
         corpus = TextCorpus(replace(source, split=split, revision=revision), encoder, retry)
         _prepare_split(corpus, target, source.revision, num_workers)
         revision = corpus.identity()["commit"] or revision  # all splits are of one commit
-
-
-def main(args: list[str]) -> None:
-    """The command ``prepare``: the arguments of :func:`prepare`, as flags or in a file named by ``--config``."""
-    auto_cli(prepare, args=args, prog="cola_lightning prepare", parser_class=Parser, as_positional=False)
 
 
 class _Plan(TypedDict):

@@ -1,9 +1,9 @@
-"""The command ``evaluate``: perplexity on any text, and the tasks of lm-eval."""
+"""Measure a model: perplexity on any text, and the tasks of lm-eval."""
 
 import importlib.util
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cola_lightning.cli.parser import OptionParser
 from cola_lightning.data.documents import find_files, read_documents
 from cola_lightning.data.rows import IGNORE
 from cola_lightning.data.tokenizer import Tokenizer
@@ -35,58 +34,61 @@ def batched(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
         yield some
 
 
-def main(args: list[str]) -> None:
-    """Measure a model: perplexity and bits per byte on text, and tasks of lm-eval."""
-    parser = OptionParser("cola_lightning evaluate", allow_abbrev=False, description=main.__doc__)
-    parser.add_argument("model", help="checkpoint, directory of a run, or folder in Hugging Face's layout")
-    parser.add_argument(
-        "--text",
-        nargs="+",
-        default=[],
-        help="files or folders of .txt, .jsonl, .parquet; JSON lines may be compressed (.gz, .zst)",
-    )
-    parser.add_argument("--text_column", default="text", help="key or column that holds the text")
-    parser.add_argument("--sequence_length", type=int, help="tokens of a window; those of the run if not given")
-    parser.add_argument("--stride", type=int, help="tokens from one window to the next; sequence_length if not given")
-    parser.add_argument("--tasks", help="names of lm-eval tasks, with commas between them")
-    parser.add_argument("--include_path", help="folder with task files of your own")
-    parser.add_argument("--limit", type=int, help="examples of each task; all if not given")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows at a time")
-    parser.add_argument("--tokenizer", help="folder, tokenizer.json or hub repository; the model's if not given")
-    parser.add_argument("--device", help="cuda, cpu, …; what there is if not given")
-    parser.add_argument("--trust", nargs="+", default=[], help="classes or packages whose code a checkpoint may name")
-    parser.add_argument("--json", metavar="FILE", help="write the result there too")
-    options = parser.parse_args(args)
-    if not options.text and not (options.tasks or "").strip(", "):
-        raise InputError("there is nothing to evaluate on; give --text FILE_OR_FOLDER, or --tasks NAME,NAME")
-    for name in ("batch_size", "sequence_length", "limit"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} is {value}; it must be at least 1")
-    check_output_file(options.json)
-    if options.include_path is not None and not Path(options.include_path).is_dir():
-        raise InputError(f"--include_path {options.include_path} is no folder; name one with task files")
-    files = find_files(options.text) if options.text else []
-    names = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
-    if names:
-        _find_tasks(names, options.include_path)  # says so now if there is no such task
-    device = pick_device(options.device)
-    trained = load_model_for_inference(options.model, options.trust)
-    tokenizer = trained.tokenizer(options.tokenizer)
+def evaluate(
+    model: str,
+    text: Sequence[str] = (),
+    text_column: str = "text",
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    tasks: Sequence[str] = (),
+    include_path: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    tokenizer: str | None = None,
+    device: str | None = None,
+    trust: Sequence[str] = (),
+    json: str | None = None,
+) -> None:
+    """Measure a model on text and on tasks, and print the result as JSON.
+
+    Args:
+        model: Checkpoint, directory of a run, or folder in Hugging Face's layout.
+        text: Files or folders of text.
+        text_column: Key or column that holds the text.
+        sequence_length: Tokens of a window; those of the run if not given.
+        stride: Tokens from one window to the next; ``sequence_length`` if not given.
+        tasks: Names of lm-eval tasks.
+        include_path: Folder with task files of one's own.
+        limit: Examples of each task; all if not given.
+        batch_size: Windows, or examples, at a time.
+        tokenizer: Folder, tokenizer.json or hub repository; the model's if not given.
+        device: Where to compute; a GPU if there is one.
+        trust: Classes or packages whose code a checkpoint may name.
+        json: File to which the result is written too.
+
+    Raises:
+        InputError: If a file, a task or the model cannot be found, or a value is out of range.
+        UnusableModelError: If the loss is NaN.
+    """
+    check_output_file(json)
+    if include_path is not None and not Path(include_path).is_dir():
+        raise InputError(f"--include_path {include_path} is no folder; name one with task files")
+    files = find_files(list(text)) if text else []
+    if tasks:
+        _find_tasks(tasks, include_path)  # before the model is loaded
+    where = pick_device(device)
+    trained = load_model_for_inference(model, trust)
+    vocabulary = trained.tokenizer(tokenizer)
     result: dict[str, Any] = {}
     if files:
-        result["text"] = evaluate_text(
-            trained.network.to(device), tokenizer, files, options.text_column,
-            trained.sequence_length() if options.sequence_length is None else options.sequence_length,
-            options.stride, options.batch_size,
-        )  # fmt: skip
-        if math.isinf(result["text"]["perplexity"]):
-            print(f"the perplexity, exp({result['text']['loss']:.6g}), is beyond any number: null", file=sys.stderr)
-    if names:
-        result["tasks"] = evaluate_tasks(
-            trained, tokenizer, names, options.include_path, options.limit, options.batch_size, device
-        )
-    write_json(options.json, result)
+        length = trained.sequence_length() if sequence_length is None else sequence_length
+        measured = evaluate_text(trained.network.to(where), vocabulary, files, text_column, length, stride, batch_size)
+        if math.isinf(measured["perplexity"]):
+            print(f"the perplexity, exp({measured['loss']:.6g}), is beyond any number: null", file=sys.stderr)
+        result["text"] = measured
+    if tasks:
+        result["tasks"] = evaluate_tasks(trained, vocabulary, tasks, include_path, limit, batch_size, where)
+    write_json(json, result)
     print(to_json(result))
 
 
@@ -230,7 +232,7 @@ def _loss(network: Llama, windows: tuple[Window, ...]) -> tuple[float, int]:
 def evaluate_tasks(
     trained: LoadedModel,
     tokenizer: Tokenizer,
-    tasks: list[str],
+    tasks: Sequence[str],
     include_path: str | None = None,
     limit: int | None = None,
     batch_size: int = 8,
@@ -276,7 +278,7 @@ def evaluate_tasks(
     }
 
 
-def _find_tasks(tasks: list[str], include_path: str | None) -> Any:
+def _find_tasks(tasks: Sequence[str], include_path: str | None) -> Any:
     """Lm-eval's index of tasks, in which these are.
 
     Raises:

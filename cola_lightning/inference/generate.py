@@ -1,14 +1,12 @@
-"""The command ``generate``: let a model continue prompts."""
+"""Let a model continue prompts."""
 
 import re
-from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cola_lightning.cli.parser import OptionParser
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from cola_lightning.inference.load import load_model_for_inference, pick_device
@@ -16,37 +14,51 @@ from cola_lightning.models import Llama
 from cola_lightning.models.generation import check_sampling, pad_left, stream
 
 
-def main(args: list[str]) -> None:
-    """Let a model continue prompts. One is written as it comes; several are a batch, written when all are done."""
-    parser = OptionParser("cola_lightning generate", allow_abbrev=False, description=main.__doc__)
-    parser.add_argument("model", help="checkpoint, directory of a run, or folder in Hugging Face's layout")
-    parser.add_argument("--prompt", action="append", default=[], help="beginning of a text; may be given several times")
-    parser.add_argument("--file", help="file with a prompt on each line")
-    parser.add_argument("--tokenizer", help="folder, tokenizer.json or hub repository; the model's if not given")
-    parser.add_argument("--max_new_tokens", type=int, default=100, help="tokens to add at most")
-    parser.add_argument("--temperature", type=float, default=0.8, help="divides the logits; 0 takes the likeliest")
-    parser.add_argument("--top_k", type=int, help="sample among the k likeliest tokens only")
-    parser.add_argument("--top_p", type=float, help="sample among the likeliest that together have this probability")
-    parser.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
-    parser.add_argument("--seed", type=int, default=42, help="of the sampling")
-    parser.add_argument("--device", help="cuda, cpu, …; what there is if not given")
-    parser.add_argument("--trust", nargs="+", default=[], help="classes or packages whose code a checkpoint may name")
-    options = parser.parse_args(args)
-    prompts = options.prompt + (_lines(options.file) if options.file else [])
-    _check(options, prompts)
-    device = pick_device(options.device)
-    trained = load_model_for_inference(options.model, options.trust)
-    tokenizer = trained.tokenizer(options.tokenizer)
+def print_continuations(
+    model: str,
+    prompts: list[str],
+    file: str | None = None,
+    tokenizer: str | None = None,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stops: Sequence[str] = (),
+    seed: int = 42,
+    device: str | None = None,
+    trust: Sequence[str] = (),
+) -> None:
+    """Let a model continue prompts, and print them. One is printed token by token, several when all are done.
+
+    Args:
+        model: Checkpoint, directory of a run, or folder in Hugging Face's layout.
+        prompts: Beginnings of text.
+        file: File with a further prompt on each line.
+        tokenizer: Folder, tokenizer.json or hub repository; the model's if not given.
+        max_new_tokens, temperature, top_k, top_p: As for :func:`cola_lightning.models.generation.stream`.
+        stops: Texts that end a continuation.
+        seed: Of the sampling.
+        device: Where to compute; a GPU if there is one.
+        trust: Classes or packages whose code a checkpoint may name.
+
+    Raises:
+        InputError: If there is no prompt, a value is out of range, or the model cannot be loaded.
+    """
+    prompts = prompts + (_lines(file) if file else [])
+    check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    _check_texts(prompts, stops)
+    where = pick_device(device)
+    trained = load_model_for_inference(model, trust)
     progress = continue_texts(
-        trained.network.to(device),
-        tokenizer,
+        trained.network.to(where),
+        trained.tokenizer(tokenizer),
         prompts,
-        options.stop,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        generator=torch.Generator(device).manual_seed(options.seed),
+        list(stops),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=torch.Generator(where).manual_seed(seed),
     )
     if len(prompts) > 1:
         *_, texts = progress
@@ -55,7 +67,7 @@ def main(args: list[str]) -> None:
     print(prompts[0], end="", flush=True)
     shown, texts = 0, [""]
     for texts in progress:
-        certain = _certain(texts[0], options.stop)
+        certain = _certain(texts[0], stops)
         print(texts[0][shown:certain], end="", flush=True)
         shown = max(shown, certain)
     print(texts[0][shown:])
@@ -103,7 +115,7 @@ def continue_texts(
             return
 
 
-def _certain(text: str, stops: list[str]) -> int:
+def _certain(text: str, stops: Sequence[str]) -> int:
     """How many characters of a text will stay: not what may become a stop, nor a letter of which bytes are missing."""
     certain = len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
     for stop in stops:
@@ -113,15 +125,14 @@ def _certain(text: str, stops: list[str]) -> int:
     return certain
 
 
-def _check(options: Namespace, prompts: list[str]) -> None:
+def _check_texts(prompts: Sequence[str], stops: Sequence[str]) -> None:
     if not prompts:
         raise InputError("there is no prompt; give --prompt TEXT, or --file with one on each line")
-    check_sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.seed)
-    for name, texts in (("prompt", prompts), ("stop", options.stop)):
+    for name, texts in (("prompt", prompts), ("stop", stops)):
         for text in texts:
             if any("\ud800" <= letter <= "\udfff" for letter in text):  # what Python makes of other bytes
                 raise InputError(f"--{name} {text!r} is not UTF-8; type it in a terminal that is set to UTF-8")
-    if "" in options.stop:
+    if "" in stops:
         raise InputError("--stop is empty; name a text that ends the continuation, or leave it out")
 
 

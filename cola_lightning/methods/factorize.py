@@ -1,4 +1,4 @@
-"""The command ``factorize``: from a dense LLaMA to a low-rank one, by truncated SVD."""
+"""Make a low-rank LLaMA of a dense one, by truncated singular value decomposition."""
 
 from copy import deepcopy
 from dataclasses import asdict
@@ -7,11 +7,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.progress import track
 
-from cola_lightning.cli.parser import Parser
 from cola_lightning.data.documents import find_files
 from cola_lightning.errors import InputError
 from cola_lightning.hub import write_folder
@@ -75,11 +73,6 @@ def factorize(
     write_folder(network, target, vocabulary, card)
     (target / RUN_FILE).write_text(_config_file(network, target), encoding="utf-8")
     print(f"wrote {target}; go on with: fit --config … --config {target / RUN_FILE}")
-
-
-def main(args: list[str]) -> None:
-    """The command ``factorize``: the arguments of :func:`factorize`."""
-    auto_cli(factorize, args=args, prog="cola_lightning factorize", parser_class=Parser)
 
 
 def low_rank(dense: Llama, projection: MakeProjection, device: torch.device) -> Llama:

@@ -5,8 +5,9 @@ import torch
 
 from cola_lightning.benchmark import ExternalModel, PackageModel
 from cola_lightning.benchmark.clock import Clock
-from cola_lightning.cli.app import CLI, main
+from cola_lightning.cli.app import main
 from cola_lightning.cli.commands.benchmark import parse
+from cola_lightning.cli.lightning_cli import CLI
 from cola_lightning.errors import InputError
 from tests.conftest import REPOSITORY
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cola_lightning.cli.app import main, resolve
+from cola_lightning.cli.app import main
+from cola_lightning.cli.lightning_cli import resolve
 from cola_lightning.compare.outcome import read_outcome
 from cola_lightning.compare.trials import SweepRunner
 from cola_lightning.errors import InputError

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cola_lightning.cli.app import main
 from cola_lightning.data.passes import Share
-from cola_lightning.data.prepare import main, prepare
+from cola_lightning.data.prepare import prepare
 from cola_lightning.data.prepared import PreparedCorpus, is_prepared
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.sources import Source, TextCorpus
@@ -206,7 +207,7 @@ def test_command_reads_its_file_and_is_killed_and_run_again(c4, tmp_path):
     assert not any(alive(child) for child in children)
     assert not (folder / "index.json").exists()
     answers.set()
-    main(["--config", str(config), "--num_workers=1"])
+    main(["prepare", "--config", str(config), "--num_workers=1"])
     server.close()
     assert finished.items() <= {file: file.stat().st_mtime_ns for file in folder.glob("000*.ids.bin")}.items()
     corpus = PreparedCorpus(Source(f"{tmp_path}/made"))

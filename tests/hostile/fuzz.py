@@ -28,7 +28,8 @@ from typing import Any
 import torch
 import yaml
 
-from cola_lightning.cli.app import main, resolve
+from cola_lightning.cli.app import main
+from cola_lightning.cli.lightning_cli import resolve
 
 SECONDS, WAITED, MEMORY = 60, 300, 6 * 2**30
 """What a case may take: seconds of a processor, which do not depend on what else the machine does; seconds in all,

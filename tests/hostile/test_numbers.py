@@ -7,7 +7,7 @@ import pytest
 
 from cola_lightning import host_memory
 from cola_lightning.cli.app import main
-from cola_lightning.cli.parser import OptionParser
+from cola_lightning.cli.options import OptionParser
 from cola_lightning.cli.trainer_flags import check_numbers
 from cola_lightning.data import C4DataModule, TextDataModule
 from cola_lightning.errors import InputError
@@ -65,9 +65,9 @@ def test_a_limit_may_be_infinite():
 
 
 def test_a_whole_number_of_more_than_64_bits_is_no_option():
-    parser = OptionParser(prog="generate")
+    parser = OptionParser("generate")
     parser.add_argument("--max_new_tokens", type=int)
-    with pytest.raises(InputError, match=rf"--max_new_tokens is {10**30}; it must be below 2\^63"):
+    with pytest.raises(InputError, match=rf"--max_new_tokens: {10**30} is too large; it must be below 2\^63"):
         parser.parse_args(["--max_new_tokens", str(10**30)])
 
 

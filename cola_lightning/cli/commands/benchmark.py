@@ -1,24 +1,24 @@
-"""What can be typed after ``benchmark``."""
+"""Measure training steps, or generation, of one or several configs on one device."""
 
 from argparse import Namespace
 from pathlib import Path
 
-from cola_lightning.cli.parser import OptionParser
+from cola_lightning.cli.options import OptionParser, check_at_least
 from cola_lightning.errors import InputError
 from cola_lightning.output_files import check_output_file
 
+GROUP = "Compare"
 ONE_DEVICE = ["--trainer.devices=1", "--trainer.strategy=auto"]
 
 
 def parse(args: list[str]) -> tuple[Namespace, dict[str, list[str]]]:
-    """The command's own options, and of each network that is measured its name and the flags of ``fit`` that make it.
+    """Parse the command's own options, and make the flags of ``fit`` for each network that is measured, by its name.
 
     Raises:
         InputError: If a number is out of range, or options do not go together.
     """
     parser = OptionParser(
-        "cola_lightning benchmark",
-        allow_abbrev=False,
+        "benchmark",
         description="Measure training steps on one device: tokens per second, the parts of a step, MFU and HFU, peak "
         "memory, counted FLOPs and bytes. Besides these options it takes those of fit; flags other than --config hold "
         "for every network that is measured.",
@@ -43,10 +43,8 @@ def parse(args: list[str]) -> tuple[Namespace, dict[str, list[str]]]:
     parser.add_argument("--profile", metavar="FOLDER", help="also write traces there, for TensorBoard and Perfetto")
     parser.add_argument("--json", metavar="FILE", help="write the result there too")
     options, rest = parser.parse_known_args(args)
-    for name, least in (("warmup", 0), ("rounds", 1), ("steps", 1), ("generate", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name} is {value}; it must be at least {least}")
+    check_at_least(0, options, "warmup")
+    check_at_least(1, options, "rounds", "steps", "generate")
     check_output_file(options.json)
     if options.generate and (options.peer or options.profile):
         raise InputError("--generate measures this package's networks, untraced; leave --peer and --profile out")
@@ -58,3 +56,19 @@ def parse(args: list[str]) -> tuple[Namespace, dict[str, list[str]]]:
             name += "'"
         subjects[name] = [*(f"--config={file}" for file in files), *rest, *ONE_DEVICE]
     return options, subjects
+
+
+def run(parsed: tuple[Namespace, dict[str, list[str]]]) -> None:
+    """Measure the networks, and print the tables."""
+    from cola_lightning import benchmark
+    from cola_lightning.cli.lightning_cli import CLI
+
+    options, flags = parsed
+    runs = {name: CLI(each, run=False) for name, each in flags.items()}
+    own = [benchmark.PackageModel(name, cli.trainer, cli.model, cli.datamodule) for name, cli in runs.items()]
+    if options.generate:
+        results = benchmark.measure_generation(own, options.warmup, options.rounds, options.generate)
+    else:
+        targets = [*own, *(benchmark.ExternalModel(path, own[0]) for path in options.peer)]
+        results = benchmark.measure_training(targets, options.warmup, options.rounds, options.steps, options.profile)
+    benchmark.report(results, own[0], options.json)

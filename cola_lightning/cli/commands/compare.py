@@ -1,24 +1,26 @@
-"""The command ``compare``."""
+"""Train several methods side by side, and write a table and plots."""
 
 import shlex
+from typing import Any
 
-from cola_lightning.cli.parser import Parser
-from cola_lightning.compare.plan import Resolve
-from cola_lightning.compare.sweep import compare
-from cola_lightning.compare.trials import Command
+from cola_lightning.cli.parser import parse_function
+
+GROUP = "Compare"
 
 
-def main(args: list[str], resolve: Resolve, command: Command) -> None:
-    """Parse the arguments of :func:`cola_lightning.compare.sweep.compare`, as flags or in a file named by ``--config``.
+def parse(args: list[str]) -> dict[str, Any]:
+    """Parse the arguments of :func:`cola_lightning.compare.sweep.compare`."""
+    from cola_lightning.compare.sweep import compare
 
-    Args:
-        args: The command line, without the command's name.
-        resolve: Makes a whole configuration of the flags of ``fit``.
-        command: Runs a command line of this package.
-    """
-    parser = Parser(prog="cola_lightning compare")
-    parser.add_argument("-c", "--config", action="config", help="The plan, a YAML file.")
-    parser.add_function_arguments(compare, as_group=False, skip={"resolve", "command", "command_line"})
-    options = parser.instantiate_classes(parser.parse_args(args))
-    del options["config"]
-    compare(resolve, command, shlex.join(["python", "-m", "cola_lightning", "compare", *args]), **options)
+    skip = {"resolve", "command", "command_line"}
+    options = parse_function(compare, "compare", args, as_positional=False, skip=skip)
+    return {"command_line": shlex.join(["python", "-m", "cola_lightning", "compare", *args]), **options}
+
+
+def run(options: dict[str, Any]) -> None:
+    """Train what has not been trained, and write the report."""
+    from cola_lightning.cli.app import main
+    from cola_lightning.cli.lightning_cli import resolve
+    from cola_lightning.compare.sweep import compare
+
+    compare(resolve, main, **options)

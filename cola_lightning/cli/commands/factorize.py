@@ -1,0 +1,21 @@
+"""Make a low-rank model of a dense one, by truncated singular value decomposition."""
+
+from typing import Any
+
+from cola_lightning.cli.parser import parse_function
+
+GROUP = "Use"
+
+
+def parse(args: list[str]) -> dict[str, Any]:
+    """Parse the arguments of :func:`cola_lightning.methods.factorize.factorize`."""
+    from cola_lightning.methods.factorize import factorize
+
+    return parse_function(factorize, "factorize", args)
+
+
+def run(options: dict[str, Any]) -> None:
+    """Write the folder of the low-rank model."""
+    from cola_lightning.methods.factorize import factorize
+
+    factorize(**options)

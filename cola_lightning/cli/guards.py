@@ -1,0 +1,42 @@
+"""What holds while a command runs: nothing in a checkpoint runs code, and what libraries raise becomes one line."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from cola_lightning.callbacks.out_of_memory import out_of_memory
+from cola_lightning.checkpoints import plain_data_only
+from cola_lightning.checkpoints.restore import restore_explained
+from cola_lightning.errors import InputError
+
+SETTINGS_ERRORS = "conditioned on metric|but no `dataloader_idx` argument"
+"""RuntimeErrors of Lightning about settings: EarlyStopping on a metric that the run does not log, and validation data
+of several loaders."""
+
+
+class OutOfMemoryError(InputError):
+    """The memory of the device does not suffice."""
+
+    exit_status = 1
+
+
+@contextmanager
+def guard_run() -> Iterator[None]:
+    """Load plain data only, and turn errors of libraries about settings and memory into an InputError."""
+    try:
+        with plain_data_only(), restore_explained():
+            yield
+    except MisconfigurationException as error:
+        raise InputError(str(error)) from error
+    except RuntimeError as error:
+        if re.search(SETTINGS_ERRORS, str(error)):
+            raise InputError(str(error)) from error
+        if not out_of_memory(error) or not getattr(error, "__notes__", None):
+            raise
+        what = str(error).rpartition("DefaultCPUAllocator: ")[2]
+        short = OutOfMemoryError(what.split(". ")[0])
+        for note in error.__notes__:
+            short.add_note(note)
+        raise short from error

@@ -1,0 +1,53 @@
+"""The parser of commands with few options, made of the standard library alone, so that ``--help`` is quick."""
+
+import argparse
+from typing import Any, NoReturn
+
+from cola_lightning.errors import InputError
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Report what cannot be parsed in one line. Options cannot be abbreviated.
+
+    Args:
+        command: Name of the command.
+        settings: As for :class:`argparse.ArgumentParser`.
+
+    Raises:
+        InputError: If an option is unknown, missing or of the wrong type.
+    """
+
+    def __init__(self, command: str, **settings: Any) -> None:
+        super().__init__(f"cola_lightning {command}", allow_abbrev=False, **settings)
+        self.register("type", int, _parse_int)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; {self.prog} --help lists the options")
+
+
+def _parse_int(text: str) -> int:
+    """Parse a whole number of at most 64 bits, because libraries cannot count with more."""
+    number = int(text)
+    if abs(number) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{number} is too large; it must be below 2^63")
+    return number
+
+
+def any_int(text: str) -> int:
+    """Parse a whole number whose range the command checks by itself."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+
+
+def check_at_least(minimum: int, options: argparse.Namespace, *names: str) -> None:
+    """Check whole numbers that may be absent.
+
+    Raises:
+        InputError: If one is below the minimum.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < minimum:
+            raise InputError(f"--{name} is {value}; it must be at least {minimum}")
