@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from cola_lightning.cli.app import main
 from cola_lightning.methods import CoLA
 from cola_lightning.models import Llama, LlamaConfig
-from cola_lightning.models.layers import MakeProjection
+from cola_lightning.models.projection import MakeProjection
 from cola_lightning.training.module import LanguageModel
 from tests import processes
 from tests.processes import child_processes, end_all

@@ -12,7 +12,7 @@ from cola_lightning.cli.commands.benchmark import parse
 from cola_lightning.cli.lightning_cli import CLI, resolve
 from cola_lightning.compare.plan import Method, Plan
 from cola_lightning.compare.rates import Rates
-from cola_lightning.models.recompute import RecomputedBlock
+from cola_lightning.models.activation_checkpointing import RecomputedBlock
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.slow

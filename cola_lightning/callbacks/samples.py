@@ -9,7 +9,7 @@ from cola_lightning.callbacks.monitoring_forward import monitoring_forward
 from cola_lightning.callbacks.text_and_figures import write_text
 from cola_lightning.errors import InputError, UnusableModelError
 from cola_lightning.models import generate
-from cola_lightning.models.generation import check_sampling
+from cola_lightning.models.sampling import check_sampling
 
 
 class Samples(L.Callback):

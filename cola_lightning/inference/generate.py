@@ -11,7 +11,8 @@ from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from cola_lightning.inference.load import load_model_for_inference, pick_device
 from cola_lightning.models import Llama
-from cola_lightning.models.generation import check_sampling, pad_left, stream
+from cola_lightning.models.generation import pad_left, stream
+from cola_lightning.models.sampling import check_sampling
 
 
 def print_continuations(

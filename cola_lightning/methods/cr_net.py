@@ -15,11 +15,12 @@ from torch.autograd.function import once_differentiable
 from cola_lightning.errors import InputError
 from cola_lightning.methods.cola_m.reversible import LinearWithKnownOutput, weights_of
 from cola_lightning.methods.low_rank import check_rank
+from cola_lightning.models.activation_checkpointing import set_recompute
 from cola_lightning.models.cross_layer import CrossLayerBlock, CrossLayerState
-from cola_lightning.models.layers import CrossLayer, FullRank, NormalLinear, Projection, Scalar
+from cola_lightning.models.layers import NormalLinear, Scalar
 from cola_lightning.models.llama import Llama
 from cola_lightning.models.loss import at_least_float32
-from cola_lightning.models.recompute import set_recompute
+from cola_lightning.models.projection import CrossLayer, FullRank, Projection
 from cola_lightning.models.rotary import Rotary
 
 EPSILON = 1e-6

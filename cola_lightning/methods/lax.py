@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 
 from cola_lightning.errors import InputError
 from cola_lightning.methods.cola import CoLA
-from cola_lightning.models.layers import CrossLayer, Projection
+from cola_lightning.models.projection import CrossLayer, Projection
 
 
 class LaX(CoLA, CrossLayer):

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from cola_lightning.errors import InputError
 from cola_lightning.methods.low_rank import check_rank
-from cola_lightning.models.layers import Projection
+from cola_lightning.models.projection import Projection
 
 
 class LoRA(Projection):

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from cola_lightning.errors import InputError
-from cola_lightning.models.layers import NormalLinear, Projection
+from cola_lightning.models.layers import NormalLinear
+from cola_lightning.models.projection import Projection
 from cola_lightning.private_apis import mark_operations
 
 LATENT = {"cola_lightning": "latent"}

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import TypedDict
 
 from cola_lightning.errors import InputError
-from cola_lightning.models.layers import Projection
+from cola_lightning.models.projection import Projection
 from cola_lightning.private_apis import global_seed
 from cola_lightning.stored_data import ALTERED, check_stored
 

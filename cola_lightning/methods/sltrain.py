@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from cola_lightning.errors import InputError
 from cola_lightning.methods.low_rank import check_rank
-from cola_lightning.models.layers import Projection
+from cola_lightning.models.projection import Projection
 
 
 class SLTrain(Projection):

@@ -33,7 +33,7 @@ from torch.nn.functional import normalize
 from cola_lightning.errors import InputError
 from cola_lightning.methods.low_rank import check_rank
 from cola_lightning.methods.post_step import PostStepCallback, generator, schedule_cycle
-from cola_lightning.models.layers import Projection
+from cola_lightning.models.projection import Projection
 from cola_lightning.private_apis import ExactParameters, foreach
 
 

@@ -33,7 +33,7 @@ from typing_extensions import TypedDict
 from cola_lightning.errors import InputError
 from cola_lightning.methods.low_rank import check_rank
 from cola_lightning.methods.post_step import PostStepCallback, generator
-from cola_lightning.models.layers import Projection
+from cola_lightning.models.projection import Projection
 from cola_lightning.optim.row_adamw import RowAdamW
 from cola_lightning.stored_data import ALTERED, Count, check_stored
 

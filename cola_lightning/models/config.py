@@ -1,4 +1,4 @@
-"""The sizes of a network, in one place."""
+"""LlamaConfig: the sizes of a network and how it computes."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.models.rope_scaling import Scaling, check_scaling
 
 LARGEST_SIZE = 10**9
-"""The most layers, rows, columns or positions that a network may be asked for; products of two still fit 64 bits."""
+"""Largest number of layers, rows, columns or positions. The product of two such numbers still fits 64 bits."""
 
 
 @dataclass
@@ -20,22 +20,22 @@ class LlamaConfig:
         intermediate_size: Width inside the MLP (F).
         num_hidden_layers: Number of decoder layers.
         num_attention_heads: Query heads (H); must divide ``hidden_size`` into even parts.
-        num_key_value_heads: Key and value heads (K), a divisor of H; H itself if not given.
+        num_key_value_heads: Key and value heads (K), a divisor of H. None for as many as query heads.
         max_position_embeddings: Longest sequence that is accepted, in tokens.
         rope_theta: Base of the rotary frequencies.
-        rope_scaling: How they are stretched to longer texts, by Hugging Face's names; see
-            :mod:`cola_lightning.models.rope_scaling`. None for not at all.
+        rope_scaling: How the frequencies are stretched to longer texts, by Hugging Face's names; see
+            :mod:`cola_lightning.models.rope_scaling`. None for unscaled frequencies.
         rms_norm_eps: Epsilon inside RMSNorm.
         gate_silu: Keep LLaMA's SiLU on the MLP's gate. Full rank needs it. The CoLA paper keeps it beside the latent
             nonlinearity at 60M and 130M and drops it from 350M up (arXiv 2502.10940, ablation of σ's place).
-        pad_token_id: Id whose embedding stays zero; None for no such row.
-        fused_projections: Make one product of the matrices of q, k and v, and of gate and up, which share their input.
-            Parameters keep their names.
-        loss_chunk_size: Tokens whose logits exist at a time in training; see
-            :class:`~cola_lightning.models.layers.Head`.
+        pad_token_id: Id whose embedding stays zero; None for no such id.
+        fused_projections: Join the matrices of q, k and v into one product, and those of gate and up, because they
+            share their input. Parameters keep their names.
+        loss_chunk_size: Tokens whose logits exist at a time in training, see
+            :func:`~cola_lightning.models.loss.token_losses`. None for all at once.
 
     Raises:
-        InputError: Where the sizes do not fit together; the message names the value and the fix.
+        InputError: If the sizes do not fit together. The message names the value and the fix.
     """
 
     vocab_size: int
@@ -55,7 +55,7 @@ class LlamaConfig:
 
     @property
     def key_value_heads(self) -> int:
-        """K, resolved."""
+        """K, also where ``num_key_value_heads`` is None."""
         return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
     @property
@@ -103,7 +103,7 @@ class LlamaConfig:
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise InputError(
                 f"pad_token_id {self.pad_token_id} is not one of the {self.vocab_size} ids of the vocabulary; "
-                f"name one below {self.vocab_size}, or none at all"
+                f"choose one below {self.vocab_size}, or null"
             )
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
             raise InputError(f"loss_chunk_size is {self.loss_chunk_size}; it must be at least 1, or null")
@@ -112,5 +112,6 @@ class LlamaConfig:
 
 
 def _nearest_divisor(n: int, wanted: int) -> int:
+    """Find the divisor of ``n`` that is nearest to ``wanted``."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return min(sorted([*small, *(n // d for d in small)]), key=lambda d: abs(d - wanted))

@@ -1,19 +1,20 @@
-"""Attention and MLP that multiply the matrices of projections with the same input in one product.
+"""Attention and MLP that join the matrices of projections with the same input into one product.
 
-The classes add no parameters and change no names: ``fused_projections`` can be switched when a run resumes. Joining
-matrices costs a copy of them, which is little beside a training step's products and much beside a single token's. So
-validation and generation take the plain path.
+The classes add no parameters and change no names, so ``fused_projections`` can be switched when a run resumes. Joining
+matrices costs a copy of them. That is little beside the products of a training step and much beside those of a single
+token, so validation and generation take the plain path.
 """
 
 import torch
 from torch import Tensor
 
-from cola_lightning.models.block import MLP, Attention
+from cola_lightning.models.attention import Attention
+from cola_lightning.models.mlp import MLP
 from cola_lightning.models.rotary import Rotary
 
 
 class FusedAttention(Attention):
-    """Attention whose q, k and v come of one product in training; (B, T, D) -> (B, T, D)."""
+    """Attention that computes q, k and v by one product in training; (B, T, D) -> (B, T, D)."""
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         if not torch.is_grad_enabled():
@@ -23,7 +24,7 @@ class FusedAttention(Attention):
 
 
 class FusedMLP(MLP):
-    """MLP whose gate and up come of one product in training; (B, T, D) -> (B, T, D)."""
+    """MLP that computes gate and up by one product in training; (B, T, D) -> (B, T, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():

@@ -1,10 +1,10 @@
-"""What attention has seen, kept so that generation computes each token once."""
+"""The KV cache: keys and values of past tokens, kept so that generation computes each token once."""
 
 from torch import Tensor
 
 
 class LayerCache:
-    """Keys and values of one layer, each (B, K, capacity, E), of which the first ``length`` tokens are filled."""
+    """Keys and values of one layer, each (B, K, capacity, E); the first ``length`` tokens of them are filled."""
 
     keys: Tensor
     values: Tensor
@@ -13,8 +13,8 @@ class LayerCache:
         self.capacity, self.length = capacity, 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of the next tokens, (B, K, T, E); all so far, (B, K, length, E)."""
-        if not self.length:  # only now are dtype and device known, whatever the precision
+        """Append keys and values of the next tokens (B, K, T, E); return all so far (B, K, length, E)."""
+        if not self.length:  # allocate now, because dtype and device are not known earlier
             self.keys, self.values = (x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (k, v))
         begin, self.length = self.length, self.length + k.shape[2]
         self.keys[:, :, begin : self.length] = k
@@ -27,7 +27,7 @@ class Cache:
 
     Args:
         layers: Number of decoder layers.
-        capacity: Tokens that there is room for, prompt and continuation together.
+        capacity: Most tokens that it can hold, prompt and continuation together.
     """
 
     def __init__(self, layers: int, capacity: int) -> None:
@@ -35,5 +35,5 @@ class Cache:
 
     @property
     def length(self) -> int:
-        """Tokens seen."""
+        """Number of tokens that it holds."""
         return self.layers[-1].length

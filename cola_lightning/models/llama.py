@@ -1,32 +1,34 @@
-"""The one decoder of this code base: LLaMA (RMSNorm, rotary positions, grouped-query attention, gated MLP).
+"""LLaMA, the one decoder of this package: RMSNorm, rotary positions, grouped-query attention, gated MLP.
 
-Shapes by the legend of :mod:`cola_lightning.models.block`, where a layer is.
-
-Parameter names are those of Hugging Face's ``LlamaForCausalLM``, so its weights load without renaming.
+:mod:`cola_lightning.models.block` has the layer and the legend of tensor shapes. Parameter names are those of Hugging
+Face's ``LlamaForCausalLM``, so its weights load without renaming.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from cola_lightning.errors import InputError
-from cola_lightning.models.block import MLP, Attention, Block
+from cola_lightning.models.attention import Attention
+from cola_lightning.models.block import Block
 from cola_lightning.models.config import LlamaConfig
 from cola_lightning.models.cross_layer import CrossLayerBlock
 from cola_lightning.models.fused import FusedAttention, FusedMLP
 from cola_lightning.models.kv_cache import Cache, LayerCache
-from cola_lightning.models.layers import CrossLayer, FullRank, Head, MakeProjection, TokenEmbedding
+from cola_lightning.models.layers import Head, TokenEmbedding
+from cola_lightning.models.mlp import MLP
+from cola_lightning.models.projection import CrossLayer, FullRank, MakeProjection
 from cola_lightning.models.rotary import Rotary, document_mask, rotary_table
 
 
 def make_block(config: LlamaConfig, projection: MakeProjection) -> Block:
-    """Make one decoder layer: plain, or of the subclasses that its projections and the config ask for."""
-    attention = (FusedAttention if config.fused_projections else Attention)(config, projection)
-    mlp = (FusedMLP if config.fused_projections else MLP)(config, projection)
-    crosses = any(isinstance(each, CrossLayer) for each in (*attention.children(), *mlp.children()))
-    return (CrossLayerBlock if crosses else Block)(config, attention, mlp)
+    """Make one decoder layer, of the classes that the config and the projections need."""
+    attention = FusedAttention(config, projection) if config.fused_projections else Attention(config, projection)
+    mlp = FusedMLP(config, projection) if config.fused_projections else MLP(config, projection)
+    is_cross_layer = any(isinstance(each, CrossLayer) for each in (*attention.children(), *mlp.children()))
+    return CrossLayerBlock(config, attention, mlp) if is_cross_layer else Block(config, attention, mlp)
 
 
 def run_layers(
@@ -35,12 +37,13 @@ def run_layers(
     """Run decoder layers one after another; residual stream (B, T, D) -> (B, T, D).
 
     Args:
-        layers: Each returns the stream, or the stream and tensors that the next one takes (cross-layer methods).
-        x: The stream before the first of them.
+        layers: The layers. Each returns the stream; or, with cross-layer methods, the stream and the tensors that the
+            next layer takes.
+        x: The stream before the first layer.
         rotary: Positions and mask, the same for all layers.
-        caches: In generation, keys and values of each layer.
+        caches: Keys and values of each layer, in generation.
     """
-    received: tuple[Tensor, ...] = ()
+    received: Sequence[Tensor] = ()
     for index, layer in enumerate(layers):
         out = layer(x, rotary if caches is None else rotary._replace(cache=caches[index]), *received)
         x, *received = out if isinstance(out, tuple) else (out,)
@@ -54,7 +57,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        # Cross-layer projections have no layer before the first, and put something else there.
+        # The first layer has no layer before it, so cross-layer projections put another module there.
         first = lambda in_features, out_features: projection(in_features, out_features).in_first_layer()  # noqa: E731
         self.layers = nn.ModuleList(
             make_block(config, projection if index else first) for index in range(config.num_hidden_layers)
@@ -65,7 +68,9 @@ class Decoder(nn.Module):
         x = self.embed_tokens(ids)
         seen = 0 if cache is None else cache.length
         if seen and ids.shape[1] > 1 and document_ids is None:
-            document_ids = ids.new_zeros(1, seen + ids.shape[1])  # all one document
+            # Several tokens after a filled cache need a mask, because is_causal aligns the first query with the first
+            # key. Make one by numbering all tokens as one document.
+            document_ids = ids.new_zeros(1, seen + ids.shape[1])
         rotary = self.rotary(ids.shape[1], like=x, start=seen)
         if document_ids is not None:
             rotary = rotary._replace(mask=document_mask(document_ids, seen))
@@ -73,7 +78,7 @@ class Decoder(nn.Module):
         return self.norm(x.to(self.norm.weight.dtype))  # a recompute scheme may run the stream in float32
 
     def rotary(self, length: int, *, like: Tensor, start: int = 0) -> Rotary:
-        """Rotary angles of positions ``start`` to ``start + length``, in dtype and on device of ``like``."""
+        """Compute cosine and sine for ``length`` positions from ``start`` on, in dtype and on device of ``like``."""
         config = self.config
         return rotary_table(
             length, config.head_dim, config.rope_theta, like=like, start=start, scaling=config.rope_scaling
@@ -84,7 +89,7 @@ class Llama(nn.Module):
     """LLaMA with an untied head; token ids (B, T) int64 -> logits (B, T, V).
 
     Args:
-        config: Its sizes.
+        config: The sizes.
         projection: Makes each of the seven projections of a layer from (in_features, out_features).
     """
 
@@ -104,10 +109,23 @@ class Llama(nn.Module):
         reduction: Literal["none", "sum"] = "none",
         last_only: bool = False,
     ) -> Tensor:
-        """``document_ids`` (B, T) number the documents of each row, where attention is to keep to its own. With a
-        ``cache``, ids are those that follow what it holds, and ``document_ids`` number both. With ``targets`` (B, T),
-        the ids that should follow, the result is losses in place of logits, as from :class:`Head`. With ``last_only``
-        it is the logits of each row's last token, (B, 1, V), all that generation asks of a prompt."""
+        """Compute logits, or losses.
+
+        Args:
+            ids: Token ids (B, T). With a ``cache``, those that follow the tokens in it.
+            document_ids: Number of each token's document (B, T), to keep attention within documents; (B, tokens in the
+                cache + T) with a ``cache``. None for causal attention over the whole row.
+            cache: The KV cache, in generation. The new keys and values are appended to it.
+            targets: Ids to predict (B, T). If given, compute losses as :class:`Head` does.
+            reduction: ``none`` for a loss per token, ``sum`` for their sum.
+            last_only: Compute logits of each row's last token only.
+
+        Returns:
+            Logits (B, T, V), or (B, 1, V) with ``last_only``; or losses (B, T), or their sum ().
+
+        Raises:
+            InputError: If the sequence is longer than ``max_position_embeddings``.
+        """
         length = ids.shape[1] + (0 if cache is None else cache.length)
         if length > self.config.max_position_embeddings:
             raise InputError(
@@ -119,7 +137,13 @@ class Llama(nn.Module):
             hidden = hidden[:, -1:]
         return self.lm_head(hidden) if targets is None else self.lm_head(hidden, targets, reduction)
 
+    def blocks(self) -> Iterator[Block]:
+        """Yield the decoder layers; call this before they are sharded, because FSDP wraps them."""
+        for layer in self.model.layers:
+            assert isinstance(layer, Block), type(layer).__name__
+            yield layer
+
 
 def build_llama(*, config: LlamaConfig, projection: MakeProjection, **changes: Any) -> Llama:
-    """Build a network, with some fields of its config changed."""
+    """Build a network, with some fields of the config changed."""
     return Llama(replace(config, **changes), projection)

@@ -1,11 +1,12 @@
-"""Rotary frequencies stretched to longer texts, as Hugging Face's LLaMA computes them for each ``rope_type``.
+"""RoPE scaling: rotary frequencies stretched to longer texts, as Hugging Face's LLaMA computes them.
 
-Settings have Hugging Face's names and are plain data, so that they go into a config.json and a checkpoint as they are:
+Settings have Hugging Face's names and are plain data, so they go into a config.json and a checkpoint unchanged. The
+setting ``rope_type`` is one of:
 
 - ``linear`` divides all frequencies by ``factor`` (kaiokendev).
 - ``dynamic`` raises the base once a text is longer than ``original_max_position_embeddings`` (bloc97, emozilla).
 - ``yarn`` divides low frequencies, keeps high ones, and scales the attention (arXiv 2309.00071).
-- ``llama3`` does the like with other bounds, and does not scale the attention (Llama 3.1).
+- ``llama3`` also divides low and keeps high frequencies, by other bounds, and does not scale the attention (Llama 3.1).
 """
 
 import math
@@ -18,7 +19,7 @@ from torch import Tensor
 from cola_lightning.errors import InputError
 
 Scaling = Mapping[str, bool | int | float | str | None]
-"""Settings by Hugging Face's names; ``rope_type`` says which of the others are read."""
+"""Settings by Hugging Face's names; ``rope_type`` decides which of the others are used."""
 
 REQUIRED = {
     "linear": ("factor",),
@@ -30,19 +31,19 @@ OPTIONAL = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "ms
 
 
 LARGEST = 1e12
-"""No setting is meant to be above it, and torch cannot take every whole number that Python can."""
+"""Upper bound of every setting, because torch does not take integers of any size as Python does."""
 
 
 def check_scaling(scaling: Scaling, head_dim: int, place: str = "rope_scaling") -> dict[str, Any]:
-    """Keep the settings that the type reads, after a look at each.
+    """Check the settings, and return those that the ``rope_type`` uses.
 
     Args:
         scaling: The settings.
         head_dim: Head dimension E.
-        place: Where the settings stand, for messages.
+        place: Name of the settings in messages.
 
     Raises:
-        InputError: If the type is not known, or a setting is missing or no number that it can be.
+        InputError: If the type is unknown, or a setting is missing or out of range.
     """
     kind = scaling.get("rope_type")
     if kind not in list(REQUIRED):
@@ -83,12 +84,12 @@ def frequencies(
     Args:
         head_dim: Head dimension E.
         theta: Base of the frequencies.
-        scaling: Settings that :func:`check_scaling` has passed; None for plain rotary positions.
-        length: Tokens of the text so far, which only ``dynamic`` depends on.
-        device: Where to compute. Nothing waits for it.
+        scaling: Settings that :func:`check_scaling` returned; None for unscaled frequencies.
+        length: Tokens of the text so far; used by ``dynamic`` only.
+        device: Where to compute. Nothing synchronizes with it.
 
     Returns:
-        Frequencies (E / 2,) in radians per position, in float32, and what cosine and sine are multiplied by.
+        Frequencies (E / 2,) in radians per position, in float32, and the factor of cosine and sine.
     """
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     if scaling is None:
@@ -108,11 +109,11 @@ def frequencies(
 
 
 def _yarn(plain: Tensor, theta: float, scaling: Any) -> Tensor:
-    """Divide low frequencies by the factor, keep high ones, and mix on a ramp between the two."""
+    """Divide low frequencies by the factor, keep high ones, and interpolate between the two."""
     dim = 2 * len(plain)
 
     def index_of(rotations: float) -> float:
-        """Find the entry, as a fraction, that makes so many full turns over the original length."""
+        """Find the (fractional) index of the frequency with this many full turns over the original length."""
         turns = scaling["original_max_position_embeddings"] / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(theta))
 
@@ -126,20 +127,21 @@ def _yarn(plain: Tensor, theta: float, scaling: Any) -> Tensor:
 
 
 def _yarn_attention_factor(scaling: Any) -> float:
+    """Compute the factor of cosine and sine, by which YaRN scales the attention's logits."""
     if scaling.get("attention_factor") is not None:
         return scaling["attention_factor"]
 
-    def grown(mscale: float) -> float:
+    def factor_of(mscale: float) -> float:
         return 1.0 if scaling["factor"] <= 1 else 0.1 * mscale * math.log(scaling["factor"]) + 1.0
 
     mscale, of_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    return grown(mscale) / grown(of_all) if mscale and of_all else grown(1.0)
+    return factor_of(mscale) / factor_of(of_all) if mscale and of_all else factor_of(1.0)
 
 
 def _llama3(plain: Tensor, scaling: Any) -> Tensor:
-    """Keep short waves, divide the frequency of long ones by the factor, and mix in between."""
+    """Keep high frequencies, divide low ones by the factor, and interpolate between the two."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    # How many full turns an entry makes over the original length: above `high` it is kept, below `low` divided.
+    # Full turns over the original length. A frequency with more than `high` is kept, one with less than `low` divided.
     turns = scaling["original_max_position_embeddings"] / (2 * math.pi / plain)
     share = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - share) * plain / scaling["factor"] + share * plain

@@ -1,7 +1,4 @@
-"""Rotary position embedding, and the mask that keeps attention within a document.
-
-Shapes by the legend of :mod:`cola_lightning.models.block`.
-"""
+"""Rotary position embedding (RoPE), and the mask that keeps attention within a document."""
 
 from typing import NamedTuple
 
@@ -13,8 +10,14 @@ from cola_lightning.models.rope_scaling import Scaling, frequencies
 
 
 class Rotary(NamedTuple):
-    """Where the tokens stand: cosine and sine of the rotary angles, each (T, E); who attends to whom, where causality
-    alone does not say it, as the mask (B or 1, 1, T, tokens so far); and in generation what a layer has seen."""
+    """What attention needs to know of the tokens' positions.
+
+    Attributes:
+        cos: Cosine of the rotary angles (T, E).
+        sin: Sine of the rotary angles (T, E).
+        mask: True where a token may attend (B or 1, 1, T, tokens so far); None for causal attention.
+        cache: Keys and values of one layer, in generation.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -25,11 +28,18 @@ class Rotary(NamedTuple):
 def rotary_table(
     length: int, head_dim: int, theta: float, *, like: Tensor, start: int = 0, scaling: Scaling | None = None
 ) -> Rotary:
-    """Cosine and sine (T, E) of the rotary angles (RoFormer, arXiv 2104.09864) of positions ``start``, ``start + 1``, …
-    in dtype and on device of ``like``; ``scaling`` stretches them, see :mod:`cola_lightning.models.rope_scaling`.
+    """Compute cosine and sine (T, E) of the rotary angles (RoFormer, arXiv 2104.09864).
 
-    Angles are formed in float32 at each call rather than kept in a buffer: a buffer would be rounded together with the
-    weights under a pure bf16 precision, and would need filling after a start on the meta device.
+    They are computed in float32 at each call and not kept in a buffer. A buffer would be rounded together with the
+    weights under pure bf16, and would have to be filled after a start on the meta device.
+
+    Args:
+        length: Number of positions T.
+        head_dim: Head dimension E.
+        theta: Base of the frequencies.
+        like: The result has its dtype and device.
+        start: The first position.
+        scaling: How the frequencies are stretched, see :mod:`cola_lightning.models.rope_scaling`.
     """
     per_position, attention_factor = frequencies(head_dim, theta, scaling, start + length, like.device)
     positions = torch.arange(start, start + length, device=like.device, dtype=torch.float32)
@@ -42,14 +52,20 @@ def rotary_table(
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn (B, H, T, E) by the rotary angles, in the half-split layout of Hugging Face's LLaMA."""
+    """Rotate (B, H, T, E) by the rotary angles, in the half-split layout of Hugging Face's LLaMA."""
     left, right = x.chunk(2, dim=-1)
     return x * rotary.cos + torch.cat((-right, left), dim=-1) * rotary.sin
 
 
 def document_mask(document_ids: Tensor, seen: int = 0) -> Tensor:
-    """Which token may attend to which, (B, 1, T, seen + T) bool, where each attends to its own document alone: to those
-    before it with the same number in ``document_ids`` (B, seen + T). Rotary positions need no restart, for only
-    distances count."""
+    """Make the mask (B, 1, T, seen + T), bool, by which a token attends to earlier tokens of its own document only.
+
+    Rotary positions need no restart at a document's beginning, because only distances count.
+
+    Args:
+        document_ids: Number of each token's document (B, seen + T).
+        seen: Tokens that are in the KV cache already. Example: with document ids 1 1 2 2 and ``seen`` 2, the rows of
+            the third and fourth token are returned: 0 0 1 0 and 0 0 1 1.
+    """
     same = document_ids[:, None, seen:, None] == document_ids[:, None, None, :]
     return same.tril(seen)

@@ -3,8 +3,9 @@ import torch
 
 from cola_lightning.methods import LowRank
 from cola_lightning.models import Llama, generate
-from cola_lightning.models.generation import pad_left, sample
+from cola_lightning.models.generation import pad_left
 from cola_lightning.models.kv_cache import Cache
+from cola_lightning.models.sampling import sample
 from tests.conftest import tiny_llama
 
 

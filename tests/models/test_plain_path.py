@@ -9,8 +9,10 @@ import torch
 
 from cola_lightning.methods import CoLA, CoLAM, CRNet, LaX
 from cola_lightning.models import FullRank, LlamaConfig
-from cola_lightning.models.block import MLP, Attention, Block
-from cola_lightning.models.recompute import RecomputedBlock
+from cola_lightning.models.activation_checkpointing import RecomputedBlock
+from cola_lightning.models.attention import Attention
+from cola_lightning.models.block import Block
+from cola_lightning.models.mlp import MLP
 from cola_lightning.training.module import LanguageModel
 from tests.conftest import tiny_llama
 

@@ -10,7 +10,7 @@ from cola_lightning.methods.cola_m.reversible import Reversible
 from cola_lightning.methods.cola_m.selective import Selective
 from cola_lightning.methods.low_rank import LowRank
 from cola_lightning.models import CrossLayer, Llama
-from cola_lightning.models.recompute import set_recompute
+from cola_lightning.models.activation_checkpointing import set_recompute
 from cola_lightning.private_apis import has_own_checkpointing
 
 

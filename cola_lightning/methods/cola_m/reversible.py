@@ -18,10 +18,10 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from cola_lightning.errors import InputError
 from cola_lightning.methods.low_rank import LowRank
+from cola_lightning.models.activation_checkpointing import set_recompute
 from cola_lightning.models.block import Block
 from cola_lightning.models.llama import Llama
 from cola_lightning.models.loss import at_least_float32
-from cola_lightning.models.recompute import set_recompute
 from cola_lightning.models.rotary import Rotary
 from cola_lightning.private_apis import ATTENTION_OPS
 

@@ -4,7 +4,7 @@ The paper's idea is that the R-wide latents ``z = A x`` are all one needs to kee
 cheap to do again. The reference implementation keeps them after the nonlinearity, and so has to run the whole forward
 pass twice. Kept before it, no down-projection is ever done again.
 
-Two recompute schemes (see :mod:`cola_lightning.models.recompute`) do this: :class:`Selective` here and
+Two recompute schemes (see :mod:`cola_lightning.models.activation_checkpointing`) do this: :class:`Selective` here and
 :class:`~cola_lightning.methods.cola_m.reversible.Reversible`.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cola_lightning.methods.low_rank import LATENT
-from cola_lightning.models.recompute import RecomputedBlock
+from cola_lightning.models.activation_checkpointing import RecomputedBlock
 from cola_lightning.models.rotary import Rotary
 from cola_lightning.private_apis import ATTENTION_OPS, operation_marks
 

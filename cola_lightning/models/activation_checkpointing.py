@@ -1,7 +1,8 @@
-"""Decoder layers that keep little of a training step's forward pass and compute the rest again in the backward pass.
+"""Activation checkpointing: decoder layers that keep little of the forward pass and recompute the rest in backward.
 
-No wrapper module: a layer changes its class, from :class:`Block` to a subclass of it, so that parameters keep their
-names and a run may begin or stop recomputing when it resumes.
+There is no wrapper module. A layer changes its class from :class:`Block` to a subclass of it, so that parameters keep
+their names, and a run may begin or stop recomputing when it resumes. The schemes themselves are in
+``cola_lightning/methods``: CoLA-M and CR-Net's recompute.
 """
 
 from collections.abc import Callable
@@ -14,12 +15,12 @@ from cola_lightning.models.cross_layer import CrossLayerBlock
 from cola_lightning.models.rotary import Rotary
 
 Scheme = Callable[..., Tensor | tuple[Tensor, ...]]
-"""``f(block, x, rotary, *received)`` returns what the layer's plain forward pass returns, x (B, T, D) or x and the
+"""``f(block, x, rotary, *received)`` returns what the layer's plain forward pass returns: x (B, T, D), or x and the
 tensors for the next layer. It decides what is kept until the backward pass."""
 
 
 class RecomputedBlock(Block):
-    """A decoder layer that runs through ``recompute`` where gradients are wanted, and plainly in validation."""
+    """A decoder layer that calls ``recompute`` when gradients are enabled, and runs plainly in validation."""
 
     recompute: Scheme
 
@@ -29,16 +30,17 @@ class RecomputedBlock(Block):
         return self.plain_forward(x, rotary, *received)
 
     def plain_forward(self, x: Tensor, rotary: Rotary, *received: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Run the layer as without recomputing."""
+        """Run the layer without recomputing."""
         return super().forward(x, rotary, *received)
 
 
-class RecomputedCrossLayerBlock(RecomputedBlock, CrossLayerBlock):
-    """The same over a layer that takes and passes on tensors; ``super()`` above is then CrossLayerBlock."""
+class RecomputedCrossLayerBlock(RecomputedBlock, CrossLayerBlock):  # type: ignore[misc]  # forward returns one of both
+    """A recomputed layer that takes and passes on tensors; ``super()`` in RecomputedBlock is then CrossLayerBlock."""
 
 
 def set_recompute(block: Block, scheme: Scheme) -> None:
-    """Make a decoder layer run through ``scheme`` in training; called before it is compiled and sharded."""
+    """Make a decoder layer recompute by ``scheme`` in training. Call this before it is compiled and sharded."""
     if not isinstance(block, RecomputedBlock):
         block.__class__ = RecomputedCrossLayerBlock if isinstance(block, CrossLayerBlock) else RecomputedBlock
+        assert isinstance(block, RecomputedBlock)
     block.recompute = scheme
