@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cola_lightning import loggers as board
 from cola_lightning.checkpoints import find_corruption, lock
-from cola_lightning.data.stream_loader import end_where_batches_are_lost
+from cola_lightning.data.worker_process import end_on_unsendable_batch
 from cola_lightning.signals import STOP
 from cola_lightning.training.preemption import limit_rendezvous, own_signals
 from tests.processes import Run
@@ -162,11 +162,11 @@ class Unsendable(Dataset):
 
 def test_a_batch_that_cannot_be_sent_ends_the_worker_at_once(capfd):
     loader = DataLoader(
-        Unsendable(), batch_size=None, num_workers=1, worker_init_fn=lambda _: end_where_batches_are_lost()
+        Unsendable(), batch_size=None, num_workers=1, worker_init_fn=lambda _: end_on_unsendable_batch()
     )
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
         next(iter(loader))
-    assert "a batch could not be handed over" in capfd.readouterr().err
+    assert "could not send a batch" in capfd.readouterr().err
     assert torch.utils.data.get_worker_info() is None
 
 

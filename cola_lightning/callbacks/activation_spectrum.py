@@ -13,7 +13,7 @@ from cola_lightning.callbacks.effective_rank import effective_rank, squared_sing
 from cola_lightning.callbacks.monitoring_forward import monitoring_forward
 from cola_lightning.callbacks.spectrum_figure import draw
 from cola_lightning.callbacks.text_and_figures import write_figure
-from cola_lightning.data.rows import IGNORE
+from cola_lightning.data.packing import IGNORE
 from cola_lightning.errors import InputError
 from cola_lightning.methods import LowRank
 from cola_lightning.models import Llama

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from cola_lightning.data.rows import IGNORE
+from cola_lightning.data.packing import IGNORE
 from cola_lightning.stored_data import ALTERED, StoredDataError
 
 

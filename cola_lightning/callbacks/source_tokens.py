@@ -9,17 +9,17 @@ from cola_lightning.training.module import at_log_step
 
 
 class SourceTokenCounter(L.Callback):
-    """Logs ``data/SOURCE/documents`` and ``data/SOURCE/tokens`` of a :class:`C4DataModule`: what the run was handed of
-    each source since it began, over all ranks. Of other data there is nothing to log. The counts are part of the data's
-    own state and resume with it."""
+    """Logs ``data/SOURCE/documents`` and ``data/SOURCE/tokens`` of a :class:`StreamingDataModule`: what the run took
+    from each source since it began, over all ranks. Other data modules have no such counts. The counts are part of the
+    data module's state and resume with it."""
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not at_log_step(trainer) or not hasattr(trainer.datamodule, "ledger"):
+        if not at_log_step(trainer) or not hasattr(trainer.datamodule, "source_counts"):
             return
-        ledger = trainer.datamodule.ledger()
-        names = [f"data/{source}/{kind}" for source, counts in ledger.items() for kind in counts]
-        counts = torch.tensor([count for counts in ledger.values() for count in counts.values()], dtype=torch.float64)
+        sources = trainer.datamodule.source_counts()
+        names = [f"data/{source}/{kind}" for source, counts in sources.items() for kind in counts]
+        counts = torch.tensor([count for counts in sources.values() for count in counts.values()], dtype=torch.float64)
         totals = trainer.strategy.reduce(counts.to(trainer.strategy.root_device), reduce_op="sum")
         pl_module.log_dict(dict(zip(names, totals.tolist(), strict=True)))

@@ -10,7 +10,7 @@ import torch
 from typing_extensions import TypedDict
 
 from cola_lightning.costs import Flops, Run, gpu_reported
-from cola_lightning.data.rows import IGNORE
+from cola_lightning.data.packing import IGNORE
 from cola_lightning.private_apis import FETCH
 from cola_lightning.stored_data import ALTERED, Count, check_stored
 from cola_lightning.training.module import LanguageModel, at_log_step

@@ -397,7 +397,7 @@ class CLI(LightningCLI):
         kept = (folder / TOKENIZER for folder in folders if (folder / TOKENIZER / "tokenizer.json").is_file())
         state = read_state(checkpoint)
         self.datamodule.begin_from(state, next(kept, None), training=self.subcommand == "fit", path=checkpoint)
-        name = type(self.datamodule).__qualname__
+        name = self.datamodule.state_key(state)
         if self.subcommand == "fit" and not isinstance(state.get(name), dict):
             raise incomplete(checkpoint, f"position in the data ({name})")
 

@@ -1,9 +1,9 @@
-"""Logical shards: the logical shards that a run is made of, each of which makes micro-batches and says where it stands.
+"""Logical shards: the parts that a run's data is divided into, each of which makes micro-batches and has a state.
 
-A run has a fixed number of logical shards, whatever the number of ranks and workers. Each logical shard has a stretch
-of every source's documents in each pass (see :mod:`cola_lightning.data.passes`), mixes the sources, and makes
-micro-batches. Ranks and workers are given logical shards, so a change of their number moves logical shards about and
-touches no document.
+A run has a fixed number of logical shards, whatever the number of ranks and workers. In each pass, a logical shard has
+a stretch of the documents of every source (see :mod:`cola_lightning.data.passes`). It mixes the sources and makes
+micro-batches. Ranks and workers are assigned logical shards, so another number of them reassigns logical shards and
+changes nothing within one.
 """
 
 from collections.abc import Iterable
@@ -11,29 +11,23 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NotRequired
 
 import numpy as np
-import torch
 from annotated_types import Ge, Lt
-from torch import Tensor
 from typing_extensions import TypedDict
 
 from cola_lightning.data.held_out import HeldOut
-from cola_lightning.data.passes import ENCODE_BATCH_SIZE, Corpus, Document, Reader, ReaderState, SourceReaders
-from cola_lightning.data.rows import IGNORE
+from cola_lightning.data.packing import Batch, Piece, RowArrays, RowShape
+from cola_lightning.data.passes import Document, Reader, ReaderState, SourceReaders
 from cola_lightning.errors import InputError
 from cola_lightning.stored_data import Count
 
-__all__ = ["ENCODE_BATCH_SIZE", "Batch", "Corpus", "LogicalShard", "LogicalShardState", "MakeLogicalShards", "RowShape"]
-
-Batch = dict[str, Tensor]
-
-# The rest of a document that a row cut rides along in the state if it is this short, so that going on needs no more
-# reading. Of a longer one the state tells the place, because copying megabytes for each batch would take time that
-# grows with the square of the document's length.
 IDS_IN_STATE = 2048
+"""A state holds the ids of the rest of a document that a row cut, if it is this short, so that resuming needs no more
+reading. For a longer rest it holds the place, because copying megabytes for each batch would take time that grows with
+the square of the document's length."""
 
 
 class RestState(TypedDict):
-    """The rest of a document that has begun, in a :class:`LogicalShardState`."""
+    """The rest of a document that a row cut, in a :class:`LogicalShardState`."""
 
     source: Count
     shard: Count
@@ -43,7 +37,7 @@ class RestState(TypedDict):
 
 
 class LogicalShardState(TypedDict):
-    """A state of :class:`LogicalShard`; each list has an entry for each source."""
+    """State of a :class:`LogicalShard`. Each list has one entry per source."""
 
     readers: list[ReaderState]
     documents: list[Count]
@@ -52,39 +46,27 @@ class LogicalShardState(TypedDict):
     rest: RestState | None
 
 
-@dataclass
-class RowShape:
-    """How documents become rows.
-
-    Args:
-        length: Tokens of a row (T).
-        packed: Documents end to end, cut every T ids, what is left over going on in the logical shard's next row; else
-            one document a row, cut with its end-of-document id kept last.
-        pad_id: Id that fills rows up.
-        apart: In packed rows, number the documents, so that attention can keep to its own.
-    """
-
-    length: int
-    packed: bool
-    pad_id: int
-    mask_documents: bool = False
-
-
 class LogicalShard:
-    """Micro-batches out of a logical shard's documents of all sources, mixed so that each has its share of the tokens.
+    """Makes micro-batches of one logical shard's documents, and gives each source its share of the tokens.
 
-    The next document is one of the source that is furthest behind its share. Logical shards do not begin alike: each
-    takes its first document of a source a little later than the logical shard before, so that over all logical shards
-    every source has its share from the first batches on. With sixteen logical shards and a weight of 1e-6, logical
-    shard 0 takes the first after about 31,000 documents, logical shard 1 after 94,000, and so on.
+    The next document comes from the source whose tokens, divided by its weight, are fewest. If each logical shard began
+    with all counts at 0, each would take its first document of a rare source at once, and the first batches of the run
+    would hold far too many. So each count has a head start that differs by logical shard: logical shard i of L begins
+    with the count of source s at ((i + s * spread) mod L + 1/2) / L of a row.
+
+    Example: L = 16, rows of T = 256 tokens, two sources of weights 1 - 1e-6 and 1e-6; spread is 16 // 2 = 8. Logical
+    shard 0 begins with source 1 at (8 + 1/2) / 16 * 256 = 136 tokens, which divided by 1e-6 is 136 million. Its first
+    document of source 1 comes once source 0 has given 136 million tokens. Logical shard 8 begins with 8 tokens, so its
+    first document of source 1 comes after 8 million tokens of source 0; logical shard 9 after 24 million, and so on.
+    Over all logical shards that is one row of source 1 in 256 million tokens, as due.
 
     Args:
-        index: Number of this logical shard.
-        num_logical_shards: Number of logical shards.
+        index: Number of this logical shard (i).
+        num_logical_shards: Number of logical shards (L).
         sources: Documents of each source.
-        weights: Share of the tokens for each.
+        weights: Share of the tokens of each source.
         shape: How documents become rows.
-        state: Where to go on, as :meth:`state` told.
+        state: Where to resume, as returned by :meth:`state`.
     """
 
     def __init__(
@@ -99,25 +81,24 @@ class LogicalShard:
         self.index, self.sources, self.weights, self.shape = index, sources, weights, shape
         state = state or {"documents": [0] * len(sources), "tokens": [0] * len(sources), "rest": None}
         self.documents, self.tokens = list(state["documents"]), list(state["tokens"])
-        self._held_out = list(state.get("held_out", [0] * len(sources)))  # before this logical shard was made
-        # In tokens; what a source is given ahead of the others, as if it had handed out that many already.
+        self._held_out = list(state.get("held_out", [0] * len(sources)))  # before this object was made
         spread = max(1, num_logical_shards // len(sources))
-        self._ahead = [
+        self._head_start = [  # tokens
             ((index + source * spread) % num_logical_shards + 0.5) / num_logical_shards * shape.length
             for source in range(len(sources))
         ]
-        self._rest: Document | None = None  # begun in an earlier row
-        self._begin = self._rest_of = 0  # where it goes on, and its source
+        self._rest: Document | None = None  # document that earlier rows hold the beginning of
+        self._begin = self._rest_source = 0  # first of its ids that no row holds yet, and its source
         if rest := state["rest"]:
-            self._take_up(rest)
+            self._restore_rest(rest)
 
     def state(self) -> dict[str, Any]:
-        """Plain numbers that say where the logical shard stands: the readers' places; of each source the documents and
-        tokens handed out, and the documents left out because they are validated on; and what is left over of a document
-        that has begun, as its ids or as its place."""
+        """Return where the logical shard is, in plain numbers: the readers' places; by source, the documents and tokens
+        used and the documents left out because they are validated on; and the rest of a document that a row cut, as its
+        ids or as its place."""
         rest = None
         if self._rest is not None:
-            rest = {"source": self._rest_of, "shard": self._rest.shard, "row": self._rest.row, "begin": self._begin}
+            rest = {"source": self._rest_source, "shard": self._rest.shard, "row": self._rest.row, "begin": self._begin}
             if len(self._rest.ids) - self._begin <= IDS_IN_STATE:
                 rest["ids"] = self._rest.ids[self._begin :].tolist()
         return {
@@ -132,85 +113,65 @@ class LogicalShard:
         }
 
     def batch(self, batch_size: int) -> Batch:
-        """The next ``input_ids`` and ``labels``, each (B, T) int64, and with ``shape.apart`` ``document_ids`` too.
-
-        Labels equal the ids but for -100 where nothing is to be learnt: padding, and with ``shape.apart`` the first
-        token of a document, which nothing before it may foretell.
+        """Make the next ``input_ids`` and ``labels``, each (B, T) int64, and with a document mask ``document_ids``.
 
         Raises:
-            PassEndError: If the logical shard needs a document from a logical shard that is in another process.
+            PassEndError: If the next document belongs to a logical shard that another process has.
             InputError: If a source cannot be read.
         """
-        size = (batch_size, self.shape.length)
-        ids, labels = np.full(size, self.shape.pad_id, dtype=np.int64), np.full(size, IGNORE, dtype=np.int64)
-        numbers = np.zeros(size, dtype=np.int64)
+        rows = RowArrays(batch_size, self.shape)
         for row in range(batch_size):
             if self.shape.packed:
-                self._pack(ids[row], labels[row], numbers[row])
+                rows.pack(row, self._next_piece)
             else:
-                self._pad(ids[row], labels[row])
-        batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
-        return batch | {"document_ids": torch.from_numpy(numbers)} if self.shape.mask_documents else batch
+                source = self._next_source()
+                self.tokens[source] += rows.pad(row, self.sources[source].next(self.index).ids)
+                self.documents[source] += 1
+        return rows.tensors()
 
-    def _pad(self, ids: np.ndarray, labels: np.ndarray) -> None:
-        source = self._next_source()
-        document = self.sources[source].next(self.index).ids
-        kept = min(len(document), len(ids))
-        ids[:kept] = document[:kept]
-        ids[kept - 1] = document[-1]
-        labels[:kept] = ids[:kept]
-        self.documents[source] += 1
-        self.tokens[source] += kept
-
-    def _pack(self, ids: np.ndarray, labels: np.ndarray, numbers: np.ndarray) -> None:
-        filled = number = 0
-        while filled < len(ids):
-            if self._rest is None:
-                self._rest_of = self._next_source()
-                self._rest, self._begin = self.sources[self._rest_of].next(self.index), 0
-            piece = self._rest.ids[self._begin : self._begin + len(ids) - filled]
-            end = filled + len(piece)
-            ids[filled:end] = labels[filled:end] = piece
-            numbers[filled:end] = number
-            if self._begin == 0 and self.shape.mask_documents:
-                labels[filled] = IGNORE
-            self._begin += len(piece)
-            self.tokens[self._rest_of] += len(piece)
-            if self._begin == len(self._rest.ids):
-                self.documents[self._rest_of] += 1
-                self._rest = None
-            filled, number = end, number + 1
+    def _next_piece(self, most: int) -> Piece:
+        """Take at most that many ids: the rest of a document that a row cut, or the beginning of the next document."""
+        if self._rest is None:
+            self._rest_source = self._next_source()
+            self._rest, self._begin = self.sources[self._rest_source].next(self.index), 0
+        piece = Piece(self._rest.ids[self._begin : self._begin + most], self._begin == 0)
+        self._begin += len(piece.ids)
+        self.tokens[self._rest_source] += len(piece.ids)
+        if self._begin == len(self._rest.ids):
+            self.documents[self._rest_source] += 1
+            self._rest = None
+        return piece
 
     def _next_source(self) -> int:
-        """The one that is furthest behind its share; the first of several."""
+        """Return the source that is furthest behind its share; the first of several."""
         if len(self.weights) == 1:
             return 0
-        behind = ((self.tokens[i] + self._ahead[i]) / weight for i, weight in enumerate(self.weights))
-        return min(enumerate(behind), key=lambda entry: entry[1])[0]
+        progress = [(self.tokens[i] + self._head_start[i]) / weight for i, weight in enumerate(self.weights)]
+        return progress.index(min(progress))
 
-    def _take_up(self, rest: dict[str, Any]) -> None:
-        """Go on within a document: with its ids from ``begin`` on, or, where the state lacks them, by reading it."""
-        self._rest_of, shard, row = rest["source"], rest["shard"], rest["row"]
+    def _restore_rest(self, rest: dict[str, Any]) -> None:
+        """Resume within a document, with its ids from ``begin`` on, or by reading it where the state lacks them."""
+        self._rest_source, shard, row = rest["source"], rest["shard"], rest["row"]
         if "ids" in rest:
             left = np.array(rest["ids"], dtype=np.int32)
             ids = np.concatenate((np.zeros(rest["begin"], dtype=np.int32), left))
         else:
-            corpus = self.sources[self._rest_of].readers[self.index].corpus
+            corpus = self.sources[self._rest_source].readers[self.index].corpus
             found = next(iter(corpus.read(shard, row)), None) if shard < len(corpus.shards) else None
             if found is None:
                 raise InputError(
                     f"the checkpoint places a logical shard in row {row} of shard {shard} of {corpus.title}, which "
-                    "there is not; it was altered, take another checkpoint"
+                    "does not exist; the checkpoint was altered, use another one"
                 )
             [ids] = corpus.encode([found[1]])
         self._rest, self._begin = Document(ids, shard, row), rest["begin"]
 
 
 class LogicalShards:
-    """The logical shards that one process has: all of a run, which can then exchange documents, or some.
+    """The logical shards of one process: all of a run, which can then exchange documents, or some.
 
     Args:
-        num_logical_shards: By number.
+        logical_shards: By number.
         sources: Their readers, by source.
     """
 
@@ -218,13 +179,13 @@ class LogicalShards:
         self.logical_shards, self.sources = logical_shards, sources
 
     def batch(self, logical_shard: int, batch_size: int) -> Batch:
-        """The next micro-batch of one of the logical shards; see :meth:`LogicalShard.batch`."""
+        """Make the next micro-batch of a logical shard; see :meth:`LogicalShard.batch`."""
         batch = self.logical_shards[logical_shard].batch(batch_size)
         self.sources[0].touched.add(logical_shard)
         return batch
 
     def changed(self) -> dict[str, dict[str, Any]]:
-        """Where those logical shards stand whose state changed since this was asked last, by their number."""
+        """Return the states of the logical shards that changed since the last call, by their number."""
         touched = set().union(*(source.touched for source in self.sources))
         for source in self.sources:
             source.touched.clear()
@@ -233,12 +194,12 @@ class LogicalShards:
 
 @dataclass
 class MakeLogicalShards:
-    """Makes any logical shards of a run, from their numbers and the states to go on from; goes to the workers.
+    """Makes any logical shards of a run from their numbers and states. It is sent to the workers.
 
     Args:
-        corpora: One a source.
-        weights: Share of the tokens for each.
-        num_logical_shards: Number of logical shards.
+        corpora: One per source.
+        weights: Share of the tokens of each source.
+        num_logical_shards: Number of logical shards (L).
         block: Documents of a logical shard that are shuffled together.
         seed: Text that every order depends on.
         shape: How documents become rows.
@@ -254,37 +215,40 @@ class MakeLogicalShards:
     held_out: HeldOut | None = None
 
     def __call__(self, indices: Iterable[int], states: dict[str, dict[str, Any]]) -> LogicalShards:
+        """Make the logical shards of these numbers, each from its state or, where it has none, from the beginning.
+
+        Raises:
+            InputError: If a state does not fit the sources.
+        """
         indices = list(indices)
-        for logical_shard, state in states.items():
-            entries = {len(state[key]) for key in ("readers", "documents", "tokens", "held_out") if key in state}
-            if entries != {len(self.corpora)} or ((rest := state["rest"]) and rest["source"] >= len(self.corpora)):
-                raise InputError(
-                    f"the checkpoint's state of logical shard {logical_shard} is not one of "
-                    f"{len(self.corpora)} sources; it was altered, take another checkpoint"
-                )
+        self._check(states)
         sources = []
         for number, corpus in enumerate(self.corpora):
             readers = {
-                logical_shard: Reader(
+                index: Reader(
                     corpus,
-                    logical_shard,
+                    index,
                     self.num_logical_shards,
                     self.block,
                     f"{self.seed}/{number}",
-                    states[str(logical_shard)]["readers"][number] if str(logical_shard) in states else None,
+                    states[str(index)]["readers"][number] if str(index) in states else None,
                 )
-                for logical_shard in indices
+                for index in indices
             }
             sources.append(SourceReaders(readers, len(readers) == self.num_logical_shards, self.held_out))
         logical_shards = {
-            logical_shard: LogicalShard(
-                logical_shard,
-                self.num_logical_shards,
-                sources,
-                self.weights,
-                self.shape,
-                states.get(str(logical_shard)),
+            index: LogicalShard(
+                index, self.num_logical_shards, sources, self.weights, self.shape, states.get(str(index))
             )
-            for logical_shard in indices
+            for index in indices
         }
         return LogicalShards(logical_shards, sources)
+
+    def _check(self, states: dict[str, dict[str, Any]]) -> None:
+        for index, state in states.items():
+            entries = {len(state[key]) for key in ("readers", "documents", "tokens", "held_out") if key in state}
+            if entries != {len(self.corpora)} or ((rest := state["rest"]) and rest["source"] >= len(self.corpora)):
+                raise InputError(
+                    f"the checkpoint's state of logical shard {index} is not one of {len(self.corpora)} sources; the "
+                    "checkpoint was altered, use another one"
+                )

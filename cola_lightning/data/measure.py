@@ -10,6 +10,7 @@ from itertools import islice
 from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from datasets import load_dataset
@@ -17,11 +18,9 @@ from jsonargparse import auto_cli
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cola_lightning.data.rows import IGNORE, pad
-from cola_lightning.data.streaming import C4DataModule
+from cola_lightning.data.packing import IGNORE, Batch
+from cola_lightning.data.streaming import StreamingDataModule
 from cola_lightning.data.tokenizer import Tokenizer
-
-Batch = dict[str, Tensor]
 
 PLAIN = "`datasets` + `DataLoader`"
 
@@ -55,11 +54,11 @@ def measure(
         workers: Numbers of worker processes to measure with.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    sources = {
+    sources: dict[str, dict[str, Any]] = {
         "streamed": {"path": "json", "data_files": {"train": files, "validation": validation_files}},
         "prepared": {"path": prepared},
     }
-    common = {"name": None, "batch_size": batch_size, "sequence_length": sequence_length, "validation_tokens": 10_000}
+    common: dict[str, Any] = {"batch_size": batch_size, "sequence_length": sequence_length, "validation_tokens": 10_000}
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     cells: dict[tuple[str, str, int], Iterator[Batch]] = {}
     for count in workers:
@@ -68,7 +67,9 @@ def measure(
     for label, source in sources.items():
         for rows in ("padded", "packed"):
             for count in workers:
-                data = _ready(C4DataModule(**common, **source, tokenizer=tokenizer, rows=rows, num_workers=count))
+                data = _ready(
+                    StreamingDataModule(**common, **source, tokenizer=tokenizer, rows=rows, num_workers=count)
+                )
                 cells[label, rows, count] = iter(data.train_dataloader())
     taken: dict[tuple[str, str, int], list[tuple[int, float, float]]] = {cell: [] for cell in cells}
     for (_, _, count), batches in cells.items():
@@ -113,7 +114,7 @@ def _processor_time() -> float:
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK") + ended.ru_utime + ended.ru_stime
 
 
-def _ready(data: C4DataModule) -> C4DataModule:
+def _ready(data: StreamingDataModule) -> StreamingDataModule:
     trainer = {"max_steps": 10**9, "accumulate_grad_batches": 1, "distributed_sampler_kwargs": None}
     data.trainer = SimpleNamespace(**trainer, overfit_batches=0)  # type: ignore[assignment]
     data.prepare_data()
@@ -125,7 +126,7 @@ def _plain(files: str, tokenizer: Tokenizer, batch_size: int, length: int, worke
     """What the scripts of this lineage do, with the same tokenizer: a stream, a shuffle buffer, one document a row."""
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[Tensor]]:
-        rows = [pad(torch.tensor(ids), length, tokenizer.pad_id or 0) for ids in tokenizer.encode(batch["text"])]
+        rows = [_pad(torch.tensor(ids), length, tokenizer.pad_id or 0) for ids in tokenizer.encode(batch["text"])]
         return {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
 
     stream = load_dataset("json", data_files=files, split="train", streaming=True).shuffle(seed=42, buffer_size=1000)
@@ -137,6 +138,15 @@ def _plain(files: str, tokenizer: Tokenizer, batch_size: int, length: int, worke
     )
     while True:
         yield from DataLoader(stream.with_format("torch"), batch_size=batch_size, num_workers=workers)
+
+
+def _pad(ids: Tensor, length: int, pad_id: int) -> Batch:
+    if len(ids) > length:
+        ids = torch.cat((ids[: length - 1], ids[-1:]))
+    row = {"input_ids": torch.full((length,), pad_id), "labels": torch.full((length,), IGNORE)}
+    for values in row.values():
+        values[: len(ids)] = ids
+    return row
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""Passes over a source: each document once before any comes twice, whatever the shards' number and sizes.
+"""Passes over a source: each document once before any comes twice, for any number and sizes of shards.
 
-A source is divided among L logical shards. In each pass the S shards are shuffled anew and laid end to
-end, and logical shard i gets the i-th of L equal stretches. A stretch begins and ends within a shard, so at most S + L
-shards are opened, where every logical shard would have to open every shard if each shard were divided by L.
+A source is divided among L logical shards. In each pass, its S shards are shuffled and laid end to end, and logical
+shard i gets the i-th of L equal stretches. A stretch begins and ends within a shard, so at most S + L - 1 parts of
+shards are opened in a pass. If each shard were divided among all L, every logical shard would open every shard.
 
     S = 3 shards, L = 2 logical shards, order of the pass: c a b
 
-        logical shard 0 |--- c ---|- a -|            c, and share 0..1 of 2 of a
-        logical shard 1                 |- a -|--- b ---|   share 1..2 of 2 of a, and b
+        logical shard 0 |--- c ---|- a -|            c, and parts 0..1 of 2 of a
+        logical shard 1                 |- a -|--- b ---|   parts 1..2 of 2 of a, and b
 
-The share of a shard is a range of rows where the format can be entered in the middle (Parquet), and every so many rows
-where it cannot (compressed JSON Lines, whose number of rows is not known until it is read).
+A part of a shard is a range of rows if the format can be read from the middle (Parquet), and otherwise every n-th row
+(compressed JSON Lines, where the number of rows is not known before all is read).
 
-The stretches are equal in shards, not in documents, which nobody counted. So a logical shard may be through with its
-stretch while others are not. It then takes documents from the stretches of the others (:class:`SourceReaders`), and
-the next pass begins for all of them when no stretch has a document left.
+The stretches are equal in shards, not in documents, because nobody counted those. So one logical shard may have no
+documents left while others have some. It then takes documents from the stretches of the others
+(:class:`SourceReaders`), and the next pass begins for all of them when no stretch has a document left.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,12 +26,10 @@ import numpy as np
 from annotated_types import Ge, Le
 from typing_extensions import TypedDict
 
+from cola_lightning.data.encoding import encode_in_batches
 from cola_lightning.data.held_out import HeldOut
 from cola_lightning.errors import InputError
 from cola_lightning.stored_data import Count
-
-ENCODE_BATCH_SIZE = 64  # documents; enough to keep a tokenizer's threads busy
-ENCODED_CHARACTERS = 2_000_000  # at most, unless one document alone has more
 
 
 class Share(NamedTuple):
@@ -42,11 +40,11 @@ class Share(NamedTuple):
     parts: int = 1
 
     def has(self, row: int) -> bool:
-        """Whether the row belongs to it, where parts are every ``parts``-th row."""
+        """Whether a row belongs to it, if a part is every ``parts``-th row."""
         return self.first <= row % self.parts < self.last
 
     def bounds(self, rows: int) -> tuple[int, int]:
-        """First row, and first row after the last, where parts are ranges of ``rows`` rows."""
+        """Return its first row and the row after its last, if parts are ranges of a shard of ``rows`` rows."""
         return rows * self.first // self.parts, rows * self.last // self.parts
 
 
@@ -54,7 +52,7 @@ WHOLE = Share()
 
 
 class Corpus(Protocol):
-    """Documents in shards. A document is text, or ids already; ``encode`` makes int32 ids of either."""
+    """Documents in shards. A document is text or ids; ``encode`` makes int32 ids of either."""
 
     title: str
     shards: list[str]
@@ -65,7 +63,7 @@ class Corpus(Protocol):
 
 
 class Document(NamedTuple):
-    """Ids of a document, int32, and the shard and row that it stands in."""
+    """Ids of a document, int32, and its shard and row."""
 
     ids: np.ndarray
     shard: int
@@ -73,13 +71,17 @@ class Document(NamedTuple):
 
 
 class PassEndError(Exception):
-    """A logical shard has no document left in this pass, and the others are in another process."""
+    """A logical shard has no document left in this pass, and another process has the other logical shards."""
 
 
 def divide(shards: Sequence[int], logical_shard: int, num_logical_shards: int) -> list[tuple[int, Share]]:
-    """The stretch of one logical shard: shards in the order of the pass, each with the share of it.
+    """Return the stretch of a logical shard: its shards in the order of the pass, each with the share of it.
 
-    In units of 1/L of a shard, shard k covers units kL to (k + 1)L, and logical shard i gets units iS to (i + 1)S.
+    Count in units of 1/L of a shard. The shard at place k of the order covers units kL to (k + 1)L. Logical shard i
+    gets units iS to (i + 1)S.
+
+    Example: S = 3 shards in the order 2, 0, 1, and L = 2 logical shards. Shard 2 covers units 0 to 2, shard 0 units 2
+    to 4, shard 1 units 4 to 6. Logical shard 0 gets units 0 to 3: both parts of shard 2, and the first of shard 0.
 
         >>> divide([2, 0, 1], 0, 2)
         [(2, Share(first=0, last=2, parts=2)), (0, Share(first=0, last=1, parts=2))]
@@ -98,27 +100,27 @@ def divide(shards: Sequence[int], logical_shard: int, num_logical_shards: int) -
 ReaderState = TypedDict(
     "ReaderState", {"pass": Count, "unit": Count, "row": Count, "taken": Count, "through": Annotated[int, Ge(0), Le(1)]}
 )
-"""A state of :class:`Reader`."""
+"""State of a :class:`Reader`."""
 
 
 class Reader:
     """The documents of one source that belong to one logical shard, pass by pass, shuffled in blocks.
 
-    A block of ``block`` documents is read, put in an order that is a function of the seed and of where it begins, and
-    handed out. So where a reader stands is the beginning of its block and how much of it is gone, and to take it up
-    again is to read that block again; only what had not been handed out is tokenized.
+    A block of ``block`` documents is read and shuffled, in an order that depends on the seed and on where the block
+    begins. So the state of a reader is the beginning of its block and the number of its documents that were taken.
+    Resuming reads that block again, and tokenizes only documents that were not taken.
 
     Args:
         corpus: The documents.
-        logical shard: Number of the logical shard.
+        logical_shard: Number of the logical shard.
         num_logical_shards: Number of logical shards.
         block: Documents that are shuffled together.
         seed: Text that every order depends on.
-        state: Where to go on, as :attr:`state` told.
+        state: Where to resume; a former value of :attr:`state`.
 
     Attributes:
-        state: ``pass``; ``unit``, ``row``: the place in the stretch where the block begins; ``taken``: documents of
-            the block that were handed out; ``through``: whether the pass is.
+        state: ``pass``: number of the pass; ``unit``, ``row``: the place in the stretch where the block begins;
+            ``taken``: documents of the block that were taken; ``through``: 1 if the pass has no document left.
     """
 
     def __init__(
@@ -140,10 +142,11 @@ class Reader:
         self._begin(state or _start(0))
 
     def begin_pass(self, number: int) -> None:
+        """Begin a pass, given by its number."""
         self._begin(_start(number))
 
     def next(self) -> Document | None:
-        """The next document, or None if there is none left in this pass.
+        """Return the next document, or None if this pass has none left.
 
         Raises:
             InputError: If a shard cannot be read.
@@ -168,10 +171,11 @@ class Reader:
             unit, row = self.state["unit"], self.state["row"]
 
     def _stretch(self, turn: int) -> list[tuple[int, Share]]:
-        """The shards of a pass in the order in which they are read, each with the share of it."""
+        """Return the shards of a pass in the order in which they are read, each with the share of it."""
         shuffled = list(range(len(self.corpus.shards)))
         Random(f"{self.seed}/shards/{turn}" if turn else f"{self.seed}/shards").shuffle(shuffled)
-        # Laid end to end as cards are dealt, so that whole shards go round where L divides their number.
+        # Every L-th shard of the shuffled ones, from the first, the second … on: if L divides S, each stretch is whole
+        # shards, shuffled[i::L] for logical shard i.
         order = [
             shard for first in range(self.num_logical_shards) for shard in shuffled[first :: self.num_logical_shards]
         ]
@@ -180,7 +184,7 @@ class Reader:
         return stretch
 
     def _rows(self, stretch: list[tuple[int, Share]], unit: int, row: int) -> Iterator[tuple[int, int, Any]]:
-        """Documents of the pass from a place on: unit of the stretch, row, text or ids."""
+        """Yield the documents of the pass from a place on: place in the stretch, row, text or ids."""
         for index in range(unit, len(stretch)):
             shard, share = stretch[index]
             for number, document in self.corpus.read(shard, row if index == unit else 0, share):
@@ -194,40 +198,31 @@ class Reader:
         Random(f"{self.seed}/{self.logical_shard}/{turn}/{unit}/{row}").shuffle(order)
         # The next block begins at the row after the last one of this block.
         end = _start(turn) | {"unit": block[-1][0], "row": block[-1][1] + 1}
-        while taken < len(order):
-            some = _encoded_together([block[index] for index in order[taken : taken + ENCODE_BATCH_SIZE]])
-            for (index, number, _), ids in zip(some, self.corpus.encode([entry[2] for entry in some]), strict=True):
-                taken += 1
-                here = {"pass": turn, "unit": unit, "row": row, "taken": taken, "through": 0}
-                self.state = here if taken < len(order) else end
-                yield Document(ids, stretch[index][0], number)
+        entries = (block[index] for index in order[taken:])
+        for (index, number), ids in encode_in_batches(
+            (((index, number), document) for index, number, document in entries), self.corpus.encode
+        ):
+            taken += 1
+            here = {"pass": turn, "unit": unit, "row": row, "taken": taken, "through": 0}
+            self.state = here if taken < len(order) else end
+            yield Document(ids, stretch[index][0], number)
 
 
 def _start(turn: int) -> dict[str, int]:
     return {"pass": turn, "unit": 0, "row": 0, "taken": 0, "through": 0}
 
 
-def _encoded_together(entries: list[tuple[int, int, Any]]) -> list[tuple[int, int, Any]]:
-    """As many of the first entries as have ENCODED_CHARACTERS together, and at least one."""
-    total = 0
-    for count, (_, _, document) in enumerate(entries):
-        total += len(document)
-        if total > ENCODED_CHARACTERS:
-            return entries[: max(1, count)]
-    return entries
-
-
 class SourceReaders:
     """The readers of one source, by the number of their logical shard.
 
     Args:
-        readers: Of all logical shards, or of some.
-        complete: Whether they are all. Only then can documents move from one logical shard to another.
+        readers: Readers of all logical shards, or of some.
+        complete: Whether these are all. Only then can one logical shard take documents from another.
         held_out: Documents that are left out, because they are validated on.
 
     Attributes:
-        left_out: How many were, by logical shard, since the readers were made.
-        touched: Logical shards whose reader's state changed; whoever passes the states on empties it.
+        left_out: Number of documents left out since the readers were made, by logical shard.
+        touched: Logical shards whose reader's state changed since :meth:`LogicalShards.changed` was called.
     """
 
     def __init__(self, readers: dict[int, Reader], complete: bool, held_out: HeldOut | None = None) -> None:
@@ -236,10 +231,10 @@ class SourceReaders:
         self.touched: set[int] = set()
 
     def next(self, logical_shard: int) -> Document:
-        """The next document for a logical shard: of its own stretch, or else of the next one that has any.
+        """Return the next document for a logical shard, from its own stretch or else from the next one that has any.
 
         Raises:
-            PassEndError: If its own stretch is through, and the others are not here.
+            PassEndError: If its own stretch has none left, and another process has the other stretches.
             InputError: If the source has no document, or cannot be read.
         """
         for _ in range(2):

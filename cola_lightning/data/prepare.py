@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import replace
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import TypedDict
 
+from cola_lightning.data.encoding import ENCODE_BATCH_SIZE, encode_in_batches
 from cola_lightning.data.identity import StoredSource
-from cola_lightning.data.logical_shards import ENCODE_BATCH_SIZE
 from cola_lightning.data.prepared import FORMAT, INDEX, PLAN, TOKENIZER, StoredShard, read_record
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.sources import Source, TextCorpus
-from cola_lightning.data.stream_loader import die_with
 from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.data.worker_process import end_with_parent
 from cola_lightning.errors import InputError, hide_secrets
 from cola_lightning.stored_data import check_stored, is_stored_as
 
@@ -183,7 +182,7 @@ def _begin(*job: Any) -> None:
 
 
 def _begin_process(parent: int, *job: Any) -> None:
-    die_with(parent)
+    end_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes keep the cores busy
     _begin(*job)
 
@@ -228,10 +227,7 @@ def _make_shard(shard: int) -> None:
 
 
 def _encoded(corpus: TextCorpus, shard: int) -> Iterator[tuple[int, np.ndarray]]:
-    rows = corpus.read(shard)
-    while some := list(islice(rows, ENCODE_BATCH_SIZE)):
-        numbers, texts = zip(*some, strict=True)
-        yield from zip(numbers, corpus.encode(list(texts)), strict=True)
+    return encode_in_batches(corpus.read(shard), corpus.encode)
 
 
 def _record(shard: int) -> str:

@@ -1,44 +1,45 @@
-"""Rows to batches, in an order that is a function of the seed and of how many rows were trained on.
+"""Loaders of rows that are all on disk: for training in an order that depends on seed and position, and for evaluation.
 
-Lightning sees objects that have a length and can be iterated, nothing more: it then neither replaces the sampler, nor
-fetches a batch ahead, nor restores one rank's position on all ranks.
+Lightning sees objects with a length and an iterator, nothing more. So it neither replaces the sampler, nor fetches a
+batch ahead, nor restores one rank's position on all ranks.
 """
 
+import os
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from cola_lightning.data.rows import IGNORE, Row, add_step_tokens
-from cola_lightning.data.stream_loader import end_where_batches_are_lost
+from cola_lightning.data.packing import IGNORE, Batch, Row, add_step_tokens
 from cola_lightning.data.transfer import SentBatch
+from cola_lightning.data.worker_process import begin_worker
 from cola_lightning.errors import InputError
-from cola_lightning.signals import leave_signals_to_parent
-
-Batch = dict[str, Tensor]
 
 
 class TrainLoader:
     """The whole training run as one sequence of batches: pass after pass over the rows, each in a new order.
 
-    Global batch ``b`` takes the sequence's entries from ``b * G`` on, G = ``batch_size * replicas``, and every rank its
-    own ``batch_size`` of them. A position counted in rows therefore means the same for any number of ranks.
+    Global batch ``b`` takes the sequence's entries from ``b * G`` on, G = ``batch_size * replicas``, and each rank
+    takes its own ``batch_size`` of them. A position counted in rows therefore means the same for any number of ranks.
 
-    Every iteration goes on where the one before ended, because an epoch of Lightning's is a part of the run.
+    Example: 10 rows, batches of 2 on 2 ranks. The sequence is the shuffled rows of pass 0, then those of pass 1, and so
+    on. Global batch 2 has entries 8 to 11, so rank 1 has entries 10 and 11, which are entries 0 and 1 of pass 1.
+
+    Every iteration continues where the last one ended, because an epoch of Lightning is a part of the run.
 
     Args:
         rows: The data set.
         batch_size: Rows of a batch on one rank (B).
-        batches: How many batches the run takes on this rank, which is the loader's length.
+        batches: Batches of the run on this rank, which is the loader's length.
         seed: Decides the order.
         position: Rows, over all ranks, that were trained on before.
         replicas: Number of ranks that share the data.
-        rank: This one among them.
+        rank: This rank.
         workers: Processes that read ahead; 0 for none.
-        batches_per_step: Batches of an optimizer step. They are fetched together, so that each knows the step's tokens.
+        batches_per_step: Batches of an optimizer step. They are fetched together, so that each has the step's tokens.
         overfit: Begin every iteration with the first rows, in their own order; for ``overfit_batches``.
     """
 
@@ -71,7 +72,7 @@ class TrainLoader:
         batches = _loader(self.rows, self._indices(), self.workers)
         while True:
             for batch in add_step_tokens(list(islice(batches, self.batches_per_step))):
-                # Counted as it is handed over, so that a checkpoint taken after this batch goes on at the next.
+                # Counted before the yield, so that a checkpoint taken after this batch resumes at the next.
                 self.position += self.batch_size * self.replicas
                 yield batch
 
@@ -93,10 +94,10 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Every row exactly once over all ranks, in order, and as many batches on each rank.
+    """Gives every row exactly once over all ranks, in order, and the same number of batches to each rank.
 
-    Where the rows do not divide evenly, a rank's last batches are filled with rows whose labels are all ignored, so
-    that sums over tokens are exact and ranks that talk to each other in the forward pass stay in step.
+    If the rows do not divide evenly, a rank's last batches are filled with rows of ignored labels. So sums over tokens
+    are exact, and ranks that communicate in the forward pass stay in step.
     """
 
     def __init__(self, rows: Dataset, batch_size: int, *, replicas: int = 1, rank: int = 0) -> None:
@@ -110,7 +111,7 @@ class EvalLoader:
         return _loader(_Filled(self.rows), batches, workers=0)
 
     def indices(self, batch: int) -> list[int]:
-        """The rows of a batch of this rank; those that fill it up have the length of the data set or more.
+        """Return the numbers of the rows in a batch of this rank. Numbers past the last row are rows that fill up.
 
         Example: of 10 rows in batches of 4 on 2 ranks, rank 1 has 4 to 7, and rank 0 in its second batch 8 to 11.
         """
@@ -119,7 +120,7 @@ class EvalLoader:
 
 
 class _Filled(Dataset):
-    """The rows, and past their end rows with nothing to learn."""
+    """The rows, and past the last one rows with nothing to learn."""
 
     def __init__(self, rows: Dataset) -> None:
         self.rows = rows
@@ -139,7 +140,7 @@ def _loader(rows: Dataset, batches: object, workers: int) -> Iterator[Batch]:
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_worker_init,
+        worker_init_fn=partial(begin_worker, os.getpid()),
         collate_fn=_collate,
     )
     return (sent.batch for sent in loader)
@@ -147,8 +148,3 @@ def _loader(rows: Dataset, batches: object, workers: int) -> Iterator[Batch]:
 
 def _collate(rows: list[Row]) -> SentBatch:
     return SentBatch(default_collate(rows))
-
-
-def _worker_init(worker: int) -> None:
-    leave_signals_to_parent()
-    end_where_batches_are_lost()

@@ -1,25 +1,23 @@
-"""The data module for text that is too much for this machine: streamed, or tokenized beforehand."""
+"""The data module for text that is too much for one machine: streamed, or tokenized beforehand."""
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cola_lightning.data.cache import cache_folder
 from cola_lightning.data.held_out import HeldOut
 from cola_lightning.data.identity import Identity
-from cola_lightning.data.inventory import describe
-from cola_lightning.data.logical_shards import MakeLogicalShards, RowShape
+from cola_lightning.data.logical_shards import MakeLogicalShards
+from cola_lightning.data.packing import Rows
 from cola_lightning.data.prepared import PreparedCorpus, is_prepared
+from cola_lightning.data.rank_exchange import AllRanks
 from cola_lightning.data.retry import Retry
-from cola_lightning.data.rows import PackedRows, PaddedRows
-from cola_lightning.data.sources import DataFiles, Found, Source, TextCorpus, find
-from cola_lightning.data.stream_loader import LoaderState, OneRank, StreamError, StreamLoader
+from cola_lightning.data.source_lookup import Corpus, SourceLookup
+from cola_lightning.data.sources import DataFiles, Found, Source
+from cola_lightning.data.stream_loader import LoaderState, StreamError, StreamLoader
 from cola_lightning.data.token_data_module import IDENTITY, StoredState, TokenDataModule, resolve_global_batch_size
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.data.validation import ValidationSet
@@ -27,52 +25,49 @@ from cola_lightning.distributed.ranks import ask_once
 from cola_lightning.errors import InputError
 from cola_lightning.host_memory import check_batch, check_memory, check_workers
 
-Corpus = TextCorpus | PreparedCorpus
-
 
 class _State(StoredState, LoaderState):
     pass
 
 
-class C4DataModule(TokenDataModule):
-    """Trains on a stream of documents, and goes on at the very next token after a break.
+class StreamingDataModule(TokenDataModule):
+    """Trains on a stream of documents, and resumes at the very next token.
 
-    The order of the batches is a function of the arguments alone. A checkpoint holds, for every logical shard (see
-    :class:`StreamLoader`), where it stands after the batch trained on last. To go on from it costs the reading of one
-    shuffle block for each logical shard, and in a compressed shard the unpacking of what comes before that block;
-    nothing that was trained on is tokenized again. On another number of ranks or workers no document is lost or
-    repeated, and where ranks x workers divides ``logical shards``, before and after, the batches stay the same
-    sequence.
+    The order of the batches depends on the arguments alone. A checkpoint holds the state of every logical shard (see
+    :class:`StreamLoader`) after the batch trained on last. Resuming costs the reading of one shuffle block per logical
+    shard, and in a compressed shard the decompression of what comes before that block; nothing that was trained on is
+    tokenized again. With another number of ranks or workers no document is lost or repeated. Where ranks x workers
+    divides ``num_logical_shards``, before and after, the batches are the same sequence.
 
     Args:
         path: Data set on the Hugging Face hub, folder of files, format of ``datasets`` with ``data_files``, or folder
             that ``prepare`` made.
-        name: Configuration of the data set; if not given, ``en`` for allenai/c4, and none for any other.
-        revision: Branch, tag or commit on the hub. A run keeps to the commit that it began with.
+        name: Configuration of the data set.
+        revision: Branch, tag or commit on the hub. A run stays at the commit that it began with.
         data_files: Files, patterns or addresses, by split.
         text_column: Column of the text.
-        sources: Several sources in place of the one above, mixed by the tokens that each hands out.
-        validation: Source of the validation documents; split ``validation`` of ``path``, or of the first of
-            ``sources``, if not given. Where it is a split that is trained on too, one document of 20 is
-            held out, by a hash of its place. No document that equals a validation document is trained on.
-        tokenizer: Folder, tokenizer.json or repository on the hub. If none is named, the one that a prepared source was
-            prepared with, or t5-base.
+        sources: Several sources, mixed by their tokens, in place of the one above.
+        validation: Source of the validation documents; if not given, split ``validation`` of ``path``, or of the first
+            of ``sources``. If it is a split that is trained on too, one document of 20 is held out, by a hash of its
+            place. No document that equals a validation document is trained on.
+        tokenizer: Folder, tokenizer.json or repository on the hub; if not given, the tokenizer of the first prepared
+            source, or t5-base.
         sequence_length: Tokens of a row (T).
         batch_size: Rows of a micro-batch on one device (B).
-        global_batch_size: Rows of an optimizer step over all devices; gradients are accumulated to it. If none is
-            given, it is what the trainer's ``accumulate_grad_batches`` makes of ``batch_size``.
-        global_batch_tokens: The same in tokens, in place of it: rows times ``sequence_length``.
-        rows: ``padded`` makes one document a row, cut and padded, as the paper's benchmark does; ``packed`` puts
+        global_batch_size: Rows of an optimizer step over all devices; gradients are accumulated to reach it. If not
+            given, it follows from ``batch_size`` and the trainer's ``accumulate_grad_batches``.
+        global_batch_tokens: The same in tokens: rows times ``sequence_length``.
+        rows: ``padded`` makes one row of each document, cut and padded, as in the papers' benchmark; ``packed`` puts
             documents end to end.
-        mask_documents: Whether tokens of packed rows attend to the documents before theirs in the row.
-        shuffle_buffer: Documents of a logical shard that are shuffled together; these are read before its first batch.
-        num_logical_shards: Streams that the run is made of. Ranks x workers must not be more; it cannot change within a
-            run.
+        mask_documents: Keep attention in packed rows within a document.
+        shuffle_buffer: Documents of a logical shard that are shuffled together; they are read before its first batch.
+        num_logical_shards: Parts that the data of the run is divided into. Ranks x workers must not be more. It cannot
+            change within a run.
         validation_tokens: Tokens of the validation set, which is the first documents of its source.
         seed: Decides the order of shards and documents.
-        num_workers: Processes on each rank that read and tokenize ahead; 0 for none.
-        retries: Failures in a row that are borne when a shard is read.
-        retry_wait: Seconds before the first new try; each further wait is twice as long.
+        num_workers: Processes per rank that read and tokenize ahead; 0 for none.
+        retries: Failures in a row that are retried when a shard is read.
+        retry_wait: Seconds before the first retry; each further wait is twice as long.
         verify: Compare prepared shards with their checksums before training.
         cache_dir: Where the tokenized validation set is kept; by default as for :class:`TextDataModule`.
 
@@ -81,10 +76,11 @@ class C4DataModule(TokenDataModule):
     """
 
     _state_type = _State
+    _shares_state_with = ("StreamingDataModule", "C4DataModule")
 
     def __init__(
         self,
-        path: str = "allenai/c4",
+        path: str | None = None,
         name: str | None = None,
         revision: str | None = None,
         data_files: DataFiles = None,
@@ -109,24 +105,40 @@ class C4DataModule(TokenDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        if path == "allenai/c4" and name is None and data_files is None:
-            name = "en"
-        self.sources = sources or [Source(path, name, revision, "train", data_files, text_column)]
+        if sources:
+            self.sources = sources
+        elif path is not None:
+            self.sources = [Source(path, name, revision, "train", data_files, text_column)]
+        else:
+            raise InputError("no text is named; set --data.path, or --data.sources for several")
         self.validation = validation or replace(self.sources[0], split="validation")
-        least = {
-            "sequence_length": (sequence_length, 2),
-            "batch_size": (batch_size, 1),
-            "num_logical_shards": (num_logical_shards, 1),
-        }
-        for argument, (value, minimum) in least.items():
-            if value < minimum:
-                raise InputError(f"{argument} is {value}; it must be at least {minimum}")
-        check_batch(batch_size, sequence_length)
-        check_workers(num_workers)
-        # The state of each is kept in a checkpoint, and its readers in memory.
+        self.tokenizer_name, self.sequence_length = tokenizer, sequence_length
+        self.batch_size = batch_size
+        self.global_batch_size = resolve_global_batch_size(global_batch_size, global_batch_tokens, sequence_length)
+        self.row_type, self.mask_documents = rows, mask_documents
+        self.shuffle_buffer, self.num_logical_shards = shuffle_buffer, num_logical_shards
+        self.validation_tokens = validation_tokens
+        self.seed, self.num_workers, self.verify = seed, num_workers, verify
+        self._check_arguments()
+        self.retry, self.cache_dir = Retry(retries, retry_wait), cache_folder(cache_dir)
+        self._revisions = [source.revision for source in [*self.sources, self.validation]]  # as they were named
+        self._lookup = SourceLookup(self.retry)
+        self._loader: StreamLoader | None = None
+        self._state: dict[str, Any] | None = None
+        self._corpora: list[Corpus] = []
+        self._held_out: Corpus | None = None
+        self._named_tokenizer: Tokenizer | None = None
+
+    def _check_arguments(self) -> None:
+        for argument, minimum in {"sequence_length": 2, "batch_size": 1, "num_logical_shards": 1}.items():
+            if getattr(self, argument) < minimum:
+                raise InputError(f"{argument} is {getattr(self, argument)}; it must be at least {minimum}")
+        check_batch(self.batch_size, self.sequence_length)
+        check_workers(self.num_workers)
+        # A checkpoint holds the state of each logical shard, and memory holds its readers.
         check_memory(
-            num_logical_shards * 2**13,
-            f"--data.num_logical_shards {num_logical_shards}",
+            self.num_logical_shards * 2**13,
+            f"--data.num_logical_shards {self.num_logical_shards}",
             "take a small multiple of ranks x workers",
         )
         weights = {source.title: source.weight for source in self.sources}
@@ -137,32 +149,14 @@ class C4DataModule(TokenDataModule):
                 f"the weights of the sources are {weights}, in sum {sum(weights.values()):g}; they are shares of the "
                 f"tokens, each above 0, and must sum to 1"
             )
-        if mask_documents and rows == "padded":
+        if self.mask_documents and self.row_type == "padded":
             raise InputError("mask_documents is for packed rows; a padded row holds one document")
-        self.tokenizer_name, self.sequence_length = tokenizer, sequence_length
-        self.batch_size = batch_size
-        self.global_batch_size = resolve_global_batch_size(global_batch_size, global_batch_tokens, sequence_length)
-        self.row_type, self.mask_documents = rows, mask_documents
-        self.shuffle_buffer, self.num_logical_shards, self.validation_tokens = (
-            shuffle_buffer,
-            num_logical_shards,
-            validation_tokens,
-        )
-        self.seed, self.num_workers, self.verify = seed, num_workers, verify
-        self.retry, self.cache_dir = Retry(retries, retry_wait), cache_folder(cache_dir)
-        self._revisions = [source.revision for source in [*self.sources, self.validation]]  # as they were named
-        self._loader: StreamLoader | None = None
-        self._state: dict[str, Any] | None = None
-        self._corpora: list[Corpus] = []
-        self._held_out: Corpus | None = None
-        self._found: dict[str, Found] = {}
-        self._named_tokenizer: Tokenizer | None = None
 
     # -- sources ------------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Check what was prepared, and tokenize the validation set unless the cache holds it; one process of a node
-        does it."""
+        """Check the files of prepared sources, and tokenize the validation set unless the cache holds it. One process
+        of a node calls this."""
         if self.verify:
             for source in filter(is_prepared, [*self.sources, self.validation]):
                 PreparedCorpus(source).verify()
@@ -170,33 +164,32 @@ class C4DataModule(TokenDataModule):
 
     def setup(self, stage: str) -> None:
         self._stage = stage
-        # Rank 0 asks the hub, and tells the others.
-        self._found, self._named_tokenizer = ask_once(lambda: self._look_up(stage))
+        # Rank 0 asks the hub, and tells the other ranks.
+        self._lookup.found, self._named_tokenizer = ask_once(lambda: self._look_up(stage))
         self.tokenizer = self._load_tokenizer()
-        pad_id = self.tokenizer.eos_id if self.tokenizer.pad_id is None else self.tokenizer.pad_id
-        mask_documents = self.row_type == "packed" and self.mask_documents
-        self.row_shape = RowShape(self.sequence_length, self.row_type == "packed", pad_id, mask_documents)
+        self.row_shape = self._row_shape()
         if stage == "fit":
-            self._loader = None  # a fit of its own begins where it is told to
-            self._corpora = [self._open(source, self.tokenizer) for source in self.sources]
+            self._loader = None  # a new fit begins at the position that it is given
+            self._corpora = [self._lookup.open(source, self.tokenizer) for source in self.sources]
         validation = self._validation_set(self.tokenizer)
         self._held_out = validation.corpus
         self._compare()
-        self._say_what_was_found()
-        self._validation_documents = documents = validation.load()
-        rank_zero_info(f"validate on {documents.summary()} of {validation.corpus.title}")
-        if self.row_type == "packed":
-            self.validation_rows = PackedRows(documents, self.sequence_length, pad_id, mask_documents)
-        else:
-            self.validation_rows = PaddedRows(documents, self.sequence_length, pad_id)
+        for source, corpus in zip(self.sources, self._corpora, strict=False):  # no corpora where nothing is trained
+            for line in self._lookup.describe(source, corpus):
+                rank_zero_info(f"train on {line}")
+        for line in self._lookup.describe(self.validation, self._held_out):
+            rank_zero_info(f"validate on {line}")
+        self._validation_documents = validation.load()
+        rank_zero_info(f"validate on {self._validation_documents.summary()} of {validation.corpus.title}")
+        self.validation_rows = Rows(self._validation_documents, self.row_shape)
 
     def _look_up(self, stage: str) -> tuple[dict[str, Found], Tokenizer | None]:
-        """What setup has to know of other machines."""
+        """Ask other machines for what setup needs."""
         self._load_tokenizer()
         for source in [*(self.sources if stage == "fit" else []), self.validation]:
             if not is_prepared(source):
-                self._find(source)
-        return self._found, self._named_tokenizer
+                self._lookup.find(source)
+        return self._lookup.found, self._named_tokenizer
 
     def _load_tokenizer(self) -> Tokenizer:
         tokenizer = self._choose_tokenizer(self._load_named_tokenizer)
@@ -205,80 +198,27 @@ class C4DataModule(TokenDataModule):
 
     def _load_named_tokenizer(self) -> Tokenizer:
         if self._named_tokenizer is None:
-            self._named_tokenizer = self._find_tokenizer()
+            self._named_tokenizer = self._lookup.load_tokenizer([*self.sources, self.validation], self.tokenizer_name)
         return self._named_tokenizer
-
-    def _find_tokenizer(self) -> Tokenizer:
-        for source in [*self.sources, self.validation]:
-            if is_prepared(source):
-                corpus = PreparedCorpus(source)
-                # A prepared source brings its tokenizer, so that it can be trained on without the hub.
-                if self.tokenizer_name in (None, corpus.index["tokenizer_name"]):
-                    return corpus.tokenizer()
-        return Tokenizer.load(self.tokenizer_name or "t5-base", self.retry)
-
-    def _open(self, source: Source, tokenizer: Tokenizer) -> Corpus:
-        if not is_prepared(source):
-            return TextCorpus(source, tokenizer, self.retry, self._find(source))
-        corpus = PreparedCorpus(source)
-        if corpus.index["tokenizer"] != tokenizer.fingerprint():
-            raise InputError(
-                f"{corpus.folder} was prepared with another tokenizer than {tokenizer.name}; leave --data.tokenizer "
-                f"out, or prepare it anew"
-            )
-        return corpus
-
-    def _find(self, source: Source) -> Found:
-        """The files of a source, looked up once in this process. Two splits of a data set are found together."""
-        key = json.dumps([source.path, source.name, source.revision, source.data_files])
-        if key not in self._found:
-            self._found[key] = find(source, self.retry)
-        return self._found[key]
 
     def _validation_set(self, tokenizer: Tokenizer) -> ValidationSet:
         longest = self.sequence_length if self.row_type == "padded" else None
-        corpus = self._open(self.validation, tokenizer)
+        corpus = self._lookup.open(self.validation, tokenizer)
         shared = any(
             replace(source, weight=1.0) == replace(self.validation, weight=1.0, text_column=source.text_column)
             for source in self.sources
         )
         return ValidationSet(corpus, tokenizer, self.validation_tokens, longest, self.cache_dir, shared)
 
-    def _say_what_was_found(self) -> None:
-        for kind, sources, corpora in (
-            ("train on", self.sources, self._corpora),
-            ("validate on", [self.validation], [self._held_out]),
-        ):
-            for source, corpus in zip(sources, corpora, strict=False):
-                if isinstance(corpus, PreparedCorpus):
-                    facts = corpus.index
-                    rank_zero_info(
-                        f"{kind} {corpus.title}: {len(corpus.shards):,} files, {facts['documents']:,} documents, "
-                        f"{facts['tokens']:,} tokens, prepared"
-                    )
-                elif corpus is not None:
-                    folders = [source.path] if Path(source.path).expanduser().is_dir() and not source.data_files else []
-                    found = self._find(source)
-                    others = [name for split, names in found.files.items() if split != source.split for name in names]
-                    for line in describe(
-                        corpus.title,
-                        corpus.shards,
-                        folders,
-                        found.filesystem,
-                        others,
-                        found.repeated.get(source.split, 0),
-                        found.unfinished.get(source.split, []),
-                    ):
-                        rank_zero_info(f"{kind} {line}")
-
     # -- batches ------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> StreamLoader:
         trainer = self.trainer
         assert trainer is not None
-        if isinstance(trainer.overfit_batches, float) and trainer.overfit_batches > 0:
+        overfit_batches = self._overfit_batches()
+        if isinstance(overfit_batches, float) and overfit_batches > 0:
             raise InputError(
-                f"--trainer.overfit_batches {trainer.overfit_batches} is a share of the data, but a stream has no "
+                f"--trainer.overfit_batches {overfit_batches} is a share of the data, but a stream has no "
                 "length; state a number of batches"
             )
         check_batch(self.batch_size, self.sequence_length, trainer.accumulate_grad_batches)
@@ -298,40 +238,38 @@ class C4DataModule(TokenDataModule):
             self.num_logical_shards,
             self.batch_size,
             batches=trainer.max_steps * trainer.accumulate_grad_batches,
-            # Lightning may ask anew at each epoch, by reload_dataloaders_every_n_epochs; the run goes on all the same.
+            # With reload_dataloaders_every_n_epochs Lightning asks again at each epoch; the run continues all the same.
             state=self.state_dict() if self._loader else self._state,
-            overfit=trainer.overfit_batches > 0,
+            overfit=overfit_batches > 0,
             workers=self.num_workers,
             batches_per_step=trainer.accumulate_grad_batches,
-            ranks=_Ranks() if share["replicas"] > 1 else None,
+            ranks=AllRanks() if share["replicas"] > 1 else None,
             **share,
         )
         return self._loader
 
     # -- position -----------------------------------------------------------------------------------------------------
 
-    def ledger(self) -> dict[str, dict[str, int]]:
-        """Documents and tokens trained on, and documents left out because they are validated on, by source, of the
-        logical shards of this rank; on no trainer, of all logical shards."""
+    def source_counts(self) -> dict[str, dict[str, int]]:
+        """Count by source the documents and tokens trained on, and the documents left out because they are validated
+        on: of the logical shards of this rank; without a loader, of all logical shards."""
         state = self._loader.state_dict() if self._loader else self._state
-        logical_shards = state["logical_shards"].values() if state else []
+        states = state["logical_shards"].values() if state else []
         return {
             source.title: {
-                "documents": sum(logical_shard["documents"][index] for logical_shard in logical_shards),
-                "tokens": sum(logical_shard["tokens"][index] for logical_shard in logical_shards),
-                "held_out": sum(logical_shard["held_out"][index] for logical_shard in logical_shards),
+                kind: sum(logical_shard[kind][index] for logical_shard in states)
+                for kind in ("documents", "tokens", "held_out")
             }
             for index, source in enumerate(self.sources)
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Where every logical shard of every rank stands after the batch last handed over, in plain numbers; all ranks
-        call it."""
+        """Return the state of every logical shard of all ranks after the batch last handed over, in plain numbers. All
+        ranks call this together."""
         if self._loader is None:
             return self._state or {}
         state = self._loader.state_dict()
-        states = self._loader.ranks.gather(state["logical_shards"])
-        state["logical_shards"] = {logical_shard: value for other in states for logical_shard, value in other.items()}
+        state["logical_shards"] = self._loader.ranks.merge(state["logical_shards"])
         return state | {IDENTITY: self._known}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -339,8 +277,8 @@ class C4DataModule(TokenDataModule):
         super().load_state_dict(state_dict)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Save a checkpoint to go on from where the data failed. Any other exception may be this rank's own, and the
-        others would not take part."""
+        """Save a checkpoint from which to resume after the data failed. For any other exception there is none here,
+        because it may be this rank's alone, and saving needs all ranks."""
         trainer = self.trainer
         if isinstance(exception, StreamError) and trainer is not None and trainer.global_step:
             folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
@@ -348,8 +286,8 @@ class C4DataModule(TokenDataModule):
             file = Path(folder) / f"data-failed-step={trainer.global_step}.ckpt"
             trainer.save_checkpoint(file)
             if not file.exists():
-                return  # that it could not be written was said
-            rank_zero_warn(f"the data failed; when it can be read again, go on by --ckpt_path {file}")
+                return  # a warning said that it could not be written
+            rank_zero_warn(f"the data failed; when it can be read again, resume with --ckpt_path {file}")
 
     # -- identity -----------------------------------------------------------------------------------------------------
 
@@ -360,8 +298,8 @@ class C4DataModule(TokenDataModule):
             self.setup(self._stage)
 
     def _pin(self, began: Identity) -> bool:
-        """Keep to the commits that the run began with, unless another revision is named; say whether that changes
-        anything."""
+        """Pin each source to the commit that the run began with, unless another revision is named now; return whether
+        that changes anything."""
         named = [*self.sources, self.validation]
         pinned = []
         for source, revision, then in zip(
@@ -405,20 +343,3 @@ class C4DataModule(TokenDataModule):
             "validation": self._held_out.identity() | {"revision": self._revisions[-1]},
         }
         return self._settings() | found | ({"sources": sources} if sources else {})
-
-
-class _Ranks(OneRank):
-    """Exchange between ranks in a process group on the CPU, so that nothing waits for the device."""
-
-    def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo")
-
-    def smallest(self, number: int) -> int:
-        value = torch.tensor(number, dtype=torch.int32)
-        dist.all_reduce(value, dist.ReduceOp.MIN, group=self.group)
-        return int(value)
-
-    def gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(values, value, group=self.group)
-        return values

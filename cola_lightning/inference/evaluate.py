@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cola_lightning.data.documents import find_files, read_documents
-from cola_lightning.data.rows import IGNORE
+from cola_lightning.data.packing import IGNORE
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError, UnusableModelError
 from cola_lightning.hub import write_folder

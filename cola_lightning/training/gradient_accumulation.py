@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, distributed
 
-from cola_lightning.data.rows import add_step_tokens
+from cola_lightning.data.packing import add_step_tokens
 from cola_lightning.errors import InputError
 
 _SCALED: WeakKeyDictionary[L.Trainer, int] = WeakKeyDictionary()

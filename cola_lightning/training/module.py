@@ -18,7 +18,7 @@ from torch.optim import AdamW, Optimizer, SparseAdam
 
 from cola_lightning.checkpoints.initialize import initialize_from_folder
 from cola_lightning.checkpoints.restore import check_progress, first_step_explained
-from cola_lightning.data.rows import IGNORE
+from cola_lightning.data.packing import IGNORE
 from cola_lightning.distributed.sharding import builds_lazily, shard
 from cola_lightning.distributed.strategies import check_optimizer, clip_gradients
 from cola_lightning.errors import InputError

@@ -68,7 +68,7 @@ def train(run: dict, rank: int) -> None:
     model = LanguageModel(vocab_size=300, **sizes)
     trainer.fit(model, data, ckpt_path=run.get("from"), weights_only=True)
     (folder / f"logged.{rank}").write_text(json.dumps({k: float(v) for k, v in trainer.callback_metrics.items()}))
-    (folder / f"ledger.{rank}").write_text(json.dumps(data.ledger()))
+    (folder / f"ledger.{rank}").write_text(json.dumps(data.source_counts()))
 
 
 def start(run: dict, rank: int, port: int) -> int:

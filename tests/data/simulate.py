@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from cola_lightning.data.logical_shards import MakeLogicalShards, RowShape
+from cola_lightning.data.logical_shards import MakeLogicalShards
+from cola_lightning.data.packing import RowShape
 from cola_lightning.data.passes import WHOLE
-from cola_lightning.data.stream_loader import OneRank, StreamLoader
+from cola_lightning.data.rank_exchange import OneRank
+from cola_lightning.data.stream_loader import StreamLoader
 
 EOS, PAD = 1, 0
 

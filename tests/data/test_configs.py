@@ -20,7 +20,7 @@ def test_overlay_is_a_config_file(overlay, capsys):
         main(["fit", "--config", f"{CONFIGS}/data/{overlay}.yaml", "--print_config"])
     assert end.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)["data"]
-    assert printed["class_path"] == "cola_lightning.data.C4DataModule"
+    assert printed["class_path"] == "cola_lightning.data.StreamingDataModule"
     written = yaml.safe_load((CONFIGS / "data" / f"{overlay}.yaml").read_text())["data"]["init_args"]
     for name in written.keys() - {"sources", "validation"}:
         assert printed["init_args"][name] == written[name]

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from cola_lightning.cli.app import main
-from cola_lightning.data import C4DataModule, Source, TextDataModule
+from cola_lightning.data import C4DataModule, Source, StreamingDataModule, TextDataModule
 from cola_lightning.data import identity as identities
 from cola_lightning.data.prepare import prepare
 from cola_lightning.data.retry import Retry
@@ -369,6 +369,21 @@ def test_a_run_does_not_go_on_in_another_kind_of_data_module(case):
     name = "TextDataModule" if data.module is C4DataModule else "C4DataModule"
     with pytest.raises(InputError, match=rf"--data is {data.module.__name__}, but the run began with {name}"):
         data.module(**data.options).begin_from({name: state}, None, training=True)
+
+
+@pytest.mark.parametrize("case", [Streamed], indirect=True, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("began", "now"), [(C4DataModule, StreamingDataModule), (StreamingDataModule, C4DataModule)])
+def test_c4_and_other_streams_share_their_state(case, began, now):
+    """As a run does that begins on C4 and resumes on the same text prepared."""
+    data, state = case
+    data.module = now
+    module = data.begin(checkpoint={began.__name__: state})
+    after = module.state_dict()  # of one more batch, from the next logical shard
+    assert after["batches"] == state["batches"] + 1
+    assert after["logical_shards"]["0"] == state["logical_shards"]["0"]
+    data.add_file()
+    with pytest.raises(InputError, match=r"/a has \d files; it had \d"):
+        data.begin(checkpoint={began.__name__: state})
 
 
 @pytest.mark.parametrize("case", CHANGES, indirect=True, ids=lambda kind: kind.__name__)

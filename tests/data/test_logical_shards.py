@@ -3,10 +3,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cola_lightning.data import passes
+from cola_lightning.data import encoding
 from cola_lightning.data.logical_shards import LogicalShard
+from cola_lightning.data.packing import IGNORE
 from cola_lightning.data.passes import Reader
-from cola_lightning.data.rows import IGNORE
 from tests.data.simulate import EOS, PAD, Numbers, make_logical_shards
 
 
@@ -155,7 +155,7 @@ def test_long_documents_cost_no_more_for_each_batch_and_the_state_stays_small():
 
 
 def test_documents_are_encoded_in_groups_of_bounded_size(monkeypatch):
-    monkeypatch.setattr(passes, "ENCODED_CHARACTERS", 10)
+    monkeypatch.setattr(encoding, "ENCODE_BATCH_CHARACTERS", 10)
     groups = []
 
     class Texts(Numbers):

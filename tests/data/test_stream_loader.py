@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from cola_lightning.data import stream_loader as stream
-from cola_lightning.data.stream_loader import OneRank, StreamError, StreamLoader, Verdict
+from cola_lightning.data.rank_exchange import OneRank
+from cola_lightning.data.stream_loader import StreamError, StreamLoader, Verdict
 from cola_lightning.errors import InputError
 from tests.data.simulate import Numbers, Run, make_logical_shards
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cola_lightning.data import C4DataModule, Source
-from cola_lightning.data.rows import IGNORE
+from cola_lightning.data.packing import IGNORE
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from cola_lightning.training.module import LanguageModel, next_token_losses
@@ -122,7 +122,7 @@ def test_sources_are_mixed_and_counted_by_name(c4, tmp_path):
     held_out = Source("json", split="validation", data_files=arguments(c4)["data_files"])
     data = ready(C4DataModule(**arguments(c4, sources=sources, validation=held_out)))
     take(data, 200)
-    ledger = data.ledger()
+    ledger = data.source_counts()
     assert list(ledger) == ["json", str(tmp_path)]
     tokens = [counts["tokens"] for counts in ledger.values()]
     assert tokens[0] / sum(tokens) == pytest.approx(0.75, abs=0.01)

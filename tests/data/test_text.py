@@ -75,7 +75,7 @@ def test_a_changed_tokenizer_is_noticed(corpus, texts, tmp_path):
     for size in (300, 280):
         module([corpus], tmp_path, vocab_size=size).tokenizer.save(tmp_path / "tokenizer")
         assert module([corpus], tmp_path, tokenizer=str(tmp_path / "tokenizer")).tokenizer.vocab_size == size
-        ids = module([corpus], tmp_path, tokenizer=str(tmp_path / "tokenizer")).train_rows.ids
+        ids = module([corpus], tmp_path, tokenizer=str(tmp_path / "tokenizer")).train_rows.documents.ids
         assert ids.max() < size
 
 
@@ -100,7 +100,7 @@ def test_a_damaged_cache_is_made_anew_and_said(corpus, tmp_path, name):
     (folder / name).write_bytes(content[:20])
     with pytest.warns(UserWarning, match=rf"the cache {folder} is damaged .*, and is made anew"):
         again = module([corpus], tmp_path)
-    assert (again.train_rows.ids == first.train_rows.ids).all()
+    assert (again.train_rows.documents.ids == first.train_rows.documents.ids).all()
 
 
 def test_text_of_the_same_size_and_time_is_noticed(texts, tmp_path):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from cola_lightning.callbacks import GradientNorms, LossGuard, Memory, Throughput
-from cola_lightning.data.rows import add_step_tokens
+from cola_lightning.data.packing import add_step_tokens
 from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA, CoLAM
 from cola_lightning.optim import WarmupCosine

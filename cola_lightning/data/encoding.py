@@ -1,0 +1,40 @@
+"""Tokenize documents in batches that are large enough for the tokenizer's threads and fit in memory."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+
+ENCODE_BATCH_SIZE = 64  # documents; enough to keep a tokenizer's threads busy
+ENCODE_BATCH_CHARACTERS = 2_000_000  # at most, unless one document alone has more
+
+Key = TypeVar("Key")
+
+
+def encode_in_batches(
+    documents: Iterable[tuple[Key, Any]], encode: Callable[[list[Any]], list[np.ndarray]]
+) -> Iterator[tuple[Key, np.ndarray]]:
+    """Yield the ids of each document, in order, with its key.
+
+    Args:
+        documents: Key and text, or key and ids, of each document.
+        encode: Makes ids of several documents, as :meth:`Corpus.encode` does.
+    """
+    entries = iter(documents)
+    while some := list(islice(entries, ENCODE_BATCH_SIZE)):
+        while some:
+            count = _fitting(some)
+            now, some = some[:count], some[count:]
+            keys, texts = zip(*now, strict=True)
+            yield from zip(keys, encode(list(texts)), strict=True)
+
+
+def _fitting(entries: list[tuple[Key, Any]]) -> int:
+    """Count the first entries that have ENCODE_BATCH_CHARACTERS together; at least 1."""
+    total = 0
+    for count, (_, document) in enumerate(entries):
+        total += len(document)
+        if total > ENCODE_BATCH_CHARACTERS:
+            return max(1, count)
+    return len(entries)

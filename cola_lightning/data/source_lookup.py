@@ -1,0 +1,89 @@
+"""Look up the files of the sources of a run, open them as corpora, and say what was found."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from cola_lightning.data.inventory import describe
+from cola_lightning.data.prepared import PreparedCorpus, is_prepared
+from cola_lightning.data.retry import Retry
+from cola_lightning.data.sources import Found, Source, TextCorpus, find
+from cola_lightning.data.tokenizer import Tokenizer
+from cola_lightning.errors import InputError
+
+Corpus = TextCorpus | PreparedCorpus
+
+
+class SourceLookup:
+    """Opens sources; each data set is looked up once in a process.
+
+    Args:
+        retry: How often a failed request is tried again.
+
+    Attributes:
+        found: What was looked up, by data set. It can be sent to other ranks, which then ask no server.
+    """
+
+    def __init__(self, retry: Retry) -> None:
+        self.retry = retry
+        self.found: dict[str, Found] = {}
+
+    def find(self, source: Source) -> Found:
+        """Find the files of a source. Two splits of a data set are found together.
+
+        Raises:
+            InputError: If the data set does not exist.
+        """
+        key = json.dumps([source.path, source.name, source.revision, source.data_files])
+        if key not in self.found:
+            self.found[key] = find(source, self.retry)
+        return self.found[key]
+
+    def open(self, source: Source, tokenizer: Tokenizer) -> Corpus:
+        """Open a source, streamed or prepared.
+
+        Raises:
+            InputError: If the source does not exist, or was prepared with another tokenizer.
+        """
+        if not is_prepared(source):
+            return TextCorpus(source, tokenizer, self.retry, self.find(source))
+        corpus = PreparedCorpus(source)
+        if corpus.index["tokenizer"] != tokenizer.fingerprint():
+            raise InputError(
+                f"{corpus.folder} was prepared with another tokenizer than {tokenizer.name}; leave --data.tokenizer "
+                f"out, or prepare it anew"
+            )
+        return corpus
+
+    def load_tokenizer(self, sources: list[Source], name: str | None) -> Tokenizer:
+        """Load the tokenizer of that name. A prepared source brings its own, so that it needs no hub.
+
+        Args:
+            sources: All sources of the run.
+            name: What the user named; None for the one of the first prepared source, or t5-base.
+        """
+        for source in filter(is_prepared, sources):
+            corpus = PreparedCorpus(source)
+            if name in (None, corpus.index["tokenizer_name"]):
+                return corpus.tokenizer()
+        return Tokenizer.load(name or "t5-base", self.retry)
+
+    def describe(self, source: Source, corpus: Corpus) -> Iterator[str]:
+        """Yield lines that say how much a corpus holds, and what of its folders was left out."""
+        if isinstance(corpus, PreparedCorpus):
+            facts = corpus.index
+            yield (
+                f"{corpus.title}: {len(corpus.shards):,} files, {facts['documents']:,} documents, "
+                f"{facts['tokens']:,} tokens, prepared"
+            )
+            return
+        found = self.find(source)
+        yield from describe(
+            corpus.title,
+            corpus.shards,
+            folders=[source.path] if Path(source.path).expanduser().is_dir() and not source.data_files else [],
+            filesystem=found.filesystem,
+            others=[name for split, names in found.files.items() if split != source.split for name in names],
+            repeated=found.repeated.get(source.split, 0),
+            left_out=found.unfinished.get(source.split, []),
+        )
