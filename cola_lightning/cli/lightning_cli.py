@@ -47,7 +47,7 @@ from cola_lightning.checkpoints.pretrained import check_finite
 from cola_lightning.checkpoints.restore import check_complete, incomplete
 from cola_lightning.cli.config_files import ConfigFile
 from cola_lightning.cli.merge_settings import differences, merge_settings, stand_ins
-from cola_lightning.cli.parser import Parser
+from cola_lightning.cli.parser import Parser, reason_of
 from cola_lightning.cli.trainer_flags import (
     check_numbers,
     check_settings,
@@ -335,9 +335,10 @@ class CLI(LightningCLI):
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, REFUSALS):
                 cause = cause.__cause__
-            if cause is None:
+            said = str(cause) if cause else reason_of(str(error))
+            if said is None:
                 raise
-            raise InputError(" ".join(str(cause).split())) from error
+            raise InputError(" ".join(said.split())) from error
 
     def _setting(self, name: str) -> Any:
         """A setting of this command, with its classes made."""

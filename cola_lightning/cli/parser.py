@@ -145,3 +145,19 @@ def _types(text: str) -> list[str]:
 def _names(bases: Iterable[type]) -> set[str]:
     """Of these classes and all that derive from them, as far as they are imported."""
     return {base.__name__ for base in bases}.union(*(_names(base.__subclasses__()) for base in bases))
+
+
+def reason_of(message: str) -> str | None:
+    """Find why a class could not be made in jsonargparse's report, which has a paragraph for each type of a union.
+
+    Example: ``a.B cannot be made: __init__() missing 1 required positional argument: 'mode'``.
+
+    Returns:
+        One line, or None if the report says nothing of the kind.
+    """
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    problems = [line for line in lines if re.search(r"missing \d+ required|Requirement '.*' not met", line)]
+    classes = re.findall(r"class_path='([\w.]+)'", message)
+    if not problems or not classes:
+        return None
+    return f"{classes[0]} cannot be made: {problems[0]}"

@@ -49,7 +49,7 @@ def is_last_step(trainer: L.Trainer) -> bool:
 
 def _setup_data(trainer: L.Trainer) -> None:
     """Load the training data as ``fit_loop.run`` would, with an interval that is not longer than the run."""
-    interval: Any = trainer.val_check_interval
+    interval: Any = getattr(trainer, "val_check_interval", None)  # absent where it is a length of time
     if isinstance(interval, int):
         trainer.val_check_interval = min(interval, trainer.max_steps * trainer.accumulate_grad_batches)
     try:
@@ -62,7 +62,8 @@ def _setup_data(trainer: L.Trainer) -> None:
             "epoch of this data; lower it, or count through all epochs by --trainer.check_val_every_n_epoch null"
         ) from error
     finally:
-        trainer.val_check_interval = interval
+        if interval is not None:
+            trainer.val_check_interval = interval
 
 
 def align_progress(trainer: L.Trainer) -> None:

@@ -40,7 +40,7 @@ def accumulate(trainer: L.Trainer, global_batch_size: int, batch_size: int) -> N
             f"GradientAccumulationScheduler changes the batch that --data.global_batch_size {global_batch_size} "
             "states; leave one of them out"
         )
-    if isinstance(trainer.val_check_interval, int):
+    if isinstance(getattr(trainer, "val_check_interval", None), int):  # absent where it is a length of time
         # What was stated counts optimizer steps, whether or not the accumulation was stated beside the global batch.
         trainer.val_check_interval = trainer.val_check_interval // _SCALED.get(trainer, 1) * micro_batches
     trainer.accumulate_grad_batches = _SCALED[trainer] = micro_batches
