@@ -1,21 +1,24 @@
-"""TensorBoard's events, written by a run that a full disk must not end."""
+"""The TensorBoard logger of a run, which a full disk does not end; and texts and figures for TensorBoard and W&B."""
 
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
-from lightning.pytorch.utilities import rank_zero_warn
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
+from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 
 SECONDS_TO_CLOSE = 30.0
+"""Seconds that a run waits at its end for TensorBoard's last events to be written."""
 
 
 class FaultTolerantTensorBoardLogger(TensorBoardLogger):
-    """Lightning's logger, but where events cannot be written they are lost, with a warning, and the run goes on.
+    """Lightning's TensorBoardLogger, for a run that goes on if events cannot be written: they are lost, with a warning.
 
     Arguments are those of Lightning's TensorBoardLogger.
     """
@@ -24,18 +27,23 @@ class FaultTolerantTensorBoardLogger(TensorBoardLogger):
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
         writer = super().experiment
-        events = writer.file_writer if isinstance(writer, SummaryWriter) else None  # None once it is closed
+        events = writer.file_writer if isinstance(writer, SummaryWriter) else None  # it is None after closing
         if events is not None and not isinstance(events.event_writer, FaultTolerantWriter):
             events.event_writer = FaultTolerantWriter(events.event_writer)
         return writer
 
 
 class FaultTolerantWriter:
-    """Stands before TensorBoard's writer, which never writes again after an error: after each there is a new one, and
-    a new file in the same folder, which TensorBoard reads as the rest of the run."""
+    """Replace TensorBoard's writer after each error, because it never writes again after one.
+
+    The new writer opens a new file in the same folder, which TensorBoard reads as the rest of the run.
+
+    Args:
+        writer: The first writer.
+    """
 
     def __init__(self, writer: EventFileWriter) -> None:
-        self.writer, self.told = writer, False
+        self.writer, self.warned = writer, False
 
     def get_logdir(self) -> str:
         return self.writer.get_logdir()
@@ -47,8 +55,10 @@ class FaultTolerantWriter:
         self._try(self.writer.flush)
 
     def close(self) -> None:
-        """Close the file, but wait no longer than ``SECONDS_TO_CLOSE``: TensorBoard's thread may be stuck on a disk
-        that does not answer, or gone, and the run is over."""
+        """Close the file, within ``SECONDS_TO_CLOSE``.
+
+        TensorBoard's thread may hang on a disk that does not answer, and the run must end nevertheless.
+        """
         closing = threading.Thread(target=self._try, args=(self.writer.close,), daemon=True)
         closing.start()
         closing.join(SECONDS_TO_CLOSE)
@@ -60,8 +70,29 @@ class FaultTolerantWriter:
             act()
         except OSError as error:
             folder = self.writer.get_logdir()
-            if not self.told:
-                self.told = True
+            if not self.warned:
+                self.warned = True
                 rank_zero_warn(f"TensorBoard's events of {folder} cannot be written ({error}); some are lost")
-            with suppress(OSError):  # the old one goes on failing then, and the next event tries anew
+            with suppress(OSError):  # the next event tries again
                 self.writer = EventFileWriter(folder)
+
+
+@rank_zero_only
+def write_text(trainer: L.Trainer, name: str, text: str) -> None:
+    """Log a text under ``name`` at the present step, to TensorBoard and W&B."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(name, text, trainer.global_step)
+        elif isinstance(logger, WandbLogger):
+            row: list[Any] = [trainer.global_step, text]
+            logger.log_text(name, columns=["step", "text"], data=[row])
+
+
+@rank_zero_only
+def write_figure(trainer: L.Trainer, name: str, figure: Any) -> None:
+    """Log a matplotlib figure under ``name`` at the present step, to TensorBoard and W&B."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(name, figure, trainer.global_step, close=False)
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(name, [figure])

@@ -16,7 +16,8 @@ from cola_lightning import loggers as board
 from cola_lightning.checkpoints import find_corruption, lock
 from cola_lightning.data.worker_process import end_on_unsendable_batch
 from cola_lightning.signals import STOP
-from cola_lightning.training.preemption import limit_rendezvous, own_signals
+from cola_lightning.training.preemption import own_signals
+from cola_lightning.training.rank_processes import limit_rendezvous
 from tests.processes import Run
 from tests.signal_phases import fit
 from tests.signal_run import Attack, flags

@@ -1,4 +1,4 @@
-"""One concern per file, each with its own state."""
+"""Callbacks, one concern per file. ``defaults`` lists those that every run has."""
 
 from cola_lightning.callbacks.activation_spectrum import ActivationSpectrum
 from cola_lightning.callbacks.baseline_perplexity import BaselinePerplexity

@@ -1,8 +1,8 @@
-"""How low-rank the activations are, while the network learns."""
+"""Effective rank and singular values of activations during training."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from cola_lightning.callbacks.effective_rank import effective_rank, squared_singular_values
 from cola_lightning.callbacks.monitoring_forward import monitoring_forward
 from cola_lightning.callbacks.spectrum_figure import draw
-from cola_lightning.callbacks.text_and_figures import write_figure
 from cola_lightning.data.packing import IGNORE
 from cola_lightning.errors import InputError
+from cola_lightning.loggers import write_figure
 from cola_lightning.methods import LowRank
 from cola_lightning.models import Llama
 from cola_lightning.private_apis import is_accumulating
@@ -31,22 +31,22 @@ ACTIVATIONS = (
 
 
 class ActivationSpectrum(L.Callback):
-    """Measures the effective rank of activations in each layer, the CoLA paper's motivating figure, live.
+    """Measure the effective rank of activations in each layer, as in the CoLA paper's motivating figure.
 
-    Of an activation over N tokens, an N x width matrix, r(α) is the smallest number of leading singular values that
-    hold the share α of the sum of all their squares; nothing is centred. Every ``every_n_steps`` optimizer steps the
-    batch just trained on goes through the network once more, without gradients; logged are
+    An activation over N tokens is an N x W matrix. Its effective rank r(α) is the smallest number of leading singular
+    values whose squares add up to the share α of all squares; nothing is centred. Every ``every_n_steps`` optimizer
+    steps the last micro-batch runs through the network again, without gradients. Logged are
     ``effective_rank/ACTIVATION/LAYER``, histograms ``spectrum/ACTIVATION`` of log10(σ_i / σ_1) over all layers, and the
-    picture ``spectrum``. Padding is left out. Rank 0 computes, on its share of the batch; all ranks run the network.
+    figure ``spectrum``. Padding is left out. All ranks run the network; rank 0 measures, on its share of the batch.
 
     Args:
         every_n_steps: Optimizer steps between two measurements.
         share: α.
-        tokens: N at most, taken from the first rows of the micro-batch. No rank can be above N: use several times the
-            width of the activations, and a micro-batch that has so many.
-        activations: What is measured in each layer: the name of a projection, as ``mlp.down_proj``, and ``.input``,
-            ``.output``, or ``.latent`` for what a low-rank projection has in the middle, before any nonlinearity; full
-            rank has none, and there a latent is passed over.
+        tokens: Largest N, taken from the first rows of the micro-batch. An effective rank cannot be above N, so use
+            several times the width of the activations, and a micro-batch that has as many tokens.
+        activations: Activations to measure in each layer: the name of a projection, such as ``mlp.down_proj``, and
+            ``.input``, ``.output``, or ``.latent`` (between the two factors of a low-rank projection, before any
+            nonlinearity). A full-rank projection has no latent, and is skipped.
 
     Raises:
         InputError: If a number is out of range, an activation is unknown, or matplotlib is missing.
@@ -57,7 +57,7 @@ class ActivationSpectrum(L.Callback):
         every_n_steps: int = 1000,
         share: float = 0.95,
         tokens: int = 4096,
-        activations: list[str] = list(ACTIVATIONS),  # noqa: B006 never changed; a list is what the command line takes
+        activations: list[str] = list(ACTIVATIONS),  # noqa: B006 (never changed; the command line needs a list)
     ) -> None:
         if every_n_steps < 1:
             raise InputError(f"ActivationSpectrum: every_n_steps is {every_n_steps}; it must be at least 1")
@@ -67,27 +67,28 @@ class ActivationSpectrum(L.Callback):
             raise InputError(f"ActivationSpectrum: tokens is {tokens}; it must be at least 1")
         self.every_n_steps, self.share, self.tokens, self.activations = every_n_steps, share, tokens, list(activations)
 
-    def setup(self, trainer: L.Trainer, pl_module: LanguageModel, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         if find_spec("matplotlib") is None:
             raise InputError("ActivationSpectrum draws with matplotlib; pip install 'cola-lightning[plots]'")
         with torch.device("meta"):
-            network = pl_module.build()
+            network = cast(LanguageModel, pl_module).build()
         for name in self.activations:
             _find(network.model.layers[0], name)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if is_accumulating(trainer) or trainer.global_step % self.every_n_steps:
             return
-        spectra = self.measure(trainer, pl_module.network, batch)
+        module = cast(LanguageModel, pl_module)
+        spectra = self.measure(trainer, module.network, batch)
         if trainer.is_global_zero:
-            self._log(trainer, pl_module, spectra)
+            self._log(trainer, module, spectra)
 
     def measure(self, trainer: L.Trainer, network: Llama, batch: dict[str, Tensor]) -> dict[str, list[Tensor]]:
-        """Of each activation, the squared singular values layer by layer; empty on ranks after the first."""
+        """Return for each activation the squared singular values of each layer; nothing on ranks other than 0."""
         rows = -(-self.tokens // batch["input_ids"].shape[1])
         batch = {name: tensor[:rows] for name, tensor in batch.items()}
         kept = batch["labels"] != IGNORE
@@ -125,7 +126,7 @@ class ActivationSpectrum(L.Callback):
 
 
 class _Store:
-    """Receives an activation and keeps its spectrum, on the spot, so that no layer's activations outlive it."""
+    """Compute the spectrum of an activation at once, so that no activation stays in memory."""
 
     def __init__(self, spectra: list[Tensor], kept: Tensor, tokens: int) -> None:
         self.spectra, self.kept, self.tokens = spectra, kept, tokens
@@ -141,7 +142,9 @@ def _watch(module: nn.Module, end: str, store: Callable[[Tensor], None]) -> Any:
 
 
 def _find(layer: nn.Module, name: str) -> tuple[nn.Module, str] | None:
-    """The module, and which end of it, that has the activation ``name``; None for a latent where there is none.
+    """Return the module with the activation ``name``, and whether it is its input or output.
+
+    None for the latent of a full-rank projection.
 
     Raises:
         InputError: If the layer has no such projection.
@@ -164,11 +167,11 @@ def _find(layer: nn.Module, name: str) -> tuple[nn.Module, str] | None:
 
 
 def _relative(squares: Tensor) -> Tensor:
-    """σ_i / σ_1, no smaller than what float32 can tell from 0."""
+    """Return σ_i / σ_1, at least what float32 resolves."""
     return (squares / squares[0].clamp(min=1e-30)).clamp(min=1e-7).sqrt()
 
 
 def _bottleneck(network: Llama) -> int | None:
-    """The rank of the network's projections, if they have one and all the same."""
+    """Return the rank of the network's projections; None if they have none, or several."""
     ranks = {module.A.out_features for module in network.modules() if isinstance(module, LowRank)}
     return ranks.pop() if len(ranks) == 1 else None

@@ -1,8 +1,8 @@
-"""Perplexities that a model has to beat, printed beside its own when training ends."""
+"""Perplexities of simple models, printed beside that of the trained model when training ends."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -11,33 +11,35 @@ from torch import Tensor
 
 from cola_lightning.data.packing import IGNORE
 from cola_lightning.stored_data import ALTERED, StoredDataError
+from cola_lightning.training.module import LanguageModel
 
 
 class BaselinePerplexity(L.Callback):
-    """Counts tokens as they pass, and at the end prints the validation perplexity of the model beside those of the
-    uniform distribution over the vocabulary and of the unigram model (frequencies of the training tokens seen, with
-    one added to each count), on the same validation tokens.
+    """Print, when training ends, the validation perplexity beside those of two models without context.
+
+    These are the uniform distribution over the vocabulary, and the unigram model: frequencies of the tokens trained on,
+    with one added to each count. All three are measured on the same validation tokens.
     """
 
     def __init__(self) -> None:
-        self._train = self._validation = torch.zeros(0)  # of this rank and process
-        self._carried: Tensor | None = None  # of all ranks, before this process
+        self._train = self._validation = torch.zeros(0)  # counts of this rank and process
+        self._carried: Tensor | None = None  # counts of all ranks before this process
         self._sum: Callable[[Tensor], Tensor] = lambda counts: counts  # over the ranks
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._sum = partial(trainer.strategy.reduce, reduce_op="sum")
         device = trainer.strategy.root_device  # where ranks can add them up
         if not len(self._train):
-            self._train = torch.zeros(pl_module.config.vocab_size, dtype=torch.int64)
+            self._train = torch.zeros(cast(LanguageModel, pl_module).config.vocab_size, dtype=torch.int64)
         self._train = self._train.to(device)
 
     def _counted(self) -> Tensor:
-        """Training tokens by id (V,), of all ranks since the run began; all ranks take part."""
-        counts = self._sum(self._train.clone())  # the sum over ranks is made in place
+        """Return counts of training tokens by id (V,), of all ranks since the run began; all ranks call this."""
+        counts = self._sum(self._train.clone())  # because the sum over ranks is made in place
         return counts if self._carried is None else counts + self._carried.to(counts.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts of all ranks. Every rank gets this state back, on however many ranks that is."""
+        """Return counts of all ranks. Every rank of a resumed run loads them, on any number of ranks."""
         return {"train": self._counted()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -82,7 +84,8 @@ class BaselinePerplexity(L.Callback):
 
 
 def unigram_perplexity(train: Tensor, validation: Tensor) -> float:
-    """Perplexity of the unigram model with counts ``train`` (V,) plus one, on tokens counted in ``validation`` (V,)."""
+    """Compute the perplexity of the unigram model with counts ``train`` (V,) plus one, on tokens counted in
+    ``validation`` (V,)."""
     log_probabilities = ((train + 1) / (train + 1).sum()).log()
     return float((-(validation * log_probabilities).sum() / validation.sum()).exp())
 

@@ -1,8 +1,5 @@
-"""When a checkpoint is written, where, and how many stay."""
+"""When a checkpoint is written, and what happens if it cannot be."""
 
-import errno
-import os
-import shutil
 import time
 from contextlib import suppress
 from copy import deepcopy
@@ -12,9 +9,16 @@ from typing import Any, NoReturn
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from cola_lightning.callbacks.checkpoint_retention import (
+    free_oldest,
+    make_room,
+    point_to,
+    remove_old,
+    says_disk_is_full,
+)
 from cola_lightning.checkpoints import lock
-from cola_lightning.checkpoints.latest import LINK, PARTIAL, checkpoint_name, latest_valid, step_of, written
-from cola_lightning.checkpoints.writer import CheckpointWriter, remove, size
+from cola_lightning.checkpoints.latest import PARTIAL, checkpoint_name, latest_valid
+from cola_lightning.checkpoints.writer import CheckpointWriter, remove
 from cola_lightning.errors import InputError
 from cola_lightning.private_apis import (
     LatestCheckpoint,
@@ -33,35 +37,32 @@ from cola_lightning.training.pending_validation import (
     validate_if_pending_at_end,
 )
 from cola_lightning.training.preemption import Preempted, StopSignal, own_signals, requeue
-
-_FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)] + ["PytorchStreamWriter failed"]
-"""How a disk says that it is full, also through torch's zip writer."""
+from cola_lightning.training.trainer_attributes import is_fast_dev_run
 
 
 class UnsavedError(InputError):
-    """A run whose last step is not on the disk."""
+    """The last step of a run is not on the disk."""
 
     exit_status = 1
 
 
 class Checkpoints(LatestCheckpoint):
-    """Writes ``step_….ckpt`` every so many optimizer steps, at the end of a run however it ends, and when a signal asks
-    it to stop.
+    """Write ``step_….ckpt`` every so many optimizer steps, at the end of a run, and when a signal stops it.
 
-    A checkpoint appears under its name when every byte of it is on the disk, and after what its step logs; a crash
-    while writing leaves those before it as they were. ``last.ckpt`` is a link to the newest. If one cannot be written,
-    the run says so and goes on. If the last cannot, the run tries again for ``minutes_at_end`` and then ends with exit
-    status 1. Where there is no room for one more, the oldest goes before the new one is written, but never the newest.
+    A checkpoint gets its name when all of it is on the disk, so a crash while writing damages no older one.
+    ``last.ckpt`` links to the newest. If a checkpoint cannot be written, the run warns and goes on. If the last one
+    cannot, the run tries again for ``minutes_at_end`` and then ends with exit status 1. If there is no room for one
+    more, the oldest is deleted before the new one is written, but never the newest.
 
     Args:
         every_n_train_steps: Optimizer steps between two checkpoints.
-        keep: How many of the newest stay, 2 or more: if one is damaged, the run goes on from the one before. Files
-            that are not named ``step_….ckpt``, such as those of a ModelCheckpoint, are left alone.
-        dirpath: Folder, local or mounted; ``checkpoints`` in the run's directory if not given.
-        minutes_at_end: How long the last checkpoint is tried again if it cannot be written.
+        keep: How many of the newest stay, 2 or more: if one is damaged, a run can go on from the one before. Files
+            with other names, such as those of a ModelCheckpoint, stay.
+        dirpath: Folder of the checkpoints; ``checkpoints`` in the run's directory if not given.
+        minutes_at_end: Minutes in which the last checkpoint is tried again if it cannot be written.
 
     Raises:
-        InputError: If one of these makes no sense, or another run writes to the folder.
+        InputError: If an argument is out of range, or another run writes to the folder.
         UnsavedError: At the end of a run whose last step could not be saved.
     """
 
@@ -76,18 +77,18 @@ class Checkpoints(LatestCheckpoint):
             raise InputError(f"--checkpoint.every_n_train_steps is {every_n_train_steps}; it must be at least 1")
         if keep < 2:
             raise InputError(
-                f"--checkpoint.keep is {keep}; keep at least 2, for the newest may be damaged by what ended the run"
+                f"--checkpoint.keep is {keep}; keep at least 2, because what ends a run may damage the newest"
             )
         if dirpath and "://" in dirpath:
             raise InputError(f"--checkpoint.dirpath {dirpath} is not a folder; mount it, or copy from a local one")
         if not minutes_at_end >= 0:
             raise InputError(f"--checkpoint.minutes_at_end is {minutes_at_end}; it must be 0 or more")
-        # Lightning knows a ModelCheckpoint by its class; what it does is all replaced below.
+        # Lightning knows checkpoint callbacks by the class ModelCheckpoint. All that it does is replaced below.
         super().__init__(dirpath, every_n_train_steps=every_n_train_steps, save_top_k=-1)
         self.every_n_train_steps, self.keep, self.minutes_at_end = every_n_train_steps, keep, minutes_at_end
         self.stop = StopSignal()
         self.writer: CheckpointWriter | None = None
-        self._loops: tuple[int, dict[str, Any]] = (-1, {})
+        self._loops: tuple[int, dict[str, Any]] = (-1, {})  # a step, and the state of Lightning's loops after it
         self._listens = False
 
     # -- when ---------------------------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ class Checkpoints(LatestCheckpoint):
         if stage != "fit":
             return
         own_signals(trainer)
-        self._listens = LISTENER.listen() or self._listens  # else the command line does
+        self._listens = LISTENER.listen() or self._listens  # the command line may listen already
         self._lock(trainer)
         if self.writer is None or self.writer.trainer is not trainer:
             self.writer = CheckpointWriter(trainer)
@@ -113,25 +114,32 @@ class Checkpoints(LatestCheckpoint):
         self.stop.install(trainer)
         if self.writer:
             self.writer.group = self.stop.group
-        self.last_saved_step = trainer.global_step  # where the run goes on from, if it does
+        self.last_saved_step = trainer.global_step  # 0, or the step that the run goes on from
         restore_validated(trainer)
         validate_if_pending(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if is_accumulating(trainer) or trainer.fast_dev_run:
-            return  # between two steps a checkpoint would lose the gradient gathered so far
+        if is_accumulating(trainer) or is_fast_dev_run(trainer):
+            return  # within a step, a checkpoint would lose the gradients accumulated so far
+        # 1. Save the last step, and every ``every_n_train_steps``.
         if self._ends(trainer) or trainer.global_step % self.every_n_train_steps == 0:
             self.save(trainer)
+        # 2. If this step was not saved and may turn out to be the last, keep the state of the loops: when
+        #    ``on_train_end`` saves the step, a validation or the end of the epoch has changed them.
         if trainer.global_step != self.last_saved_step and self._may_end(trainer):
             self._loops = trainer.global_step, deepcopy(trainer.fit_loop.state_dict())
+        # 3. If all ranks know of a signal, save this step and stop.
         if number := self.stop.agreed():
             self.save(trainer)
             self._end(trainer, number)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Wait for a validation's end only where its step has a checkpoint; one that is broken off is made up for."""
+        """Stop within a validation if its step is saved; the resumed run makes the validation again.
+
+        If its step is not saved, the validation is finished first, and the next step is saved.
+        """
         if trainer.global_step == self.last_saved_step and (number := self.stop.agreed()):
             self._end(trainer, number)
 
@@ -142,14 +150,16 @@ class Checkpoints(LatestCheckpoint):
         pass
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last step, if that was not known to be the last when it was made, or could not be saved then."""
-        if trainer.global_step and not trainer.fast_dev_run:
+        """Save the last step, if it was not known to be the last when it was made, or could not be saved then."""
+        if trainer.global_step and not is_fast_dev_run(trainer):
             self.save(trainer, at_end=True)
         LISTENER.phase = Phase.ENDING
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the loops as they were after the step, where a validation or the end of the epoch has come since: a run
-        goes on from there, and it makes no difference when the checkpoint was written."""
+        """Store the loops as they were right after the step, if a validation or the end of the epoch came since.
+
+        So a checkpoint is the same whether it was written right after the step or at the end of the run.
+        """
         step, loops = self._loops
         if step == trainer.global_step and self._saving_at_end:
             checkpoint["loops"]["fit_loop"] = loops
@@ -163,21 +173,26 @@ class Checkpoints(LatestCheckpoint):
         self._unlisten()
 
     def _ends(self, trainer: L.Trainer) -> bool:
-        """Whether the step just made is the last, as far as is known now."""
+        """Return whether the step just made is the last, as far as is known now."""
         loop = trainer.fit_loop
-        last_epoch = loop.max_epochs not in (None, -1) and loop.epoch_progress.current.processed + 1 >= loop.max_epochs
+        progress: Any = loop.epoch_progress.current
+        epochs = loop.max_epochs
+        last_epoch = epochs is not None and epochs != -1 and progress.processed + 1 >= epochs
         over = last_epoch and is_last_batch(trainer)
         return trainer.should_stop or trainer.global_step == trainer.max_steps or over
 
     def _may_end(self, trainer: L.Trainer) -> bool:
-        """Whether the run may end before another step: it should, or a validation comes, after which a callback may
-        stop it. Validations by the clock may come after any step."""
+        """Return whether the run may end before another step.
+
+        It may if a validation follows, because a callback such as EarlyStopping may stop the run after it. Validations
+        by time may follow any step.
+        """
         return self._ends(trainer) or validates_by_time(trainer) or is_validation_due(trainer)
 
     def _end(self, trainer: L.Trainer, number: int) -> NoReturn:
         saved = trainer.global_step == self.last_saved_step
         how = "go on with --ckpt_path last" if saved else f"step {trainer.global_step} could not be saved"
-        rank_zero_info(f"Stopping after step {trainer.global_step}, for signal {number} was received; {how}")
+        rank_zero_info(f"Stopping after step {trainer.global_step}, because signal {number} was received; {how}")
         if trainer.is_global_zero:
             requeue(number)
         if LISTENER.listening:
@@ -204,15 +219,15 @@ class Checkpoints(LatestCheckpoint):
     _saving_at_end = False
 
     def save(self, trainer: L.Trainer, at_end: bool = False) -> None:
-        """Write a checkpoint of the step just made, unless there is one; all ranks take part.
+        """Write a checkpoint of the step just made, unless there is one; all ranks call this.
 
         Raises:
-            UnsavedError: At the end of a run, if it cannot be written for as long as stated.
+            UnsavedError: At the end of a run, if it could not be written for ``minutes_at_end``.
         """
         if self.last_saved_step == trainer.global_step:
             return
         if not at_end:
-            log_step_now(trainer)  # because a run that goes on from this checkpoint will not
+            log_step_now(trainer)  # a run that goes on from this checkpoint does not log this step again
         path = Path(self.dirpath or "", checkpoint_name(trainer.global_step))
         self._saving_at_end = at_end
         try:
@@ -237,6 +252,7 @@ class Checkpoints(LatestCheckpoint):
         self.best_model_path = self.last_model_path = str(path)
 
     def _save_with_retries(self, trainer: L.Trainer, path: Path) -> str | None:
+        """Try for ``minutes_at_end``, with pauses of 1, 2, 4 … 30 s; return the last error, or None when saved."""
         began, pause = time.monotonic(), 1.0
         while problem := self._try_save(trainer, path):
             left = trainer.strategy.broadcast(self.minutes_at_end * 60 - (time.monotonic() - began))
@@ -254,61 +270,18 @@ class Checkpoints(LatestCheckpoint):
     def _try_save(self, trainer: L.Trainer, path: Path) -> str | None:
         assert self.writer is not None
         if trainer.is_global_zero:
-            self._make_room(path.parent)
+            make_room(path.parent, self.keep)
         problem = self.writer.try_save(path)
-        full = problem is not None and any(words in problem for words in _FULL)  # a quota shows only by writing
-        if full and trainer.strategy.broadcast(trainer.is_global_zero and self._free_oldest(path.parent)):
+        # ``make_room`` cannot see a quota, which shows only when writing fails. Then free the oldest and try again.
+        if says_disk_is_full(problem) and trainer.strategy.broadcast(
+            trainer.is_global_zero and free_oldest(path.parent, self.keep)
+        ):
             problem = self.writer.try_save(path)
         if problem is None and trainer.is_global_zero:
-            self._point_to(path)
-            self._remove_old(path.parent)
+            point_to(path)
+            remove_old(path.parent, self.keep)
         trainer.strategy.barrier("checkpoint")
         return problem
-
-    def _make_room(self, folder: Path) -> None:
-        """Remove the oldest checkpoint beforehand, where a new one has no room without that and has with it."""
-        with suppress(OSError):
-            found = written(folder)
-            if len(found) >= self.keep:
-                free, needed = shutil.disk_usage(folder).free, size(found[0])
-                if free < 1.05 * needed <= free + size(found[-1]):
-                    self._free_oldest(folder)
-
-    def _free_oldest(self, folder: Path) -> bool:
-        with suppress(OSError):
-            found = written(folder)
-            if len(found) >= self.keep:
-                rank_zero_warn(f"{folder} is full: {found[-1].name} is removed before a newer checkpoint is written")
-                remove(found[-1])
-                return True
-        return False
-
-    def _point_to(self, path: Path) -> None:
-        """Let the link name this checkpoint. One that cannot be changed goes, because without it the steps count."""
-        link = path.with_name(LINK)
-        try:
-            if not link.is_symlink() and link.exists():  # a copy whose links were followed: keep it by its step
-                own = path.with_name(checkpoint_name(max(0, step_of(link) or 0)))
-                if own.exists():
-                    remove(link)
-                else:
-                    os.replace(link, own)
-            fresh = link.with_name(LINK + PARTIAL)
-            fresh.unlink(missing_ok=True)
-            fresh.symlink_to(path.name)
-            os.replace(fresh, link)
-        except OSError as error:
-            rank_zero_warn(f"{link} could not be changed ({error}); the newest checkpoint is {path}")
-            with suppress(OSError):
-                if link.is_symlink():
-                    link.unlink()
-
-    def _remove_old(self, folder: Path) -> None:
-        try:
-            for old in written(folder)[self.keep :]:
-                remove(old)
-        except OSError as error:
-            rank_zero_warn(f"an old checkpoint in {folder} could not be removed ({error}); it is tried again")
 
     # -- going on -----------------------------------------------------------------------------------------------------
 
@@ -319,7 +292,7 @@ class Checkpoints(LatestCheckpoint):
         return latest_valid(self._folder(trainer))
 
     def state_dict(self) -> dict[str, Any]:
-        return {}  # the folder says it all, also where it was moved
+        return {}  # what is in the folder counts, which may have been moved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass

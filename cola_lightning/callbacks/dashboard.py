@@ -1,4 +1,4 @@
-"""One page of TensorBoard with everything on it."""
+"""The page "Custom Scalars" of TensorBoard."""
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -29,12 +29,14 @@ LAYOUT = {
         "out of the MLP, latent": ["Multiline", [r"effective_rank/mlp\.down_proj\.latent/.*"]],
     },
 }
-"""Charts by category: of each, the tags that it shows, as regular expressions."""
+"""Charts by category; for each chart the tags that it shows, as regular expressions."""
 
 
 class Dashboard(L.Callback):
-    """Lays out the page "Custom Scalars" of TensorBoard: learning, speed, health and effective ranks of a run together.
-    Charts of callbacks that a run does not have stay empty. Written once, as the run starts."""
+    """Define the page "Custom Scalars" of TensorBoard: learning, speed, health and effective ranks on one page.
+
+    It is written once, when the run starts. Charts of callbacks that the run does not have stay empty.
+    """
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Which part of the network the gradient comes from."""
+"""Gradient norms by part of the network."""
 
 import re
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from cola_lightning.training.module import at_log_step
+from cola_lightning.training.log_steps import at_log_step
 
 GROUPS = {
     "embedding": re.compile(r"\bembed_tokens\."),
@@ -22,12 +22,14 @@ GROUPS = {
 
 
 class GradientNorms(L.Callback):
-    """Logs ``gradient_norm/embedding``, ``attention``, ``mlp``, ``norms`` and ``head``: the 2-norm, before clipping, of
-    the gradient of the parameters that each is named for; ``other`` where a method has more. Their squares add up to
-    the square of ``train/gradient_norm``. Only steps that are logged cost anything.
+    """Log the 2-norm of the gradient of each part of the network, before clipping.
 
-    Under DeepSpeed and the first FSDP a rank sees parts of the gradients that are not told apart by parameter; there
-    nothing is logged, and a warning says so.
+    Names are ``gradient_norm/embedding``, ``attention``, ``mlp``, ``norms`` and ``head``, and ``other`` for parameters
+    that a method adds elsewhere. The squares add up to the square of ``train/gradient_norm``. Norms are computed at
+    logging steps only.
+
+    Under DeepSpeed and FSDP (1), a rank has flat pieces of gradients, not those of single parameters. There a warning
+    says that nothing is logged.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -45,12 +47,12 @@ class GradientNorms(L.Callback):
 
 
 def group_of(name: str) -> str:
-    """The group of a parameter of that name."""
+    """Return the part of the network that a parameter belongs to, by its name."""
     return next((group for group, pattern in GROUPS.items() if pattern.search(name)), "other")
 
 
 def gradient_norms(module: nn.Module) -> dict[str, Tensor]:
-    """The 2-norm of the gradients of each group, over all shards; all ranks take part where there are shards."""
+    """Return the 2-norm of the gradients of each part, over all shards. If there are shards, all ranks call this."""
     groups: dict[str, list[Tensor]] = {}
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:

@@ -1,6 +1,6 @@
-"""Runs side by side in TensorBoard's HParams tab."""
+"""Hyper-parameters and results of a run, for TensorBoard's HParams tab."""
 
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -15,7 +15,7 @@ PERPLEXITY, BEST = "val/perplexity", "val/perplexity_best"
 METRICS = (PERPLEXITY, BEST, "val/perplexity_as_published", "train/loss")
 TRAINER = ("max_steps", "gradient_clip_val", "accumulate_grad_batches", "precision", "world_size")
 DATA = ("batch_size", "global_batch_size", "sequence_length")
-# TensorBoard lists what the first run that it finds has; with these, a full-rank run does not hide them in others.
+# TensorBoard lists only hyper-parameters that the first run has. A full-rank run has no rank, and would hide it.
 LISTED = {"projection.rank": 0.0, "callbacks": ""}
 
 
@@ -24,8 +24,10 @@ class _State(TypedDict):
 
 
 class HyperParameters(L.Callback):
-    """Enters the run into TensorBoard's HParams tab: its hyper-parameters under flat names, beside its latest and its
-    best validation perplexity. Logs ``val/perplexity_best`` after each validation."""
+    """Write the run's hyper-parameters and validation perplexities, latest and best, to TensorBoard's HParams tab.
+
+    After each validation ``val/perplexity_best`` is logged.
+    """
 
     def __init__(self) -> None:
         self.best = float("inf")
@@ -37,18 +39,18 @@ class HyperParameters(L.Callback):
         check_stored(state_dict, _State, "in the state of HyperParameters", ALTERED)
         self.best = state_dict["best"]
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
-        values = hyper_parameters(trainer, pl_module)
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        values = hyper_parameters(trainer, cast(LanguageModel, pl_module))
         for logger in trainer.loggers if trainer.is_global_zero else []:
             if isinstance(logger, TensorBoardLogger):
-                # Only the names count here: of metrics, the tab takes the latest value that is logged under each.
+                # The tab takes names from here, and for each metric the latest value that is logged under its name.
                 experiment, _, _ = hparams(LISTED | values, dict.fromkeys(METRICS, 0.0))
                 _, start, _ = hparams(values, {})
                 writer = event_writer(logger.experiment)
                 writer.add_summary(experiment)
                 writer.add_summary(start)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         value = trainer.callback_metrics.get(PERPLEXITY)
         if value is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
@@ -56,15 +58,18 @@ class HyperParameters(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({BEST: self.best}, step=logged_step(trainer))
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for logger in trainer.loggers if trainer.is_global_zero else []:
             if isinstance(logger, TensorBoardLogger):
                 event_writer(logger.experiment).add_summary(hparams({}, {})[2])  # the run is complete
 
 
 def hyper_parameters(trainer: L.Trainer, module: LanguageModel) -> dict[str, int | float | str]:
-    """What was typed of the model, by flat names (``projection``: CoLA, ``projection.rank``: 128), and what of trainer
-    and data decides the result. Factories that Python code passed have no names, and are left out."""
+    """Return settings that decide the result, by flat names (``projection``: CoLA, ``projection.rank``: 128).
+
+    They are the arguments of the model, and some settings of trainer and data. Factories that Python code passed to the
+    model have no names, and are left out.
+    """
     data = getattr(trainer, "datamodule", None)
     values = _flat(dict(module.hparams))
     values["parameters"] = module.parameter_count
@@ -79,7 +84,7 @@ def hyper_parameters(trainer: L.Trainer, module: LanguageModel) -> dict[str, int
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Without the outer names ``class_path`` and ``init_args``, which say nothing to a reader."""
+    """Flatten nested settings, without the names ``class_path`` and ``init_args``, which tell a reader nothing."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
@@ -98,5 +103,5 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _plain(value: Any) -> int | float | str:
     if isinstance(value, bool):
-        return str(value).lower()  # TensorBoard would show a number
+        return str(value).lower()  # TensorBoard shows a bool as a number
     return value if isinstance(value, int | float | str) else str(value)

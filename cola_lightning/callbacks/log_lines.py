@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich import get_console
 
 from cola_lightning.provenance import run_folder
-from cola_lightning.training.module import at_log_step
+from cola_lightning.training.log_steps import at_log_step
 
 FILE = "train.log"
 INTERVALS = 20

@@ -1,4 +1,4 @@
-"""Skips the steps that would spoil a run, and goes back where skipping does not help."""
+"""Skip optimizer steps with a bad loss or gradient, and roll back to a checkpoint if that does not help."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import statistics
 from collections import deque
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -16,16 +16,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import TypedDict
 
-from cola_lightning.callbacks.text_and_figures import write_text
 from cola_lightning.errors import InputError
+from cola_lightning.loggers import write_text
 from cola_lightning.provenance import run_folder
 from cola_lightning.stored_data import ALTERED, Count, check_stored
-from cola_lightning.training.module import LanguageModel, at_log_step
+from cola_lightning.training.log_steps import at_log_step
+from cola_lightning.training.module import LanguageModel
 from cola_lightning.training.rollback import find_checkpoint, restore_checkpoint
 
 
 class TrainingDivergedError(InputError):
-    """A run that neither skipping steps nor going back could save."""
+    """Training diverged, and neither skipped steps nor rollbacks helped."""
+
+
+_Values = TypedDict("_Values", {"loss": list[float], "gradient norm": list[float]})
 
 
 class _State(TypedDict):
@@ -33,39 +37,38 @@ class _State(TypedDict):
     rollbacks: Count
     in_a_row: Count
     good_step: Count
-    values: TypedDict("_Values", {"loss": list[float], "gradient norm": list[float]})
+    values: _Values
 
 
 class LossGuard(L.Callback):
-    """Skips an optimizer step whose loss or gradient norm is not finite, or stands out as a spike.
+    """Skip an optimizer step if its loss or gradient norm is not finite, or is a spike.
 
-    A skipped step leaves weights and optimizer as they were; it counts as a step, so schedule and data move on. After
-    ``patience`` skipped steps in a row the run goes back, within the process, to the last checkpoint from before them:
-    network, optimizer, schedule and step count are what they were there, the data goes on after the bad batches. After
-    ``max_rollbacks`` of these it ends with an error. The loss is the mean over the ranks and the micro-batches of a
-    step; all ranks decide alike, from the same numbers.
+    A skipped step changes neither weights nor optimizer. It counts as a step, so schedule and data move on. After
+    ``patience`` skipped steps in a row the run rolls back, within the process, to the last checkpoint before them:
+    network, optimizer, schedule and step count are restored, and the data goes on after the bad batches. After
+    ``max_rollbacks`` rollbacks the run ends with an error. The loss is the mean over ranks and micro-batches of a step.
+    All ranks decide from the same numbers, so they decide alike.
 
-    Every event is a line of ``events.jsonl`` in the run's directory, and a text in TensorBoard beside the scalars
-    ``guard/skipped_steps`` and ``guard/rollbacks``. ``step`` in it counts optimizer steps from 1, ``batch``
-    micro-batches of a rank from 0 and is never set back.
+    Every event is a line of ``events.jsonl`` in the run's directory and a text in TensorBoard; ``guard/skipped_steps``
+    and ``guard/rollbacks`` are scalars. In an event, ``step`` counts optimizer steps from 1. ``batch`` counts
+    micro-batches of a rank from 0, and a rollback does not reset it.
 
-    To decide, the host waits for the backward pass once a step, before the update; see recipes/monitoring for the cost.
-    Under DeepSpeed, which makes its update by itself, no step can be skipped: there a loss that is not finite ends the
-    run before the update.
+    The host waits for the backward pass once a step, before the update; see recipes/monitoring for the cost. DeepSpeed
+    makes its update itself, so no step can be skipped: a loss that is not finite ends the run before the update.
 
     Args:
-        patience: Skipped steps in a row before the run goes back.
-        max_rollbacks: How often a run may go back.
-        loss_deviations: A loss is a spike if it lies more than so many robust standard deviations (1.4826 times the
-            median absolute deviation, or 1 % of the median if that is more) above the median of those before it. Null
-            looks for losses that are not finite only.
-        gradient_norm_deviations: The same for the gradient norm. Null by default: clipping already bounds what such a
-            step does, and the norm may double within a window while all is well, as in warm-up.
-        window: How many good steps the medians are taken of; until there are so many, no spike is looked for.
+        patience: Skipped steps in a row before a rollback.
+        max_rollbacks: Most rollbacks of a run.
+        loss_deviations: A loss is a spike if it is more than this number of robust standard deviations above the median
+            of the last ``window`` good losses. A robust standard deviation is 1.4826 times the median absolute
+            deviation, or 1 % of the median if that is more. Null skips only losses that are not finite.
+        gradient_norm_deviations: The same for the gradient norm. Null by default, because clipping bounds the effect of
+            such a step, and in a healthy run the norm may double within a window, as in warmup.
+        window: Number of good steps for the medians. Before there are as many, no step is a spike.
 
     Raises:
-        InputError: If one of these makes no sense, or the precision is 16-mixed, which skips steps by itself.
-        TrainingDivergedError: During training, when ``max_rollbacks`` did not help.
+        InputError: If an argument is out of range, or the precision is 16-mixed, which skips steps by itself.
+        TrainingDivergedError: During training, after ``max_rollbacks`` rollbacks.
     """
 
     def __init__(
@@ -83,9 +86,9 @@ class LossGuard(L.Callback):
         ):
             if value < least:
                 raise InputError(f"LossGuard: {name} is {value}; it must be at least {least}")
-        for name, value in (("loss", loss_deviations), ("gradient_norm", gradient_norm_deviations)):
-            if value is not None and value <= 0:
-                raise InputError(f"LossGuard: {name}_deviations is {value}; it must be above 0, or null for no limit")
+        for name, limit in (("loss", loss_deviations), ("gradient_norm", gradient_norm_deviations)):
+            if limit is not None and limit <= 0:
+                raise InputError(f"LossGuard: {name}_deviations is {limit}; it must be above 0, or null for no limit")
         self.patience, self.max_rollbacks = patience, max_rollbacks
         self.spikes = {
             "loss": Spikes(window, loss_deviations),
@@ -107,7 +110,7 @@ class LossGuard(L.Callback):
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
-    def setup(self, trainer: L.Trainer, pl_module: LanguageModel, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
@@ -117,31 +120,35 @@ class LossGuard(L.Callback):
             )
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             rank_zero_warn("LossGuard cannot skip steps under DeepSpeed; it ends the run if the loss is not finite")
-        if self.judge not in pl_module.before_update:
-            pl_module.before_update.append(self.judge)
+        hooks = cast(LanguageModel, pl_module).before_update
+        if self.judge not in hooks:
+            hooks.append(self.judge)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
-        self.file = run_folder(trainer) / "events.jsonl"  # asks all ranks
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.file = run_folder(trainer) / "events.jsonl"  # all ranks call this
         self.good_step = max(self.good_step, trainer.global_step)
 
-    def on_before_backward(self, trainer: L.Trainer, pl_module: LanguageModel, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         self._loss = self._loss + loss.detach().float()  # already divided by the number of micro-batches
 
     def judge(self, module: LanguageModel, optimizer: Optimizer, norm: Tensor | None) -> None:
-        """Take the gradients from an optimizer step that must not be made; optimizers pass over what has none."""
+        """Remove the gradients if this optimizer step must be skipped: optimizers ignore parameters without one."""
+        # 1. Loss and gradient norm of this step, the same numbers on all ranks.
         values = torch.stack([torch.as_tensor(value).float() for value in (self._loss, norm) if value is not None])
         self._loss = 0.0
         trainer = module.trainer
         if trainer.world_size > 1:
             values = trainer.strategy.reduce(values, reduce_op="mean")
-        seen = dict(zip(self.spikes, values.tolist(), strict=False))
+        seen = dict(zip(self.spikes, values.tolist(), strict=False))  # the host waits for the device here
+        # 2. A good step is noted.
         reason = self._reason(seen, skips=norm is not None)
         if reason is None:
             self.in_a_row, self.good_step = 0, trainer.global_step + 1
             for name, value in seen.items():
                 self.spikes[name].values.append(value)
             return
-        event = {
+        # 3. A bad step is skipped, and recorded.
+        event: dict[str, Any] = {
             name.replace(" ", "_"): str(value) if not math.isfinite(value) else value for name, value in seen.items()
         }
         if norm is None:
@@ -152,14 +159,16 @@ class LossGuard(L.Callback):
         self.skipped += 1
         self.in_a_row += 1
         if not math.isfinite(seen["loss"]):
-            module.train_loss.reset()  # or the mean that is logged next would not be finite either
+            module.train_loss.reset()  # otherwise the next logged mean would not be finite
         self._record(trainer, "skipped", trainer.global_step + 1, reason=reason, in_a_row=self.in_a_row, **event)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: LanguageModel, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self.in_a_row < self.patience:
             return
         if self.rollbacks >= self.max_rollbacks:
-            self._stop(trainer, f"{self.in_a_row} steps in a row were bad after going back {self.rollbacks} times")
+            self._stop(trainer, f"{self.in_a_row} steps in a row were bad after {self.rollbacks} rollbacks")
         at = trainer.global_step
         try:
             path = find_checkpoint(trainer, self.good_step)
@@ -174,13 +183,13 @@ class LossGuard(L.Callback):
         )
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if at_log_step(trainer):
             pl_module.log("guard/skipped_steps", float(self.skipped))
             pl_module.log("guard/rollbacks", float(self.rollbacks))
 
-    # -- what it comes to ---------------------------------------------------------------------------------------------
+    # -- decisions and records ----------------------------------------------------------------------------------------
 
     def _reason(self, seen: dict[str, float], skips: bool) -> str | None:
         for name, value in seen.items():
@@ -189,7 +198,7 @@ class LossGuard(L.Callback):
         for name, value in seen.items():
             limit = self.spikes[name].limit() if skips else None
             if limit is not None and value > limit:
-                return f"the {name} is {value:.4g}, and {limit:.4g} is the most that was expected"
+                return f"the {name} is {value:.4g}, above the limit of {limit:.4g}"
         return None
 
     def _record(self, trainer: L.Trainer, event: str, step: int, **facts: Any) -> None:
@@ -197,7 +206,7 @@ class LossGuard(L.Callback):
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = {"time": now, "event": event, "step": step, "batch": batch} | facts
         if trainer.is_global_zero:
-            with suppress(OSError):  # a full disk does not end the run; the warning below says what happened
+            with suppress(OSError):  # a full disk does not end the run; the warning below tells the event
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 with self.file.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
@@ -214,14 +223,14 @@ class LossGuard(L.Callback):
 
 
 class Spikes:
-    """The last ``window`` good values of something, and what it should not exceed."""
+    """The last ``window`` good values of a number, and the limit above which the next is a spike."""
 
     def __init__(self, window: int, deviations: float | None) -> None:
         self.values: deque[float] = deque(maxlen=window)
         self.deviations = deviations
 
     def limit(self) -> float | None:
-        """The largest value that is no spike; None while too few were seen, or any will do."""
+        """Return the largest value that is not a spike; None before ``window`` values, or without a limit."""
         if self.deviations is None or len(self.values) < (self.values.maxlen or 0):
             return None
         median = statistics.median(self.values)

@@ -1,4 +1,4 @@
-"""Memory in use."""
+"""Memory in use, on the device and on the host."""
 
 import os
 from pathlib import Path
@@ -7,18 +7,18 @@ from typing import Any
 import lightning as L
 import torch
 
-from cola_lightning.training.module import at_log_step
+from cola_lightning.training.log_steps import at_log_step
 
 GIB = 2**30
 STATM = Path("/proc/self/statm")
 
 
 class Memory(L.Callback):
-    """Logs memory in GiB, of the rank that has most, on the logging interval.
+    """Log memory in GiB at each logging interval, of the rank that uses most.
 
-    On CUDA ``memory/allocated`` (tensors, after the step), ``memory/reserved`` (what PyTorch holds of the device) and
-    ``memory/peak`` (the most allocated at a time since the last log). On Linux ``memory/host``, the process's resident
-    set. None of these waits for the device.
+    On CUDA: ``memory/allocated`` (tensors after the step), ``memory/reserved`` (all that PyTorch has reserved) and
+    ``memory/peak`` (the most allocated since the last log). On Linux: ``memory/host``, the resident set of the process.
+    None of these makes the host wait for the device.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -31,7 +31,7 @@ class Memory(L.Callback):
         if not at_log_step(trainer):
             return
         device = trainer.strategy.root_device
-        values = {}
+        values: dict[str, float] = {}
         if on_cuda(trainer):
             values["memory/allocated"] = torch.cuda.memory_allocated(device)
             values["memory/reserved"] = torch.cuda.memory_reserved(device)
@@ -44,9 +44,10 @@ class Memory(L.Callback):
 
 
 def on_cuda(trainer: L.Trainer) -> bool:
+    """Return whether the run is on CUDA."""
     return trainer.strategy.root_device.type == "cuda"
 
 
 def resident_bytes() -> int:
-    """The resident set of this process, on Linux."""
+    """Return the resident set of this process in bytes, on Linux."""
     return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

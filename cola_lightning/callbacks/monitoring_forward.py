@@ -1,4 +1,4 @@
-"""Running the network to look at it, beside training."""
+"""Run the network to measure it, between training steps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,13 @@ from torch import nn
 
 @contextmanager
 def monitoring_forward(trainer: L.Trainer) -> Iterator[nn.Module]:
-    """Something that maps ids (B, T) to logits (B, T, V) as in training, without gradients and without compiling.
+    """Yield a network that maps ids (B, T) to logits (B, T, V) as in training, without gradients and compilation.
 
-    Every rank has to run it as often, for where weights are sharded they are gathered for each run.
+    All ranks call the network equally often, because each call gathers weights that are sharded.
     """
-    # The first FSDP gathers the weights outside the layers only where its own wrapper is called.
+    # FSDP (1) gathers the weights outside the layers only if its own wrapper is called.
     root = trainer.strategy.model if isinstance(trainer.strategy, FSDPStrategy) else trainer.lightning_module.network
-    # A compiled layer sees no hooks that were set later, and is compiled again for each new length.
+    assert isinstance(root, nn.Module)
+    # A compiled layer ignores hooks that are set later, and is compiled again for each new length.
     with torch.no_grad(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
         yield root

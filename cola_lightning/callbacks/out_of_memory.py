@@ -1,9 +1,10 @@
-"""When memory runs out: what to try next, and what it will do."""
+"""Advice when memory runs out: what to change, and the memory that each change saves."""
 
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import lightning as L
 import torch
@@ -12,25 +13,28 @@ from cola_lightning.costs import Run
 from cola_lightning.errors import InputError
 from cola_lightning.methods.cola_m.callback import CoLAM
 from cola_lightning.methods.low_rank import LowRank
+from cola_lightning.training.module import LanguageModel
+from cola_lightning.training.trainer_attributes import callbacks_of, datamodule_of
 
 GIB = 2**30
 
 
 class OutOfMemoryAdvice(L.Callback):
-    """Adds to an out-of-memory error what to change, the cheapest first, with the memory that each is predicted to
-    take (see :mod:`cola_lightning.costs`). The command line prints that and ends; from Python it stands in the error's
-    notes. Until memory runs out it does nothing.
+    """Add advice to an out-of-memory error: changes, the cheapest first, each with its predicted memory.
+
+    Predictions come from :mod:`cola_lightning.costs`. The command line prints the advice; from Python it is in the
+    notes of the error. Until memory runs out, this callback does nothing.
     """
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if not out_of_memory(exception):
             return
-        # Advice must never stand in the way of the error itself: what cannot be estimated gets none.
+        # Advice must not hide the error itself, so a run that cannot be estimated gets no advice.
         with suppress(InputError, AttributeError):
             run = Run.of(
-                pl_module,
-                trainer.datamodule,
-                transforms=tuple(callback.apply for callback in trainer.callbacks if isinstance(callback, CoLAM)),
+                cast(LanguageModel, pl_module),
+                datamodule_of(trainer),
+                transforms=tuple(callback.apply for callback in callbacks_of(trainer) if isinstance(callback, CoLAM)),
                 strategy=trainer.strategy,
                 precision=trainer.precision,
                 gpus=trainer.world_size,
@@ -41,16 +45,16 @@ class OutOfMemoryAdvice(L.Callback):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: of a device, or of the host, for which PyTorch has no class."""
+    """Return whether an error says that memory of a device or of the host ran out. For the host, torch has no class."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def advice(run: Run, capacity: float | None) -> str:
-    """What to try, one line each.
+    """List what to try, one line each, the cheapest first.
 
     Args:
         run: The run that did not fit.
-        capacity: Bytes of the device, None if that is not known.
+        capacity: Bytes of the device; None if they are not known.
     """
     memory = run.memory
     parts = {"activations": memory.activations, "logits and loss": memory.logits + memory.backward}
@@ -79,7 +83,7 @@ def advice(run: Run, capacity: float | None) -> str:
 
 
 def _options(run: Run) -> Iterator[tuple[str, Run, str]]:
-    """What can be changed, the run that it makes, and what it costs."""
+    """Yield what can be changed, the changed run, and what the change costs."""
     chunk = min(4096, run.micro_batch_tokens // 4)
     if chunk and not run.config.loss_chunk_size:
         changed = replace(run, build=partial(run.build, loss_chunk_size=chunk))
@@ -102,7 +106,7 @@ def _options(run: Run) -> Iterator[tuple[str, Run, str]]:
         yield what, other, f"the same result, at {factor:.2f} times the FLOPs"
     if run.layout.optimizer and torch.cuda.is_available():
         offloaded = replace(run, strategy="deepspeed_stage_3_offload")
-        yield "--trainer.strategy deepspeed_stage_3_offload", offloaded, "slower, for the optimizer runs on the CPU"
+        yield "--trainer.strategy deepspeed_stage_3_offload", offloaded, "slower, because the optimizer runs on the CPU"
 
 
 def _checkpointing(run: Run) -> list[tuple[str, CoLAM]]:

@@ -1,10 +1,10 @@
-"""What ``predict`` leaves behind."""
+"""The output file of ``predict``."""
 
 import json
 import math
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Sequence, Sized
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -15,12 +15,13 @@ from cola_lightning.provenance import run_folder
 
 
 class Predictions(BasePredictionWriter):
-    """Writes ``predictions.jsonl`` into the run's directory: for each held-out row its number, how many of its tokens
-    were predicted, and their perplexity (null where there were none). Every rank writes a file of its own, the ranks
-    after the first with a number in its name.
+    """Write ``predictions.jsonl`` into the run's directory, a line for each held-out row.
 
-    A row's number is its index in the data set. Data without indices, as an iterable data set has it, is numbered in
-    the order in which this rank reads it.
+    A line has the row's number, how many of its tokens were predicted, and their perplexity (null if none were). Each
+    rank writes its own file: rank 0 ``predictions.jsonl``, rank 1 ``predictions.1.jsonl``, and so on.
+
+    The row's number is its index in the data set. Rows without an index, such as those of an iterable data set, are
+    numbered in the order in which this rank reads them.
     """
 
     def __init__(self) -> None:
@@ -49,9 +50,9 @@ class Predictions(BasePredictionWriter):
         loader = _loaders(trainer)[dataloader_idx]
         tokens = prediction["tokens"].tolist()
         if isinstance(loader, EvalLoader):
-            numbers, rows = loader.indices(batch_idx), len(loader.rows)
+            numbers, rows = loader.indices(batch_idx), float(len(cast(Sized, loader.rows)))
         else:
-            # Lightning knows the indices of every DataLoader over a data set, also where it deals them out to ranks.
+            # Lightning knows the indices of a DataLoader over a data set, also if its sampler gives each rank a part.
             known = batch_indices or range(self.seen[dataloader_idx], self.seen[dataloader_idx] + len(tokens))
             numbers, rows = list(known), math.inf
         self.seen[dataloader_idx] += len(tokens)
@@ -59,7 +60,7 @@ class Predictions(BasePredictionWriter):
         perplexity = (prediction["loss_sum"] / prediction["tokens"]).exp().tolist()
         with self.file.open("a", encoding="utf-8") as file:
             for row, count, value in zip(numbers, tokens, perplexity, strict=True):
-                if row < rows:  # those above only fill the last batch up
+                if row < rows:  # rows above only fill up the last batch
                     line = several | {"row": row, "tokens": count, "perplexity": value if count else None}
                     file.write(json.dumps(line) + "\n")
 

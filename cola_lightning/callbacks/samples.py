@@ -1,4 +1,6 @@
-"""What the model writes, to be read."""
+"""Texts that the model generates while it trains."""
+
+from typing import cast
 
 import lightning as L
 import torch
@@ -6,21 +8,22 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from cola_lightning.callbacks.monitoring_forward import monitoring_forward
-from cola_lightning.callbacks.text_and_figures import write_text
 from cola_lightning.errors import InputError, UnusableModelError
-from cola_lightning.models import generate
+from cola_lightning.loggers import write_text
+from cola_lightning.models import Llama, generate
 from cola_lightning.models.sampling import check_sampling
+from cola_lightning.training.trainer_attributes import datamodule_of
 
 
 class Samples(L.Callback):
-    """Continues each prompt after every validation; the texts go to TensorBoard, the last ones to the terminal.
+    """Continue each prompt after every validation. Texts go to TensorBoard, and those of the last one to the terminal.
 
     Args:
         prompts: Beginnings of text.
-        max_new_tokens: Length of a continuation.
+        max_new_tokens: Length of a continuation, in tokens.
         temperature: Divides the logits; 0 takes the likeliest token.
-        top_k: Sample among the k likeliest tokens only.
-        seed: Of the sampling, the same each time, so that only the model differs.
+        top_k: Sample among the k likeliest tokens; null for all tokens.
+        seed: Seed of the sampling, the same after each validation, so that only the model changes the text.
 
     Raises:
         InputError: If a setting is out of range; before training starts, if a prompt holds no token.
@@ -44,22 +47,22 @@ class Samples(L.Callback):
             raise InputError("Samples does not go with --trainer.strategy fsdp; take fsdp2, or leave Samples out")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for prompt, ids in zip(self.prompts, trainer.datamodule.tokenizer.encode(self.prompts), strict=True):
+        for prompt, ids in zip(self.prompts, datamodule_of(trainer).tokenizer.encode(self.prompts), strict=True):
             if not ids[:-1]:
                 raise InputError(f"Samples: the prompt {prompt!r} holds no token; begin with a word at least")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        tokenizer = trainer.datamodule.tokenizer
+        tokenizer = datamodule_of(trainer).tokenizer
         self._texts = []
         for prompt in self.prompts:
-            ids = torch.tensor(tokenizer.encode([prompt]), device=pl_module.device)[:, :-1]  # without its end
+            ids = torch.tensor(tokenizer.encode([prompt]), device=pl_module.device)[:, :-1]  # without the last id
             generator = torch.Generator(pl_module.device).manual_seed(self.seed)
             try:
                 with monitoring_forward(trainer) as network:
                     ids = generate(
-                        network,
+                        cast(Llama, network),  # or the wrapper of FSDP (1), which takes the same arguments
                         ids,
                         self.max_new_tokens,
                         temperature=self.temperature,
@@ -67,7 +70,7 @@ class Samples(L.Callback):
                         stop_id=tokenizer.eos_id,
                         generator=generator,
                     )
-            except UnusableModelError as error:  # a run that can go on, or whose guard goes back, is not ended by this
+            except UnusableModelError as error:  # a model with NaN does not end the run: LossGuard may roll it back
                 self._texts.append(f"{prompt} ({error})")
                 continue
             self._texts.append(tokenizer.decode(ids[0].tolist()))
@@ -75,5 +78,5 @@ class Samples(L.Callback):
             write_text(trainer, f"samples/{prompt}", text)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for prompt, text in zip(self.prompts, self._texts, strict=False):  # none if nothing was validated
+        for prompt, text in zip(self.prompts, self._texts, strict=False):  # no texts if nothing was validated
             rank_zero_info(f"\nThe model continues {prompt!r}:\n  {' '.join(text.split())}")

@@ -1,11 +1,12 @@
-"""What was trained on, source by source."""
+"""Documents and tokens that a run has read from each data source."""
 
 from typing import Any
 
 import lightning as L
 import torch
 
-from cola_lightning.training.module import at_log_step
+from cola_lightning.training.log_steps import at_log_step
+from cola_lightning.training.trainer_attributes import datamodule_of
 
 
 class SourceTokenCounter(L.Callback):
@@ -16,9 +17,10 @@ class SourceTokenCounter(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not at_log_step(trainer) or not hasattr(trainer.datamodule, "source_counts"):
+        data = datamodule_of(trainer)
+        if not at_log_step(trainer) or not hasattr(data, "source_counts"):
             return
-        sources = trainer.datamodule.source_counts()
+        sources = data.source_counts()
         names = [f"data/{source}/{kind}" for source, counts in sources.items() for kind in counts]
         counts = torch.tensor([count for counts in sources.values() for count in counts.values()], dtype=torch.float64)
         totals = trainer.strategy.reduce(counts.to(trainer.strategy.root_device), reduce_op="sum")

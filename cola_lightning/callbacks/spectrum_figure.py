@@ -1,4 +1,4 @@
-"""The picture of activation spectra."""
+"""Draw activation spectra."""
 
 from typing import Any
 
@@ -8,18 +8,20 @@ from torch import Tensor
 def draw(
     decays: dict[str, list[Tensor]], ranks: dict[str, list[int]], share: float, bottleneck: int | None, title: str
 ) -> Any:
-    """Above, how the singular values of each activation fall off, a line a layer, with what each layer's effective rank
-    is; below, the effective ranks over the layers, with the full rank and the bottleneck's as lines.
+    """Draw singular values and effective ranks of activations, by layer.
+
+    The upper part has a plot for each activation: its singular values, a line for each layer, with a dot at the
+    effective rank. The lower part shows effective ranks over layers, with the full rank and the bottleneck as lines.
 
     Args:
-        decays: Of each activation, σ_i / σ_1 layer by layer.
-        ranks: Of each activation, the effective rank layer by layer.
+        decays: For each activation, σ_i / σ_1 of each layer, each (min(N, W),).
+        ranks: For each activation, the effective rank of each layer.
         share: α of the effective rank.
-        bottleneck: Rank R of the projections, if they have one.
-        title: Above it all.
+        bottleneck: Rank R of the projections; None if they have none, or several.
+        title: Title of the figure.
 
     Returns:
-        A matplotlib figure that belongs to no window.
+        A matplotlib figure without a window.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -54,8 +56,8 @@ def draw(
         if index == 0:
             axes.legend(fontsize=8, frameon=False)
     axes = figure.add_subplot(grid[rows, :])
-    for name, values in ranks.items():
-        axes.plot(range(len(values)), values, marker="o", markersize=4, linewidth=1.2, label=name)
+    for name, of_layers in ranks.items():
+        axes.plot(range(len(of_layers)), of_layers, marker="o", markersize=4, linewidth=1.2, label=name)
     widths = sorted({len(values) for each in decays.values() for values in each})
     for width in widths:
         if width != bottleneck:

@@ -1,4 +1,4 @@
-"""Seeds every step, so that dropout draws the same when a run is resumed."""
+"""Seed every step, so that dropout is the same in a resumed run."""
 
 from typing import Any
 
@@ -10,9 +10,10 @@ from cola_lightning.private_apis import global_seed
 
 
 class StepSeed(L.Callback):
-    """Makes what a training step draws (dropout) depend on the run's seed, the step, the batch and the rank alone.
+    """Seed torch before each micro-batch, from the run's seed, the step, the micro-batch and the rank.
 
-    Without it Lightning goes on, when a run is resumed, from wherever the generator happens to stand.
+    Without it, dropout of a resumed run differs from that of a run without a break, because Lightning does not store
+    the state of the random generator.
     """
 
     def on_train_batch_start(

@@ -20,18 +20,8 @@ from torch.optim.lr_scheduler import LRScheduler
 # Imported so that their classes can be named without a path.
 import cola_lightning.data
 import cola_lightning.methods  # noqa: F401
-from cola_lightning.callbacks import (
-    Checkpoints,
-    Dashboard,
-    HyperParameters,
-    LogLines,
-    Memory,
-    OutOfMemoryAdvice,
-    Predictions,
-    Progress,
-    SourceTokenCounter,
-    Throughput,
-)
+from cola_lightning.callbacks import Checkpoints, Progress
+from cola_lightning.callbacks.defaults import default_callbacks, defaults_beside
 from cola_lightning.checkpoints import (
     check_named_code,
     check_no_code,
@@ -52,7 +42,6 @@ from cola_lightning.cli.trainer_flags import (
     check_numbers,
     check_settings,
     check_trainer,
-    defaults_beside,
     loggers_of_a_measurement,
     next_version,
     place_loggers,
@@ -68,7 +57,8 @@ from cola_lightning.private_apis import check_private_apis, commands_of
 from cola_lightning.provenance import TOKENIZER, run_folder, write_provenance
 from cola_lightning.signals import LISTENER
 from cola_lightning.training.module import LanguageModel
-from cola_lightning.training.preemption import await_ranks, limit_rendezvous, own_signals
+from cola_lightning.training.preemption import own_signals
+from cola_lightning.training.rank_processes import await_ranks, limit_rendezvous
 
 REFUSALS = (InputError, ModuleNotFoundError, MisconfigurationException)
 """Errors that a class raises in its constructor for settings that cannot work."""
@@ -127,16 +117,7 @@ class CLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},  # a logger's is not always the run's
             trainer_defaults={
-                "callbacks": [
-                    Throughput(),
-                    Memory(),
-                    SourceTokenCounter(),
-                    Predictions(),
-                    OutOfMemoryAdvice(),
-                    HyperParameters(),
-                    Dashboard(),
-                    LogLines(),
-                ],
+                "callbacks": default_callbacks(),
                 "max_epochs": -1,  # runs are counted in steps; an epoch is what is left of the run
                 "enable_model_summary": False,  # the module tells the network's size; the metrics have none
             },

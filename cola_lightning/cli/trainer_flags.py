@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,6 @@ from cola_lightning.callbacks.checkpoints import Checkpoints
 from cola_lightning.data.token_data_module import TokenDataModule
 from cola_lightning.errors import InputError
 from cola_lightning.methods.post_step import PostStepCallback
-
-
-def defaults_beside(named: Iterable[L.Callback], defaults: Iterable[L.Callback]) -> list[L.Callback]:
-    """The default callbacks of a run, without those that the user named with settings of their own."""
-    named = list(named)
-    return [default for default in defaults if not any(isinstance(callback, type(default)) for callback in named)]
 
 
 def place_loggers(loggers: Any, run_dir: Path) -> None:

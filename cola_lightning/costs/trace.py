@@ -20,7 +20,7 @@ from cola_lightning.costs.counters import Recorder
 from cola_lightning.models import Llama
 from cola_lightning.optim import Parameters
 from cola_lightning.private_apis import fake_tensors
-from cola_lightning.training.module import next_token_losses
+from cola_lightning.training.losses import next_token_losses
 
 Build = Callable[..., Llama]
 Transforms = tuple[Callable[[Llama], None], ...]

@@ -1,1 +1,1 @@
-"""What happens around a training step: Lightning's loops, resuming, validation."""
+"""The LightningModule, and what surrounds a training step: accumulation, clipping, validation, stopping, resuming."""

@@ -1,4 +1,4 @@
-"""Loss and perplexity, once right and once as the published tables have it."""
+"""Loss and perplexity per token, and the perplexity of the published tables."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,17 @@ from cola_lightning.private_apis import ExactMetric
 
 
 class _Sums(ExactMetric):
-    """Sums that stay in float64 under any precision, because in bf16 they would stop growing."""
+    """A metric with sums in float64 under any precision. Sums in bf16 would stop growing."""
 
     def reset(self) -> None:
-        # Trainer.validate runs in inference mode, but the validations of a fit after it do not; they could not add to
-        # an inference tensor.
+        # Trainer.validate resets in inference mode, and a later validation within fit is not in inference mode: it
+        # could not add to an inference tensor in place.
         with torch.inference_mode(False):
             super().reset()
 
 
 class TokenLoss(_Sums):
-    """Mean loss in nats per predicted token, over all batches and ranks; sums are kept in float64."""
+    """Mean loss in nats per predicted token, over all batches and ranks."""
 
     loss_sum: Tensor
     tokens: Tensor
@@ -37,17 +37,17 @@ class TokenLoss(_Sums):
 
 
 class Perplexity(TokenLoss):
-    """exp of the mean loss per predicted token."""
+    """Perplexity: exp of the mean loss per predicted token."""
 
     def compute(self) -> Tensor:
         return super().compute().exp()
 
 
 class PublishedPerplexity(_Sums):
-    """Perplexity as ReLoRA, GaLore, SLTrain, Fira, APOLLO and CoLA print it; for comparison with their tables only.
+    """Perplexity as ReLoRA, GaLore, SLTrain, Fira, APOLLO and CoLA print it, for comparison with their tables only.
 
-    Their evaluation averages the mean losses of batches, however many tokens each holds, and divides by one batch too
-    many (a counter that starts at 1), separately on each rank. The value is therefore too low, and depends on the
+    Their evaluation averages the mean losses of batches, which may hold different numbers of tokens, and divides by one
+    batch too many on each rank, because its counter starts at 1. So the value is too low, and depends on the
     micro-batch and on the number of ranks.
     """
 
@@ -60,7 +60,7 @@ class PublishedPerplexity(_Sums):
         self.add_state("batches", torch.ones((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, loss_sum: Tensor, tokens: Tensor) -> None:
-        """Add a batch, as for :class:`TokenLoss`; one without tokens to predict counts for nothing."""
+        """Add a batch, as for :class:`TokenLoss`; a batch without tokens to predict is left out."""
         self.mean_sum += loss_sum / tokens.clamp(min=1)
         self.batches += tokens > 0
 

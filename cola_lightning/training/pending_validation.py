@@ -1,7 +1,18 @@
-"""The validation that a run was stopped before, or in the middle of.
+"""Validate a step again if a run was stopped before, or in the middle of, its validation.
 
-The checkpoint of a step is written before its validation, so that nothing is lost if that fails, and a stop need not
-wait for its end. But Lightning, going on from there, takes it as made; and with the last step made it does nothing.
+A checkpoint of step S is written before the validation of step S, so that nothing is lost if the validation fails, and
+a stop does not wait for its end. But Lightning, when it goes on from that checkpoint, assumes that S was validated; and
+if S was the last step, it does nothing at all.
+
+So each finished validation is noted in a file beside the checkpoints. Example of a run of 30 steps, with a checkpoint
+and a validation every 10:
+
+1. Step 10 is saved and validated; the note says [10].
+2. Step 20 is saved. The run is killed while it validates; the note still says [10].
+3. The resumed run is at step 20, where a validation is due and which the note lacks: it validates, then the note says
+   [10, 20].
+4. A run resumed from step 10 instead finds 10 in the note, and does not validate. When it has validated step 20, the
+   note says [10, 20] again.
 """
 
 import io
@@ -19,12 +30,12 @@ from cola_lightning.errors import InputError
 from cola_lightning.private_apis import count_validation_on_resume, is_validation_due, keep_logging_position
 from cola_lightning.stored_data import Count, StoredDataError, check_stored
 from cola_lightning.training.resumed_settings import keep_patience
+from cola_lightning.training.trainer_attributes import callbacks_of, is_fast_dev_run
 
 NOTE = "validated"
-"""File beside the checkpoints: the optimizer steps whose validation came to its end, and what callbacks made of it.
-
-The checkpoint of a step is written before its validation, and the next may be far: a run that is killed between the two
-would not validate the step again, and would have lost the best value so far, or how long there was none better."""
+"""Name of the file beside the checkpoints. It holds the optimizer steps with a finished validation, and the states of
+callbacks after the last one, such as the best value so far and the patience of EarlyStopping. The checkpoint of the
+step cannot hold these states, because it is written before the validation."""
 
 
 class _Note(TypedDict):
@@ -33,16 +44,18 @@ class _Note(TypedDict):
 
 
 def note_validation(trainer: L.Trainer) -> None:
-    """Write down that the validation of this step is over, together with the states of the callbacks that it changed,
-    and strike out later steps, which will be made again."""
+    """Note that the validation of this step is finished, with the states of the callbacks that it changed.
+
+    Later steps are removed from the note, because the run will make them again. All ranks call this.
+    """
     folder = _folder(trainer)
     if not folder or trainer.sanity_checking or trainer.global_step == 0:
         return
-    states = _states(trainer)  # on all ranks, because a callback may add up what each of them has
+    states = _states(trainer)  # on all ranks, because a callback may sum over ranks in ``state_dict``
     if not trainer.is_global_zero:
         return
     steps = [step for step in validated(folder) if step < trainer.global_step] + [trainer.global_step]
-    with suppress(OSError, RuntimeError):  # a full disk does not end the run, which at worst validates the step again
+    with suppress(OSError, RuntimeError):  # a full disk does not end the run; at worst the step is validated again
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{NOTE}.partial"
         torch.save({"steps": steps, "callbacks": states}, partial)
@@ -50,13 +63,18 @@ def note_validation(trainer: L.Trainer) -> None:
 
 
 def validated(folder: Path) -> list[int]:
-    """The steps whose validation is over, of the run whose checkpoints are in ``folder``."""
+    """Return the steps with a finished validation of the run that has its checkpoints in ``folder``."""
     return list(_read(folder).get("steps", []))
 
 
 def restore_validated(trainer: L.Trainer) -> None:
-    """Give callbacks back what they made of the validation of the step that the run goes on from, if it was made; all
-    ranks take part."""
+    """Restore the states that callbacks had after the validation of the step that the run goes on from.
+
+    Without a finished validation of that step, nothing is restored. All ranks call this; rank 0 reads the note.
+
+    Raises:
+        InputError: If the note holds a state that a callback cannot load.
+    """
     states: dict[str, Any] = {}
     for folder in _folders(trainer) if trainer.is_global_zero else []:
         note = _read(folder)
@@ -65,7 +83,7 @@ def restore_validated(trainer: L.Trainer) -> None:
             break
     states = trainer.strategy.broadcast(states)
     keep_patience(trainer, states)
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         if callback.state_key in states:
             try:
                 callback.load_state_dict(states[callback.state_key])
@@ -74,46 +92,51 @@ def restore_validated(trainer: L.Trainer) -> None:
 
 
 def _states(trainer: L.Trainer) -> dict[str, Any]:
-    """States of the callbacks that do something at a validation's end, as far as they are plain data."""
+    """Return the states of the callbacks that act when a validation ends, if they are plain data."""
     states = {}
-    for callback in trainer.callbacks:
-        kind = type(callback)
+    for callback in callbacks_of(trainer):
         hooks = ("on_validation_end", "on_validation_epoch_end")
-        if any(getattr(kind, hook) is not getattr(L.Callback, hook) for hook in hooks) and callback.state_dict():
-            with suppress(Exception):  # of what may not be loaded again, the checkpoint's state counts
-                torch.save(callback.state_dict(), content := io.BytesIO())
-                content.seek(0)
-                states[callback.state_key] = torch.load(content, weights_only=True)
+        acts = any(getattr(type(callback), hook) is not getattr(L.Callback, hook) for hook in hooks)
+        if not acts or not callback.state_dict():
+            continue
+        # Save and load in memory: a state that ``weights_only`` refuses would make the whole note unreadable. Such a
+        # callback gets its state from the checkpoint.
+        with suppress(Exception):
+            torch.save(callback.state_dict(), content := io.BytesIO())
+            content.seek(0)
+            states[callback.state_key] = torch.load(content, weights_only=True)
     return states
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """The note; empty where there is none that can be read, so that the step is validated again."""
+    """Return the note; empty if it cannot be read, so that the step is validated again."""
     try:
         note = torch.load(folder / NOTE, map_location="cpu", weights_only=True)
         check_stored(note, _Note, folder / NOTE, "")
         return note
-    except Exception:  # missing, cut short, or something else
+    except Exception:  # missing, cut short, or no note at all
         return {}
 
 
 def validate_if_pending(trainer: L.Trainer) -> None:
-    """Run the validation that was due before the next step, if it was not made; all ranks take part."""
-    pending = _is_due(trainer)
+    """Validate the step that the run goes on from if that is pending; all ranks call this before the next step."""
+    pending = _is_pending(trainer)
     count_validation_on_resume(trainer, count=not pending)
     if not pending:
         return
     rank_zero_info(f"Validating step {trainer.global_step}, after which the run was stopped")
     loop = trainer.fit_loop.epoch_loop.val_loop
+    # As Lightning does around a validation within training: switch the stage, and restore the position of the logger
+    # connector, so that values of the next training step are logged as usual.
     with keep_logging_position(trainer):
         trainer.validating = True
-        loop.restarting = False
+        loop.restarting = False  # start with the first batch
         loop.run()
         trainer.training = True
 
 
 def validate_if_pending_at_end(trainer: L.Trainer) -> None:
-    """Have it made up at the end of fitting, which with no step left to make is at once."""
+    """Validate at the end of ``fit_loop.run`` if that is pending: a run with no step left never starts training."""
     loop = trainer.fit_loop
 
     def run() -> None:
@@ -121,26 +144,27 @@ def validate_if_pending_at_end(trainer: L.Trainer) -> None:
         loop.run()
         validate_if_pending(trainer)
 
+    # An attribute of the object hides the method of its class. ``run`` above deletes it, so it acts once.
     vars(loop)["run"] = run
 
 
-def _is_due(trainer: L.Trainer) -> bool:
+def _is_pending(trainer: L.Trainer) -> bool:
     folder = _folder(trainer)
     if not trainer.enable_validation or trainer.global_step == 0 or folder is None:
         return False
     due = is_validation_due(trainer)
-    made = any(trainer.global_step in validated(each) for each in _folders(trainer))
-    return trainer.strategy.broadcast(due and not made)  # by rank 0's clock, where validations go by time, and its disk
+    finished = any(trainer.global_step in validated(each) for each in _folders(trainer))
+    # Rank 0 decides for all ranks, because clocks (validations by time) and disks may differ.
+    return trainer.strategy.broadcast(due and not finished)
 
 
 def _folder(trainer: L.Trainer) -> Path | None:
     folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-    return Path(folder) if folder and not trainer.fast_dev_run else None
+    return Path(folder) if folder and not is_fast_dev_run(trainer) else None
 
 
 def _folders(trainer: L.Trainer) -> list[Path]:
-    """Where validations may be noted. A run that goes on in another folder has its own beside the checkpoint that it
-    came from."""
+    """Return the folders that may hold a note: that of this run, and that of the checkpoint it goes on from."""
     folder = _folder(trainer)
     before = [Path(trainer.ckpt_path).resolve().parent] if trainer.ckpt_path else []
     return list(dict.fromkeys([*([folder] if folder else []), *before]))

@@ -1,45 +1,59 @@
-"""Being told to stop: a signal ends a run after a whole optimizer step that all ranks agree on.
+"""SIGTERM, SIGINT, SIGHUP, SIGUSR1: end a run after a whole optimizer step, the same one on all ranks.
 
-Lightning's own way saves inside the signal handler, which may be in the middle of a collective operation, and asks
-every rank at every batch with a broadcast that makes the device wait. Here ``signals`` takes note, and the training
-loop looks.
+A signal passes these steps:
+
+1. ``signals.Listener`` notes its number, in a thread. The training loop runs on.
+2. After each optimizer step, ``callbacks.Checkpoints`` calls :meth:`StopSignal.agreed`, by which all ranks exchange
+   what they have noted.
+3. When all ranks know of the signal, ``Checkpoints`` saves the step, asks SLURM to requeue the job (SIGUSR1), and
+   raises :class:`Preempted`.
+
+Lightning saves inside the signal handler instead, which may run in the middle of a collective operation, and broadcasts
+at every batch, for which the host waits.
 """
 
 import os
 import signal
 import subprocess
-import threading
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
 
-from cola_lightning.errors import RankError
 from cola_lightning.private_apis import ignore_signals, skip_sigterm_broadcast
 from cola_lightning.signals import LISTENER, Phase
 
-SECONDS_TO_FIND_EACH_OTHER = 300.0
-"""How long a rank waits for the others at the start."""
-
 
 class Preempted(SystemExit):
-    """Ends the process after its checkpoint was written. Rank 0 exits as a signal would end it, 128 + its number; the
-    others with 0, so that their launcher does not take them for crashed."""
+    """End the process after its checkpoint was written.
+
+    Rank 0 exits with 128 + the signal's number, as shells report it. Other ranks exit with 0, because a launcher treats
+    any other status as a crash.
+    """
 
     def __init__(self, number: int, rank: int) -> None:
         super().__init__(0 if rank else 128 + number)
 
 
 class StopSignal:
-    """Notes a signal, and finds a step at which every rank knows of it.
+    """Find an optimizer step at which every rank knows of a signal.
 
-    Once an optimizer step, or a batch of a validation, the ranks begin to exchange what they have noted, on the CPU and
-    beside the training; the answer is looked at one later, when it is there. So nothing waits, and all stop at the same
-    place, at most two after the signal. A rank that is gone shows there too.
+    After each optimizer step, and after each batch of a validation, every rank starts an all-reduce of the number that
+    it has noted. It runs on the CPU (gloo) beside the training, and its result is read one step later, when it has
+    arrived. So no rank waits, and all ranks stop at the same step, at most two after the signal. Example, with SIGTERM
+    (15) at rank 1 during step 7:
+
+    ====== ============================= ===========================
+    after  all-reduce starts with        result read
+    ====== ============================= ===========================
+    step 6 rank 0: 0, rank 1: 0          of step 5: 0
+    step 7 rank 0: 0, rank 1: 15         of step 6: 0
+    step 8 not needed                    of step 7: 15, so all stop
+    ====== ============================= ===========================
+
+    The all-reduce fails on every rank if one is gone.
 
     Args:
         timeout: How long a rank waits for one that is alive but silent.
@@ -51,20 +65,21 @@ class StopSignal:
         self.exchange: tuple[torch.Tensor, distributed.Work] | None = None
 
     def install(self, trainer: L.Trainer) -> None:
-        """Look for signals from now on: training begins."""
+        """Begin to exchange signals, as training begins. From now on, a signal no longer ends the process at once."""
         if trainer.world_size > 1:
             self.group = distributed.new_group(backend="gloo", timeout=self.timeout)
         skip_sigterm_broadcast(trainer)  # because this exchange replaces it
         LISTENER.phase = Phase.TRAINING
 
     def agreed(self) -> int:
-        """The signal that all ranks are to stop for, or 0. Every rank calls this equally often.
+        """Return the number of the signal for which all ranks stop now, or 0. Every rank calls this equally often.
 
         Raises:
             RuntimeError: If another rank is gone, or silent for longer than the timeout.
         """
         if self.group is None:
             return LISTENER.noted
+        # Read the result of the exchange that the call before started.
         number = 0
         if self.exchange is not None:
             flag, work = self.exchange
@@ -72,10 +87,11 @@ class StopSignal:
                 work.wait()
             except RuntimeError as error:
                 raise RuntimeError(
-                    "another process of this run is gone, so this one stops; the cause stands in that one's output. "
-                    "Go on with --ckpt_path last"
+                    "another process of this run is gone, so this one stops; the output of that process "
+                    "says why. Go on with --ckpt_path last"
                 ) from error
             number = int(flag)
+        # Start the next exchange. The maximum is a signal's number if any rank has noted one.
         flag = torch.tensor([LISTENER.noted])
         work = distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self.group, async_op=True)
         self.exchange = (flag, work)
@@ -83,61 +99,21 @@ class StopSignal:
 
 
 def own_signals(trainer: L.Trainer) -> None:
-    """Keep Lightning from listening to signals: its hooks would save in the middle of a step, under SLURM into the
-    working directory, and go on from such a file at the next start.
+    """Keep Lightning from handling signals, and let rank 0 requeue the job if a signal comes before training.
+
+    Lightning's handlers save in the middle of a step. Under SLURM they save into the working directory, and the next
+    start goes on from that file.
     """
     ignore_signals(trainer)
     if trainer.is_global_zero:
         LISTENER.before_exit = requeue
 
 
-def limit_rendezvous(trainer: L.Trainer, seconds: float = SECONDS_TO_FIND_EACH_OTHER) -> None:
-    """End this process, with a line, if the ranks of a run do not find each other in so many seconds. The library that
-    waits for a rank that died meanwhile would do so for half an hour."""
-    strategy: Any = trainer.strategy
-    find: Callable[[], None] = strategy.setup_environment
-
-    def give_up() -> None:
-        os.write(
-            2,
-            f"error: rank {trainer.global_rank} did not find the other {trainer.world_size - 1} ranks of this run "
-            f"within {seconds:.0f} s; see what ended them, or --trainer.num_nodes, --trainer.devices, MASTER_ADDR "
-            "and MASTER_PORT\n".encode(),
-        )
-        os._exit(1)
-
-    def find_in_time() -> None:
-        timer = threading.Timer(seconds, give_up)
-        timer.daemon = True
-        timer.start()
-        try:
-            find()
-        finally:
-            timer.cancel()
-
-    if trainer.world_size > 1:
-        strategy.setup_environment = find_in_time
-
-
-def await_ranks(trainer: L.Trainer, seconds: float = 60.0) -> None:
-    """Wait until the ranks that this one launched have ended: they are killed with it.
-
-    Raises:
-        InputError: If one failed.
-    """
-    for process in getattr(trainer.strategy.launcher, "procs", []):
-        try:
-            if status := process.wait(seconds):
-                raise RankError(f"a process of this run ended with status {status}; its output says why")
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise RankError(f"a process of this run had not ended after {seconds:.0f} s and was killed") from None
-
-
 def requeue(number: int) -> None:
-    """Ask SLURM to start the job again, where it sent SIGUSR1 before the time limit (``--signal=USR1@…``).
+    """Ask SLURM to start the job again, if it sent SIGUSR1 before the time limit (``--signal=USR1@…``).
 
-    SIGTERM asks for nothing: SLURM requeues by itself a job that it preempts, and one that is cancelled should end.
+    For SIGTERM there is nothing to do: SLURM requeues a job that it preempts by itself, and a job that is cancelled
+    must end.
     """
     if number != signal.SIGUSR1 or "SLURM_JOB_ID" not in os.environ:
         return
@@ -149,7 +125,7 @@ def requeue(number: int) -> None:
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
         problem = done.returncode and (done.stderr.strip() or f"exit status {done.returncode}")
-    except OSError as error:  # in a container there may be no scontrol
+    except OSError as error:  # a container may have no scontrol
         problem = str(error)
     if problem:
         rank_zero_warn(f"job {job} was not requeued ({problem}); start it again by hand, it goes on where it was")

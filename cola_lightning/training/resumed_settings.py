@@ -1,11 +1,11 @@
-"""Settings of optimizer and schedule in a resumed run: what is typed wins, what is not comes from the checkpoint.
+"""Settings of optimizer and schedule in a resumed run: typed values win, others come from the checkpoint.
 
 Loading an optimizer's state replaces its learning rate, weight decay, betas … by those of the checkpoint, and loading a
-schedule's state replaces its length. But the command line has taken from the checkpoint what was not typed before the
-optimizer was made, so the optimizer as it was made is right.
+schedule's state replaces its length. But before the optimizer was made, the command line had already taken from the
+checkpoint what was not typed. So the settings that the optimizer was made with are the right ones.
 
-Some optimizers keep state among these settings too, as Prodigy does with its estimate of the learning rate. Therefore a
-value of the checkpoint stays where both runs were made with the same one.
+Some optimizers keep state among their settings, such as Prodigy its estimate of the learning rate. Therefore a value of
+the checkpoint stays if both runs made the optimizer with the same value.
 """
 
 import warnings
@@ -20,21 +20,22 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import TypedDict
 
 from cola_lightning.stored_data import ALTERED, check_stored
+from cola_lightning.training.trainer_attributes import callbacks_of
 
 Group = dict[str, Any]
 ON_DEVICE = ("fused", "capturable")
-"""Options of torch's optimizers under which the count of steps is on the parameter's device, else on the CPU."""
+"""Options of torch's optimizers that keep the count of steps on the parameter's device, not on the CPU."""
 
 
 class OptimizerSettings:
-    """What an optimizer and its schedule were made with in this process.
+    """Settings that an optimizer and its schedule were made with in this process.
 
     Args:
-        optimizer: As it was made, with its schedule, before a checkpoint is loaded.
+        optimizer: The optimizer, before a checkpoint is loaded.
         schedule: Its schedule, a function of the number of steps.
 
     Attributes:
-        groups: For each parameter group its settings that are plain data. A checkpoint holds them.
+        groups: Settings of each parameter group that are plain data. A checkpoint holds them.
     """
 
     def __init__(self, optimizer: Optimizer, schedule: LRScheduler) -> None:
@@ -47,19 +48,20 @@ class OptimizerSettings:
         self._start = deepcopy(schedule.state_dict())
 
     def restore(self, stored: list[Group] | None, position: int) -> None:
-        """Set what differs from ``stored``, and bring the schedule to its step, after a checkpoint was loaded.
+        """Set again what differs from ``stored``, and bring the schedule to its step, after a checkpoint was loaded.
 
         Args:
-            stored: ``groups`` of the run that wrote the checkpoint; if None, nothing of the checkpoint stays.
-            position: Steps of the schedule that were made.
+            stored: ``groups`` of the run that wrote the checkpoint; if None, all settings are set again.
+            position: Number of steps that the schedule has made.
         """
         for index, (group, made) in enumerate(zip(self.optimizer.param_groups, self.groups, strict=True)):
             before = stored[index] if stored and index < len(stored) else {}
             changed = [
                 key for key, value in made.items() if key not in before or _as_list(before[key]) != _as_list(value)
             ]
-            group.update({key: deepcopy(made[key]) for key in changed if key != "lr"})  # which the schedule sets
-            # A text where a number belongs would come to light in the middle of a step.
+            # The schedule sets the learning rate, in ``_replay``.
+            group.update({key: deepcopy(made[key]) for key in changed if key != "lr"})
+            # A string in place of a number would fail only in the middle of the next step.
             numbers = [key for key, value in made.items() if type(value) in (int, float) and _is_plain(group.get(key))]
             kind = TypedDict("_Group", dict.fromkeys(numbers, float))  # type: ignore[misc]
             check_stored(group, kind, f"in optimizer_states.param_groups.{index}", ALTERED)
@@ -68,6 +70,7 @@ class OptimizerSettings:
         self._replay(position)
 
     def _place_steps(self, group: Group) -> None:
+        """Move the counts of steps to the device where this run's optimizer expects them."""
         on_device = any(group.get(key) for key in ON_DEVICE)
         for parameter in group["params"]:
             state = self.optimizer.state.get(parameter, {})
@@ -75,8 +78,8 @@ class OptimizerSettings:
                 state["step"] = step.to(parameter.device if on_device else "cpu")
 
     def _replay(self, steps: int) -> None:
-        """Step the schedule from its beginning. Its rate may be computed from the one before, as that of torch's
-        ``CosineAnnealingLR`` is, so that the step alone does not tell it."""
+        """Step the schedule from its beginning. A schedule such as torch's ``CosineAnnealingLR`` computes each rate
+        from the one before, so the rate cannot be computed from the number of steps alone."""
         self.schedule.load_state_dict(deepcopy(self._start))
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             if isinstance(group["lr"], torch.Tensor):
@@ -84,14 +87,14 @@ class OptimizerSettings:
             else:
                 group["lr"] = rate
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch expects a step of the optimizer before each
+            warnings.simplefilter("ignore")  # torch warns if the optimizer makes no step before each of these
             for _ in range(steps):
                 self.schedule.step()
 
 
 def keep_patience(trainer: L.Trainer, states: dict[str, Any]) -> None:
-    """Let the patience of an EarlyStopping callback win over the one that ``states``, by callback, hold of it."""
-    for callback in trainer.callbacks:
+    """Replace the stored patience of EarlyStopping callbacks in ``states``, by callback, by that of this run."""
+    for callback in callbacks_of(trainer):
         if isinstance(callback, EarlyStopping) and callback.state_key in states:
             states[callback.state_key]["patience"] = callback.patience
 
@@ -103,5 +106,5 @@ def _is_plain(value: Any) -> bool:
 
 
 def _as_list(value: Any) -> Any:
-    """Tuples as lists, for a config has only these."""
+    """Turn tuples into lists at any depth, because a config file has only lists."""
     return [_as_list(each) for each in value] if isinstance(value, list | tuple) else value

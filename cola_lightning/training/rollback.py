@@ -1,11 +1,11 @@
-"""Going back to a checkpoint while a run goes on."""
+"""Restore an earlier checkpoint within a running process."""
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from cola_lightning.checkpoints.formats import read_state
@@ -13,17 +13,21 @@ from cola_lightning.checkpoints.latest import written
 from cola_lightning.checkpoints.manifest import find_corruption
 from cola_lightning.errors import InputError
 from cola_lightning.private_apis import set_last_saved_step, set_logged_step
+from cola_lightning.training.trainer_attributes import callbacks_of
+
+if TYPE_CHECKING:
+    from cola_lightning.training.module import LanguageModel
 
 
 def find_checkpoint(trainer: L.Trainer, step: int) -> Path:
-    """The newest checkpoint of this run that is whole and not after ``step``; if all are after it, the oldest of them.
+    """Find the newest undamaged checkpoint of this run at ``step`` or before; if there is none, the oldest after it.
 
-    Rank 0 looks, all ranks take part and get the same answer.
+    All ranks call this. Rank 0 reads the disk, and all ranks return its answer.
 
     Raises:
-        InputError: On every rank, if there is none.
+        InputError: On every rank, if the run has no checkpoint.
     """
-    found = str(_look(trainer, step) or "") if trainer.is_global_zero else ""
+    found = str(_find_on_disk(trainer, step) or "") if trainer.is_global_zero else ""
     found = trainer.strategy.broadcast(found)
     if not found:
         raise InputError(
@@ -33,10 +37,10 @@ def find_checkpoint(trainer: L.Trainer, step: int) -> Path:
     return Path(found)
 
 
-def _look(trainer: L.Trainer, step: int) -> Path | None:
+def _find_on_disk(trainer: L.Trainer, step: int) -> Path | None:
     paths: set[Path] = set()
     callback: Any
-    for callback in trainer.checkpoint_callbacks:  # of which ours need not be the first
+    for callback in trainer.checkpoint_callbacks:  # Checkpoints, and any ModelCheckpoint that the user added
         named = (getattr(callback, name, None) for name in ("last_model_path", "best_model_path"))
         paths |= {Path(path).resolve() for path in named if path}
         if getattr(callback, "dirpath", None):
@@ -47,12 +51,12 @@ def _look(trainer: L.Trainer, step: int) -> Path | None:
     for path in before + after:
         if (problem := find_corruption(path)) is None:
             return path
-        rank_zero_warn(f"{path} is damaged ({problem}), and passed over")
+        rank_zero_warn(f"{path} is damaged ({problem}), so it is skipped")
     return None
 
 
 def _step(path: Path) -> int | None:
-    """The optimizer steps behind a checkpoint, None where one cannot go on from it."""
+    """Return the optimizer steps of a checkpoint; None if it lacks what training needs to go on."""
     try:
         state = read_state(path)
     except InputError as error:
@@ -62,18 +66,25 @@ def _step(path: Path) -> int | None:
 
 
 def restore_checkpoint(trainer: L.Trainer, path: Path, exclude: type[Callback]) -> None:
-    """Set network, optimizer, schedule, step count and callbacks to what they were in a checkpoint; called on all ranks
-    before a batch is trained on. The position in the data stays, and with it Lightning's count of batches; of the
-    callbacks, those that write checkpoints and ``kept`` stay as they are.
+    """Restore network, optimizer, schedule, step count and callbacks from a checkpoint.
+
+    All ranks call this, between two optimizer steps. The position in the data and Lightning's count of batches stay.
+
+    Args:
+        trainer: The trainer.
+        path: The checkpoint.
+        exclude: A class of callbacks that keep their state. Callbacks that write checkpoints keep theirs too.
     """
-    strategy, module = trainer.strategy, trainer.lightning_module
-    checkpoint = strategy.load_checkpoint(path, weights_only=True)  # under FSDP this loads weights and optimizer too
+    strategy = trainer.strategy
+    module = cast("LanguageModel", trainer.lightning_module)
+    # Under FSDP this loads the weights and the optimizer as well, and leaves only the rest for what follows.
+    checkpoint = strategy.load_checkpoint(path, weights_only=True)
     module.on_load_checkpoint(checkpoint)
     strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
     if strategy.lightning_restore_optimizer:
         strategy.load_optimizer_state_dict(checkpoint)
-    module.restore_settings()  # the schedule too
-    for callback in trainer.callbacks:
+    module.restore_settings()  # also brings the schedule to its step
+    for callback in callbacks_of(trainer):
         if not isinstance(callback, Checkpoint | exclude):
             callback.on_load_checkpoint(trainer, module, checkpoint)
             if callback.state_key in checkpoint["callbacks"]:
@@ -82,6 +93,7 @@ def restore_checkpoint(trainer: L.Trainer, path: Path, exclude: type[Callback]) 
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
     loop.automatic_optimization.optim_progress.load_state_dict(progress)
     set_logged_step(trainer, trainer.global_step)
-    # A checkpoint at a step that is passed again is written again.
+    # Steps after this one are made again, so their checkpoints are written again.
     for callback in trainer.checkpoint_callbacks:
-        set_last_saved_step(callback, trainer.global_step)
+        if isinstance(callback, ModelCheckpoint):
+            set_last_saved_step(callback, trainer.global_step)

@@ -101,7 +101,7 @@ def test_after_three_in_a_row_it_goes_back_and_passes_over_them(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_gives_up_with_one_error(kind):
     lost = result(kind, "lost")
-    assert "3 steps in a row were bad after going back 2 times" in lost["error"]
+    assert "3 steps in a row were bad after 2 rollbacks" in lost["error"]
     assert str(run_of(kind, "lost") / "events.jsonl") in lost["error"]
     assert [event["event"] for event in events(kind, "lost")] == [
         *["skipped"] * 3, "rolled back", *["skipped"] * 3, "rolled back", *["skipped"] * 3, "stopped",

@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from cola_lightning.callbacks import LogLines, Predictions, Throughput
+from cola_lightning.callbacks.defaults import defaults_beside
 from cola_lightning.cli.app import main
-from cola_lightning.cli.trainer_flags import defaults_beside, next_version
+from cola_lightning.cli.trainer_flags import next_version
 from cola_lightning.optim import WarmupCosine
 from tests.conftest import tiny_trainer
 from tests.processes import Run

@@ -10,7 +10,7 @@ from cola_lightning.costs.counters import Recorder, count_flops
 from cola_lightning.methods import SST, CoLA, CoLAM, CRNet, LaX, LoRA, LowRank, ReLoRA, SLTrain, SwitchLoRA
 from cola_lightning.models import FullRank, LlamaConfig
 from cola_lightning.models.llama import build_llama
-from cola_lightning.training.module import next_token_losses
+from cola_lightning.training.losses import next_token_losses
 from tests.costs.published import RANKS, SIZES, network
 
 SETTINGS = {

@@ -9,7 +9,8 @@ from cola_lightning.data import C4DataModule, Source
 from cola_lightning.data.packing import IGNORE
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
-from cola_lightning.training.module import LanguageModel, next_token_losses
+from cola_lightning.training.losses import next_token_losses
+from cola_lightning.training.module import LanguageModel
 from tests.data.conftest import arguments, fake_trainer, sentences, write_shard
 from tests.data.server import Server
 

@@ -13,9 +13,9 @@ from cola_lightning.callbacks import Checkpoints
 from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA
 from cola_lightning.optim import WarmupCosine
-from cola_lightning.training.fit_loop import is_last_step
 from cola_lightning.training.module import LanguageModel
 from cola_lightning.training.pending_validation import NOTE, validated
+from cola_lightning.training.validation_schedule import is_last_step
 from tests.conftest import loader
 
 IDS = torch.randint(1, 50, (22, 8), generator=torch.Generator().manual_seed(0))

@@ -101,7 +101,7 @@ def test_a_signal_to_one_rank_ends_all_after_a_whole_step(start, tmp_path):
     assert (folder / "last.ckpt").resolve() == path
     step = read(path).step
     assert 1 <= step <= 4
-    assert f"Stopping after step {step}, for signal 15 was received" in run.output()
+    assert f"Stopping after step {step}, because signal 15 was received" in run.output()
 
 
 @pytest.mark.parametrize("gone", [0, 1])
