@@ -1,9 +1,8 @@
-"""One file per method of the low-rank lineage: read it and you have read the whole method."""
+"""The low-rank methods, one file each: a method's projection and its callback are in the same file."""
 
 from cola_lightning.methods.cola import CoLA
 from cola_lightning.methods.cola_m.callback import CoLAM
-from cola_lightning.methods.cr_net import CRNet
-from cola_lightning.methods.cr_net_recompute import CRNetRecompute
+from cola_lightning.methods.cr_net import CRNet, CRNetRecompute
 from cola_lightning.methods.lax import LaX
 from cola_lightning.methods.lora import LoRA
 from cola_lightning.methods.low_rank import LowRank

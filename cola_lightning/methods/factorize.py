@@ -26,7 +26,7 @@ RUN_FILE = "model.yaml"
 def factorize(
     model: str,
     folder: str,
-    projection: MakeProjection = CoLA,
+    projection: MakeProjection = CoLA,  # type: ignore[assignment]  # the command line adds the rank
     text: str | list[str] | None = None,
     tokenizer: str | None = None,
     sequence_length: int | None = None,
@@ -58,12 +58,13 @@ def factorize(
     vocabulary = dense.tokenizer(tokenizer)
     window_sizes(dense.network, sequence_length)  # says now if it is out of range
     network = low_rank(dense.network, projection, where)
-    method = type(network.model.layers[0].self_attn.q_proj)
+    example = next(network.blocks()).self_attn.q_proj
+    assert isinstance(example, LowRank)
+    method = type(example)
     if files:
         candidates = {"dense": dense.network}
         if method is not LowRank:
-            rank = network.model.layers[0].self_attn.q_proj.rank
-            candidates["LowRank"] = low_rank(dense.network, partial(LowRank, rank=rank), where)
+            candidates["LowRank"] = low_rank(dense.network, partial(LowRank, rank=example.rank), where)
         candidates[method.__name__] = network
         for name, candidate in candidates.items():
             result = evaluate_text(candidate.to(where), vocabulary, files, sequence_length=sequence_length)
@@ -90,9 +91,8 @@ def low_rank(dense: Llama, projection: MakeProjection, device: torch.device) -> 
         InputError: If a projection is no linear map already, or the new one not low-rank.
     """
     network = _shallow(dense)
-    parts = [part for block in network.model.layers for part in (block.self_attn, block.mlp)]
-    for part in track(parts, "factorizing", console=Console(stderr=True)):
-        for name, old in list(part.named_children()):
+    for block in track(list(network.blocks()), "factorizing", console=Console(stderr=True)):
+        for name, old in list(block.projections()):
             weight = old.dense()
             if weight is None:
                 raise InputError(f"{name} is {type(old).__name__}, which is not dense; start from a full-rank model")
@@ -102,7 +102,7 @@ def low_rank(dense: Llama, projection: MakeProjection, device: torch.device) -> 
                     f"--projection {type(new).__name__} is not low-rank; name LowRank or CoLA, with a rank"
                 )
             new.approximate(weight.to(device))
-            setattr(part, name, new)
+            setattr(block.self_attn if hasattr(block.self_attn, name) else block.mlp, name, new)
     return network.eval()
 
 
@@ -112,7 +112,7 @@ def _shallow(network: Llama) -> Llama:
 
 
 def _config_file(network: Llama, folder: Path) -> str:
-    example = network.model.layers[0].self_attn.q_proj
+    example = next(network.blocks()).self_attn.q_proj
     method = type(example)
     sizes = asdict(network.config)
     del sizes["fused_projections"], sizes["loss_chunk_size"]  # how a run computes, which is its own choice

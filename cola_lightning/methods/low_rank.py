@@ -1,36 +1,27 @@
-"""Plain low rank, ``y = B A x`` (Kamalakara et al., arXiv 2209.13569): what CoLA adds a nonlinearity to."""
+"""Plain low rank, ``y = B A x`` (Kamalakara et al., arXiv 2209.13569), to which CoLA adds a nonlinearity."""
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from cola_lightning.errors import InputError
+from cola_lightning.methods.arguments import check_rank
+from cola_lightning.models.initialization import low_rank_std
 from cola_lightning.models.layers import NormalLinear
 from cola_lightning.models.projection import Projection
 from cola_lightning.private_apis import mark_operations
 
 LATENT = {"cola_lightning": "latent"}
-"""Mark of the operations that make a latent. Set in eager execution and carried through ``torch.compile``."""
-
-
-def check_rank(in_features: int, out_features: int, rank: int) -> None:
-    """Refuse a rank that is not between 1 and the smaller side of the matrix."""
-    smaller = min(in_features, out_features)
-    if not 1 <= rank <= smaller:
-        raise InputError(
-            f"rank {rank} does not fit a projection of {in_features} to {out_features} features; "
-            f"choose one from 1 to {smaller} (the papers use about a quarter of hidden_size)"
-        )
+"""Mark of the operations that compute a latent. ``torch.compile`` carries it through to the compiled graph."""
 
 
 class LowRank(Projection):
     """``B A x`` with A: in -> R and B: R -> out, both trained, in place of a dense in x out matrix.
 
-    Both factors start as N(0, s²) with s = R^(-1/4) (in + out)^(-1/4), so that an entry of the product ``B A`` has
-    variance R s⁴ = 1 / (in + out). This is the reference CoLA's initialization; with it LowRank and CoLA differ by the
-    nonlinearity alone.
+    Both factors are initialized as N(0, s²) with s of :func:`~cola_lightning.models.initialization.low_rank_std`, as in
+    the CoLA reference implementation. LowRank and CoLA differ by the nonlinearity alone.
 
     Args:
         in_features: Size of the last dimension of the input.
@@ -41,11 +32,13 @@ class LowRank(Projection):
         InputError: If the rank is out of that range.
     """
 
+    rank: int
+
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
         check_rank(in_features, out_features, rank)
         self.rank = rank
-        std = (rank * (in_features + out_features)) ** -0.25
+        std = low_rank_std(in_features, out_features, rank)
         self.A = NormalLinear(in_features, rank, std)
         self.B = NormalLinear(rank, out_features, std)
 
@@ -53,22 +46,22 @@ class LowRank(Projection):
         return self.expand(self.latent(x))
 
     def latent(self, x: Tensor) -> Tensor:
-        """``A x``: (…, in) -> (…, R), before any nonlinearity; marked, so that it can be told from other products."""
+        """Compute ``A x``, (…, in) -> (…, R), before any nonlinearity, and mark it as a latent for CoLA-M."""
         with mark_operations(LATENT):
             return self.A(x)
 
     @staticmethod
     def activate(z: Tensor) -> Tensor:
-        """What stands between the factors: here nothing."""
+        """Apply the nonlinearity between the factors: here none."""
         return z
 
     def expand(self, z: Tensor) -> Tensor:
-        """From the latent (…, R) to the output (…, out)."""
+        """Compute the output (…, out) from the latent (…, R)."""
         return self.B(self.activate(z))
 
     @classmethod
-    def forward_fused(cls, projections: Sequence["LowRank"], x: Tensor) -> Sequence[Tensor]:
-        """One down-projection to all their latents, then the up-projection of each."""
+    def forward_fused(cls, projections: Sequence[Self], x: Tensor) -> Sequence[Tensor]:
+        """Compute all latents by one down-projection, then each output by its own up-projection."""
         weights = [projection.A.weight for projection in projections]
         stacked = torch.cat(weights)
         with mark_operations(LATENT):
@@ -78,8 +71,11 @@ class LowRank(Projection):
 
     @torch.no_grad()
     def approximate(self, weight: Tensor) -> None:
-        """Begin at the best approximation of rank R of a dense matrix (out, in), which its truncated singular value
-        decomposition is (Eckart and Young, 1936), the singular values shared evenly between the factors."""
+        """Set the factors so that ``B A`` is the best approximation of rank R of a dense matrix (out, in).
+
+        That is its truncated singular value decomposition (Eckart and Young, 1936). Each factor gets the roots of the
+        singular values.
+        """
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
         u, s, v = torch.linalg.svd(exact, full_matrices=False)
         root = s[: self.A.out_features].sqrt()
@@ -87,6 +83,6 @@ class LowRank(Projection):
         self.B.weight.copy_(u[:, : len(root)] * root)
 
     def dense(self) -> Tensor | None:
-        """``B A``, (out, in), multiplied in float32."""
+        """Return ``B A`` (out, in), multiplied in float32."""
         product = self.B.weight.detach().float() @ self.A.weight.detach().float()
         return product.to(self.B.weight.dtype)

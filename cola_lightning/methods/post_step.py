@@ -1,7 +1,7 @@
-"""What the methods share that act on the network between two optimizer steps: ReLoRA, SwitchLoRA, SST."""
+"""Base of the callbacks that change the network after an optimizer step: ReLoRA, SwitchLoRA, SST."""
 
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import lightning as L
 import torch
@@ -17,22 +17,24 @@ from cola_lightning.stored_data import ALTERED, check_stored
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One seed from several numbers, each of which changes all of it."""
+    """Make one seed from several numbers, by a hash: neighbouring numbers give unrelated seeds."""
     return int.from_bytes(blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """A generator that depends on these numbers alone: on all ranks it draws the same, on any device, and a resumed run
-    needs no state of it. It draws on the CPU."""
+    """Make a CPU generator whose draws depend on these numbers alone.
+
+    All ranks draw the same from it, and a resumed run needs no saved state.
+    """
     return torch.Generator().manual_seed(mixed_seed(*numbers))
 
 
 def schedule_cycle(trainer: L.Trainer, argument: str) -> int:
-    """Read how many steps a cycle of the run's schedule has.
+    """Read the number of steps in a cycle of the run's schedule.
 
     Args:
-        trainer: Its schedules are made.
-        argument: What the message says to set instead, for instance ``ReLoRACallback: merge_every``.
+        trainer: The trainer, whose schedules exist already.
+        argument: Argument to name in the message, for instance ``ReLoRACallback: merge_every``.
 
     Raises:
         InputError: If the schedule has no cycles.
@@ -50,22 +52,26 @@ class _State(TypedDict):
     seed: int | None
 
 
-class PostStepCallback(L.Callback):
-    """Acts after each optimizer step, when the schedule has moved on, and before a checkpoint is written.
+P = TypeVar("P", bound=Projection)
 
-    A subclass says in ``kind`` which projections it acts on, and in ``after_step`` what it does. What it draws comes
-    from ``generator(self.seed, step, …)``.
+
+class PostStepCallback(L.Callback, Generic[P]):
+    """Acts on the network after each optimizer step, once the schedule is updated and before a checkpoint is written.
+
+    A subclass names the projections in ``projection_class`` and acts on ``self.projections`` in ``after_step``. It
+    draws random numbers from ``self.draw(step, …)``.
 
     Args:
-        seed: Of what is drawn; that of the run if not given. It is saved: a resumed run goes on with it, if
-            none is given.
+        seed: Seed of what is drawn; the seed of the run if not given. It is saved in checkpoints, and a resumed run
+            keeps it unless another is given.
 
     Raises:
-        InputError: Before training starts: under a strategy that shards or hides weights or optimizer state, or if the
+        InputError: Before training starts, if the strategy shards or hides weights or optimizer state, or if the
             network has no such projections.
     """
 
-    projection_class: type[Projection]
+    projection_class: type[P]
+    projections: list[P]
     network: nn.Module
     optimizer: Optimizer
 
@@ -73,8 +79,13 @@ class PostStepCallback(L.Callback):
         self.seed, self._seed_is_given = seed, seed is not None
 
     def after_step(self, trainer: L.Trainer, step: int) -> None:
-        """Act, ``step`` optimizer steps having been made."""
+        """Act after optimizer step number ``step``, counted from 1."""
         raise NotImplementedError
+
+    def draw(self, *numbers: int) -> torch.Generator:
+        """Make the generator of these numbers: the step, and for instance the projection's index."""
+        assert self.seed is not None  # setup took it from the run
+        return generator(self.seed, *numbers)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -89,7 +100,9 @@ class PostStepCallback(L.Callback):
         self.seed = global_seed() if self.seed is None else self.seed
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.network, self.optimizer = pl_module.network, trainer.optimizers[0]
+        network = pl_module.network
+        assert isinstance(network, nn.Module)
+        self.network, self.optimizer = network, trainer.optimizers[0]
         self.projections = [module for module in self.network.modules() if isinstance(module, self.projection_class)]
         if not self.projections:
             raise InputError(
@@ -104,7 +117,7 @@ class PostStepCallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step != self._step:  # else gradients are still being accumulated
+        if trainer.global_step != self._step:  # otherwise gradients are still being accumulated
             self._step = trainer.global_step
             self.after_step(trainer, self._step)
 

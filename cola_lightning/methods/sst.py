@@ -1,24 +1,25 @@
 """SST, sparse spectral training (arXiv 2405.15481): a projection trained as its singular value decomposition.
 
-``y = Σ_i σ_i u_i (v_iᵀ x)``, i up to M = min(in, out), from the decomposition of an ordinary start. All σ train, and R
-of the pairs (u_i, v_i); the others rest. With G the gradient of the matrix that is thus made up (out, in),
+``y = Σ_i σ_i u_i (v_iᵀ x)`` with i up to M = min(in, out). It starts as the decomposition of a matrix initialized as
+in LLaMA. All σ train, and R of the pairs (u_i, v_i) at a time, the active ones. With G the gradient of the dense matrix
+(out, in), the gradients are
 
     ∂σ_i = u_iᵀ G v_i,    ∂u_i = G v_i,    ∂v_i = Gᵀ u_i;
 
-the last two are the paper's enhanced gradients, without the factor σ_i that the chain rule would give. G itself is
-never formed: from the gradient g of the output these are gᵀ (x v_i) and xᵀ (g u_i).
+The last two are the paper's enhanced gradients, without the factor σ_i that the chain rule would give. G is never
+computed: with g the gradient of the output, they are gᵀ (x v_i) and xᵀ (g u_i).
 
-In :class:`SSTCallback`, after each step: σ <- max(σ, 0), and u_i, v_i are brought to unit length. Every
-``iteration_steps`` steps R pairs are sampled anew, without replacement and with probability ½ (1/M + σ_i / Σσ), and
-their optimizer state starts afresh, with a short warm-up of the learning rate
-(:class:`~cola_lightning.optim.WarmupCosineRestarts`). Every round, which is some iterations, the matrix is decomposed
-again, so that the vectors are orthogonal.
+After each step, :class:`SSTCallback` sets σ <- max(σ, 0) and scales u_i and v_i to unit length. Every
+``iteration_steps`` steps it samples R new pairs, without replacement and with probability ½ (1/M + σ_i / Σσ), and
+resets their optimizer state; the learning rate restarts with a short warm-up
+(:class:`~cola_lightning.optim.WarmupCosineRestarts`). Every round of several iterations it decomposes the matrix again,
+so that the vectors are orthogonal.
 
-No implementation of the authors was at hand: this follows the paper's description, and its schedule's constants could
-not be checked against code. Ours: the optimizer is whatever the run names, for σ as well; a decomposition puts σ in a
-new order, so its optimizer state starts afresh then; σ is float32 where the rest has 16 bits, for updates of small
-values would be lost. The pairs at work are kept apart from those at rest, which have zeros in their place: optimizers
-then keep moments for R pairs only.
+The authors' code was not available, so this follows the paper's description, and the schedule's constants could not be
+checked against code. These choices are ours. The optimizer is the run's, also for σ. A decomposition changes the order
+of σ, so it resets the optimizer state of σ. σ is float32 even if the rest has 16 bits, because updates of small values
+would be lost. The active pairs are parameters of their own, and U and V have zeros in their place, so that optimizers
+keep moments for R pairs only.
 """
 
 from typing import Any
@@ -30,29 +31,29 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
-from cola_lightning.errors import InputError
-from cola_lightning.methods.low_rank import check_rank
-from cola_lightning.methods.post_step import PostStepCallback, generator, schedule_cycle
+from cola_lightning.methods.arguments import check_at_least_one, check_rank
+from cola_lightning.methods.post_step import PostStepCallback, schedule_cycle
 from cola_lightning.models.projection import Projection
 from cola_lightning.private_apis import ExactParameters, foreach
 
 
 class SST(ExactParameters, Projection):
-    """``Σ_i σ_i u_i v_iᵀ x``; to be used with the callback :class:`SSTCallback`.
+    """``Σ_i σ_i u_i v_iᵀ x``, for use with the callback :class:`SSTCallback`.
 
-    Vectors are rows: U (M, out) and V (M, in) hold those at rest, u (R, out) and v (R, in) those at work, ``active``
-    (R,) says which these are.
+    Vectors are rows. U (M, out) and V (M, in) hold the inactive ones, u (R, out) and v (R, in) the active ones, and
+    ``active`` (R,) the indices of these.
 
     Args:
         in_features: Size of the last dimension of the input.
         out_features: Size of the last dimension of the output.
-        rank: How many pairs of singular vectors train at a time (R).
+        rank: Number R of pairs of singular vectors that train at a time.
 
     Raises:
         InputError: If the rank is out of range.
     """
 
-    exact = ("sigma",)  # float32 also where the rest is cast to 16 bits
+    exact = ("sigma",)  # stays float32 if the rest is cast to 16 bits
+    active: Tensor
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
@@ -79,13 +80,13 @@ class SST(ExactParameters, Projection):
         return _Spectral.apply(x.to(dtype), self.U, self.V, self.sigma, self.u, self.v, self.active)
 
     def dense(self) -> Tensor:
-        """``Σ_i σ_i u_i v_iᵀ``, (out, in), in the dtype of σ."""
+        """Return ``Σ_i σ_i u_i v_iᵀ`` (out, in) in the dtype of σ."""
         U, V = (rest.index_copy(0, self.active, own) for rest, own in ((self.U, self.u), (self.V, self.v)))  # noqa: N806
         return (U.to(self.sigma.dtype).T * self.sigma) @ V.to(self.sigma.dtype)
 
     @torch.no_grad()
     def next_iteration(self, draw: torch.Generator, decompose: bool) -> None:
-        """Put the pairs at work to rest, decompose anew if it is time, and sample others by ``draw`` on the CPU."""
+        """Write the active pairs back, decompose the matrix again if asked to, and sample other pairs by ``draw``."""
         if decompose:
             self._decompose(self.dense())
         else:
@@ -95,20 +96,24 @@ class SST(ExactParameters, Projection):
         self._activate(self._sample(uniform.to(self.sigma.device)))
 
     def _decompose(self, matrix: Tensor) -> None:
+        """Set U, V and σ to the singular value decomposition of a matrix (out, in)."""
         left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
         self.U.copy_(left.T)
         self.V.copy_(right)
         self.sigma.copy_(sigma)
 
     def _sample(self, uniform: Tensor) -> Tensor:
-        """R different indices, one after another with probabilities ½ (1/M + σ_i / Σσ) among those left: the largest of
-        log p plus Gumbel noise (arXiv 1903.06059), from ``uniform`` (M,) in [0, 1)."""
+        """Sample R different indices with probabilities ½ (1/M + σ_i / Σσ), from ``uniform`` (M,) in [0, 1).
+
+        The R largest of log p plus Gumbel noise are such a sample without replacement (arXiv 1903.06059).
+        """
         share = self.sigma / self.sigma.sum().clamp(min=torch.finfo(torch.float32).tiny)
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-9, 1 - 1e-7)))
         keys = torch.log((share + 1 / self.sigma.numel()) / 2) + gumbel
         return keys.topk(self.active.numel()).indices.sort().values
 
     def _activate(self, indices: Tensor) -> None:
+        """Move the vectors of these indices (R,) from U and V to u and v."""
         self.active.copy_(indices)
         for rest, own in ((self.U, self.u), (self.V, self.v)):
             own.copy_(rest[indices])
@@ -116,7 +121,7 @@ class SST(ExactParameters, Projection):
 
 
 class _Spectral(Function):
-    """The sum over pairs at rest and at work, with the enhanced gradients."""
+    """The sum over inactive (rest) and active (work) pairs, with the enhanced gradients."""
 
     @staticmethod
     def forward(
@@ -141,7 +146,7 @@ class _Spectral(Function):
         s = sigma.to(x.dtype)
         back_rest, back_work = grad @ U.to(x.dtype).T, grad @ u.to(x.dtype).T
         grad_x = (back_rest * s) @ V.to(x.dtype) + (back_work * s[active]) @ v.to(x.dtype)
-        # At rest, the places of those at work are zero.
+        # In U and V the rows of the active pairs are zero, so the first sum leaves their places for the second.
         grad_sigma = (back_rest * rest).flatten(0, -2).sum(0, dtype=sigma.dtype)
         grad_sigma.index_add_(0, active, (back_work * work).flatten(0, -2).sum(0, dtype=sigma.dtype))
         grad_u = grad.flatten(0, -2).T @ work.flatten(0, -2)
@@ -149,14 +154,14 @@ class _Spectral(Function):
         return grad_x, None, None, grad_sigma, grad_u.T.to(u.dtype), grad_v.T.to(v.dtype), None
 
 
-class SSTCallback(PostStepCallback):
-    """Keeps σ and the vectors in their bounds after each step, and begins iterations and rounds.
+class SSTCallback(PostStepCallback[SST]):
+    """Keep σ and the vectors in bounds after each step, and begin iterations and rounds.
 
     Args:
         iteration_steps: Optimizer steps for which the same pairs train; the schedule's ``cycle_steps`` if not given.
-        iterations_per_round: Iterations from one decomposition to the next; if not given, min(in, out) / R,
-            in which every pair has its turn once on average.
-        seed: Of what is drawn; that of the run if not given.
+        iterations_per_round: Iterations from one decomposition to the next; if not given, min(in, out) / R, in which
+            every pair is active once on average.
+        seed: Seed of the random choices; the seed of the run if not given.
 
     Raises:
         InputError: If an argument is below 1; before training starts, under a strategy that shards weights.
@@ -168,9 +173,7 @@ class SSTCallback(PostStepCallback):
         self, iteration_steps: int | None = None, iterations_per_round: int | None = None, seed: int | None = None
     ) -> None:
         super().__init__(seed)
-        for name, value in (("iteration_steps", iteration_steps), ("iterations_per_round", iterations_per_round)):
-            if value is not None and value < 1:
-                raise InputError(f"SSTCallback: {name} is {value}; it must be at least 1")
+        check_at_least_one("SSTCallback", iteration_steps=iteration_steps, iterations_per_round=iterations_per_round)
         self.iteration_steps, self.iterations_per_round = iteration_steps, iterations_per_round
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -179,18 +182,18 @@ class SSTCallback(PostStepCallback):
             self.iteration_steps = schedule_cycle(trainer, "SSTCallback: iteration_steps")
 
     def after_step(self, trainer: L.Trainer, step: int) -> None:
-        every: int = self.iteration_steps  # type: ignore[assignment]  # known since the start
+        assert self.iteration_steps is not None  # on_fit_start took it from the schedule
         foreach.clamp_min_([projection.sigma for projection in self.projections], 0)
         for projection in self.projections:
             for vectors in (projection.u, projection.v):
                 normalize(vectors, dim=-1, out=vectors)
-        if step % every:
+        if step % self.iteration_steps:
             return
         for index, projection in enumerate(self.projections):
             iterations = self.iterations_per_round or max(1, min(projection.V.shape) // projection.u.shape[0])
-            decompose = step % (every * iterations) == 0
-            projection.next_iteration(generator(self.seed, step, index), decompose)
-            if decompose and trainer.world_size > 1:  # the ranks' libraries may differ in a sign
+            decompose = step % (self.iteration_steps * iterations) == 0
+            projection.next_iteration(self.draw(step, index), decompose)
+            if decompose and trainer.world_size > 1:  # because signs may differ between ranks
                 for tensor in (*projection.parameters(), *projection.buffers()):
                     torch.distributed.broadcast(tensor, 0)
             for parameter in (projection.u, projection.v, *((projection.sigma,) if decompose else ())):

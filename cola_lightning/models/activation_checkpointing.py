@@ -6,9 +6,12 @@ their names, and a run may begin or stop recomputing when it resumes. The scheme
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from cola_lightning.models.block import Block
 from cola_lightning.models.cross_layer import CrossLayerBlock
@@ -44,3 +47,38 @@ def set_recompute(block: Block, scheme: Scheme) -> None:
         block.__class__ = RecomputedCrossLayerBlock if isinstance(block, CrossLayerBlock) else RecomputedBlock
         assert isinstance(block, RecomputedBlock)
     block.recompute = scheme
+
+
+# -- parts of schemes that have a backward pass of their own -----------------------------------------------------------
+
+
+def autocast_settings(device_type: str) -> dict[str, Any]:
+    """Read the arguments with which ``torch.autocast`` repeats the current setting in the backward pass."""
+    return {
+        "device_type": device_type,
+        "enabled": torch.is_autocast_enabled(device_type),
+        "dtype": torch.get_autocast_dtype(device_type),
+    }
+
+
+def weights_of(module: nn.Module) -> list[Tensor]:
+    """List the weights that the leaves compute with. While FSDP computes, these are views and not parameters."""
+    weights = (getattr(leaf, "weight", None) for leaf in module.modules())
+    return [weight for weight in weights if isinstance(weight, Tensor)]
+
+
+class LinearWithKnownOutput(Function):
+    """A linear map whose output is known: no product in the forward pass, the usual gradients in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, output: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype)
+        grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)
+        return grad_x, grad_weight.to(weight.dtype), None

@@ -96,10 +96,12 @@ def test_full_rank_is_refused_but_for_block_input(tmp_path):
 
 
 def test_what_cannot_work_is_refused_with_the_reason():
+    with pytest.raises(InputError, match="CoLAM: keep is everything; it must be residual_and_latents, "):
+        CoLAM("everything")
     with pytest.raises(InputError, match="latents_dtype float8 goes with keep: latents"):
         CoLAM(latents_dtype="float8")
     callback = CoLAM()
-    with pytest.raises(InputError, match="among the callbacks twice"):
+    with pytest.raises(InputError, match="CoLAM and CoLAM are both among the callbacks; remove one"):
         callback.setup(fake_trainer(callback, CoLAM()), None, "fit")
     strategy = FSDPStrategy(activation_checkpointing_policy={nn.Linear})
     with pytest.raises(InputError, match="activation_checkpointing_policy of its own"):

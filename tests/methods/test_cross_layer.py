@@ -1,4 +1,4 @@
-"""CR-Net and LaX: what layers hand on, and how it is recovered."""
+"""CR-Net and LaX: tensors from layer to layer, and CR-Net's recovery of them in the backward pass."""
 
 from functools import cache, partial
 from types import SimpleNamespace
@@ -131,9 +131,11 @@ def test_laxs_gate_multiplies_by_a_kronecker_product_and_starts_kaiming_uniform(
             assert matrix.abs().max() > 0.9 * bound
 
 
-def test_lax_refuses_a_gate_that_there_is_not():
+def test_choices_that_do_not_exist_are_refused():
     with pytest.raises(InputError, match=r"LaX: gate is 1\.0; it must be kronecker or identity"):
         LaX(20, 30, rank=5, gate=1.0)
+    with pytest.raises(InputError, match="CRNet: start is one; it must be zero or normal"):
+        CRNet(20, 30, rank=5, start="one")
 
 
 def test_cr_net_starts_as_a_network_that_repeats_its_first_outputs():
@@ -255,7 +257,7 @@ def test_compiled_layers_give_the_same():
         assert distance(compiled.gradient(), plain.gradient()) < 1e-5
 
 
-# -- CoLA-M on layers that hand something on --------------------------------------------------------------------------
+# -- CoLA-M on cross-layer methods ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", ["residual_and_latents", "block_input"])
@@ -281,7 +283,11 @@ def test_block_input_goes_over_cr_net():
 @pytest.mark.parametrize(
     ("network", "policy", "message"),
     [
-        (partial(LaX, rank=8), CoLAM("latents").apply, "q_proj is LaX, which hands on to the next layer; set keep"),
+        (
+            partial(LaX, rank=8),
+            CoLAM("latents").apply,
+            "q_proj is LaX, which passes a tensor to the next layer",
+        ),
         (partial(CRNet, rank=8), CoLAM().apply, "q_proj is FirstOfCRNet; set keep: block_input"),
         (partial(CoLA, rank=8), recompute(), "q_proj is CoLA; set --model.projection CRNet"),
     ],

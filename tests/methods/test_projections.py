@@ -1,4 +1,4 @@
-"""What every projection of the lineage has to do."""
+"""Properties of every projection: dense matrix, initialization, number of parameters."""
 
 from functools import partial
 
@@ -14,9 +14,8 @@ LINEAR = {
     "full_rank": FullRank,
     "low_rank": partial(LowRank, rank=5),
     "lora": partial(LoRA, rank=5),
-    "relora": partial(ReLoRA, rank=5, trainable_scale=True),
+    "relora": partial(ReLoRA, rank=5),
     "sltrain": partial(SLTrain, rank=5, sparsity=0.2),
-    "sltrain, trained scale": partial(SLTrain, rank=5, sparsity=0.2, trainable_scale=True),
     "switch_lora": partial(SwitchLoRA, rank=5),
     "sst": partial(SST, rank=5),
 }

@@ -14,17 +14,16 @@ from tests.methods.runs import copy_weights, train
 from tests.recorder import Recorder
 
 
-def trained_network(**settings):
-    network = tiny_llama(lambda *sizes: ReLoRA(*sizes, rank=4, **settings)).eval()
+def trained_network():
+    network = tiny_llama(partial(ReLoRA, rank=4)).eval()
     for module in network.modules():
         if isinstance(module, ReLoRA):
             torch.nn.init.normal_(module.B, std=0.1)
     return network
 
 
-@pytest.mark.parametrize("trainable_scale", [False, True])
-def test_a_merge_leaves_the_logits_as_they_were(trainable_scale):
-    network = trained_network(trainable_scale=trainable_scale)
+def test_a_merge_leaves_the_logits_as_they_were():
+    network = trained_network()
     ids = torch.randint(300, (2, 20))
     before = network(ids)
     modules = [module for module in network.modules() if isinstance(module, ReLoRA)]
@@ -37,16 +36,6 @@ def test_a_merge_leaves_the_logits_as_they_were(trainable_scale):
         assert module.B.count_nonzero() == 0
         assert 0.9 * module.A.shape[1] ** -0.5 < module.A.abs().max() <= module.A.shape[1] ** -0.5
     assert not torch.equal(modules[0].A, modules[1].A)
-    if trainable_scale:
-        assert modules[0].trained_scale == 1
-
-
-@pytest.mark.parametrize(("initial_a", "learns"), [("kaiming", True), ("zero", False)])
-def test_the_references_start_gives_the_branch_no_gradient(initial_a, learns):
-    module = ReLoRA(20, 30, rank=5, initial_a=initial_a)
-    module(torch.randn(4, 20)).square().sum().backward()
-    assert bool(module.B.grad.any()) == learns
-    assert not module.A.grad.any()
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.8, 0.99, 0.999, 1.0])
@@ -123,9 +112,8 @@ def test_pruning_both_moments_together_trains_as_pruning_all_and_each_apart_does
         assert largest > 20
 
 
-def test_merges_and_resets_have_their_own_steps():
-    """The third step, first of a new cycle of two, resets; the fourth, first of a new cycle of three, merges."""
-    merge = ReLoRACallback(merge_every=3, reset_every=2, reset="magnitude", prune_ratio=1.0, seed=0)
+def test_the_first_step_of_a_new_cycle_merges_and_resets():
+    merge = ReLoRACallback(merge_every=2, reset="magnitude", prune_ratio=1.0, seed=0)
     module = ReLoRA(20, 30, rank=5)
     torch.nn.init.normal_(module.B)
     merge.projections, merge.optimizer = [module], torch.optim.AdamW(module.parameters())
@@ -136,13 +124,11 @@ def test_merges_and_resets_have_their_own_steps():
         assert module.B.any()
         assert all(moment.any() for moment in moments(merge.optimizer, module.A))
     merge.after_step(SimpleNamespace(), 3)
-    assert module.B.any()
+    assert not module.B.any()
     for parameter in (module.A, module.B):
         assert len(moments(merge.optimizer, parameter)) == 2
         assert not any(moment.any() for moment in moments(merge.optimizer, parameter))
         assert merge.optimizer.state[parameter]["step"] == 1
-    merge.after_step(SimpleNamespace(), 4)
-    assert not module.B.any()
 
 
 @pytest.mark.parametrize("batches", [1, 2])
@@ -156,9 +142,7 @@ def test_a_run_merges_when_it_should(batches):
     assert changes == [5, 9]
 
 
-@pytest.mark.parametrize(
-    "settings", [{"merge_every": 0}, {"reset_every": 0}, {"prune_ratio": 1.1}, {"reset": "all"}, {"mask": "one"}]
-)
+@pytest.mark.parametrize("settings", [{"merge_every": 0}, {"prune_ratio": 1.1}, {"reset": "all"}, {"mask": "one"}])
 def test_arguments_out_of_range_are_refused(settings):
     with pytest.raises(InputError, match=f"ReLoRACallback: {next(iter(settings))} is .*; it must"):
         ReLoRACallback(**settings)

@@ -19,21 +19,19 @@ def switching(modules, total_steps=100, **settings):
     trainer = SimpleNamespace(
         optimizers=[RowAdamW(network.parameters())],
         max_steps=total_steps,
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
     callback.on_fit_start(trainer, SimpleNamespace(network=network))
     callback.after_step = torch.no_grad()(partial(callback.after_step, trainer))
     return callback
 
 
-@pytest.mark.parametrize("pool", ["cpu", "device"])
-def test_switches_leave_the_logits_as_they_were(pool):
+def test_switches_leave_the_logits_as_they_were():
     network = tiny_llama(partial(SwitchLoRA, rank=8, alpha=8)).double().eval()
     ids = torch.randint(300, (2, 20))
     before = network(ids)
     modules = [module for module in network.modules() if isinstance(module, SwitchLoRA)]
     starts = [[getattr(module, name).clone() for name in ("A", "B", "weight")] for module in modules]
-    callback = switching(modules, interval=8, hold_steps=2, descent=10.0, pool=pool)
+    callback = switching(modules, interval=8, hold_steps=2, descent=10.0)
     for step in range(1, 30):
         callback.after_step(step)
     torch.testing.assert_close(network(ids), before, atol=1e-6, rtol=0)
@@ -152,9 +150,6 @@ def test_initial_weights_as_a_whole_are_distributed_as_usual():
     assert module.B.std().item() == pytest.approx(b, rel=0.02)
     branch = module.scale * module.B.T @ module.A
     assert branch.std().item() == pytest.approx((3 * 400) ** -0.5, rel=0.1)
-    module = SwitchLoRA(400, 600, rank=100, init="lora")
-    assert module.B.count_nonzero() == 0
-    assert module.A.std().item() == pytest.approx((3 * 400) ** -0.5, rel=0.02)
 
 
 def test_candidates_are_spread_like_the_start():

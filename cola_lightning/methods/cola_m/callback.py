@@ -1,4 +1,4 @@
-"""CoLA-M as a callback: it decides what a training step keeps, and changes nothing else."""
+"""CoLAM, the callback that chooses what a training step keeps for the backward pass."""
 
 from typing import Literal
 
@@ -6,15 +6,17 @@ import lightning as L
 from torch import nn
 
 from cola_lightning.errors import InputError
+from cola_lightning.methods.arguments import check_choice
 from cola_lightning.methods.cola_m.reversible import Reversible
 from cola_lightning.methods.cola_m.selective import Selective
 from cola_lightning.methods.low_rank import LowRank
+from cola_lightning.methods.recompute_callback import RecomputeCallback
 from cola_lightning.models import CrossLayer, Llama
 from cola_lightning.models.activation_checkpointing import set_recompute
 from cola_lightning.private_apis import has_own_checkpointing
 
 
-class CoLAM(L.Callback):
+class CoLAM(RecomputeCallback):
     """Activation checkpointing that keeps the low-rank latents (CoLA-M, arXiv 2502.10940).
 
     Parameter names and checkpoints are the same with and without it, so a run can switch it on or off when it resumes.
@@ -22,16 +24,16 @@ class CoLAM(L.Callback):
 
     Args:
         keep: ``residual_and_latents`` keeps a layer's input and its seven latents, 2.75 D numbers per token and layer
-            at R = D / 4, and does up-projections and attention again in backward. ``latents`` keeps 1.75 D and
-            reconstructs the residual stream from the top. ``block_input`` keeps 1 D and does everything again; it is
-            the one for full rank.
-        latents_dtype: ``float8`` stores the latents in 8 bits, for ``keep: latents``. It costs accuracy: see
+            at R = D / 4, and computes up-projections and attention again in backward. ``latents`` keeps 1.75 D and
+            reconstructs the residual stream from the last layer down. ``block_input`` keeps 1 D and computes everything
+            again; full rank works with this one only.
+        latents_dtype: ``float8`` stores the latents in 8 bits, with ``keep: latents``. This costs accuracy, see
             recipes/cola_m.
-        keep_attention: Also keep the attention's output (about 1 D more), so that attention, which grows with the
-            square of the sequence, is not done again.
+        keep_attention: Also keep the attention's output (about 1 D more). Attention, whose work grows with the square
+            of the sequence length, is then not computed again.
 
     Raises:
-        InputError: For a combination that cannot work, when the run starts.
+        InputError: When the run starts, for a combination that cannot work.
     """
 
     def __init__(
@@ -40,47 +42,41 @@ class CoLAM(L.Callback):
         latents_dtype: Literal["float8"] | None = None,
         keep_attention: bool = False,
     ) -> None:
+        check_choice("CoLAM", "keep", keep, "residual_and_latents", "latents", "block_input")
+        check_choice("CoLAM", "latents_dtype", latents_dtype, "float8", None)
         if latents_dtype and keep != "latents":
             raise InputError(f"CoLAM: latents_dtype {latents_dtype} goes with keep: latents, not with keep: {keep}")
         self.keep, self.latents_dtype, self.keep_attention = keep, latents_dtype, keep_attention
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        others = [c for c in trainer.callbacks if isinstance(c, CoLAM) and c is not self]
-        if others:
-            raise InputError("CoLAM is among the callbacks twice; a layer can be checkpointed one way only")
-        if has_own_checkpointing(trainer.strategy):
+        if stage == "fit" and has_own_checkpointing(trainer.strategy):
             raise InputError(
                 "the FSDP strategy has an activation_checkpointing_policy of its own; remove it or the CoLAM callback"
             )
-        if self.apply not in pl_module.transforms:
-            pl_module.transforms.append(self.apply)
+        super().setup(trainer, pl_module, stage)
 
     def apply(self, network: Llama) -> None:
-        """Set every layer of ``network`` up; called before it is compiled and sharded."""
         if self.keep != "block_input":
             self._check_low_rank(network)
         if self.keep == "latents":
             Reversible(self.latents_dtype == "float8", self.keep_attention).attach(network)
             return
         dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
-        policy = Selective(self.keep == "residual_and_latents", self.keep_attention, dropout)
-        for block in network.model.layers:
-            set_recompute(block, policy)
+        scheme = Selective(self.keep == "residual_and_latents", self.keep_attention, dropout)
+        for block in network.blocks():
+            set_recompute(block, scheme)
 
     def _check_low_rank(self, network: Llama) -> None:
-        for block in network.model.layers:
-            for part in (block.self_attn, block.mlp):
-                for name, projection in part.named_children():
-                    if not isinstance(projection, LowRank):
-                        raise InputError(
-                            f"CoLAM with keep: {self.keep} keeps low-rank latents, but {name} is "
-                            f"{type(projection).__name__}; set keep: block_input, or --model.projection CoLA"
-                        )
-                    if self.keep == "latents" and isinstance(projection, CrossLayer):
-                        raise InputError(
-                            f"CoLAM with keep: latents runs each layer backwards by itself, but {name} is "
-                            f"{type(projection).__name__}, which hands on to the next layer; set keep: "
-                            f"residual_and_latents"
-                        )
+        for block in network.blocks():
+            for name, projection in block.projections():
+                if not isinstance(projection, LowRank):
+                    raise InputError(
+                        f"CoLAM with keep: {self.keep} keeps low-rank latents, but {name} is "
+                        f"{type(projection).__name__}; set keep: block_input, or --model.projection CoLA"
+                    )
+                if self.keep == "latents" and isinstance(projection, CrossLayer):
+                    raise InputError(
+                        f"CoLAM with keep: latents recomputes each layer on its own, but {name} is "
+                        f"{type(projection).__name__}, which passes a tensor to the next layer; set keep: "
+                        f"residual_and_latents"
+                    )

@@ -1,11 +1,8 @@
-"""CoLA-M (arXiv 2502.10940): what a training step keeps of a layer between forward and backward.
+"""Selective activation checkpointing: keep a layer's input and the outputs of chosen operations.
 
-The paper's idea is that the R-wide latents ``z = A x`` are all one needs to keep: everything between two of them is
-cheap to do again. The reference implementation keeps them after the nonlinearity, and so has to run the whole forward
-pass twice. Kept before it, no down-projection is ever done again.
-
-Two recompute schemes (see :mod:`cola_lightning.models.activation_checkpointing`) do this: :class:`Selective` here and
-:class:`~cola_lightning.methods.cola_m.reversible.Reversible`.
+The idea of CoLA-M (arXiv 2502.10940) is to keep the R-wide latents ``z = A x``, because everything between two of them
+is cheap to compute again. The reference implementation keeps them after the nonlinearity, so it has to compute every
+down-projection again. Here they are kept before it, and no down-projection is computed again.
 """
 
 from functools import partial
@@ -25,16 +22,16 @@ PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
 
 
 class Selective:
-    """Keep a layer's input, and of what happens inside only the chosen operations' outputs; do the rest again.
+    """The recompute scheme that keeps a layer's input and the outputs of chosen operations.
 
     Args:
-        latents: Keep the seven latents. Then only nonlinearities, up-projections and attention are done again.
-        attention: Keep the attention's output and its log-sum-exp, so that attention is not done again either.
-        dropout: Something in the layer draws at random, and has to draw the same again.
+        latents: Keep the seven latents. Only nonlinearities, up-projections and attention are then computed again.
+        attention: Keep the attention's output and its log-sum-exp, so that attention is not computed again.
+        dropout: The layer draws random numbers, and must draw the same numbers again.
     """
 
     def __init__(self, latents: bool, attention: bool, dropout: bool = False) -> None:
-        # Plain functions, not methods of this object: torch.compile loses the object.
+        # The policy is a plain function, because torch.compile loses the object of a bound method.
         policy = partial(_policy, latents, attention)
         self.contexts = partial(create_selective_checkpoint_contexts, policy)
         self.dropout = dropout
@@ -48,16 +45,17 @@ class Selective:
             rotary,
             *received,
             use_reentrant=False,
-            preserve_rng_state=self.dropout,  # only where it is needed: reading the state makes a device wait
+            preserve_rng_state=self.dropout,  # only if needed, because it synchronizes the device
             context_fn=self.contexts,
         )
 
 
 def _policy(latents: bool, attention: bool, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Decide whether the output of the operation ``op`` is kept."""
     kept = (latents and op in PRODUCTS and is_latent()) or (attention and op in ATTENTION_OPS)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def is_latent() -> bool:
-    """Whether the operation being run, or traced, makes a latent; told by its owner's mark and not by its shape."""
+    """Tell whether the current operation makes a latent, by the mark that LowRank sets and not by shape."""
     return LATENT.items() <= operation_marks().items()
