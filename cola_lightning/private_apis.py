@@ -135,6 +135,22 @@ def ignore_signals(trainer: L.Trainer) -> None:
     connector.__class__ = type("NoHPCCheckpoints", (type(connector),), {"_hpc_resume_path": None})
 
 
+def restore_within(trainer: L.Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Let this trainer restore checkpoints within ``context()``, which is entered for each part that it restores."""
+    connector = trainer._checkpoint_connector
+    for name in ("_restore_modules_and_callbacks", "restore_training_state"):
+        vars(connector)[name] = _within(getattr(type(connector), name).__get__(connector), context)
+
+
+def _within(function: Callable[..., None], context: Callable[[], AbstractContextManager[None]]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> None:
+        with context():
+            function(*args, **kwargs)
+
+    return call
+
+
 # -- Lightning's callbacks and strategies -----------------------------------------------------------------------------
 
 
@@ -422,6 +438,11 @@ EXPECTED = (
         "lightning",
         f"{_CONNECTORS}.checkpoint_connector:_CheckpointConnector._parse_ckpt_path",
         mentions=("_hpc_resume_path", "_find_last_checkpoints"),
+    ),
+    Expected(
+        "lightning",
+        "lightning.pytorch.trainer.trainer:Trainer._run",
+        mentions=("_restore_modules_and_callbacks", "restore_training_state"),
     ),
     Expected(
         "lightning",

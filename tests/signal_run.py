@@ -87,6 +87,7 @@ class Attack:
 
     def __init__(self, flags: list[str], folder: Path, seed: int, log: Path | None = None) -> None:
         self.flags, self.folder, self.draw, self.log = flags, folder, random.Random(seed), log
+        self.seed = seed
         self.documented = documented_statuses()
         self.usual: dict[str, dict[str, float]] = {}
         """Longest seconds of each phase of an unbroken run."""
@@ -277,6 +278,15 @@ def flags(folder: Path) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
+def faults(trials: list[Trial], seed: int) -> str:
+    """Describe every fault in full, with the trial and the seed that led to it; empty if there is none."""
+    described = []
+    for number, trial in enumerate(trials):
+        settings = ", ".join(f"{name}={value!r}" for name, value in asdict(trial).items() if name != "faults")
+        described += [f"trial {number} of --seed {seed} ({settings}):\n{fault}" for fault in trial.faults]
+    return "\n\n".join(described)
+
+
 def table(trials: list[Trial]) -> str:
     """Count signals by set-up and phase, and by signal and exit statuses."""
     columns = [*PHASES[:2], "sanity", *PHASES[2:]]
@@ -311,6 +321,6 @@ if __name__ == "__main__":
         trials = attack.run(options.seconds, options.setups, options.signals)
     print(table(trials))
     print(f"complete and compared: {dict(attack.compared)}")
-    wrong = [(trial, fault) for trial in trials for fault in trial.faults]
-    print("\n\n".join(f"{trial}:\n{fault}" for trial, fault in wrong) or "nothing was wrong")
+    wrong = faults(trials, options.seed)
+    print(wrong or "nothing was wrong")
     raise SystemExit(bool(wrong))

@@ -13,14 +13,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cola_lightning import loggers as board
+from cola_lightning.callbacks.checkpoints import UnsavedError
 from cola_lightning.checkpoints import find_corruption, lock
+from cola_lightning.cli.app import CLOSED_PIPE
 from cola_lightning.data.worker_process import end_on_unsendable_batch
+from cola_lightning.errors import InputError
 from cola_lightning.signals import STOP
 from cola_lightning.training.preemption import own_signals
 from cola_lightning.training.rank_processes import limit_rendezvous
 from tests.processes import Run
 from tests.signal_phases import fit
-from tests.signal_run import Attack, flags
+from tests.signal_run import Attack, Trial, documented_statuses, faults, flags
 
 pytestmark = pytest.mark.distributed
 
@@ -29,9 +32,30 @@ def test_random_signals_change_nothing_and_leave_nothing(tmp_path):
     """A sample of what ``python -m tests.signal_run`` does for as long as one likes."""
     attack = Attack(flags(tmp_path), tmp_path, seed=5)
     trials = attack.run(30, ["ddp", "fsdp2"])
-    assert not [(trial, fault) for trial in trials for fault in trial.faults]
+    wrong = faults(trials, attack.seed)
+    if wrong:
+        pytest.fail(wrong, pytrace=False)  # an assertion would cut the text
     assert trials
     assert attack.compared
+
+
+def test_a_fault_is_reported_in_full():
+    """A fault names its trial and seed, and its text is not cut, so that it can be explained afterwards."""
+    trial = Trial("ddp", "SIGHUP", [0, 1], "end", 0.1, [0, 0], 1.0, False, True)
+    trial.faults.append("/loops/total/ready differs: " + 1000 * "2 and 4 ")
+    text = faults([trial], seed=7)
+    assert "--seed 7" in text
+    assert repr(trial.setup) in text
+    assert "SIGHUP" in text
+    assert trial.faults[0] in text
+    assert not faults([Trial("ddp", "SIGHUP", [0], "end", 0.1, [0, 0], 1.0, False, True)], seed=7)
+
+
+def test_the_table_of_exit_statuses_lists_every_status_of_the_commands():
+    """``judge`` reads the table, so a status that it lacks is a fault of a run."""
+    stopped = {128 + number for number in (*STOP, signal.SIGKILL, signal.SIGPIPE)}
+    assert documented_statuses() == {0, InputError.exit_status, UnsavedError.exit_status, *stopped}
+    assert 128 + signal.SIGPIPE == CLOSED_PIPE
 
 
 class Sleep(L.Callback):

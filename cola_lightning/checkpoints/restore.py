@@ -1,10 +1,9 @@
 """Say in one line why a run cannot go on from a checkpoint."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import lightning
@@ -135,35 +134,49 @@ def _in_optimizer(error: BaseException) -> bool:
 
 
 @contextmanager
-def restore_explained() -> Iterator[None]:
-    """Turn what goes wrong while Lightning restores a checkpoint, whatever it is, into one line; and what Lightning
-    itself says of settings that do not go together.
+def explain_restore(path: Callable[[], object]) -> Iterator[None]:
+    """Turn what goes wrong while a checkpoint is restored, whatever it is, into one line.
 
     A checkpoint that is whole may still hold what no run of these settings wrote. Lightning and torch then fail in as
     many ways as there are parts.
+
+    Args:
+        path: Returns the checkpoint, or None where a run begins without one. It is asked when an error has occurred,
+            because Lightning knows the path only once it has begun to restore.
     """
     try:
         yield
     except StoredDataError as error:
-        if (path := _restored(error)) is None or str(path) in str(error):
+        if path() is None or str(path()) in str(error):
             raise
-        raise InputError(f"{path} {error}") from error
+        raise InputError(f"{path()} {error}") from error
     except InputError:
         raise
     except Exception as error:
-        if (path := _restored(error)) is None:
-            if _lightning_refuses(error):
-                raise InputError(" ".join(str(error).split())) from error
+        if path() is None:
             raise
         if _lost_connection(error):
-            line = f"another process of this run ended while {path} was restored; its output says why"
+            line = f"another process of this run ended while {path()} was restored; its output says why"
             raise RankError(line) from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         reason = reason if len(reason) < 400 else f"{reason[:400]} …"
         raise InputError(
-            f"{path} does not fit the run, or was altered ({reason}); go on with the settings that it was written "
+            f"{path()} does not fit the run, or was altered ({reason}); go on with the settings that it was written "
             f"under, or begin a new run with its weights by {FLAG} true"
         ) from error
+
+
+@contextmanager
+def explain_settings() -> Iterator[None]:
+    """Turn what Lightning itself says of settings that do not go together into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if _lightning_refuses(error):
+            raise InputError(" ".join(str(error).split())) from error
+        raise
 
 
 def _lost_connection(error: Exception) -> bool:
@@ -181,21 +194,3 @@ def _lightning_refuses(error: Exception) -> bool:
         trace = trace.tb_next
     home = str(Path(lightning.__file__).parent)
     return isinstance(error, ValueError) and trace is not None and trace.tb_frame.f_code.co_filename.startswith(home)
-
-
-def _restored(error: BaseException) -> Any:
-    """The checkpoint that was being restored where an error arose; None if none was."""
-    trace = error.__traceback__
-    while trace is not None:
-        frame: FrameType = trace.tb_frame
-        code = frame.f_code
-        if code.co_filename.endswith("checkpoint_connector.py") and (
-            "restore" in code.co_name or "resume" in code.co_name
-        ):
-            return frame.f_locals["self"].trainer.ckpt_path
-        if code.co_name == "restore_settings" and code.co_filename.endswith("module.py"):
-            return frame.f_locals["self"].trainer.ckpt_path
-        if code.co_name == "restore_checkpoint" and code.co_filename.endswith("rollback.py"):
-            return frame.f_locals["path"]
-        trace = trace.tb_next
-    return None

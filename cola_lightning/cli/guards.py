@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cola_lightning.callbacks.out_of_memory import out_of_memory
 from cola_lightning.checkpoints import plain_data_only
-from cola_lightning.checkpoints.restore import restore_explained
+from cola_lightning.checkpoints.restore import explain_settings
 from cola_lightning.errors import InputError
 
 SETTINGS_ERRORS = "conditioned on metric|but no `dataloader_idx` argument"
@@ -26,7 +26,7 @@ class OutOfMemoryError(InputError):
 def guard_run() -> Iterator[None]:
     """Load plain data only, and turn errors of libraries about settings and memory into an InputError."""
     try:
-        with plain_data_only(), restore_explained():
+        with plain_data_only(), explain_settings():
             yield
     except MisconfigurationException as error:
         raise InputError(str(error)) from error

@@ -34,7 +34,7 @@ from cola_lightning.checkpoints.formats import weights_in_parts
 from cola_lightning.checkpoints.latest import latest_valid
 from cola_lightning.checkpoints.lock import lock, release
 from cola_lightning.checkpoints.pretrained import check_finite
-from cola_lightning.checkpoints.restore import check_complete, incomplete
+from cola_lightning.checkpoints.restore import check_complete, explain_restore, incomplete
 from cola_lightning.cli.config_files import ConfigFile
 from cola_lightning.cli.merge_settings import differences, merge_settings, stand_ins
 from cola_lightning.cli.parser import Parser, reason_of
@@ -53,7 +53,7 @@ from cola_lightning.errors import InputError, UnusableModelError
 from cola_lightning.loggers import FaultTolerantTensorBoardLogger
 from cola_lightning.models import Projection
 from cola_lightning.optim.schedules import open_lengths
-from cola_lightning.private_apis import check_private_apis, commands_of
+from cola_lightning.private_apis import check_private_apis, commands_of, restore_within
 from cola_lightning.provenance import TOKENIZER, run_folder, write_provenance
 from cola_lightning.signals import LISTENER
 from cola_lightning.training.module import LanguageModel
@@ -365,6 +365,7 @@ class CLI(LightningCLI):
             check_world_size(trainer.strategy, Path(resumes), trainer.world_size)
             self._tell_data(Path(resumes), run_dir)
         own_signals(trainer)
+        restore_within(trainer, lambda: explain_restore(lambda: trainer.ckpt_path))
         limit_rendezvous(trainer)
         if self.subcommand == "fit" and trainer.is_global_zero:
             for folder in {Path(folder) for folder in (run_dir, checkpoint.dirpath) if folder}:

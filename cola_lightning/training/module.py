@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from cola_lightning.checkpoints.initialize import initialize_from_folder
-from cola_lightning.checkpoints.restore import check_progress, first_step_explained
+from cola_lightning.checkpoints.restore import check_progress, explain_restore, first_step_explained
 from cola_lightning.distributed.sharding import shard
 from cola_lightning.errors import InputError
 from cola_lightning.models import FullRank, Llama, LlamaConfig, MakeProjection
@@ -214,7 +214,8 @@ class LanguageModel(L.LightningModule):
         check_last_group(self.trainer)
         self._step_tokens = None
         if self.trainer.global_step:
-            self.restore_settings()
+            with explain_restore(lambda: self.trainer.ckpt_path):
+                self.restore_settings()
 
     def restore_settings(self) -> None:
         """Replace settings of optimizer and schedule that a checkpoint brought by those of this run."""

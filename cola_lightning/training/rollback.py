@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from cola_lightning.checkpoints.formats import read_state
 from cola_lightning.checkpoints.latest import written
 from cola_lightning.checkpoints.manifest import find_corruption
+from cola_lightning.checkpoints.restore import explain_restore
 from cola_lightning.errors import InputError
 from cola_lightning.private_apis import set_last_saved_step, set_logged_step
 from cola_lightning.training.trainer_attributes import callbacks_of
@@ -74,7 +75,15 @@ def restore_checkpoint(trainer: L.Trainer, path: Path, exclude: type[Callback]) 
         trainer: The trainer.
         path: The checkpoint.
         exclude: A class of callbacks that keep their state. Callbacks that write checkpoints keep theirs too.
+
+    Raises:
+        InputError: If the checkpoint does not fit the run.
     """
+    with explain_restore(lambda: path):
+        _restore(trainer, path, exclude)
+
+
+def _restore(trainer: L.Trainer, path: Path, exclude: type[Callback]) -> None:
     strategy = trainer.strategy
     module = cast("LanguageModel", trainer.lightning_module)
     # Under FSDP this loads the weights and the optimizer as well, and leaves only the rest for what follows.

@@ -12,7 +12,7 @@ from torch.distributed import checkpoint as sharded
 from cola_lightning.checkpoints import read
 from cola_lightning.checkpoints.formats import weights_in_parts
 from cola_lightning.checkpoints.manifest import checksum, contents, write_manifest
-from cola_lightning.checkpoints.restore import restore_explained
+from cola_lightning.checkpoints.restore import explain_settings
 from cola_lightning.cli.app import main
 from cola_lightning.errors import InputError
 from cola_lightning.training.module import LanguageModel
@@ -166,11 +166,11 @@ def test_a_rank_that_is_gone_is_not_taken_for_a_damaged_checkpoint(altered, tiny
 
 
 def test_what_lightning_says_of_settings_is_one_line():
-    with pytest.raises(InputError, match=r"^a b$"), restore_explained():
+    with pytest.raises(InputError, match=r"^a b$"), explain_settings():
         raise MisconfigurationException("a\n  b")
-    with pytest.raises(InputError, match="`gradient_clip_algorithm` no such is invalid"), restore_explained():
+    with pytest.raises(InputError, match="`gradient_clip_algorithm` no such is invalid"), explain_settings():
         L.Trainer(accelerator="cpu", gradient_clip_algorithm="no such", logger=False)
-    with pytest.raises(ValueError, match="a user's own"), restore_explained():
+    with pytest.raises(ValueError, match="a user's own"), explain_settings():
         raise ValueError("a user's own")
 
 
