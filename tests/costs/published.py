@@ -1,4 +1,4 @@
-"""The models of the lineage's common benchmark, from GaLore's and CoLA's configurations."""
+"""Sizes of the published models, from the configurations of GaLore and CoLA."""
 
 from functools import partial
 

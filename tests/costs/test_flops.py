@@ -49,7 +49,7 @@ def run_of(shape: str, setting: str, projection: type, **settings) -> Run:
 
 
 def real_step(run: Run, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, callable]:
-    """A network of real numbers with gradients in place, and a training step of it."""
+    """Return a network of real numbers with gradients, and its training step."""
     network = run.build().to(dtype)
     for transform in run.transforms:
         transform(network)
@@ -67,7 +67,7 @@ def real_step(run: Run, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, 
     return network, step
 
 
-def test_the_recorder_counts_as_pytorchs_counter_does():
+def test_the_recorder_counts_the_same_flops_as_pytorchs_counter():
     _, step = real_step(run_of("small", "residual_and_latents", CoLA))
     with Recorder() as recorder:
         step()
@@ -99,7 +99,7 @@ def test_every_method_is_traced_as_it_runs(method):
 
 
 @pytest.mark.slow
-def test_the_fast_paths_do_what_the_plain_ones_do():
+def test_fused_projections_and_chunked_loss_have_the_same_flops():
     plain = run_of("small", "residual_and_latents", CoLA)
     fast = replace(plain, build=partial(plain.build, fused_projections=True, loss_chunk_size=20))
     assert fast.flops == plain.flops
@@ -107,25 +107,25 @@ def test_the_fast_paths_do_what_the_plain_ones_do():
 
 @cache
 def published(kind: str, size: str) -> Flops:
-    """Of one sequence of 256 tokens."""
+    """Count the FLOPs of a published model for one row of 256 tokens."""
     return Run(network(kind, size), SIZES[size][2], torch.optim.AdamW, 1, 256).flops
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["full", "cola"])
-def test_flops_of_the_published_models_are_the_papers_formulas(kind, size):
+def test_flops_of_the_published_models_match_the_papers_formulas(kind, size):
     d, f, layers, _ = SIZES[size]
     r, n, vocabulary = RANKS[size], 256, 32000
     flops = published(kind, size)
-    # arXiv 2502.10940's table of compute, forward and backward of a layer over one sequence
+    # Table of compute of arXiv 2502.10940: forward and backward of a layer over one row
     layer = {
         "full": 24 * n * d**2 + 12 * n**2 * d + 18 * n * d * f,
         "cola": 48 * n * d * r + 12 * n**2 * d + 18 * n * r * (d + f),
     }
     assert flops.model == layers * layer[kind] + 6 * n * d * vocabulary
     assert flops.forward * 3 == flops.model
-    assert flops.recomputed == layers * 2 * n**2 * d  # attention's scores, formed again within the kernel
+    assert flops.recomputed == layers * 2 * n**2 * d  # the kernel recomputes attention's scores
 
 
 RATIOS = {
@@ -138,8 +138,8 @@ RATIOS = {
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_low_rank_over_full_rank(size):
-    """Projections alone, with attention's scores, with the head too; 256 tokens a sequence."""
+def test_ratio_of_low_rank_to_full_rank_flops(size):
+    """For projections alone, with attention's scores, and with the head; rows of 256 tokens."""
     d, _, layers, _ = SIZES[size]
     forward = {kind: published(kind, size).forward / 256 for kind in ("full", "cola")}
     attention, head = 4 * 256 * d * layers, 2 * d * 32000
@@ -148,10 +148,13 @@ def test_low_rank_over_full_rank(size):
 
 
 @pytest.mark.slow
-def test_recomputation_beside_the_papers_formulas():
-    """At F = 2.5 D. The paper: checkpointing blocks of full rank does 23 n D² + 4 n² D again, CoLA-M 18.5 n D R +
-    4 n² D. Here the last product of a block is not done again (5 n D² at full rank), and CoLA-M's count comes out at
-    18 n D R, the up-projection of down being left out. Attention's kernel forms its scores again in any case."""
+def test_recomputed_flops_match_the_formulas():
+    """At F = 2.5 D.
+
+    The paper says that checkpointing blocks of full rank recomputes 23 n D² + 4 n² D, and CoLA-M 18.5 n D R + 4 n² D.
+    This package does not recompute the last product of a block (5 n D² at full rank; for CoLA-M the up-projection of
+    down, which leaves 18 n D R). Attention's kernel recomputes its scores in any case.
+    """
     n, d, r, layers = 64, 256, 64, 3
     build = partial(build_llama, config=LlamaConfig(100, d, 640, layers, num_attention_heads=4))
     scores = 2 * n**2 * d
@@ -170,7 +173,7 @@ class Frozen(FullRank):
         self.weight.requires_grad_(False)
 
 
-def test_frozen_weights_have_no_gradient_to_compute():
+def test_frozen_weights_need_no_gradient_flops():
     run, trained = (run_of("small", "none", FullRank), run_of("small", "none", FullRank))
     frozen = Run(
         partial(run.build, projection=Frozen), run.layers, torch.optim.AdamW, run.batch_size, run.sequence_length

@@ -1,4 +1,4 @@
-"""Predicted bytes against those that PyTorch's allocator really handed out on the CPU."""
+"""Compare predicted bytes with those that PyTorch's allocator gave on the CPU."""
 
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,7 @@ GIB = 2**30
 
 
 def highest(run) -> int:
-    """The most bytes that were allocated at once in ``run()``."""
+    """Return the most bytes that were allocated at once in ``run()``."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -114,7 +114,7 @@ def test_activations_are_what_autograd_saves():
         (partial(torch.optim.SGD, momentum=0.9), "bf16-true"),
     ],
 )
-def test_what_lies_on_the_device(make, precision):
+def test_weights_gradients_and_states_are_those_of_real_tensors(make, precision):
     run = replace(run_of("small", "none", CoLA, precision=precision), make_optimizer=make)
     network, step = real_step(run, torch.bfloat16 if precision == "bf16-true" else torch.float32)
     optimizer = make(network.parameters())
@@ -130,7 +130,7 @@ def test_what_lies_on_the_device(make, precision):
 
 @pytest.fixture
 def four_ranks():
-    """The first of four processes, the other three of which do not exist: what it would send goes nowhere."""
+    """Make this process rank 0 of four. The others do not exist, and collectives send nothing."""
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     yield init_device_mesh("cpu", (4,))
     dist.destroy_process_group()
@@ -165,7 +165,7 @@ PAPER = {
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["60m", "130m", "350m", "1b"])
 @pytest.mark.parametrize("kind", ["full", "cola"])
-def test_the_papers_memory_column(kind, size):
+def test_memory_of_the_published_models_is_the_papers(kind, size):
     held = Run(network(kind, size), SIZES[size][2], torch.optim.AdamW, 1, 256, precision="bf16-true").static_memory
     assert round((held.weights + held.gradients + held.optimizer) / GIB, 2) == PAPER[kind][size]
 
@@ -201,7 +201,7 @@ def test_buffers_of_each_strategy():
     assert kept[0] == 2 * 1000
 
 
-def test_what_is_offloaded_is_not_on_the_gpu():
+def test_offloaded_parts_take_no_gpu_memory():
     for strategy in ("deepspeed_stage_3_offload", "fsdp_cpu_offload"):
         layout = memory_layout(strategy, "bf16-true", 4)
         assert layout.weights == layout.gradients == layout.optimizer == 0
@@ -217,7 +217,7 @@ def test_what_is_offloaded_is_not_on_the_gpu():
         ((FSDPStrategy(sharding_strategy="NO_SHARD"), "32-true", 8), "NO_SHARD is not estimated"),
     ],
 )
-def test_what_is_not_estimated_is_named(arguments, message):
+def test_unknown_strategies_and_precisions_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         memory_layout(*arguments)
 
@@ -225,7 +225,7 @@ def test_what_is_not_estimated_is_named(arguments, message):
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 16])
 def test_the_largest_micro_batch_is_the_last_that_fits(rows):
-    """Also where it is looked for from a batch so small that the optimizer's step needs more."""
+    """Also if the search begins at a batch so small that the peak is in the optimizer's step."""
     run = replace(run_of("wide", "residual_and_latents", CoLA), make_optimizer=torch.optim.AdamW, batch_size=rows)
     gpu = replace(gpu_named("h100"), memory=0.05)
     assert (run.memory.step > 0) == (rows == 1)
@@ -238,7 +238,7 @@ def test_the_largest_micro_batch_is_the_last_that_fits(rows):
     assert [whole.micro_batch_for(each) for each in (0, 1, 7, 100)] == [0, 1, 6, 24]
 
 
-def test_tracing_leaves_the_random_numbers_alone():
+def test_tracing_draws_no_random_number():
     before = torch.get_rng_state()
     assert run_of("one layer", "none", CoLA).memory.total > 0
     assert torch.equal(torch.get_rng_state(), before)
@@ -252,11 +252,11 @@ def test_tracing_leaves_the_random_numbers_alone():
         ("NVIDIA B200", "b200"), ("NVIDIA L40S", "l40s"), ("NVIDIA L4", "l4"), ("NVIDIA GeForce RTX 4090", "rtx4090"),
     ],
 )  # fmt: skip
-def test_gpus_are_known_by_what_they_report(reported, name):
+def test_gpus_are_found_by_the_name_that_pytorch_reports(reported, name):
     assert gpu_reported(reported) == gpu_named(name)
 
 
-def test_unknown_gpus():
+def test_unknown_gpus_are_refused():
     assert gpu_reported("NVIDIA GeForce GT 710") is None
     with pytest.raises(InputError, match="--gpu h9000 is not known; choose one of a100-40"):
         gpu_named("h9000")

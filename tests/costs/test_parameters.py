@@ -14,7 +14,7 @@ from tests.costs.published import DIGITS, RANKS, SIZES, network
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["full", "cola"])
-def test_all_ten_published_models(kind, size):
+def test_parameters_of_all_ten_published_models(kind, size):
     d, f, layers, _ = SIZES[size]
     r, v = RANKS[size], 32000
     counted = count_parameters(network(kind, size))
@@ -31,7 +31,7 @@ def test_all_ten_published_models(kind, size):
 
 
 class Sparse(Projection):
-    """Low rank beside a frozen table and its indices."""
+    """A low-rank projection with a frozen table and its indices."""
 
     def __init__(self, in_features, out_features, rank):
         super().__init__()
@@ -44,14 +44,14 @@ class Sparse(Projection):
         return x @ (self.B @ self.A + self.frozen).T
 
 
-def test_frozen_parameters_and_buffers_are_told_apart():
+def test_trained_and_frozen_parameters_and_buffers_are_counted_apart():
     counted = count_parameters(partial(tiny_llama, partial(Sparse, rank=8), num_hidden_layers=2))
     assert counted.parts["attention projections"] == Part(2 * 8 * 8 * 32, 2 * 4 * 32 * 32, 2 * 4 * 7 * 4)
     assert counted.total.frozen == 2 * (4 * 32 * 32 + 3 * 32 * 48)
     assert counted.layer.trained == 8 * (11 * 32 + 3 * 48) + 2 * 32
 
 
-def test_nothing_is_built():
+def test_counting_takes_no_memory():
     for projection in (FullRank, partial(CoLA, rank=16384)):
         build = partial(
             tiny_llama, projection, vocab_size=10**6, hidden_size=2**16, intermediate_size=2**18, num_hidden_layers=2
