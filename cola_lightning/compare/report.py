@@ -81,8 +81,8 @@ def headline(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, A
     text = []
     if flops is not None:
         text.append(
-            "**Loss at equal FLOPs** is interpolated along each method's budgets, in the logarithms of both; the FLOPs "
-            "are the most that every method reaches."
+            "**Loss at equal FLOPs** is interpolated along each method's budgets, in the logarithms of both (by a "
+            "parabola through three budgets). The FLOPs are the most that every method reaches."
         )
     if loss is not None:
         text.append(

@@ -64,26 +64,43 @@ Curve = Sequence[tuple[float, float]]
 
 
 def loss_at(curve: Curve, x: float) -> float | None:
-    """Return the loss at ``x``, linear in the logarithms of both between the two budgets around it.
+    """Interpolate the loss at ``x``, between budgets; None outside of them, because nothing is extrapolated.
 
-    A power law is a line there. Nothing is extrapolated: the result is None outside the curve.
+    The logarithm of the loss is a polynomial of that of x: a parabola through the two budgets around x and the nearest
+    of the others, or a line if there are only two. A line is right for a power law, but loss has a floor. For budgets
+    a factor of 2 apart and a loss of 2.5 + 2.5 x^-0.37, which falls from 5 to 4 over three budgets, a line is up to
+    0.01 nats too high, and the parabola less than 0.001 off. The error of a line would favor the cheapest method,
+    because it is compared at its largest budget, where nothing is interpolated.
     """
     if not curve or not curve[0][0] * (1 - 1e-9) <= x <= curve[-1][0] * (1 + 1e-9):
         return None
-    if len(curve) == 1:
-        return curve[0][1]
-    xs, losses = zip(*curve, strict=True)
-    return float(np.exp(np.interp(np.log(x), np.log(xs), np.log(losses))))
+    if not all(math.isfinite(loss) for _, loss in curve):
+        return math.inf
+    logs = np.log(np.array(curve, dtype=np.float64))
+    at = math.log(x)
+    right = min(max(1, int(np.searchsorted(logs[:, 0], at))), len(logs) - 1)
+    around = [right - 1, right] if len(logs) > 1 else [0]
+    others = [n for n in range(len(logs)) if n not in around]
+    points = logs[[*around, *sorted(others, key=lambda n: abs(logs[n, 0] - at))[:1]]]
+    # Lagrange's form: each point's value times a polynomial that is 1 there and 0 at the others.
+    total = 0.0
+    for own, value in points:
+        total += value * math.prod((at - other) / (own - other) for other, _ in points if other != own)
+    return math.exp(total)
 
 
 def x_of_loss(curve: Curve, loss: float) -> float | None:
-    """Return the least ``x`` at which a curve reaches a loss, by the interpolation of :func:`loss_at`; else None."""
+    """Return the least ``x`` at which the curve of :func:`loss_at` reaches a loss; None if it does not."""
     if curve and curve[0][1] == loss:
         return curve[0][0]
-    for (x0, loss0), (x1, loss1) in pairwise(curve):
-        if math.isfinite(loss0) and loss0 > loss >= loss1:
-            share = math.log(loss0 / loss) / math.log(loss0 / loss1)
-            return float(math.exp(math.log(x0) + share * math.log(x1 / x0)))
+    for (low, first), (high, last) in pairwise(curve):
+        if math.isfinite(first) and first > loss >= last:
+            for _ in range(60):  # bisection, in the logarithm
+                between = math.sqrt(low * high)
+                found = loss_at(curve, between)
+                assert found is not None
+                low, high = (between, high) if found > loss else (low, between)
+            return high
     return None
 
 

@@ -65,6 +65,34 @@ def power_law(x: float) -> float:
 CURVE = [(x, power_law(x)) for x in (1e3, 4e3, 16e3)]
 
 
+def test_a_loss_with_a_floor_is_interpolated_well_from_three_budgets():
+    """The docstring's figures: a power law with a floor, which falls from 5 to 4 nats from 1 to 4."""
+
+    def loss(x):
+        return 2.5 + 2.5 * x**-0.3685
+
+    curve = [(x, loss(x)) for x in (1.0, 2.0, 4.0)]
+    assert curve[-1][1] == pytest.approx(4.0, abs=1e-3)
+    between = np.linspace(1, 4, 50)
+    assert max(abs(loss_at(curve, x) - loss(x)) for x in between) < 0.001
+    assert max(loss_at([curve[1], curve[2]], x) - loss(x) for x in np.linspace(2, 4, 50)) == pytest.approx(
+        0.01, abs=4e-3
+    )
+    for x in between:
+        assert x_of_loss(curve, loss_at(curve, x)) == pytest.approx(x, rel=1e-6)
+
+
+def test_the_budgets_around_are_always_among_those_that_are_interpolated():
+    uneven = [(x, power_law(x)) for x in (1.0, 1.1, 1.2, 64.0)]
+    assert loss_at(uneven, 3.0) == pytest.approx(power_law(3.0))
+    bent = [(1.0, 5.0), (1.1, 4.9), (1.2, 4.85), (64.0, 2.0)]
+    assert 2.0 < loss_at(bent, 60.0) < 2.3
+
+
+def test_a_curve_with_a_run_that_diverged_has_no_loss_between():
+    assert loss_at([(1, math.inf), (2, 3.0), (4, 2.0)], 3.0) == math.inf
+
+
 def test_a_power_law_is_interpolated_exactly_and_never_extrapolated():
     for x in (1e3, 1.7e3, 4e3, 9e3, 16e3):
         assert loss_at(CURVE, x) == pytest.approx(power_law(x))
