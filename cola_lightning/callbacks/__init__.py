@@ -12,6 +12,7 @@ from cola_lightning.callbacks.memory import Memory
 from cola_lightning.callbacks.out_of_memory import OutOfMemoryAdvice
 from cola_lightning.callbacks.predictions import Predictions
 from cola_lightning.callbacks.progress import Progress
+from cola_lightning.callbacks.run_summary import RunSummary
 from cola_lightning.callbacks.samples import Samples
 from cola_lightning.callbacks.source_tokens import SourceTokenCounter
 from cola_lightning.callbacks.step_seed import StepSeed
@@ -30,6 +31,7 @@ __all__ = [
     "OutOfMemoryAdvice",
     "Predictions",
     "Progress",
+    "RunSummary",
     "Samples",
     "SourceTokenCounter",
     "StepSeed",

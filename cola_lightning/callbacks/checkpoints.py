@@ -16,6 +16,7 @@ from cola_lightning.callbacks.checkpoint_retention import (
     remove_old,
     says_disk_is_full,
 )
+from cola_lightning.callbacks.log_lines import write_checkpoint_line
 from cola_lightning.checkpoints import lock
 from cola_lightning.checkpoints.latest import PARTIAL, checkpoint_name, latest_valid
 from cola_lightning.checkpoints.writer import CheckpointWriter, remove
@@ -250,6 +251,7 @@ class Checkpoints(LatestCheckpoint):
             return
         self.last_saved_step = trainer.global_step
         self.best_model_path = self.last_model_path = str(path)
+        write_checkpoint_line(trainer, f"{path.parent.name}/{path.name}")
 
     def _save_with_retries(self, trainer: L.Trainer, path: Path) -> str | None:
         """Try for ``minutes_at_end``, with pauses of 1, 2, 4 … 30 s; return the last error, or None when saved."""

@@ -10,6 +10,7 @@ from cola_lightning.callbacks.log_lines import LogLines
 from cola_lightning.callbacks.memory import Memory
 from cola_lightning.callbacks.out_of_memory import OutOfMemoryAdvice
 from cola_lightning.callbacks.predictions import Predictions
+from cola_lightning.callbacks.run_summary import RunSummary
 from cola_lightning.callbacks.source_tokens import SourceTokenCounter
 from cola_lightning.callbacks.throughput import Throughput
 
@@ -25,6 +26,7 @@ def default_callbacks() -> list[L.Callback]:
         HyperParameters(),
         Dashboard(),
         LogLines(),
+        RunSummary(),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Progress as lines of text, for files, pipes and batch jobs."""
+"""Progress as lines of text, for terminals, files, pipes and batch jobs."""
 
 import sys
 import time
@@ -12,33 +12,44 @@ from rich import get_console
 
 from cola_lightning.provenance import run_folder
 from cola_lightning.training.log_steps import at_log_step
+from cola_lightning.training.trainer_attributes import callbacks_of, is_fast_dev_run
 
 FILE = "train.log"
 INTERVALS = 20
-"""Logging intervals that the time left is estimated from."""
+"""Logging intervals from which the time left is estimated."""
+VALUES = (
+    ("loss", "train/loss", ".4f"),
+    ("learning rate", "train/learning_rate", ".3g"),
+    ("gradient norm", "train/gradient_norm", ".4g"),
+    ("tokens/s", "train/tokens_per_second", ",.0f"),
+    ("MFU", "train/mfu", ".1%"),
+)
+"""Name, metric and format of the values in a line."""
 
 
 class LogLines(L.Callback):
-    """Writes a line per logging interval and per validation into ``train.log`` in the run's directory, and to standard
-    error where no progress bar can be seen.
+    """Write a line for each logging interval, validation and checkpoint, to ``train.log`` and to standard error.
 
-    A line tells the step and the number of all steps, loss, learning rate, gradient norm before clipping, tokens per
-    second, and the time left at the pace of the last intervals, validations included. Rank 0 alone writes.
+    A line of a logging interval has the step and the number of all steps, loss, learning rate, gradient norm before
+    clipping, tokens per second, MFU if the device's peak is known, and the time left. The time left is estimated from
+    the last intervals, with their validations. Where a terminal shows a progress bar, standard error gets the lines of
+    validations only. Rank 0 alone writes.
 
     Args:
-        terminal: Write to standard error: true, false, or null for only where there is no bar on a terminal.
-        file: Write to ``train.log``; a resumed run adds to it.
+        terminal: Write all lines to standard error: true, false, or null for only where no terminal shows a bar.
+        file: Write to ``train.log`` in the run's directory; a resumed run appends to it.
     """
 
     def __init__(self, terminal: bool | None = None, file: bool = True) -> None:
         self.terminal, self.file = terminal, file
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Not when training starts: a resumed run with no step left may only make up for a validation.
-        has_bar = any(isinstance(callback, ProgressBar) for callback in trainer.callbacks)
-        shown = has_bar and get_console().is_terminal
-        self._terminal = not shown if self.terminal is None else self.terminal
-        self._path = run_folder(trainer) / FILE if self.file and not trainer.fast_dev_run else None
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # Not when training starts: a resumed run with no step left only makes a pending validation.
+        if stage != "fit":
+            return
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks_of(trainer))
+        self._has_bar = has_bar and get_console().is_terminal
+        self._path = run_folder(trainer) / FILE if self.file and not is_fast_dev_run(trainer) else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._times = deque([(trainer.global_step, time.monotonic())], maxlen=INTERVALS + 1)
@@ -48,27 +59,18 @@ class LogLines(L.Callback):
     ) -> None:
         if not at_log_step(trainer):
             return
-        metrics = trainer.callback_metrics  # on all ranks, because reading them may need the others
+        metrics = trainer.callback_metrics  # on all ranks, because a value may be summed over ranks when it is read
         self._times.append((trainer.global_step, time.monotonic()))
-        parts = [
-            f"{name} {float(metrics[key]):{form}}"
-            for name, key, form in (
-                ("loss", "train/loss", ".4f"),
-                ("learning rate", "train/learning_rate", ".3g"),
-                ("gradient norm", "train/gradient_norm", ".4g"),
-                ("tokens/s", "train/tokens_per_second", ",.0f"),
-            )
-            if key in metrics
-        ]
+        parts = [f"{name} {float(metrics[key]):{form}}" for name, key, form in VALUES if key in metrics]
         left = self._time_left(trainer)
-        self._write(trainer, [*parts, *([f"{left} left"] if left else [])])
+        self.write_step(trainer, [*parts, *([f"{left} left"] if left else [])])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         perplexity = trainer.callback_metrics.get("val/perplexity")
         if perplexity is not None:
-            self._write(trainer, [f"validation perplexity {float(perplexity):,.4f}"])
+            self.write_step(trainer, [f"validation perplexity {float(perplexity):,.4f}"], beside_bar=True)
 
     def _time_left(self, trainer: L.Trainer) -> str | None:
         (first, began), (last, now) = self._times[0], self._times[-1]
@@ -76,14 +78,24 @@ class LogLines(L.Callback):
             return None
         return str(timedelta(seconds=round((trainer.max_steps - last) * (now - began) / (last - first))))
 
-    def _write(self, trainer: L.Trainer, parts: list[str]) -> None:
+    def write_step(self, trainer: L.Trainer, parts: list[str], beside_bar: bool = False) -> None:
+        """Write a line of a step.
+
+        Args:
+            trainer: The trainer.
+            parts: What follows the step in the line.
+            beside_bar: Write to standard error also where a terminal shows a progress bar.
+        """
+        of = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
+        self.write(trainer, " | ".join([f"step {trainer.global_step}{of}", *parts]), beside_bar)
+
+    def write(self, trainer: L.Trainer, line: str, beside_bar: bool = False) -> None:
+        """Write a line to standard error and, with the time, to ``train.log``."""
         if not trainer.is_global_zero:
             return
-        of = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-        line = " | ".join([f"step {trainer.global_step}{of}", *parts])
-        if self._terminal:
+        if (beside_bar or not self._has_bar) if self.terminal is None else self.terminal:
             print(line, file=sys.stderr, flush=True)
-        if self._path is None:
+        if self._path is None or not line:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,3 +103,18 @@ class LogLines(L.Callback):
                 file.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
         except OSError as error:  # a full disk does not end the run
             print(f"{self._path} cannot be written: {error}", file=sys.stderr, flush=True)
+
+
+def write_lines(trainer: L.Trainer, lines: list[str]) -> None:
+    """Write lines through the :class:`LogLines` of a trainer, if it has one, also beside a progress bar."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, LogLines):
+            for line in lines:
+                callback.write(trainer, line, beside_bar=True)
+
+
+def write_checkpoint_line(trainer: L.Trainer, path: str) -> None:
+    """Write a line of a checkpoint through the :class:`LogLines` of a trainer, if it has one."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, LogLines):
+            callback.write_step(trainer, [f"checkpoint {path}"])

@@ -3,12 +3,21 @@
 from typing import Any
 
 import lightning as L
+from rich import get_console
 
 from cola_lightning.private_apis import DescribedProgressBar
 
 
 class Progress(DescribedProgressBar):
-    """Lightning's bar, in optimizer steps of the whole run; by itself it counts micro-batches of an epoch."""
+    """Show optimizer steps of the whole run, where Lightning's bar shows micro-batches of an epoch.
+
+    Without a terminal there is no bar; ``LogLines`` writes lines instead.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not get_console().is_terminal:
+            self.disable()
 
     @property
     def total_train_batches(self) -> int | float:
@@ -20,4 +29,4 @@ class Progress(DescribedProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def training_description(self) -> str:
-        return f"{'Training':{len(self.validation_description)}}"  # as wide as validation's, or the bar flickers
+        return f"{'Training':{len(self.validation_description)}}"  # as wide as validation's

@@ -55,6 +55,7 @@ from cola_lightning.models import Projection
 from cola_lightning.optim.schedules import open_lengths
 from cola_lightning.private_apis import check_private_apis, commands_of, restore_within
 from cola_lightning.provenance import TOKENIZER, run_folder, write_provenance
+from cola_lightning.quiet import hide_library_messages
 from cola_lightning.signals import LISTENER
 from cola_lightning.training.module import LanguageModel
 from cola_lightning.training.preemption import own_signals
@@ -443,6 +444,7 @@ def resolve(flags: list[str]) -> dict[str, Any]:
 
 def run(args: list[str]) -> None:
     """Run one of Lightning's commands, handling signals and locking the run's directory until it ends."""
+    hide_library_messages()
     check_private_apis(only_imported=True)
     began = LISTENER.listen()
     try:

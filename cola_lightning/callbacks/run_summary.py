@@ -1,0 +1,104 @@
+"""The blocks of text at the start and at the end of a run."""
+
+import time
+from datetime import timedelta
+
+import lightning as L
+
+from cola_lightning.callbacks.hyper_parameters import PERPLEXITY, hyper_parameters
+from cola_lightning.callbacks.log_lines import write_lines
+from cola_lightning.provenance import run_folder
+from cola_lightning.training.module import LanguageModel
+from cola_lightning.training.trainer_attributes import datamodule_of, is_fast_dev_run
+
+
+class RunSummary(L.Callback):
+    """Print what a run trains on what, when it starts; and what it reached, where that is, and what to type next.
+
+    Both blocks are in ``train.log`` too. Rank 0 alone prints.
+    """
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = time.monotonic()
+        if isinstance(pl_module, LanguageModel):
+            write_lines(trainer, table(describe_start(trainer, pl_module)))
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step and not is_fast_dev_run(trainer):
+            seconds = time.monotonic() - self._started
+            write_lines(trainer, ["", *table(describe_end(trainer, seconds))])
+
+
+def describe_start(trainer: L.Trainer, module: LanguageModel) -> list[tuple[str, str]]:
+    """Return the lines of the first block as (name, text)."""
+    settings, config, data = hyper_parameters(trainer, module), module.config, datamodule_of(trainer)
+    rank = settings.get("projection.rank")
+    method = [f"{settings.get('projection', 'projections of your own')}{f' of rank {rank}' if rank else ''}"]
+    method += [str(settings["callbacks"])] if "callbacks" in settings else []
+    sizes = (
+        f"{config.num_hidden_layers} layers, hidden size {config.hidden_size:,}, {config.num_attention_heads} heads, "
+        f"vocabulary {config.vocab_size:,}"
+    )
+    lines = [
+        ("model", f"{module.parameter_count:,} parameters: {sizes}"),
+        ("method", ", ".join(method)),
+        ("data", _describe_data(trainer)),
+        ("devices", f"{trainer.world_size} x {trainer.strategy.root_device.type}, {settings['strategy']}"),
+        ("precision", str(trainer.precision)),
+    ]
+    steps = f"{trainer.max_steps:,}" if trainer.max_steps > 0 else "no limit"
+    if trainer.global_step:
+        steps += f", going on from step {trainer.global_step:,}"
+    length, rows = getattr(data, "sequence_length", None), getattr(data, "batch_size", None)
+    if length and rows:
+        tokens = rows * length * trainer.accumulate_grad_batches * trainer.world_size
+        steps += f", of {tokens:,} tokens each"
+        steps += f": {tokens * trainer.max_steps:,} tokens" if trainer.max_steps > 0 else ""
+    return [*lines, ("steps", steps), ("run", str(run_folder(trainer)))]
+
+
+def _describe_data(trainer: L.Trainer) -> str:
+    """Describe the data module: its class, and rows and tokens of a micro-batch."""
+    data = datamodule_of(trainer)
+    if data is None:
+        return "data loaders from Python"
+    name = type(data).__name__.removesuffix("DataModule")
+    length, rows = getattr(data, "sequence_length", None), getattr(data, "batch_size", None)
+    if not length or not rows:
+        return name
+    return f"{name}, micro-batches of {rows} rows of {length:,} tokens, {trainer.accumulate_grad_batches} per step"
+
+
+def describe_end(trainer: L.Trainer, seconds: float) -> list[tuple[str, str]]:
+    """Return the lines of the last block as (name, text)."""
+    run, metrics = run_folder(trainer), trainer.callback_metrics  # on all ranks
+    of = f" of {trainer.max_steps:,}" if trainer.max_steps > 0 else ""
+    reached = [f"step {trainer.global_step:,}{of} after {timedelta(seconds=round(seconds))}"]
+    for name, key, form in (
+        ("loss", "train/loss", ".4f"),
+        ("validation perplexity", PERPLEXITY, ",.2f"),
+        ("tokens", "train/tokens", ",.0f"),
+    ):
+        if key in metrics:
+            reached.append(f"{name} {float(metrics[key]):{form}}")
+    lines = [("reached", ", ".join(reached))]
+    checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "")
+    if not checkpoint:
+        return [*lines, ("run", str(run))]
+    return [
+        *lines,
+        ("checkpoint", checkpoint),
+        ("generate", f"cola_lightning generate {run} --prompt 'Once upon a time'"),
+        ("evaluate", f"cola_lightning evaluate {run} --text notes.jsonl"),
+        (
+            "go on",
+            f"cola_lightning fit --config {run}/config.yaml --run_dir {run} --ckpt_path last --trainer.max_steps N",
+        ),
+        ("curves", f"tensorboard --logdir {run}"),
+    ]
+
+
+def table(lines: list[tuple[str, str]]) -> list[str]:
+    """Put names into a column beside their texts."""
+    width = max(len(name) for name, _ in lines) + 2
+    return [f"{name:<{width}}{text}" for name, text in lines]
