@@ -5,6 +5,7 @@ devices, the seed, the last step.
 """
 
 import logging
+import os
 import re
 import sys
 import warnings
@@ -37,9 +38,9 @@ def hide_library_messages() -> None:
     # torch.compile warns that it does not cache a layer with selective checkpointing, in terms of torch's internals.
     logging.getLogger("torch._functorch._aot_autograd.autograd_cache").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
-        from datasets import disable_progress_bars
-
-        disable_progress_bars()
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read when datasets is imported
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].disable_progress_bars()
 
 
 def is_wanted(record: logging.LogRecord) -> bool:
