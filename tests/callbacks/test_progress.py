@@ -1,5 +1,6 @@
 import lightning as L
 import pytest
+from rich.console import Console
 
 from cola_lightning.callbacks import Progress
 from tests.conftest import loader, tiny_trainer
@@ -17,7 +18,8 @@ class Bar(L.Callback):
 
 
 @pytest.mark.parametrize(("accumulated", "shown"), [(1, [1, 2, 3, 4, 5, 6]), (2, [0, 1, 1, 2, 2, 3])])
-def test_the_bar_counts_optimizer_steps_of_all_steps(accumulated, shown):
+def test_the_bar_counts_optimizer_steps_of_all_steps(accumulated, shown, monkeypatch):
+    monkeypatch.setattr("cola_lightning.callbacks.progress.get_console", lambda: Console(force_terminal=True))
     progress = Progress()
     bar = Bar(progress)
     run, model, batches = tiny_trainer(
@@ -26,3 +28,11 @@ def test_the_bar_counts_optimizer_steps_of_all_steps(accumulated, shown):
     )  # fmt: skip
     run.fit(model, loader(batches))
     assert bar.shown == [(steps, 6 // accumulated) for steps in shown]
+
+
+def test_off_a_terminal_there_is_no_bar(monkeypatch):
+    monkeypatch.setattr("cola_lightning.callbacks.progress.get_console", lambda: Console(force_terminal=False))
+    progress = Progress()
+    run, model, batches = tiny_trainer(progress, steps=1, enable_progress_bar=True)
+    run.fit(model, loader(batches))
+    assert progress.progress is None
