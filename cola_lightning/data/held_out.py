@@ -1,4 +1,4 @@
-"""Keep text that is held out for validation out of training, wherever a copy of it stands."""
+"""Keep documents that are held out for validation out of training, and copies of them."""
 
 import hashlib
 from collections.abc import Iterable
@@ -7,19 +7,19 @@ from pathlib import PurePosixPath
 import numpy as np
 
 ONE_IN = 20
-"""Of a split that is both trained and validated on, every so many documents may be held out."""
-_PREFIX = 16  # ids
+"""One of this many documents may be held out, in a split that is both trained and validated on."""
+PREFIX = 16  # ids
 
 
 def may_be_held_out(shard: str, row: int) -> bool:
-    """Whether a document of a split that is also trained on belongs to the validation documents, by a hash of the name
-    of its file and its row. A document therefore stays on its side, whatever else the data set holds."""
+    """Whether a document of a split that is also trained on is a validation document, by a hash of the name of its file
+    and its row. A document therefore stays on its side, whatever else the data set holds."""
     place = f"{PurePosixPath(shard.split('?')[0]).name}:{row}"
     return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest()) % ONE_IN == 0
 
 
 class HeldOut:
-    """The validation documents, to tell which training documents equal one of them.
+    """Finds training documents that equal a validation document.
 
     Args:
         documents: Their ids, int32.
@@ -27,14 +27,19 @@ class HeldOut:
 
     def __init__(self, documents: Iterable[np.ndarray]) -> None:
         self.digests: set[bytes] = set()
-        # Nearly all documents are told apart by their first ids, which is much cheaper than to hash all of them.
+        # Most documents differ in their first ids, and comparing those is much cheaper than hashing all ids.
         self.prefixes: set[bytes] = set()
         for ids in documents:
-            self.prefixes.add(ids[:_PREFIX].tobytes())
+            self.prefixes.add(ids[:PREFIX].tobytes())
             self.digests.add(_digest(ids))
 
+    def may_have(self, ids: np.ndarray) -> bool:
+        """Whether a document begins like one of them, given its first PREFIX ids or more."""
+        return ids[:PREFIX].tobytes() in self.prefixes
+
     def has(self, ids: np.ndarray) -> bool:
-        return ids[:_PREFIX].tobytes() in self.prefixes and _digest(ids) in self.digests
+        """Whether a document, given all its ids, equals one of them."""
+        return self.may_have(ids) and _digest(ids) in self.digests
 
 
 def _digest(ids: np.ndarray) -> bytes:

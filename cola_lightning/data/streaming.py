@@ -15,8 +15,9 @@ from cola_lightning.data.packing import Rows
 from cola_lightning.data.prepared import PreparedCorpus, is_prepared
 from cola_lightning.data.rank_exchange import AllRanks
 from cola_lightning.data.retry import Retry
+from cola_lightning.data.row_beginnings import RowBeginnings, is_safe_to_cut
 from cola_lightning.data.source_lookup import Corpus, SourceLookup
-from cola_lightning.data.sources import DataFiles, Found, Source
+from cola_lightning.data.sources import DataFiles, Found, Source, TextCorpus
 from cola_lightning.data.stream_loader import LoaderState, StreamError, StreamLoader
 from cola_lightning.data.token_data_module import IDENTITY, StoredState, TokenDataModule, resolve_global_batch_size
 from cola_lightning.data.tokenizer import Tokenizer
@@ -225,15 +226,22 @@ class StreamingDataModule(TokenDataModule):
         share = self._share()
         if self.num_workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not outlive the fork of a worker
+        held_out = HeldOut(self._validation_documents)
+        corpora: list[Any] = list(self._corpora)
+        if self.row_type == "padded" and is_safe_to_cut(self.tokenizer):
+            corpora = [
+                RowBeginnings(corpus, self.sequence_length, held_out) if isinstance(corpus, TextCorpus) else corpus
+                for corpus in corpora
+            ]
         self._loader = StreamLoader(
             MakeLogicalShards(
-                self._corpora,
+                corpora,
                 [source.weight for source in self.sources],
                 self.num_logical_shards,
                 self.shuffle_buffer,
                 str(self.seed),
                 self.row_shape,
-                HeldOut(self._validation_documents),
+                held_out,
             ),
             self.num_logical_shards,
             self.batch_size,
