@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -12,6 +12,7 @@ from torch import Tensor, distributed
 
 from cola_lightning.data.packing import add_step_tokens
 from cola_lightning.errors import InputError
+from cola_lightning.private_apis import is_accumulating
 from cola_lightning.training.trainer_attributes import callbacks_of
 from cola_lightning.training.validation_schedule import count_interval_in_micro_batches
 
@@ -208,3 +209,27 @@ def rescale_progress(progress: dict[str, Any], before: int, now: int) -> None:
 
 def _has_accumulation_schedule(trainer: L.Trainer) -> bool:
     return any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer))
+
+
+# -- stopping between two steps ----------------------------------------------------------------------------------------
+
+_STOPPING: WeakSet[L.Trainer] = WeakSet()
+"""Trainers that were asked to stop in the middle of an optimizer step, and have not finished it."""
+
+
+def postpone_stop(trainer: L.Trainer) -> None:
+    """Postpone ``trainer.should_stop`` to the end of the optimizer step, if it was set in the middle of one.
+
+    Lightning looks at it after every micro-batch. The gradient accumulated so far would be lost, and a run that
+    resumes would not see those rows again, because the position in the data is already behind them.
+    """
+    if trainer.should_stop and is_accumulating(trainer):
+        trainer.should_stop = False
+        _STOPPING.add(trainer)
+
+
+def resume_stop(trainer: L.Trainer) -> None:
+    """Set ``trainer.should_stop`` if it was postponed; called when an optimizer step is finished."""
+    if trainer in _STOPPING:
+        _STOPPING.discard(trainer)
+        trainer.should_stop = True

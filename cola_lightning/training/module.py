@@ -32,7 +32,9 @@ from cola_lightning.training.gradient_accumulation import (
     attach_step_tokens,
     check_last_group,
     loss_scale,
+    postpone_stop,
     rescale_progress,
+    resume_stop,
     sum_step_tokens,
 )
 from cola_lightning.training.gradient_clipping import clip_by_norm
@@ -236,6 +238,12 @@ class LanguageModel(L.LightningModule):
             self._step_tokens = sum_step_tokens(self.trainer, batch)
         return loss_sum * loss_scale(self.trainer) / self._step_tokens
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        postpone_stop(self.trainer)
+
+    def on_validation_end(self) -> None:
+        postpone_stop(self.trainer)
+
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Make an optimizer step. At a logging step, log the mean loss over all tokens of all ranks since the last one.
 
@@ -247,6 +255,7 @@ class LanguageModel(L.LightningModule):
         self._is_restored = False
         if not is_accumulating(self.trainer):  # DeepSpeed comes here for every micro-batch
             self._step_tokens = None
+            resume_stop(self.trainer)  # before callbacks ask whether this step is the last
         if not at_log_step(self.trainer, uncounted=1):  # Lightning counts the step after this method
             return
         loss = self.train_loss.compute()

@@ -179,3 +179,29 @@ def test_progress_counts_in_the_micro_batches_of_now():
     rescale_progress(progress, before=2, now=4)
     assert progress["current"] == {"ready": 12, "started": 12, "processed": 12, "completed": 11}
     assert progress["total"] == progress["current"]
+
+
+class StopAtBatch(L.Callback):
+    """Sets ``should_stop`` at a hook of the sixth micro-batch."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self._stop)
+
+    def _stop(self, trainer, *_):
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == 6:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end", "on_validation_end"])
+def test_a_stop_in_the_middle_of_a_step_comes_when_the_step_is_finished(hook):
+    """Batches 5 to 8 are the second step of four: all of them are learnt from, and none is taken beyond."""
+    validation = {"val_check_interval": 2} if hook == "on_validation_end" else {"limit_val_batches": 0}
+    settings = {"accumulate_grad_batches": 4, "limit_train_batches": 12} | validation
+    stopped, module, batches = tiny_trainer(StopAtBatch(hook), steps=3, **settings)
+    stopped.fit(module, loader(2 * batches), loader(batches[:1]))
+    whole, other, _ = tiny_trainer(steps=2, **settings)
+    whole.fit(other, loader(2 * batches), loader(batches[:1]))
+    assert stopped.global_step == whole.global_step == 2
+    assert stopped.fit_loop.epoch_loop.batch_progress.total.ready == 8
+    assert stopped.should_stop
+    assert all(torch.equal(one, two) for one, two in zip(module.parameters(), other.parameters(), strict=True))
