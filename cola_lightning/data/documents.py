@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cola_lightning.data.readers import cell_text, decode_text, json_text, read_lines
+from cola_lightning.data.readers import is_parquet, read_file
+from cola_lightning.data.text_values import decode_text
 from cola_lightning.errors import InputError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
@@ -97,10 +97,8 @@ def read_documents(files: list[Path], text_column: str = "text", separator: str 
             if file.suffix == ".txt":
                 text = decode_text(file.read_bytes(), str(file))
                 documents: Iterator[str] = iter(text.split(separator) if separator else [text])
-            elif file.suffix == ".parquet":
-                documents = _read_parquet(file, text_column)
             else:
-                documents = _read_jsonl(file, text_column)
+                documents = _read_rows(file, text_column)
             for document in documents:
                 if document.strip():
                     yield document
@@ -108,27 +106,9 @@ def read_documents(files: list[Path], text_column: str = "text", separator: str 
             raise InputError(f"{file} cannot be read: {error}") from error
 
 
-def _read_jsonl(file: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(read_lines(str(file)), 1):
-        if line.strip():
-            yield _given(json_text(line, column, f"{file} line {number}"), f"{file} line {number}", column)
-
-
-def _read_parquet(file: Path, column: str) -> Iterator[str]:
-    with pq.ParquetFile(file) as table:
-        names = table.schema_arrow.names
-        if column not in names:
-            raise InputError(
-                f"{file} has no column {column!r} (it has {names}); set --data.text_column to the right one"
-            )
-        row = 0
-        for batch in table.iter_batches(columns=[column]):
-            for value in batch.column(0):
-                yield _given(cell_text(value, f"{file} row {row}", column), f"{file} row {row}", column)
-                row += 1
-
-
-def _given(text: str | None, place: str, column: str) -> str:
-    if text is None:
-        raise InputError(f"{place} holds null under {column!r}, not text; leave it out, or write an empty text")
-    return text
+def _read_rows(file: Path, column: str) -> Iterator[str]:
+    for row, text in read_file(str(file), column) or ():
+        if text is None:
+            place = f"{file} row {row}" if is_parquet(str(file)) else f"{file} line {row + 1}"
+            raise InputError(f"{place} holds null under {column!r}, not text; leave it out, or write an empty text")
+        yield text

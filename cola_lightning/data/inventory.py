@@ -3,9 +3,11 @@
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from math import gcd
 from pathlib import Path
 from typing import Any
 
+from cola_lightning.data.readers import is_lines, is_plain_lines
 from cola_lightning.data.remote import is_local
 
 _NAMED = 3  # files that a line names
@@ -46,6 +48,23 @@ def describe(
         ):
             lines.append(f"{title}: left out in {folder}: " + "; ".join(left))
     return lines
+
+
+def describe_repeated_reads(title: str, files: Sequence[str], num_logical_shards: int) -> list[str]:
+    """Say that a pass reads compressed JSON Lines several times, where it does so for a quarter of the files or more.
+
+    S files are opened S + L - gcd(S, L) times in a pass of L logical shards. Plain JSON Lines and Parquet are entered
+    in the middle; in a compressed file all that comes before has to be read.
+    """
+    packed = sum(is_lines(name) and not is_plain_lines(name) for name in files)
+    times = (len(files) + num_logical_shards - gcd(len(files), num_logical_shards)) / max(1, len(files))
+    if not packed or times < 1.25:
+        return []
+    return [
+        f"{title}: {_count(packed, 'compressed file')} for {num_logical_shards} logical shards; a pass reads each "
+        f"{times:.1f} times on average, because compressed lines cannot be read from the middle: unpack or prepare "
+        f"them, or cut them into a multiple of {num_logical_shards} files"
+    ]
 
 
 def _left_out(folder: Path, files: set[Path]) -> list[str]:

@@ -9,8 +9,9 @@ shards are opened in a pass. If each shard were divided among all L, every logic
         logical shard 0 |--- c ---|- a -|            c, and parts 0..1 of 2 of a
         logical shard 1                 |- a -|--- b ---|   parts 1..2 of 2 of a, and b
 
-A part of a shard is a range of rows if the format can be read from the middle (Parquet), and otherwise every n-th row
-(compressed JSON Lines, where the number of rows is not known before all is read).
+A part of a shard is a range of rows in Parquet and a range of bytes in plain JSON Lines, because these can be read from
+the middle. It is every n-th row of compressed JSON Lines, because these have to be unpacked from the beginning, and
+their number of rows is not known before.
 
 The stretches are equal in shards, not in documents, because nobody counted those. So one logical shard may have no
 documents left while others have some. It then takes documents from the stretches of the others
@@ -43,9 +44,9 @@ class Share(NamedTuple):
         """Whether a row belongs to it, if a part is every ``parts``-th row."""
         return self.first <= row % self.parts < self.last
 
-    def bounds(self, rows: int) -> tuple[int, int]:
-        """Return its first row and the row after its last, if parts are ranges of a shard of ``rows`` rows."""
-        return rows * self.first // self.parts, rows * self.last // self.parts
+    def bounds(self, size: int) -> tuple[int, int]:
+        """Return its first row or byte and the one after its last, if parts are ranges of ``size`` rows or bytes."""
+        return size * self.first // self.parts, size * self.last // self.parts
 
 
 WHOLE = Share()

@@ -189,26 +189,28 @@ def _begin_process(parent: int, *job: Any) -> None:
 
 def _make_shard(shard: int) -> None:
     corpus, folder, dtype, documents = _job
-    names = [f"{shard:05}.ids.bin", f"{shard:05}.offsets.npy"]
-    offsets = [0]
-    count = 0
-    with (folder / f"{names[0]}.part").open("wb") as file:
+    size = corpus.size(shard)
+    offsets, kept = [0], []  # kept: numbers of the rows with text
+    with (folder / f"{shard:05}.ids.bin.part").open("wb") as file:
         for row, ids in _encoded(corpus, shard):
-            offsets.extend([offsets[-1]] * (row + 1 - len(offsets)))  # rows without text
+            if size is None:
+                offsets.extend([offsets[-1]] * (row + 1 - len(offsets)))  # rows without text
             file.write(ids.astype(dtype).tobytes())
             offsets.append(offsets[-1] + len(ids))
-            count += 1
-            if count % ENCODE_BATCH_SIZE == 0:
+            kept.append(row)
+            if len(kept) % ENCODE_BATCH_SIZE == 0:
                 with documents.get_lock():
                     documents.value += ENCODE_BATCH_SIZE
     if (rows := corpus.rows(shard)) is not None:
         offsets.extend([offsets[-1]] * (rows + 1 - len(offsets)))
     with documents.get_lock():
-        documents.value += count % ENCODE_BATCH_SIZE
-    with (folder / f"{names[1]}.part").open("wb") as file:
-        np.save(file, np.array(offsets, dtype=np.int64))
+        documents.value += len(kept) % ENCODE_BATCH_SIZE
+    arrays = {f"{shard:05}.offsets.npy": offsets} | ({} if size is None else {f"{shard:05}.rows.npy": kept})
+    for name, values in arrays.items():
+        with (folder / f"{name}.part").open("wb") as file:
+            np.save(file, np.array(values, dtype=np.int64))
     files = {}
-    for name in names:
+    for name in (f"{shard:05}.ids.bin", *arrays):
         data = folder / f"{name}.part"
         with data.open("rb") as file:
             files[name] = {
@@ -220,7 +222,8 @@ def _make_shard(shard: int) -> None:
         "source": corpus.shards[shard],
         "fingerprint": corpus.fingerprints[shard],
         "record": _record(shard),
-        "documents": count,
+        "size": size,
+        "documents": len(kept),
         "tokens": offsets[-1],
     }
     _write(folder / _record(shard), {**record, "files": files})

@@ -2,7 +2,8 @@
 
     FOLDER/SPLIT/index.json          what it was made of, and for each shard its files with their checksums
     FOLDER/SPLIT/00000.ids.bin       ids of all documents, little-endian uint16, or int32 for larger vocabularies
-    FOLDER/SPLIT/00000.offsets.npy   int64; document n is ids[offsets[n]:offsets[n + 1]], empty where its row was
+    FOLDER/SPLIT/00000.offsets.npy   int64; row n is ids[offsets[n]:offsets[n + 1]], empty where the row was
+    FOLDER/SPLIT/00000.rows.npy      int64; of plain JSON Lines, the number of each document's row
     FOLDER/SPLIT/tokenizer/          the tokenizer
 
 Rows keep their numbers, so that training on a prepared source sees the same batches as training on the source itself.
@@ -22,13 +23,13 @@ from typing_extensions import TypedDict
 
 from cola_lightning.data.identity import Identity, StoredSource
 from cola_lightning.data.passes import WHOLE, Share
-from cola_lightning.data.shards import in_ranges
+from cola_lightning.data.readers import is_parquet
 from cola_lightning.data.sources import Source
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from cola_lightning.stored_data import Count, check_stored
 
-FORMAT = 2
+FORMAT = 3
 INDEX, PLAN, TOKENIZER = "index.json", "plan.json", "tokenizer"
 
 
@@ -43,9 +44,10 @@ class StoredShard(TypedDict):
     source: str
     fingerprint: str
     record: str
+    size: Count | None
     documents: Count
     tokens: Count
-    files: Annotated[dict[str, _File], Len(2, 2)]
+    files: Annotated[dict[str, _File], Len(2, 3)]
 
 
 class _Index(TypedDict):
@@ -106,10 +108,16 @@ class PreparedCorpus:
         self._open = lru_cache(maxsize=None)(self._map)
 
     def read(self, shard: int, start: int = 0, share: Share = WHOLE) -> Iterator[tuple[int, np.ndarray]]:
-        """As :meth:`TextCorpus.read`, of ids."""
-        ids, offsets = self._open(shard)
+        """Yield rows as :meth:`TextCorpus.read` does, of ids."""
+        ids, offsets, *kept = self._open(shard)
+        if kept:  # plain JSON Lines, whose rows have the bytes as numbers at which they begin
+            begin, end = share.bounds(self.index["shards"][shard]["size"] or 0)
+            first, last = np.searchsorted(kept[0], (max(start, begin), end))
+            for index in range(first, last):
+                yield int(kept[0][index]), ids[offsets[index] : offsets[index + 1]]
+            return
         rows = len(offsets) - 1
-        if in_ranges(self.shards[shard]):
+        if is_parquet(self.shards[shard]):
             begin, end = share.bounds(rows)
             numbers: Iterable[int] = range(max(start, begin), end)
         elif share.last - share.first == share.parts:
@@ -156,13 +164,14 @@ class PreparedCorpus:
                         f"again"
                     )
 
-    def _map(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        ids, offsets = (self.folder / name for name in self.index["shards"][shard]["files"])
+    def _map(self, shard: int) -> list[np.ndarray]:
+        """Map ids, offsets and, of plain JSON Lines, numbers of rows."""
+        ids, *arrays = (self.folder / name for name in self.index["shards"][shard]["files"])
         # As plain arrays, because numpy takes some microseconds more for each slice of a memmap.
-        begins = np.load(offsets, mmap_mode="r").view(np.ndarray)
+        others = [np.load(file, mmap_mode="r").view(np.ndarray) for file in arrays]
         if not ids.stat().st_size:  # an empty file cannot be mapped
-            return np.empty(0, dtype=self.index["dtype"]), begins
-        return np.memmap(ids, dtype=self.index["dtype"], mode="r").view(np.ndarray), begins
+            return [np.empty(0, dtype=self.index["dtype"]), *others]
+        return [np.memmap(ids, dtype=self.index["dtype"], mode="r").view(np.ndarray), *others]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_open"}

@@ -1,259 +1,155 @@
-"""Open files of text as people have them, and get the text out of a line or a cell; shared by all that read text.
+"""Read JSON Lines and Parquet as numbered rows of text, from any row on; all that reads text reads it here.
 
-What is damaged is refused with file and place. Reading goes on only where nothing is lost: half a surrogate pair
-becomes U+FFFD, which is said, and a byte order mark is left out.
+``datasets`` is not used for these two: its JSON reader knows no line numbers, reads a file with an odd line once more
+from the start after half of it was yielded, and its own retries go on reading a connection that is dead. Other formats
+that it can stream come through :func:`read_table`.
 """
 
-import gzip
-import io
-import json
-import lzma
-import re
-import sys
-import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from itertools import count, takewhile
+from typing import Any
 
-import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetsError
 
-from cola_lightning.data.remote import is_local, open_file, path_of
-from cola_lightning.errors import InputError, hide_secrets
+from cola_lightning.data.lines import COMPRESSED, LinePlace, read_lines
+from cola_lightning.data.passes import WHOLE, Share
+from cola_lightning.data.remote import ignores_ranges, is_local, open_file, path_of
+from cola_lightning.data.text_values import cell_text, json_text
+from cola_lightning.errors import InputError
 
-COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
-BOM = b"\xef\xbb\xbf"
-LONGEST = 1 << 27
-"""Bytes of a line at most: a megabyte of a compressed file may hold a gigabyte of zeros."""
-_CHUNK = 1 << 17
-_SURROGATES = re.compile("[\ud800-\udfff]")
-_repaired: set[str] = set()
+TABLE_ROWS = 256
+PARQUET_BUFFER = 4 << 20  # bytes
 
-
-# -- files ------------------------------------------------------------------------------------------------------------
+Row = tuple[int, str | None]
+"""Number of a row, and its text; None for null."""
 
 
-def read_lines(name: str) -> Iterator[bytes]:
-    """Yield the lines of a file, compressed or not, without a byte order mark.
+def read_file(
+    name: str, column: str, start: int = 0, share: Share = WHOLE, size: int | None = None
+) -> Iterator[Row] | None:
+    """Read the rows of a share of a file, or return None if the file is of neither format.
+
+    The number of a row is, in Parquet, that of the row. In JSON Lines it is the byte at which the line begins if
+    ``size`` is given, else the number of the line, from 0.
 
     Args:
-        name: Path or address.
+        name: Path or address, compressed or not.
+        column: Key or column of the text.
+        start: Smallest number of a row that is wanted.
+        share: Which part of the file. It is a range of rows in Parquet, a range of bytes in JSON Lines of which
+            ``size`` is given, and every so many lines in others.
+        size: Bytes of a file of plain JSON Lines (:func:`is_plain_lines`); None if they are not known.
 
     Raises:
-        InputError: If it is not compressed as its name says, or it is damaged on this machine's disk.
-        OSError, EOFError, zlib.error: If another machine's file is cut short, which may pass.
+        InputError: While iterating, for a broken row or a missing column; names file and place.
     """
-    with _explained(name), open_file(name) as file, _decompressed(file, name) as lines:
-        first = True
-        while line := lines.readline(LONGEST + 1):
-            if len(line) > LONGEST:
-                raise InputError(f"{hide_secrets(name)} has a line of more than {LONGEST:,} bytes; is it text?")
-            yield line.removeprefix(BOM) if first else line
-            first = False
+    if is_lines(name):
+        return _read_json_lines(name, column, start, share, size)
+    if is_parquet(name):
+        return _read_parquet(name, column, start, share)
+    return None
 
 
-def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
-    path = path_of(name)
-    suffix = next((suffix for suffix in COMPRESSED if path.endswith(suffix)), None)
-    if suffix is None:
-        # fsspec's own lines cost a seek each, which a server that sends a file as one stream does not offer.
-        return file if is_local(name) else io.BufferedReader(_Pieces(file), _CHUNK)
-    if suffix == ".zst":
-        return _open_zstd(file, name)
-    return fsspec.compression.compr[{".gz": "gzip", ".xz": "xz", ".bz2": "bz2"}[suffix]](file, mode="rb")
+def is_lines(name: str) -> bool:
+    """Whether a file holds JSON Lines, compressed or not."""
+    stem = path_of(name)
+    for suffix in COMPRESSED:
+        stem = stem.removesuffix(suffix)
+    return stem.endswith((".json", ".jsonl", ".ndjson"))
 
 
-def _open_zstd(file: IO[bytes], name: str) -> IO[bytes]:
-    try:
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
-        return zstd.ZstdFile(file)
-    except ImportError:
-        pass
-    try:
-        from zstandard import ZstdDecompressor
-    except ImportError:
-        raise InputError(
-            f"{name} is compressed with zstd, which needs one more package; run: pip install 'cola-lightning[zstd]'"
-        ) from None
-    return io.BufferedReader(_ZstdFrames(file, ZstdDecompressor()), _CHUNK)
+def is_plain_lines(name: str) -> bool:
+    """Whether a file holds JSON Lines that are not compressed, and so can be read from any byte on."""
+    return is_lines(name) and not path_of(name).endswith(COMPRESSED)
 
 
-class _Pieces(io.RawIOBase):
-    """Reads a file of fsspec from beginning to end."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        piece = self.file.read(len(buffer))
-        buffer[: len(piece)] = piece
-        return len(piece)
+def is_parquet(name: str) -> bool:
+    """Whether a file is Parquet, which tells its number of rows and can be read from any row on."""
+    return path_of(name).endswith(".parquet")
 
 
-class _ZstdFrames(io.RawIOBase):
-    """Reads all frames of a zstd file, one after another. ``zstandard``'s own reader ends after the first, and takes a
-    file that is cut short for a whole one."""
+def _read_json_lines(name: str, column: str, start: int, share: Share, size: int | None) -> Iterator[Row]:
+    """Lines that are skipped are not parsed. An empty line is a row without text."""
+    place = LinePlace(name)
+    if size is not None:
+        begin, end = share.bounds(size)
+        for place.offset, line in read_lines(name, max(begin, start), end):
+            yield place.offset, json_text(line, column, place) if line.strip() else ""
+        return
+    for number, (offset, line) in enumerate(read_lines(name)):
+        if number >= start and share.has(number):
+            place.number, place.offset = number + 1, offset
+            yield number, json_text(line, column, place) if line.strip() else ""
 
-    def __init__(self, file: IO[bytes], decompressor: Any) -> None:
-        self.file, self.decompressor = file, decompressor
-        self.frame: Any = None
-        self.input = self.output = b""
 
-    def readable(self) -> bool:
-        return True
+def _read_parquet(name: str, column: str, start: int, share: Share) -> Iterator[Row]:
+    """A share is a range of the rows. Only the row groups that it touches are read, and of them only the column."""
+    with _open_parquet(name) as (table, path):
+        _check_column(table.schema_arrow.names, path, column)
+        begin, end = share.bounds(table.metadata.num_rows)
+        begin = max(begin, start)
+        first = 0
+        for group in range(table.num_row_groups):
+            last = first + table.metadata.row_group(group).num_rows
+            if last > begin and first < end:
+                numbers = count(first)
+                for batch in table.iter_batches(TABLE_ROWS, row_groups=[group], columns=[column]):
+                    rows = _rows(batch.column(0), numbers, path, column, begin, WHOLE)
+                    yield from takewhile(lambda row: row[0] < end, rows)
+            first = last
 
-    def readinto(self, buffer: Any) -> int:
-        while not self.output:
-            self.input = self.input or self.file.read(_CHUNK)
-            if not self.input:
-                if self.frame is not None:
-                    raise EOFError("it ends within a frame")
-                return 0
-            self.frame = self.frame or self.decompressor.decompressobj()
-            self.output = self.frame.decompress(self.input)
-            self.input = b""
-            if self.frame.eof:
-                self.input, self.frame = self.frame.unused_data, None
-        size = min(len(buffer), len(self.output))
-        buffer[:size], self.output = self.output[:size], self.output[size:]
-        return size
+
+def parquet_rows(name: str) -> int:
+    """Count the rows of a Parquet file, which its end tells."""
+    with _open_parquet(name) as (table, _):
+        return table.metadata.num_rows
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Tell apart a file that will never be readable and a transfer that may succeed when it is tried again."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        foreign = isinstance(error, lzma.LZMAError) or type(error).__name__ in ("ZstdError", "IgzipError")
-        damaged = foreign or isinstance(error, gzip.BadGzipFile | EOFError | zlib.error)
-        if "Not a gzipped file" in str(error) or "Unknown frame descriptor" in str(error):
+def _open_parquet(name: str) -> Iterator[tuple[pq.ParquetFile, str]]:
+    # Without a cache in between, because Arrow knows which bytes it needs: the last ones, and those of one column. They
+    # come in requests of at most PARQUET_BUFFER bytes, so that a row group of any size takes little memory.
+    uncached = {} if is_local(name) else {"cache_type": "none"}
+    with open_file(name, **uncached) as file:
+        try:
+            yield pq.ParquetFile(file, buffer_size=PARQUET_BUFFER), name
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{name} is not a whole Parquet file: {error}") from error
+        except ValueError as error:
+            if isinstance(error, InputError) or not ignores_ranges(error):
+                raise
             raise InputError(
-                f"{name} is not compressed as its name says ({error}); rename it, or fetch it again"
+                f"{name} is on a server that sends no parts of a file (HTTP Range), which Parquet needs; fetch the "
+                f"file, and name it on this machine"
             ) from error
-        if is_local(name) and (damaged or str(error) == "Invalid data stream"):
-            raise InputError(f"{name} is cut short or damaged ({error}); fetch it again") from error
-        if foreign:  # not an error that a retry knows
-            raise OSError(f"{type(error).__name__}: {error}") from error
-        raise
 
 
-# -- text -------------------------------------------------------------------------------------------------------------
+def read_table(table: Any, name: str, column: str, start: int, share: Share) -> Iterator[Row]:
+    """Yield rows as :func:`read_file` does, out of a ``datasets.IterableDataset`` that holds one shard.
 
-
-def json_text(line: bytes, column: str, place: str) -> str | None:
-    """Get the text of one line of JSON; None where it is null.
-
-    Args:
-        line: The line, UTF-8.
-        column: Key of the text.
-        place: File and line, for messages.
+    A share is every so many rows.
 
     Raises:
-        InputError: If it is no JSON object in UTF-8 with text under that key.
+        InputError: As :func:`read_file`.
     """
+    numbers = count()
     try:
-        row = _load_json(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{place} is not UTF-8{_encoding(line)}") from error
-    except json.JSONDecodeError as error:
-        if encoding := _encoding(line, ""):
-            raise InputError(f"{place} is not UTF-8{encoding}") from error
-        if b"\0" in line:
-            raise InputError(
-                f"{place} holds NUL bytes, as a file does whose writing was interrupted; write it anew, or delete that "
-                f"line"
-            ) from error
-        reason = error.msg.removesuffix(" at")
-        raise InputError(f"{place} is not JSON: {reason} at column {error.colno}") from error
-    except RecursionError as error:
-        raise InputError(f"{place} is nested too deep to be read; delete that line") from error
-    if not isinstance(row, dict) or column not in row:
-        found = f"its keys are {sorted(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
-        raise InputError(f"{place} has no {column!r} ({found}); set text_column to the key of its text")
-    return checked_text(row[column], place, column)
+        for batch in table.with_format("arrow").iter(batch_size=TABLE_ROWS):
+            _check_column(batch.column_names, name, column)
+            yield from _rows(batch.column(column), numbers, name, column, start, share)
+    except (UnicodeDecodeError, pa.ArrowInvalid, DatasetsError) as error:
+        raise InputError(f"{name} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _load_json(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        raise
-    except ValueError:  # Python refuses to make a number of more than 4,300 digits; only the text is wanted
-        return json.loads(line, parse_int=float)
+def _rows(values: Any, numbers: Iterator[int], name: str, column: str, start: int, share: Share) -> Iterator[Row]:
+    for value, number in zip(values, numbers, strict=False):
+        if number >= start and share.has(number):
+            yield number, cell_text(value, f"{name} row {number}", column)
 
 
-def cell_text(value: Any, place: str, column: str) -> str | None:
-    """Get the text of an Arrow scalar, as :func:`json_text` does of a line."""
-    try:
-        return checked_text(value.as_py(), place, column)
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{place} holds under {column!r} what is not UTF-8: byte {error.object[error.start]:#04x} at offset "
-            f"{error.start}; write the file anew from valid text"
-        ) from error
-
-
-def checked_text(value: Any, place: str, column: str) -> str | None:
-    """Return the text with each half of a surrogate pair, which no tokenizer takes, as U+FFFD; None for null."""
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise InputError(f"{place} holds {type(value).__name__} under {column!r}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        file = place.rpartition(" line ")[0] or place
-        if file not in _repaired:
-            _repaired.add(file)
-            message = (
-                f"{place} holds half of a surrogate pair ({value[error.start]!r}), which is no valid text; here and "
-                f"further on in this file U+FFFD takes its place"
-            )
-            warnings.warn(hide_secrets(message), stacklevel=2)
-        return _SURROGATES.sub("\ufffd", value)
-    return value
-
-
-def decode_text(content: bytes, name: str) -> str:
-    """Decode a whole file of plain text, with or without a byte order mark.
-
-    Raises:
-        InputError: If it is not UTF-8, or holds NUL bytes.
-    """
-    try:
-        text = content.removeprefix(BOM).decode("utf-8")
-    except UnicodeDecodeError as error:
-        place = f": byte {error.object[error.start]:#04x} at offset {error.start}"
-        fix = _encoding(content, "; convert it, for instance with: iconv -f latin1 -t utf-8")
-        raise InputError(f"{name} is not UTF-8{place}{fix}") from error
-    if "\0" in text:
-        if encoding := _encoding(content, ""):
-            raise InputError(f"{name} is not UTF-8{encoding}")
-        raise InputError(
-            f"{name} holds NUL bytes, the first at offset {content.index(0)}, and so is not plain text; remove them, "
-            f"for instance with: tr -d '\\000'"
-        )
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _encoding(content: bytes, otherwise: str = "; convert the file to UTF-8") -> str:
-    """Name UTF-16 and UTF-32, which a byte order mark or the NUL bytes of plain letters give away."""
-    found = ""
-    if content[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
-        found = "UTF-32"
-    elif content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        found = "UTF-16"
-    elif len(content) > 3:
-        even, odd = (part.count(0) / len(part) for part in (content[:1000:2], content[1:1000:2]))
-        # Half of each plain letter is a zero byte; a file of nothing but zeros is damaged, not UTF-16.
-        found = "UTF-16LE" if odd > 0.5 > even else "UTF-16BE" if even > 0.5 > odd else ""
-    return f", but {found}; convert it: iconv -f {found} -t UTF-8" if found else otherwise
+def _check_column(columns: list[str], name: str, column: str) -> None:
+    if column not in columns:
+        raise InputError(f"{name} has no column {column!r} (it has {columns}); set text_column to the right one")

@@ -1,14 +1,22 @@
 """Open files wherever they are: on a disk, on the Hugging Face hub, at http addresses, in s3:// or gs:// buckets."""
 
+import io
+import warnings
 from typing import IO, Any
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, hide_secrets
 
 CONNECT, ANSWER = 15.0, 30.0
 """Seconds until a server that does not take a connection, or sends nothing, counts as one that failed."""
+
+PIECE = 4 << 20
+"""Bytes that one request asks another machine for."""
+TAIL = 1 << 16
+"""Bytes of a request past the end of a range, where only the rest of a line is wanted."""
+CHUNK = 1 << 17
 
 # Package that reads a kind of address, and the extra of this project that installs it.
 EXTRAS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs")}
@@ -59,6 +67,82 @@ def open_file(name: str, **options: Any) -> IO[bytes]:
     return filesystem.open(path, "rb", **options)
 
 
+def ignores_ranges(error: ValueError) -> bool:
+    """Whether fsspec says by this error that a server does not send parts of a file."""
+    return "range requests" in str(error) or "Cannot seek streaming" in str(error)
+
+
+class RemoteBytes(io.RawIOBase):
+    """The bytes of a file on another machine, from one byte on.
+
+    They come in requests of ``PIECE`` bytes up to the end of the range, and of ``TAIL`` bytes after it. A server that
+    ignores the HTTP header Range sends the file from its beginning; what comes before the range is then dropped, which
+    is said once for each file.
+
+    Args:
+        name: Address.
+        begin: First byte.
+        end: Byte after the last one that is surely wanted; None for the end of the file.
+
+    Raises:
+        OSError: If the file cannot be opened or read.
+    """
+
+    def __init__(self, name: str, begin: int = 0, end: int | None = None) -> None:
+        self.name, self.position, self.end = name, begin, end
+        self._piece = memoryview(b"")
+        self._file = open_file(name, cache_type="none")
+        try:
+            self._file.seek(begin)
+        except ValueError as error:
+            self._read_as_stream(error)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._piece:
+            self._piece = memoryview(self._fetch())
+        count = min(len(buffer), len(self._piece))
+        buffer[:count], self._piece = self._piece[:count], self._piece[count:]
+        return count
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "_file"):
+            self._file.close()
+        super().close()
+
+    def _fetch(self) -> bytes:
+        size = PIECE if self.end is None else max(TAIL, min(PIECE, self.end - self.position))
+        try:
+            piece = self._file.read(size)
+        except ValueError as error:
+            self._read_as_stream(error)
+            piece = self._file.read(size)
+        self.position += len(piece)
+        return piece
+
+    def _read_as_stream(self, error: ValueError) -> None:
+        """Open the file anew as one stream, and drop what comes before the position."""
+        if not ignores_ranges(error):
+            raise error
+        if self.name not in _without_ranges:
+            _without_ranges.add(self.name)
+            warnings.warn(
+                hide_secrets(
+                    f"the server of {self.name} sends no parts of a file (HTTP Range), so each part of it that is "
+                    f"wanted is read from the beginning of the file"
+                ),
+                stacklevel=2,
+            )
+        self._file.close()
+        self._file = open_file(self.name, block_size=0)
+        left = self.position
+        while left and (dropped := self._file.read(min(left, CHUNK))):
+            left -= len(dropped)
+
+
+_without_ranges: set[str] = set()
 _hub: list[Any] = []
 
 

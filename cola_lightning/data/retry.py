@@ -55,10 +55,16 @@ class Retry:
                 self._wait_or_raise(error, name, failures)
 
     def iterate(
-        self, read: Callable[[int], Iterator[tuple[int, Item]]], name: str, start: int
+        self, read: Callable[[int], Iterator[tuple[int, Item]]], name: str, start: int, unit: str = "row"
     ) -> Iterator[tuple[int, Item]]:
-        """The numbered items of ``read(start)``. After a failure it goes on at the item after the last one, by a new
-        ``read``, so that none is lost and none comes twice.
+        """Yield the numbered items of ``read(start)``. After a failure, a new ``read`` begins at the item after the
+        last one, so that none is lost and none comes twice.
+
+        Args:
+            read: Begins to read at the first item whose number is not below the given one.
+            name: What is read, for messages.
+            start: Number to begin at.
+            unit: What the number counts, for messages.
 
         Raises:
             InputError: As :meth:`call`.
@@ -75,7 +81,7 @@ class Retry:
                 return
             except Exception as error:
                 failures += 1
-                self._wait_or_raise(error, f"{name} (row {start})", failures)
+                self._wait_or_raise(error, f"{name} ({unit} {start})", failures)
 
     def _wait_or_raise(self, error: Exception, name: str, failures: int) -> None:
         clients = {kind.__module__.partition(".")[0] for kind in type(error).__mro__} & HTTP_CLIENTS

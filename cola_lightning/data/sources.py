@@ -14,11 +14,11 @@ from datasets import DatasetBuilder, DownloadConfig, load_dataset_builder
 from datasets.exceptions import DatasetsError
 from fsspec.core import url_to_fs
 
-from cola_lightning.data.identity import Identity, describe_files, fingerprint_files
+from cola_lightning.data.identity import Identity, commit_of, describe_files, fingerprint_files
 from cola_lightning.data.passes import WHOLE, Share
+from cola_lightning.data.readers import Row, is_parquet, is_plain_lines, parquet_rows, read_file, read_table
 from cola_lightning.data.remote import storage_options, use_hub, with_package
 from cola_lightning.data.retry import Retry
-from cola_lightning.data.shards import Row, in_ranges, parquet_rows, read_file, read_table
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError, hide_secrets
 
@@ -133,30 +133,52 @@ class TextCorpus:
         return describe_files(self.title, self.column, self.shards, self.fingerprints)
 
     def read(self, shard: int, start: int = 0, share: Share = WHOLE) -> Iterator[tuple[int, str]]:
-        """Rows of a share of a shard that are not before ``start``, each with its number; empty ones are left out. A
-        read that fails is taken up at the next row.
+        """Yield the rows of a share of a shard, each with its number, from number ``start`` on; see :func:`read_file`.
+
+        Empty rows are left out. After a failed read, reading goes on at the next row.
 
         Raises:
             InputError: If the shard is damaged or stays out of reach; names shard and place.
         """
-        name = self.shards[shard]
-        for row, text in self.retry.iterate(lambda start: self._rows(shard, name, start, share), name, start):
-            if text.strip():
+        name, size = self.shards[shard], self.size(shard)
+
+        def read(start: int) -> Iterator[Row]:
+            return self._rows(shard, start, share, size)
+
+        for row, text in self.retry.iterate(read, name, start, "row" if size is None else "byte"):
+            if text and text.strip():
                 yield row, text
 
-    def rows(self, shard: int) -> int | None:
-        """Number of rows of a shard whose shares are ranges of rows; None of any other, which would have to be read.
+    def size(self, shard: int) -> int | None:
+        """Look up the bytes of a shard that is divided by bytes; None for any other.
+
+        It is the size that the run's identity has, so that it is the same on all ranks and after a break.
 
         Raises:
             InputError: As :meth:`read`.
         """
         name = self.shards[shard]
-        return self.retry.call(lambda: parquet_rows(name), name) if in_ranges(name) else None
+        if not is_plain_lines(name):
+            return None
+        if commit_of(name) and self._filesystem is not None:  # whose list of files is known
+            return int(self.retry.call(lambda: self._filesystem.info(name)["size"], name))
+        size = self.fingerprints[shard].partition(":")[0]
+        return int(size) if size else None
 
-    def _rows(self, shard: int, name: str, start: int, share: Share) -> Iterator[Row]:
+    def rows(self, shard: int) -> int | None:
+        """Count the rows of a Parquet shard; None for any other, which would have to be read.
+
+        Raises:
+            InputError: As :meth:`read`.
+        """
+        name = self.shards[shard]
+        return self.retry.call(lambda: parquet_rows(name), name) if is_parquet(name) else None
+
+    def _rows(self, shard: int, start: int, share: Share, size: int | None) -> Iterator[Row]:
+        name = self.shards[shard]
         if self._filesystem is not None:
             use_hub(self._filesystem)
-        rows = read_file(name, self.column, start, share)
+        rows = read_file(name, self.column, start, share, size)
         if rows is not None:
             return rows
         table = self._stream.shard(num_shards=len(self.shards), index=shard)

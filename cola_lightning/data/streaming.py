@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from cola_lightning.data.cache import cache_folder
 from cola_lightning.data.held_out import HeldOut
 from cola_lightning.data.identity import Identity
+from cola_lightning.data.inventory import describe_repeated_reads
 from cola_lightning.data.logical_shards import MakeLogicalShards
 from cola_lightning.data.packing import Rows
 from cola_lightning.data.prepared import PreparedCorpus, is_prepared
@@ -176,7 +177,12 @@ class StreamingDataModule(TokenDataModule):
         self._held_out = validation.corpus
         self._compare()
         for source, corpus in zip(self.sources, self._corpora, strict=False):  # no corpora where nothing is trained
-            for line in self._lookup.describe(source, corpus):
+            repeated = (
+                describe_repeated_reads(corpus.title, corpus.shards, self.num_logical_shards)
+                if not is_prepared(source)
+                else []
+            )
+            for line in [*self._lookup.describe(source, corpus), *repeated]:
                 rank_zero_info(f"train on {line}")
         for line in self._lookup.describe(self.validation, self._held_out):
             rank_zero_info(f"validate on {line}")

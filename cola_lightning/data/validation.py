@@ -13,7 +13,7 @@ from cola_lightning.data.encoding import encode_in_batches
 from cola_lightning.data.held_out import ONE_IN, may_be_held_out
 from cola_lightning.data.packing import Documents
 from cola_lightning.data.prepared import PreparedCorpus
-from cola_lightning.data.readers import is_local
+from cola_lightning.data.remote import is_local
 from cola_lightning.data.sources import TextCorpus
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError

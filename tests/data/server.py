@@ -12,12 +12,16 @@ class Server:
     the connection after that share of the file, a number above is the status to answer with, None is no fault. An event
     is waited for before the answer.
 
-    Clients that hear of no ``ranges`` read a file as one stream; others fetch blocks of some megabytes."""
+    Clients that hear of no ``ranges`` read a file as one stream; others fetch blocks of some megabytes. Where
+    ``ranges`` is ``bytes``, the header Range is ignored all the same, as some servers do; ``served`` honours it.
+    ``sent`` counts the bytes of all answers to GET."""
 
     def __init__(self, folder: Path) -> None:
         self.faults: dict[str, list[float | threading.Event | None]] = defaultdict(list)
         self.requests: list[str] = []
         self.ranges = "none"
+        self.sent = 0
+        self.lock = threading.Lock()
         self.tags: dict[str, str] = {}  # the ETag of a file, where the server knows one
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self, directory=str(folder)))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -34,7 +38,7 @@ class _Handler(SimpleHTTPRequestHandler):
         super().__init__(*args, **others)
 
     def end_headers(self) -> None:
-        self.send_header("Accept-Ranges", self.owner.ranges)
+        self.send_header("Accept-Ranges", "none" if self.owner.ranges == "none" else "bytes")
         if tag := self.owner.tags.get(self.path.strip("/")):
             self.send_header("ETag", tag)
         super().end_headers()
@@ -47,7 +51,19 @@ class _Handler(SimpleHTTPRequestHandler):
         if isinstance(fault, threading.Event):
             fault.wait()
             fault = None
-        if fault is None:
+        wanted = self.headers.get("Range", "").removeprefix("bytes=")
+        if fault is None and wanted and self.owner.ranges == "served":
+            content = Path(self.translate_path(self.path)).read_bytes()
+            first, last = map(int, wanted.split("-"))
+            piece = content[first : last + 1]
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{first + len(piece) - 1}/{len(content)}")
+            self.send_header("Content-Length", str(len(piece)))
+            self.end_headers()
+            self.count(len(piece))
+            self.wfile.write(piece)
+        elif fault is None:
+            self.count(Path(self.translate_path(self.path)).stat().st_size)
             super().do_GET()
         elif fault > 1:
             self.send_error(int(fault))
@@ -59,6 +75,10 @@ class _Handler(SimpleHTTPRequestHandler):
             self.wfile.write(content[: int(fault * len(content))])
             self.wfile.flush()
             self.connection.close()
+
+    def count(self, sent: int) -> None:
+        with self.owner.lock:
+            self.owner.sent += sent
 
     def log_message(self, format: str, *args) -> None:
         pass

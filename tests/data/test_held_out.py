@@ -119,9 +119,12 @@ def test_a_run_says_what_it_found_and_left_out(c4, tmp_path, folder, caplog):
         f"train on {folder}: left out in {folder}: 1 hidden folder (.git); 1 linked folder (elsewhere); "
         f"2 other files (notes.bak, train-9.json.gz.part)"
     )
-    assert found[2].startswith("validate on json: 1 file, ")
+    assert found[2].startswith(
+        f"train on {folder}: 3 compressed files for 4 logical shards; a pass reads each 2.0 times"
+    )
+    assert found[3].startswith("validate on json: 1 file, ")
     documents, ids = data._validation_documents, data._validation_documents.ids
-    assert found[3] == f"validate on {len(documents)} documents, {len(ids)} tokens of json"
+    assert found[4] == f"validate on {len(documents)} documents, {len(ids)} tokens of json"
 
 
 def test_a_run_says_what_patterns_name_twice_and_what_they_match_that_is_not_read(c4, tmp_path, folder, caplog):

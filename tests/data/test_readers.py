@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from cola_lightning.data import readers
+from cola_lightning.data import text_values
 from cola_lightning.data.documents import read_documents
 from cola_lightning.data.passes import WHOLE
+from cola_lightning.data.readers import read_file
 from cola_lightning.data.retry import Retry
-from cola_lightning.data.shards import read_file
 from cola_lightning.data.sources import Source, TextCorpus
 from cola_lightning.errors import InputError
 from tests.data.server import Server
@@ -115,7 +115,7 @@ def test_half_a_surrogate_pair_becomes_the_replacement_character_and_is_said(rea
     texts = ["\ud83d is half", "\ude00\ud83d is none", "\U0001f600 is whole"]
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["plain", *texts]))
-    readers._repaired.clear()
+    text_values._repaired.clear()
     with pytest.warns(UserWarning, match=r"a\.jsonl line 2 holds half of a surrogate pair \('\\ud83d'\)") as said:
         found = read(file)
     # The same repair as UTF-16's decoder makes.
@@ -182,7 +182,7 @@ def test_bad_utf_8_in_parquet_is_named(read, tmp_path):
 )
 def test_plain_text(content, expected, tmp_path):
     (tmp_path / "a.txt").write_bytes(content)
-    if content.startswith(readers.BOM):
+    if content.startswith(text_values.BOM):
         assert READ["files"](tmp_path / "a.txt") == [expected]
     else:
         with pytest.raises(InputError, match=expected):

@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from cola_lightning.data.readers import LONGEST, read_lines
+from cola_lightning.data.lines import LONGEST, read_lines
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 
