@@ -1,4 +1,4 @@
-"""Reading on through hard weather: dropped connections, busy servers, files that come short."""
+"""Retry reads that fail for reasons that may pass: dropped connections, busy servers, files that are cut short."""
 
 import random
 import threading
@@ -17,22 +17,25 @@ from cola_lightning.errors import InputError, hide_secrets
 Result = TypeVar("Result")
 Item = TypeVar("Item")
 
-# EOFError and zlib.error are what a compressed stream that was cut off looks like.
+# A compressed stream that was cut off raises EOFError or zlib.error.
 TRANSIENT_ERRORS = (OSError, EOFError, zlib.error)
-# By name, for which of them is installed depends on the version of the hub's client.
+# By name, because the version of the hub's client decides which of them is installed.
 HTTP_CLIENTS = {"aiohttp", "httpx", "httpx2", "requests"}
 PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-LASTING_STATUS = (401, 403, 404, 410)
+PERMANENT_STATUS = (401, 403, 404, 410)
 SILENCE = 15.0  # seconds
 LONGEST_PAUSE = 3600.0  # seconds
 
 
 @dataclass
 class Retry:
-    """How a read that fails is tried again.
+    """Retries reads that fail.
+
+    By default a read is given up after 7 tries, with pauses of 2, 4, 8, 16, 32 and 64 s between them: 126 s in all, and
+    up to a quarter more, because each pause is lengthened at random. What the tries themselves take comes on top.
 
     Args:
-        times: Failures in a row, without a document between them, that are borne.
+        times: Failures in a row, without a document between them, after which a read is tried again.
         wait: Seconds before the first new try; each further wait is twice as long.
     """
 
@@ -40,10 +43,10 @@ class Retry:
     wait: float = 2.0
 
     def call(self, function: Callable[[], Result], name: str) -> Result:
-        """``function()``, tried again while it fails for reasons that may pass.
+        """Call ``function``, and call it again while it fails for reasons that may pass.
 
         Raises:
-            InputError: After the last try, or at once if the reason is there to stay; names ``name``.
+            InputError: After the last try, or at once for a permanent error; names ``name``.
         """
         failures = 0
         while True:
@@ -93,11 +96,11 @@ class Retry:
             raise InputError(
                 f"{name} is not on this machine, and HF_HUB_OFFLINE is set; unset it, or name files that are here"
             ) from error
-        if isinstance(error, PERMANENT_ERRORS) or status in LASTING_STATUS:
+        if isinstance(error, PERMANENT_ERRORS) or status in PERMANENT_STATUS:
             raise InputError(f"{name} cannot be read: {reason}") from error
         if failures > self.times:
             raise InputError(f"{name} could not be read in {failures} tries: {reason}") from error
-        # Spread out, so that workers that failed together do not come back together.
+        # At random, so that workers that failed together do not retry together.
         pause = max(self.wait * 2 ** (failures - 1), _retry_after(error)) * random.uniform(1, 1.25)
         message = hide_secrets(f"{name}: {reason}; try {failures} of {self.times} in {pause:.1f} s")
         warnings.warn(message, stacklevel=3)
@@ -105,7 +108,7 @@ class Retry:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, and those that it came from, each once: ``raise error.__cause__`` makes a circle of them."""
+    """Yield an error and its causes, each once, because ``raise error.__cause__`` makes a cycle of them."""
     found: list[BaseException] = []
     one: BaseException | None = error
     while one is not None and not any(one is other for other in found):
@@ -115,7 +118,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _offline(error: Exception) -> bool:
-    """Whether a client says that it must not ask; none of its tries will be answered."""
+    """Whether a client refused to send a request because it is set to work offline."""
     return any(
         "OfflineModeIsEnabled" in (type(one).__name__, *str(one).replace("(", " ").replace(")", " ").split())
         for one in _chain(error)
@@ -123,7 +126,7 @@ def _offline(error: Exception) -> bool:
 
 
 def _retry_after(error: Exception) -> float:
-    """Seconds for which a busy server asks to be left alone, at most an hour; 0 if it does not say."""
+    """Return the seconds that a busy server asks to wait, at most an hour; 0 if it does not say."""
     for one in _chain(error):
         headers = getattr(one, "headers", None) or getattr(getattr(one, "response", None), "headers", None) or {}
         value = headers.get("Retry-After")
@@ -142,7 +145,7 @@ def _retry_after(error: Exception) -> float:
 
 @contextmanager
 def _said(name: str) -> Iterator[None]:
-    """Say every ``SILENCE`` seconds what is being waited for."""
+    """Warn every ``SILENCE`` seconds that a read is still waiting, and for what."""
     done = threading.Event()
     began = time.monotonic()
 
