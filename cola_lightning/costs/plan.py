@@ -34,8 +34,10 @@ def plan(model: LanguageModel, data: Any, trainer: Any, gpus: int | None) -> Pla
     """
     gpus = gpus or _devices(trainer.devices) * trainer.num_nodes
     callbacks = [callback for callback in trainer.callbacks or [] if isinstance(callback, CoLAM)]
-    for callback in callbacks:  # refuses what the run would refuse
-        callback.setup(SimpleNamespace(callbacks=callbacks, strategy=trainer.strategy), model, "fit")
+    # Settings instead of a trainer, which would need the devices. The callback refuses what it would refuse in the run.
+    settings: Any = SimpleNamespace(callbacks=callbacks, strategy=trainer.strategy)
+    for callback in callbacks:
+        callback.setup(settings, model, "fit")
     run = Run.of(
         model,
         data,
@@ -72,7 +74,7 @@ def beside(this: Plan) -> list[Plan]:
     """The same model as full rank, CoLA and CoLA-M, at the rank that it has or else a quarter of its width."""
     run = this.run
     with torch.device("meta"):
-        layer = run.build(num_hidden_layers=1).model.layers[0]
+        layer: Any = run.build(num_hidden_layers=1).model.layers[0]
     projection = layer.self_attn.q_proj
     rank = projection.A.out_features if isinstance(projection, LowRank) else run.config.hidden_size // 4
     plain, cola_m = "nothing recomputed", CoLAM()

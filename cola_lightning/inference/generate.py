@@ -97,11 +97,11 @@ def continue_texts(
         if not ids:
             raise InputError(f"the prompt {prompt!r} holds no token; begin with a word at least")
     tokenizer.check_fits(network.config.vocab_size)
-    ids, padding = pad_left(encoded)
+    rows, padding = pad_left(encoded)
     device = network.lm_head.weight.device
     begun = [len(tokenizer.decode(ids)) for ids in encoded]
     texts, done = [""] * len(prompts), [False] * len(prompts)
-    for tokens in stream(network, ids.to(device), padding=padding, **sampling):
+    for tokens in stream(network, rows.to(device), padding=padding, **sampling):
         for row, token in enumerate(tokens.flatten().tolist()):
             if done[row] or token in tokenizer.stop_ids:
                 done[row] = True
