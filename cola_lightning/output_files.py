@@ -1,4 +1,4 @@
-"""Result files that a command writes at its end: looked at before the work, written as strict JSON after it."""
+"""Check and write result files: a path is checked before the work, strict JSON is written after it."""
 
 import json
 import math
@@ -39,6 +39,17 @@ def write_json(file: str | None, content: Any) -> None:
     """Write the content as strict JSON; nothing where no file is named."""
     if file is not None:
         Path(file).write_text(to_json(content) + "\n", encoding="utf-8")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file that appears when it is complete, so that an interruption leaves the old one or none.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    scratch = file.with_suffix(".part")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(file)
 
 
 def _strict(content: Any) -> Any:

@@ -13,6 +13,7 @@ from cola_lightning.compare.plan import HeldOut
 from cola_lightning.data.documents import find_files
 from cola_lightning.data.readers import json_text, read_lines
 from cola_lightning.errors import InputError
+from cola_lightning.output_files import write_whole
 
 
 def split_by_source(paths: list[str], text_column: str, held_out: HeldOut, folder: Path) -> dict[str, Path]:
@@ -49,9 +50,7 @@ def split_by_source(paths: list[str], text_column: str, held_out: HeldOut, folde
             raise InputError(f"held_out group {name!r} matches no {held_out.column} of {', '.join(paths)}")
         files[name] = folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.jsonl"
         lines = (json.dumps({"text": text}) + "\n" for text in documents)
-        scratch = files[name].with_suffix(".part")
-        scratch.write_text("".join(lines), encoding="utf-8")
-        scratch.replace(files[name])
+        write_whole(files[name], "".join(lines))
     return files
 
 

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typing_extensions import TypedDict
 
 from cola_lightning.errors import InputError
+from cola_lightning.output_files import write_whole
 from cola_lightning.provenance import commit, read_provenance
 from cola_lightning.stored_data import Count, check_stored
 
@@ -123,6 +124,4 @@ def read(file: Path, kind: type) -> dict[str, Any] | None:
 
 def write(file: Path, content: dict[str, Any]) -> None:
     """Write JSON, whole or not at all."""
-    scratch = file.with_suffix(".part")
-    scratch.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    scratch.replace(file)
+    write_whole(file, json.dumps(content, indent=1))

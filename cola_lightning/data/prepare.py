@@ -24,6 +24,7 @@ from cola_lightning.data.sources import Source, TextCorpus
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.data.worker_process import end_with_parent
 from cola_lightning.errors import InputError, hide_secrets
+from cola_lightning.output_files import write_whole
 from cola_lightning.stored_data import check_stored, is_stored_as
 
 
@@ -238,6 +239,4 @@ def _record(shard: int) -> str:
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    scratch = file.with_suffix(".part")
-    scratch.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    scratch.replace(file)
+    write_whole(file, json.dumps(content, indent=1))
