@@ -86,7 +86,7 @@ def shape_of(example: Any, total: bool = True) -> Any:
 def _instance_of(kind: type) -> Any:
     from pydantic import InstanceOf
 
-    return InstanceOf[kind]  # type: ignore[valid-type]
+    return InstanceOf[kind]  # type: ignore[misc, valid-type]
 
 
 @lru_cache(maxsize=64)

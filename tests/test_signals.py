@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 import tomllib
 from pathlib import Path
@@ -199,3 +201,44 @@ def test_the_installed_script_begins_where_python_m_does():
     """It imported for seconds before it listened."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     assert project["scripts"]["cola_lightning"] == "cola_lightning.__main__:main"
+
+
+RANK = """
+import time
+from cola_lightning import signals
+signals.die_with_launcher()
+print("ready", flush=True)
+time.sleep(600)
+"""
+LAUNCHER = """
+import subprocess, sys, time
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
+rank.stdout.readline()
+print(rank.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+def test_a_rank_dies_with_a_launcher_that_is_killed():
+    environment = os.environ | {"LOCAL_RANK": "1"}
+    command = [sys.executable, "-c", LAUNCHER, RANK]
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env=environment) as launcher:
+        rank = int(launcher.stdout.readline())
+        os.kill(rank, 0)  # it is there
+        launcher.kill()
+    deadline = time.monotonic() + 10
+    while is_running(rank):
+        if time.monotonic() > deadline:
+            os.kill(rank, signal.SIGKILL)
+            pytest.fail("the rank outlived its launcher by 10 s")
+        time.sleep(0.02)
+
+
+def is_running(process: int) -> bool:
+    """Whether a process has not ended; one that nobody has waited for has."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
