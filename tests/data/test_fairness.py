@@ -127,7 +127,7 @@ def test_every_source_has_its_share_of_the_tokens(number):
         sum(logical_shard["tokens"][source] for logical_shard in logical_shards)
         for source in range(len(layout.corpora))
     ]
-    assert [count / sum(tokens) for count in tokens] == pytest.approx(layout.weights, abs=0.01)
+    assert [count / sum(tokens) for count in tokens] == pytest.approx(layout.weights, rel=0.01)
 
 
 @pytest.mark.parametrize("packed", [True, False])
