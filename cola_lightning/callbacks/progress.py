@@ -28,5 +28,8 @@ class Progress(DescribedProgressBar):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.teardown(trainer, pl_module, "fit")  # draws the bar for the last time, before the summary of the run
+
     def training_description(self) -> str:
         return f"{'Training':{len(self.validation_description)}}"  # as wide as validation's
