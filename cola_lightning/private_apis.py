@@ -63,7 +63,8 @@ def is_last_batch(trainer: L.Trainer) -> bool:
 def is_validation_due(trainer: L.Trainer) -> bool:
     """Whether Lightning validates after the batch just made."""
     loop = trainer.fit_loop
-    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # it asks the fetcher's type alone
+    fetcher = loop._data_fetcher  # only its type matters, so that None will do
+    return loop.epoch_loop._should_check_val_fx(fetcher)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -81,7 +82,7 @@ def validate_also(trainer: L.Trainer, condition: Callable[[], bool]) -> Iterator
 
 def validates_by_time(trainer: L.Trainer) -> bool:
     """Whether ``val_check_interval`` is a length of time."""
-    return trainer._val_check_time_interval is not None
+    return trainer._val_check_time_interval is not None  # type: ignore[attr-defined]  # a connector sets it
 
 
 def logged_step(trainer: L.Trainer) -> int:
@@ -125,12 +126,12 @@ def log_step_now(trainer: L.Trainer) -> None:
 
 def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
     """Leave out the broadcast on the device by which Lightning's ranks tell each other of SIGTERM at each batch."""
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
 
 
 def ignore_signals(trainer: L.Trainer) -> None:
     """Let Lightning handle no signal, and take no ``hpc_ckpt_….ckpt`` out of the working directory under SLURM."""
-    trainer._signal_connector.register_signal_handlers = lambda: None
+    vars(trainer._signal_connector)["register_signal_handlers"] = lambda: None
     connector: Any = trainer._checkpoint_connector
     connector.__class__ = type("NoHPCCheckpoints", (type(connector),), {"_hpc_resume_path": None})
 

@@ -20,8 +20,8 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "cola_lightning"
 OWN_FILE = "private_apis.py"
 PRIVATE = re.compile(r"_[a-z]\w*")
-DOCUMENTED = {"_exit", "_replace"}
-"""Names with an underscore that Python documents: ``os._exit``, and methods of named tuples."""
+DOCUMENTED = {"_exit", "_fields", "_replace"}
+"""Names with an underscore that Python documents: ``os._exit``, and attributes of named tuples."""
 TEXTS = {"_local", "_get_layout"}
 """Parts of names within a pickle, which are compared and not looked up."""
 LANGUAGE = {"_abc_impl", "_backward_cls"}

@@ -76,11 +76,11 @@ def dispatch(args: list[str]) -> None:
             return
         case []:
             raise InputError("no command is given; --help lists them")
-        case [name, *rest] if name in (commands := own_commands()):
+        case [name, *rest] if name in own_commands():
             command = importlib.import_module(f"cola_lightning.cli.commands.{name}")
             options = command.parse(rest)
         case [name, *_] if not (name in TRAINER_COMMANDS or name.startswith("-")):
-            hint = did_you_mean(name, [*TRAINER_COMMANDS, *commands])
+            hint = did_you_mean(name, [*TRAINER_COMMANDS, *own_commands()])
             raise InputError(f"{name} is none of the commands{hint}; --help lists them")
         case _:  # options before the name of one of Lightning's commands are its too
             command = importlib.import_module("cola_lightning.cli.lightning_cli")

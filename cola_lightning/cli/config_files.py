@@ -22,7 +22,7 @@ class ConfigFile(ActionConfigFile):
     laid out as if each file had been given by a ``--config`` of its own, the foundation first.
     """
 
-    def __call__(self, parser: Any, cfg: Any, values: str, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         chain: list[tuple[str, str]] = []
         _lay_out(values, (), chain)
         for file, text in chain:

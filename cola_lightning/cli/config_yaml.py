@@ -76,13 +76,18 @@ def _check_depth(text: str) -> None:
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
                 if depth > DEPTH:
-                    raise ConfigFileError(f"line {event.start_mark.line + 1} is nested more than {DEPTH} deep")
+                    raise ConfigFileError(f"line {_line(event.start_mark)} is nested more than {DEPTH} deep")
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1
     except yaml.MarkedYAMLError as error:
         if "nesting depth" not in str(error):  # the C library has a bound of its own, and reads ahead
             raise
-        raise ConfigFileError(f"line {error.problem_mark.line + 1} is nested more than {DEPTH} deep") from error
+        raise ConfigFileError(f"line {_line(error.problem_mark)} is nested more than {DEPTH} deep") from error
+
+
+def _line(mark: Any) -> int:
+    """Return the number of the line, from 1; 0 if it is not known."""
+    return mark.line + 1 if mark else 0
 
 
 def _count(node: Node, known: dict[int, int | None]) -> int:

@@ -1,6 +1,7 @@
 """Lightning's commands: ``fit``, ``validate``, ``test`` and ``predict``."""
 
 import io
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,9 @@ import lightning as L
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.enums import StrEnum
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 # Imported so that their classes can be named without a path.
 import cola_lightning.data
@@ -24,20 +21,17 @@ from cola_lightning.callbacks import Checkpoints, Progress
 from cola_lightning.callbacks.defaults import default_callbacks, defaults_beside
 from cola_lightning.checkpoints import (
     check_named_code,
-    check_no_code,
     check_sizes,
-    find_corruption,
     model_settings,
     read_state,
 )
-from cola_lightning.checkpoints.formats import weights_in_parts
-from cola_lightning.checkpoints.latest import latest_valid
 from cola_lightning.checkpoints.lock import lock, release
-from cola_lightning.checkpoints.pretrained import check_finite
 from cola_lightning.checkpoints.restore import check_complete, explain_restore, incomplete
+from cola_lightning.cli.checkpoint_choice import check_weights, class_paths, find_checkpoint
 from cola_lightning.cli.config_files import ConfigFile
 from cola_lightning.cli.merge_settings import differences, merge_settings, stand_ins
-from cola_lightning.cli.parser import Parser, reason_of
+from cola_lightning.cli.parser import reason_of
+from cola_lightning.cli.run_parser import RunParser, SaveRunConfig, common_help
 from cola_lightning.cli.trainer_flags import (
     check_numbers,
     check_settings,
@@ -49,12 +43,10 @@ from cola_lightning.cli.trainer_flags import (
 from cola_lightning.data.token_data_module import TokenDataModule
 from cola_lightning.distributed.precision import check_precision
 from cola_lightning.distributed.strategies import check_strategy, check_world_size
-from cola_lightning.errors import InputError, UnusableModelError
+from cola_lightning.errors import InputError
 from cola_lightning.loggers import FaultTolerantTensorBoardLogger
-from cola_lightning.models import Projection
-from cola_lightning.optim.schedules import open_lengths
 from cola_lightning.private_apis import check_private_apis, commands_of, restore_within
-from cola_lightning.provenance import TOKENIZER, run_folder, write_provenance
+from cola_lightning.provenance import TOKENIZER
 from cola_lightning.quiet import hide_library_messages
 from cola_lightning.signals import LISTENER
 from cola_lightning.training.module import LanguageModel
@@ -64,47 +56,6 @@ from cola_lightning.training.rank_processes import await_ranks, limit_rendezvous
 REFUSALS = (InputError, ModuleNotFoundError, MisconfigurationException)
 """Errors that a class raises in its constructor for settings that cannot work."""
 USAGE = "[--config FILE] [--NAME VALUE ...]"
-
-
-# Timer has an enum among its defaults, which YAML could not write; then Timer could not be named.
-yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Writes the whole configuration into the directory of a training run, also of one that is resumed there, and what
-    else it takes to use and describe its checkpoints."""
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self.folder = run_folder(trainer)
-            super().setup(trainer, pl_module, stage)
-
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        write_provenance(trainer, self.folder)  # rank 0 alone is here
-        config = self.parser.dump(self.config, skip_none=False)
-        (self.folder / self.config_filename).write_text(config, encoding="utf-8")
-
-
-class RunParser(Parser, LightningArgumentParser):
-    """Of the commands that are Lightning's."""
-
-    bases = (L.Callback, L.LightningDataModule, Logger, Optimizer, LRScheduler, Projection)
-
-    def add_class_arguments(self, class_type: type, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ever, but leave open the arguments of a schedule that are the run's length where they are not given."""
-        lengths = (
-            open_lengths(class_type, {}) if isinstance(class_type, type) and issubclass(class_type, LRScheduler) else []
-        )
-        if not lengths:
-            return super().add_class_arguments(class_type, nested_key, *args, **kwargs)
-        kwargs["skip"] = {*(kwargs.get("skip") or ()), *lengths}
-        added = super().add_class_arguments(class_type, nested_key, *args, **kwargs)
-        for name in lengths:
-            key = f"{nested_key}.{name}" if nested_key else name
-            about = "Optimizer steps until its end; those of the run, --trainer.max_steps, if not given."
-            self.add_argument(f"--{key}", type=int | None, default=None, help=about)
-            added.append(key)
-        return added
 
 
 class CLI(LightningCLI):
@@ -135,6 +86,8 @@ class CLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = RunParser(**kwargs)
+        command = (kwargs.get("usage") or "").split()[1:2]
+        parser.help_begin = common_help(command[0]) if command else ""
         parser.add_argument(
             "-c", "--config", action=ConfigFile, help="YAML file; may be given several times, later ones win."
         )
@@ -170,10 +123,12 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.typed = args
+        if not isinstance(args, list | None):
+            raise TypeError(f"args must be a list of texts, not {type(args).__name__}")
+        self.typed: list[str] = sys.argv[1:] if args is None else args
         for subparser in commands_of(parser).values():
             subparser.set_defaults({"weights_only": True})  # nothing but tensors and plain data is loaded from a file
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(self.typed)
         seed = (self.config.get(self.config.get("subcommand") or "") or self.config).get("seed_everything")
         if type(seed) is int and not 0 <= seed < 2**32:
             raise InputError(f"--seed_everything is {seed}; it must lie between 0 and {2**32 - 1}")
@@ -211,17 +166,17 @@ class CLI(LightningCLI):
                     f"{self.config.subcommand} without --ckpt_path or --model.initial_weights: the network is untrained"
                 )
             return
-        path = self._find_checkpoint(config)
+        path = find_checkpoint(config, self.config.subcommand)
         config["ckpt_path"] = path and str(path)
         if path is None:
             return
         if self.config.subcommand == "fit" and not config.weights_only_start:
             check_complete(path)
-        if not config.allow_nan and rank_zero_only.rank == 0:
-            self._check_finite(path)
+        if not config.allow_nan and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            check_weights(path)
         stored = model_settings(path)
         check_sizes(stored, path)
-        trusted = [*config.trust, *_class_paths(config.as_dict())]
+        trusted = [*config.trust, *class_paths(config.as_dict())]
         stored = check_named_code(stored, LanguageModel, path, trusted)
         merged = merge_settings(stored, self._typed_settings(), stand_ins().values())
         self.config = self.parser.parse_args([*self.typed, "--config", yaml.safe_dump({"model": merged})])
@@ -249,41 +204,6 @@ class CLI(LightningCLI):
         below = ["--config", yaml.safe_dump(classes)]
         typed = self.parser.parse_args([*self.typed[:command], *below, *self.typed[command:]], defaults=False)
         return typed[self.config.subcommand].as_dict()["model"]
-
-    @staticmethod
-    def _check_finite(path: Path) -> None:
-        for weights in weights_in_parts(path):
-            try:
-                check_finite(weights, path)
-            except UnusableModelError as error:
-                raise InputError(f"{error}, or add --allow_nan true") from error
-
-    def _find_checkpoint(self, config: Any) -> Path | None:
-        """The checkpoint that ``--ckpt_path`` means; None where a run is to go on from its last and has none yet."""
-        if config.ckpt_path != "last":
-            path = Path(config.ckpt_path)
-            if not path.exists():
-                raise InputError(
-                    f"--ckpt_path {path} is not there; name a checkpoint, or the run's newest by --ckpt_path last"
-                )
-            check_no_code(path)
-            if problem := find_corruption(path):
-                raise InputError(
-                    f"--ckpt_path {path} is damaged: {problem}; name another, or take the newest that is whole by "
-                    "--ckpt_path last"
-                )
-            return path
-        folder = config.checkpoint.dirpath or (config.run_dir and Path(config.run_dir, "checkpoints"))
-        if folder is None:
-            raise InputError("--ckpt_path last needs to know of which run; set --run_dir, or name the checkpoint")
-        path = latest_valid(Path(folder))
-        if path:
-            check_no_code(path)
-        elif self.config.subcommand != "fit":
-            raise InputError(f"--ckpt_path last finds no checkpoint in {folder}; train first, or set --run_dir")
-        else:
-            rank_zero_info(f"No checkpoint in {folder} yet: the run begins")
-        return path
 
     # -- what is made of it -------------------------------------------------------------------------------------------
 
@@ -357,7 +277,7 @@ class CLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, ModuleNotFoundError, MisconfigurationException) as error:  # do not go together
             raise InputError(" ".join(str(error).split())) from error
-        trainer.run_dir = run_dir
+        vars(trainer)["run_dir"] = run_dir
         check_trainer(trainer, self.datamodule)
         if self.begin_weights:
             self.model.initial_weights = self.begin_weights
@@ -403,16 +323,6 @@ class Settings(CLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         return self._setting("trainer")
-
-
-def _class_paths(settings: Any) -> list[str]:
-    """Every import path of a class in these settings, at any depth."""
-    if isinstance(settings, list):
-        return [path for each in settings for path in _class_paths(each)]
-    if not isinstance(settings, dict):
-        return []
-    own = [settings["class_path"]] if isinstance(settings.get("class_path"), str) else []
-    return own + [path for each in settings.values() for path in _class_paths(each)]
 
 
 class _ParserOnly(CLI):

@@ -1,27 +1,38 @@
 """The parser of commands with few options, made of the standard library alone, so that ``--help`` is quick."""
 
 import argparse
+import re
 from typing import Any, NoReturn
 
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, did_you_mean
 
 
 class OptionParser(argparse.ArgumentParser):
-    """Report what cannot be parsed in one line. Options cannot be abbreviated.
+    """Report what cannot be parsed in one line. Options cannot be abbreviated. The help begins with an example.
 
     Args:
         command: Name of the command.
+        example: What can be typed after it.
         settings: As for :class:`argparse.ArgumentParser`.
 
     Raises:
         InputError: If an option is unknown, missing or of the wrong type.
     """
 
-    def __init__(self, command: str, **settings: Any) -> None:
+    def __init__(self, command: str, example: str = "", **settings: Any) -> None:
         super().__init__(f"cola_lightning {command}", allow_abbrev=False, **settings)
+        self.example = f"{self.prog} {example}".rstrip()
         self.register("type", int, _parse_int)
 
+    def format_help(self) -> str:
+        return f"Example: {self.example}\n\n{super().format_help()}"
+
     def error(self, message: str) -> NoReturn:
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        if unknown and words.startswith("-"):
+            name = words.split()[0].partition("=")[0]
+            options = re.findall(r"--\w+", self.format_usage())
+            raise InputError(f"{name} is no option{did_you_mean(name, options)}; --help lists them")
         raise InputError(f"{message}; {self.prog} --help lists the options")
 
 

@@ -28,9 +28,14 @@ class Parser(ArgumentParser):
 
     Attributes:
         bases: Of the classes that can be named; a misspelt name is compared with those of their subclasses.
+        example: A command line with which the help begins.
     """
 
     bases: tuple[type, ...] = ()
+    example: str = ""
+
+    def format_help(self) -> str:
+        return (f"Example: {self.example}\n\n" if self.example else "") + super().format_help()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a parser within another: it tries the next type
@@ -42,18 +47,25 @@ class Parser(ArgumentParser):
 
 
 def parse_function(
-    function: Callable, command: str, args: list[str], as_positional: bool = True, skip: Collection[str] = ()
+    function: Callable,
+    command: str,
+    example: str,
+    args: list[str],
+    as_positional: bool = True,
+    skip: Collection[str] = (),
 ) -> dict[str, Any]:
     """Parse the arguments of a function, from flags or a file named by ``--config``, and make the classes among them.
 
     Args:
         function: The function; its docstring is the help.
         command: Name of the command.
+        example: What can be typed after it.
         args: What was typed.
         as_positional: Whether required arguments are typed without their names.
         skip: Names of arguments that are not typed.
     """
     parser = Parser(prog=f"cola_lightning {command}", description=(function.__doc__ or "").partition("\n")[0])
+    parser.example = f"{parser.prog} {example}"
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with these arguments")
     parser.add_function_arguments(
         function, as_group=False, as_positional=as_positional, skip=set(skip), sub_configs=True

@@ -129,6 +129,7 @@ def check_trainer(trainer: L.Trainer, data: L.LightningDataModule | None) -> Non
 
 def _problems(trainer: L.Trainer, data: L.LightningDataModule | None) -> Iterator[str]:
     strategy = trainer.strategy
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets them
     if isinstance(strategy.checkpoint_io, AsyncCheckpointIO) and any(
         isinstance(callback, Checkpoints) for callback in trainer.checkpoint_callbacks
     ):
@@ -136,12 +137,12 @@ def _problems(trainer: L.Trainer, data: L.LightningDataModule | None) -> Iterato
             "--trainer.plugins AsyncCheckpointIO returns before a checkpoint is on the disk, but here one is checked "
             "and named when it is; leave the plugin out"
         )
-    if sum(isinstance(callback, Checkpoints) for callback in trainer.callbacks) > 1:
+    if sum(isinstance(callback, Checkpoints) for callback in callbacks) > 1:
         yield (
             "Checkpoints is among --trainer.callbacks, but every run has it; leave it out there, and set "
             "--checkpoint.every_n_train_steps, keep and dirpath"
         )
-    for callback in trainer.callbacks:
+    for callback in callbacks:
         name = type(callback).__name__
         if isinstance(callback, StochasticWeightAveraging) and (
             trainer.max_epochs in (None, -1) or isinstance(data, TokenDataModule)
@@ -156,7 +157,7 @@ def _problems(trainer: L.Trainer, data: L.LightningDataModule | None) -> Iterato
                     f"{name} keeps a whole copy of the network, which {type(strategy).__name__} shards; set "
                     "--trainer.strategy ddp, or leave the callback out"
                 )
-            methods = [type(other).__name__ for other in trainer.callbacks if isinstance(other, PostStepCallback)]
+            methods = [type(other).__name__ for other in callbacks if isinstance(other, PostStepCallback)]
             if methods:
                 yield (
                     f"{name} averages weights over steps, but {methods[0]} gives the factors another meaning between "

@@ -19,6 +19,7 @@ def parse(args: list[str]) -> tuple[Namespace, dict[str, list[str]]]:
     """
     parser = OptionParser(
         "benchmark",
+        "--config configs/cola_60m.yaml --against configs/llama_60m.yaml",
         description="Measure training steps on one device: tokens per second, the parts of a step, MFU and HFU, peak "
         "memory, counted FLOPs and bytes. Besides these options it takes those of fit; flags other than --config hold "
         "for every network that is measured.",

@@ -13,7 +13,8 @@ def parse(args: list[str]) -> dict[str, Any]:
     from cola_lightning.compare.sweep import compare
 
     skip = {"resolve", "command", "command_line"}
-    options = parse_function(compare, "compare", args, as_positional=False, skip=skip)
+    example = "--config recipes/compare_methods/plan.yaml --folder runs/compare"
+    options = parse_function(compare, "compare", example, args, as_positional=False, skip=skip)
     return {"command_line": shlex.join(["python", "-m", "cola_lightning", "compare", *args]), **options}
 
 

@@ -9,7 +9,11 @@ GROUP = "Look"
 
 def parse(args: list[str]) -> Namespace:
     """Parse the name of the shell."""
-    parser = OptionParser("completion", description="Print a completion script for a shell, to be sourced there.")
+    parser = OptionParser(
+        "completion",
+        "bash > ~/.local/share/bash-completion/completions/cola_lightning",
+        description="Print a completion script for a shell, to be sourced there.",
+    )
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh", "fish", "powershell"))
     return parser.parse_args(args)
 

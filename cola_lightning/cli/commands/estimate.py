@@ -17,6 +17,7 @@ def parse(args: list[str]) -> tuple[Namespace, list[str]]:
     """
     parser = OptionParser(
         "estimate",
+        "--config configs/cola_1b.yaml --gpus 8 --gpu h100",
         description="Predict what a run will cost. Besides these options it takes those of fit, --config above all; it "
         "needs neither the data nor the devices.",
     )

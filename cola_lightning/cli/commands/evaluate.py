@@ -11,7 +11,9 @@ GROUP = "Use"
 def parse(args: list[str]) -> Namespace:
     """Parse the options of :func:`cola_lightning.inference.evaluate.evaluate`."""
     parser = OptionParser(
-        "evaluate", description="Measure a model: perplexity and bits per byte on text, and tasks of lm-eval."
+        "evaluate",
+        "runs/quickstart --text notes.jsonl",
+        description="Measure a model: perplexity and bits per byte on text, and tasks of lm-eval.",
     )
     add = parser.add_argument
     add("model", help="checkpoint, directory of a run, or folder in Hugging Face's layout")

@@ -11,7 +11,9 @@ def parse(args: list[str]) -> dict[str, Any]:
     """Parse the arguments of :func:`cola_lightning.methods.factorize.factorize`."""
     from cola_lightning.methods.factorize import factorize
 
-    return parse_function(factorize, "factorize", args)
+    return parse_function(
+        factorize, "factorize", "models/llama models/cola --projection CoLA --projection.rank 16", args
+    )
 
 
 def run(options: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ def parse(args: list[str]) -> Namespace:
     """Parse the options of :func:`cola_lightning.inference.generate.print_continuations`."""
     parser = OptionParser(
         "generate",
+        "runs/quickstart --prompt 'The people of' --max_new_tokens 60",
         description="Let a model continue prompts. One is written as it comes; several are a batch, written when all "
         "are done.",
     )

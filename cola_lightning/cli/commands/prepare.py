@@ -11,7 +11,7 @@ def parse(args: list[str]) -> dict[str, Any]:
     """Parse the arguments of :func:`cola_lightning.data.prepare.prepare`."""
     from cola_lightning.data.prepare import prepare
 
-    return parse_function(prepare, "prepare", args, as_positional=False)
+    return parse_function(prepare, "prepare", "--config configs/prepare/c4.yaml", args, as_positional=False)
 
 
 def run(options: dict[str, Any]) -> None:

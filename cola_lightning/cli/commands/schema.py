@@ -9,7 +9,9 @@ GROUP = "Look"
 
 def parse(args: list[str]) -> Namespace:
     """Parse nothing but ``--help``."""
-    return OptionParser("schema", description=f"{__doc__} It goes to standard output.").parse_args(args)
+    return OptionParser(
+        "schema", "> cola_lightning/config.schema.json", description=f"{__doc__} It goes to standard output."
+    ).parse_args(args)
 
 
 def run(options: Namespace) -> None:
