@@ -19,10 +19,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from cola_lightning import optim
 from cola_lightning.checkpoints import check_no_code, read_state
 from cola_lightning.checkpoints.formats import Format, format_of
 from cola_lightning.checkpoints.safe_unpickle import deepspeed_data, plain_data_only
 from cola_lightning.errors import InputError, did_you_mean
+from cola_lightning.optim.parameter_groups import needs_whole_matrices
 from cola_lightning.private_apis import guard_engine_writers, set_data_parallel_size
 
 if not torch.accelerator.is_available():  # else DeepSpeed says on stdout that it found none, amid what is printed there
@@ -118,18 +120,27 @@ def check_strategy(strategy: object) -> None:
 
 
 def check_optimizer(strategy: Strategy, optimizer: Optimizer) -> None:
-    """Refuse an optimizer that needs whole matrices where a rank holds but a piece of each."""
-    if getattr(optimizer, "whole_matrices", False) and isinstance(
-        strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy
-    ):
+    """Check that an optimizer can work on the parameters as the strategy stores them.
+
+    FSDP (1) and DeepSpeed flatten parameters, so that no matrix is left for an optimizer with ``needs_matrices``. FSDP2
+    gives each rank some rows of every matrix, on which some optimizers cannot work.
+
+    Raises:
+        InputError: If it cannot. The message names a strategy that it can work under.
+    """
+    if getattr(optimizer, "needs_matrices", False) and isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
         raise InputError(
-            f"{type(optimizer).__name__} works on whole matrices, which {type(strategy).__name__} cuts into pieces; "
-            f"set --trainer.strategy ddp, or name another --model.optimizer"
+            f"{type(optimizer).__name__} needs each matrix by itself, but {type(strategy).__name__} flattens the "
+            f"parameters; set --trainer.strategy fsdp2 or ddp, or name another --model.optimizer"
         )
-    if getattr(optimizer, "named_parameters_only", False) and isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+    whole = [part for part in getattr(optimizer, "parts", ()) if needs_whole_matrices(part)]
+    if whole and isinstance(strategy, ModelParallelStrategy):
+        kind = type(whole[0])
+        ours = kind.__name__ if hasattr(optim, kind.__name__) else "GaLore, Fira, APOLLO or Muon"
         raise InputError(
-            f"{type(optimizer).__name__} treats parameters by what they are, but {type(strategy).__name__} flattens "
-            f"them into one; set --trainer.strategy fsdp2 or ddp, or name another --model.optimizer"
+            f"{kind.__name__} of {kind.__module__.partition('.')[0]} may need whole matrices, of which a rank of "
+            f"{type(strategy).__name__} has only some rows; set --trainer.strategy ddp, or take {ours} of "
+            f"cola_lightning.optim"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer is for, and one optimizer made of several."""
+"""Groups of a network's parameters, and one optimizer made of several."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -6,7 +6,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
+from torch.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+)
 
 from cola_lightning.errors import InputError
 from cola_lightning.models import Projection
@@ -15,19 +27,26 @@ from cola_lightning.optim.transformers_adamw import TransformersAdamW
 MakeOptimizer = Callable[[Iterable], Optimizer]
 """``f(parameters)`` makes the optimizer."""
 
+ELEMENTWISE = (
+    SGD, ASGD, Adadelta, Adagrad, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, TransformersAdamW,
+)  # fmt: skip
+"""Optimizers that update each entry from the gradient of this entry alone, so that a rank needs only its rows."""
 
-ENTRY_BY_ENTRY = (SGD, Adam, AdamW, Adamax, NAdam, RAdam, TransformersAdamW)
-"""Optimizers that update each entry from its own gradient alone, so that a matrix may be cut into pieces."""
+
+def needs_whole_matrices(optimizer: Optimizer) -> bool:
+    """Whether an optimizer may need whole matrices: it is neither elementwise nor written for sharded matrices."""
+    return not (isinstance(optimizer, ELEMENTWISE) or getattr(optimizer, "takes_sharded_matrices", False))
 
 
 class Parameters:
-    """The parameters of a network, told apart. To iterate gives them all, so that any optimizer takes this object.
+    """The parameters of a network, by group. Iteration gives all of them, so that any optimizer takes this object.
 
     Attributes:
-        matrices: Trained matrices of the projections: of a full-rank one its weight, of a low-rank one both factors.
-        other: Whatever else is trained: embedding, head, norms, scalars.
+        all: All parameters, the frozen ones too.
+        matrices: Trained matrices of the projections: the weight of a full-rank one, both factors of a low-rank one.
+        other: All other trained parameters: embedding, head, norms, scalars.
         embedding: The embedding, if it is trained; a part of ``other``.
-        head: The output projection, likewise.
+        head: The output projection, if it is trained and not the embedding; a part of ``other``.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -47,26 +66,24 @@ class Parameters:
 
 
 class HybridOptimizer(Optimizer):
-    """Two to four optimizers that look like one to trainer, schedule and checkpoint. They give groups of parameters
-    learning rates and weight decays of their own, or other methods. A schedule scales the learning rates of all.
+    """Two to four optimizers that are one to the trainer, the schedule and the checkpoint.
 
-    Where every part treats each entry by itself, as AdamW does, it goes with one device, DDP and FSDP2. Others need
-    whole matrices: one device, or DDP.
+    Each group of parameters has a method, a learning rate and a weight decay of its own. The schedule scales all
+    learning rates. It runs on one device, under DDP, and under FSDP2 if every part is elementwise, as AdamW is, or
+    written for sharded matrices, as GaLore, Fira, APOLLO and :class:`~cola_lightning.optim.Muon` are.
 
     Args:
-        params: The module hands over its :class:`Parameters`.
+        params: A :class:`Parameters`, which the module gives.
         matrix: Makes the optimizer of the projections' matrices.
         other: Makes the optimizer of everything else: norms, scalars, and embedding and head unless named below.
         embedding: Makes the optimizer of the embedding.
         head: Makes the optimizer of the output projection.
 
     Raises:
-        InputError: If the parameters are not told apart, or the network has no projection that is trained.
+        InputError: If ``params`` is not a :class:`Parameters`, or no projection of the network is trained.
     """
 
-    named_parameters_only = (
-        True  # strategies that flatten parameters are refused, see cola_lightning.distributed.strategies
-    )
+    needs_matrices = True  # see cola_lightning.distributed.strategies.check_optimizer
 
     def __init__(
         self,
@@ -88,12 +105,11 @@ class HybridOptimizer(Optimizer):
             (other, [p for p in params.other if id(p) not in own]),
         ]
         self.parts = tuple(make(group) for make, group in groups if make and group)
-        self.whole_matrices = not all(isinstance(part, ENTRY_BY_ENTRY) for part in self.parts)
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
 
     def _share(self) -> None:
-        """Let all see the same groups and the same state as this object shows."""
+        """Give this object and all parts the same groups and the same state."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
         self.state = defaultdict(dict, {p: state for part in self.parts for p, state in part.state.items()})
         for part in self.parts:
@@ -109,7 +125,7 @@ class HybridOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Each part takes its own, for some have to mend what loading does to their state."""
+        """Load each part's state by the part's own method, because some parts correct what torch's method changes."""
         groups = iter(state_dict["param_groups"])
         for part in self.parts:
             own = [next(groups) for _ in part.param_groups]

@@ -47,12 +47,16 @@ class StepEachParameter(Optimizer):
         """Update a parameter that has a gradient, by the options of its group."""
         raise NotImplementedError
 
+    def before_step(self) -> None:
+        """Do what concerns several parameters, before any of them is updated."""
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.before_step()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

@@ -6,13 +6,13 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
-from torch.optim import SGD, AdamW, Muon
+from torch.optim import SGD, AdamW
 
 from cola_lightning.cli.app import main
 from cola_lightning.distributed.strategies import FSDP2Strategy, check_optimizer
 from cola_lightning.errors import InputError
 from cola_lightning.models import FullRank
-from cola_lightning.optim import GaLore, HybridOptimizer, Parameters, WarmupCosine
+from cola_lightning.optim import APOLLO, Fira, GaLore, HybridOptimizer, Muon, Parameters, WarmupCosine
 from tests.conftest import REPOSITORY, tiny_llama
 from tests.optim.ranks_run import MATRICES, train_all
 from tests.optim.ranks_run import train as train_ranks
@@ -165,27 +165,42 @@ def test_groups_train_and_go_on_bit_for_bit(projection, strategy, tiny_run, tmp_
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_parts_that_go_entry_by_entry_may_be_sharded_by_parameter():
+PAIRS = [AdamW, GaLore, Fira, APOLLO, Muon]
+
+
+@pytest.mark.parametrize("matrix", PAIRS)
+def test_strategies_that_flatten_parameters_are_refused_and_fsdp2_is_not(matrix):
     network = tiny_llama(num_hidden_layers=1)
-    optimizer = HybridOptimizer(Parameters(network), partial(AdamW, lr=0.1), partial(SGD, lr=0.1))
-    check_optimizer(FSDP2Strategy(), optimizer)
-    for strategy in (FSDPStrategy(), DeepSpeedStrategy()):
-        with pytest.raises(InputError, match=r"flattens them into one; set --trainer.strategy fsdp2 or ddp"):
-            check_optimizer(strategy, optimizer)
+    optimizers = [HybridOptimizer(Parameters(network), matrix, partial(SGD, lr=0.1))]
+    if matrix is not AdamW:
+        optimizers.append(matrix(Parameters(network).matrices))
+    for optimizer in optimizers:
+        check_optimizer(FSDP2Strategy(), optimizer)
+        check_optimizer(DDPStrategy(), optimizer)
+        for strategy in (FSDPStrategy(), DeepSpeedStrategy()):
+            with pytest.raises(InputError, match=r"flattens the parameters; set --trainer.strategy fsdp2 or ddp"):
+                check_optimizer(strategy, optimizer)
+    check_optimizer(FSDPStrategy(), AdamW(network.parameters()))
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, FSDP2Strategy, DeepSpeedStrategy])
-def test_sharded_strategies_are_refused(strategy):
-    optimizer = both(tiny_llama(num_hidden_layers=1))
-    with pytest.raises(InputError, match=rf"HybridOptimizer works on whole matrices, which {strategy.__name__} cuts"):
-        check_optimizer(strategy(), optimizer)
+@pytest.mark.parametrize(
+    ("matrix", "advice"),
+    [
+        (torch.optim.Muon, "take Muon of cola_lightning"),
+        (torch.optim.Adafactor, "take GaLore, Fira, APOLLO or Muon"),
+    ],
+)
+def test_fsdp2_refuses_a_part_that_may_need_whole_matrices(matrix, advice):
+    optimizer = HybridOptimizer(Parameters(tiny_llama(num_hidden_layers=1)), matrix, partial(AdamW, lr=0.01))
+    with pytest.raises(InputError, match=f"{matrix.__name__} of torch may need whole matrices.* ddp, or {advice}"):
+        check_optimizer(FSDP2Strategy(), optimizer)
     check_optimizer(DDPStrategy(), optimizer)
-    check_optimizer(strategy(), AdamW(tiny_llama().parameters()))
 
 
 def test_the_refusal_is_one_line_before_training(tiny_run, tmp_path, capsys, monkeypatch, process_group):
     monkeypatch.chdir(tmp_path)
-    flags = [*tiny_run, f"--config={REPOSITORY}/configs/method/muon.yaml", "--trainer.strategy=fsdp2"]
+    flags = [*tiny_run, f"--config={REPOSITORY}/configs/method/muon.yaml", "--trainer.strategy=fsdp2",
+             "--model.optimizer.init_args.matrix=torch.optim.Muon"]  # fmt: skip
     with pytest.raises(SystemExit, match="2"):
         main(["fit", *flags, f"--run_dir={tmp_path / 'run'}"])
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
