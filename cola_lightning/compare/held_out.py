@@ -11,7 +11,7 @@ import torch
 from cola_lightning.compare.outcome import write
 from cola_lightning.compare.plan import HeldOut
 from cola_lightning.data.documents import find_files
-from cola_lightning.data.readers import json_text, read_lines
+from cola_lightning.data.readers import read_file
 from cola_lightning.errors import InputError
 from cola_lightning.output_files import write_whole
 
@@ -20,7 +20,7 @@ def split_by_source(paths: list[str], text_column: str, held_out: HeldOut, folde
     """Write the documents of each group into a file of its own.
 
     Args:
-        paths: JSON lines.
+        paths: JSON Lines or Parquet.
         text_column: Key of the text.
         held_out: The groups. A document belongs to the first that its source matches.
         folder: For the files.
@@ -29,27 +29,26 @@ def split_by_source(paths: list[str], text_column: str, held_out: HeldOut, folde
         The file of each group.
 
     Raises:
-        InputError: If a file is not JSON lines, or a group has no document.
+        InputError: If a file is of another format, or a group has no document.
     """
     texts: dict[str, list[str]] = {name: [] for name in held_out.groups}
     for file in find_files(paths):
-        if ".json" not in file.name:
-            raise InputError(f"{file} holds no {held_out.column!r}; held_out needs validation documents as JSON lines")
-        for number, line in enumerate(read_lines(str(file)), 1):
-            if not line.strip():
-                continue
-            place = f"{file}, line {number}"
-            source = json_text(line, held_out.column, place) or ""
-            group = next((name for name, pattern in held_out.groups.items() if re.search(pattern, source)), None)
-            if group is not None and (text := json_text(line, text_column, place)):
+        sources, documents = (read_file(str(file), column) for column in (held_out.column, text_column))
+        if sources is None or documents is None:
+            raise InputError(
+                f"{file} has no {held_out.column!r}; held_out needs validation documents in JSON or Parquet"
+            )
+        for (_, source), (_, text) in zip(sources, documents, strict=True):
+            group = next((name for name, pattern in held_out.groups.items() if re.search(pattern, source or "")), None)
+            if group is not None and text:
                 texts[group].append(text)
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
-    for name, documents in texts.items():
-        if not documents:
+    for name, found in texts.items():
+        if not found:
             raise InputError(f"held_out group {name!r} matches no {held_out.column} of {', '.join(paths)}")
         files[name] = folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.jsonl"
-        lines = (json.dumps({"text": text}) + "\n" for text in documents)
+        lines = (json.dumps({"text": text}) + "\n" for text in found)
         write_whole(files[name], "".join(lines))
     return files
 
