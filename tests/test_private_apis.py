@@ -22,8 +22,8 @@ OWN_FILE = "private_apis.py"
 PRIVATE = re.compile(r"_[a-z]\w*")
 DOCUMENTED = {"_exit", "_fields", "_replace"}
 """Names with an underscore that Python documents: ``os._exit``, and attributes of named tuples."""
-TEXTS = {"_local", "_get_layout"}
-"""Parts of names within a pickle, which are compared and not looked up."""
+TEXTS = {"_local", "_get_layout", "_functorch", "_aot_autograd"}
+"""Parts of names within a pickle, and of names of loggers, which are compared and not looked up."""
 LANGUAGE = {"_abc_impl", "_backward_cls"}
 """Attributes that Python's and torch's metaclasses set on every subclass."""
 
