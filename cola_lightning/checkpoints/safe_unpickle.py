@@ -18,7 +18,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 
-from cola_lightning.checkpoints.shard_index import ForeignError, parse_index, tensor_bytes
+from cola_lightning.checkpoints.shard_index import parse_index, tensor_bytes
+from cola_lightning.checkpoints.shard_index_records import ForeignError
 from cola_lightning.errors import InputError
 from cola_lightning.private_apis import replace_fsdp_loader, replace_index_reader
 

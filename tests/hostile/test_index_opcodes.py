@@ -9,11 +9,12 @@ import torch
 from torch.distributed import checkpoint as sharded
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from cola_lightning.checkpoints import shard_index as index_file
-from cola_lightning.checkpoints.shard_index import ForeignError, parse_index
+from cola_lightning.checkpoints.shard_index import parse_index
+from cola_lightning.checkpoints.shard_index_pickle import OPCODES as USED_OPCODES
+from cola_lightning.checkpoints.shard_index_records import ForeignError
 
 OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
-USED = set(index_file._OPCODES) | {b"."}
+USED = set(USED_OPCODES) | {b"."}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Make a low-rank model of a dense one, by truncated singular value decomposition."""
+"""Make a low-rank model from a dense one, by truncated singular value decomposition."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ GROUP = "Use"
 
 
 def parse(args: list[str]) -> dict[str, Any]:
-    """Parse the arguments of :func:`cola_lightning.methods.factorize.factorize`."""
-    from cola_lightning.methods.factorize import factorize
+    """Parse the arguments of :func:`cola_lightning.inference.factorize.factorize`."""
+    from cola_lightning.inference.factorize import factorize
 
     return parse_function(
         factorize, "factorize", "models/llama models/cola --projection CoLA --projection.rank 16", args
@@ -18,6 +18,6 @@ def parse(args: list[str]) -> dict[str, Any]:
 
 def run(options: dict[str, Any]) -> None:
     """Write the folder of the low-rank model."""
-    from cola_lightning.methods.factorize import factorize
+    from cola_lightning.inference.factorize import factorize
 
     factorize(**options)
