@@ -4,6 +4,7 @@ import importlib
 import inspect
 import re
 import sys
+from argparse import HelpFormatter
 from collections.abc import Callable, Collection, Iterable
 from importlib.util import find_spec
 from typing import Any, NoReturn
@@ -34,8 +35,8 @@ class Parser(ArgumentParser):
     bases: tuple[type, ...] = ()
     example: str = ""
 
-    def format_help(self) -> str:
-        return (f"Example: {self.example}\n\n" if self.example else "") + super().format_help()
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        return (f"Example: {self.example}\n\n" if self.example else "") + super().format_help(formatter)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a parser within another: it tries the next type

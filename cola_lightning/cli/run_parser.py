@@ -1,5 +1,6 @@
 """The parser of Lightning's commands, and the callback that saves what it parsed."""
 
+from argparse import HelpFormatter
 from typing import Any
 
 import lightning as L
@@ -76,8 +77,8 @@ class RunParser(Parser, LightningArgumentParser):
 
     help_begin = ""
 
-    def format_help(self) -> str:
-        return self.help_begin + super().format_help()
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        return self.help_begin + super().format_help(formatter)
 
     bases = (L.Callback, L.LightningDataModule, Logger, Optimizer, LRScheduler, Projection)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Len
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typing_extensions import TypedDict
 
 from cola_lightning.errors import InputError

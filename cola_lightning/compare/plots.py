@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from cola_lightning.compare.statistics import bootstrap_interval, smooth
+from cola_lightning.compare.statistics import Interval, bootstrap_interval, smooth
 
 MOST_LINES = 12
 """Lines with a colour and a label; the others are grey."""
@@ -74,7 +74,8 @@ def write_plots(rows: list[dict[str, Any]], terms: dict[str, Any], baseline: str
 def _budgets(row: dict[str, Any], x: str, unit: float) -> Line:
     """Held-out loss at each budget."""
     xs = [value / unit for value in row["curves"][0][x]]
-    return xs, *([getattr(value, name) for value in row["loss"]] for name in ("mean", "low", "high"))  # type: ignore[return-value]
+    losses: list[Interval] = row["loss"]
+    return xs, [i.mean for i in losses], [i.low for i in losses], [i.high for i in losses]
 
 
 def _training(row: dict[str, Any], factor: float) -> Line:

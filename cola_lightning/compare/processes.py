@@ -1,6 +1,7 @@
 """Run functions in processes of their own, forked from one that has imported everything, because imports take longer
 than a small run. The processes end when the comparison does, however it ends."""
 
+import io
 import os
 import sys
 import time
@@ -39,7 +40,8 @@ def _child(function: Callable[..., Any], arguments: tuple[Any, ...], log: str, t
     with open(log, "ab", buffering=0) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     torch.set_num_threads(threads)
     function(*arguments)
 

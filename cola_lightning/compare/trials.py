@@ -168,7 +168,7 @@ class SweepRunner:
             found = run_dir / BY_SOURCE
             if run(evaluate_sources, (str(run_dir), files, bf16, str(found)), run_dir / LOG, self.threads):
                 return self._fail(folder, run_dir)
-            result["by_source"] = read(found, dict[str, float])  # type: ignore[arg-type]
+            result["by_source"] = read(found, dict[str, float])
         result |= {"method": method, "matrix": rates.matrix, "other": rates.other, "seed": seed, "budget": budget}
         self._check_data(folder, result)
         write(run_dir / RESULT, result)

@@ -1,5 +1,7 @@
 """Building a network in pieces, where no process may hold it whole."""
 
+from typing import Any
+
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
@@ -69,7 +71,8 @@ def fill(module: nn.Module, device: torch.device) -> None:
     for name, parameter in sharded.items():
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         module.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))
-    module.reset_parameters()
+    reset: Any = module.reset_parameters  # nn.Module knows no such method, and each module here has one
+    reset()
     for name, parameter in sharded.items():
         whole = module.get_parameter(name).detach()
         module.register_parameter(name, parameter)

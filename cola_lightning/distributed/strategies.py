@@ -62,13 +62,14 @@ class ZeROStrategy(DeepSpeedStrategy):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        assert self.config is not None  # Lightning's constructor fills it
         # Else DeepSpeed insists on an Adam of its own for offloading; --model.optimizer may still name that one.
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         self.problem: str | None = None
 
     def setup_environment(self) -> None:
         if not isinstance(self.accelerator, CUDAAccelerator):
-            name = f"deepspeed_stage_{self.config['zero_optimization']['stage']}"
+            name = f"deepspeed_stage_{zero_stage(self)}"
             raise InputError(
                 f"--trainer.strategy {name} needs GPUs, for Lightning has it so; on CPUs choose ddp or fsdp2"
             )
@@ -100,6 +101,12 @@ class ZeROStrategy(DeepSpeedStrategy):
         check_no_code(Path(checkpoint_path))
         with plain_data_only(), deepspeed_data():  # DeepSpeed itself unpickles
             return super().load_checkpoint(checkpoint_path, weights_only=True)
+
+
+def zero_stage(strategy: DeepSpeedStrategy) -> int:
+    """Return the stage of ZeRO: 1, 2 or 3."""
+    assert strategy.config is not None  # Lightning's constructor fills it
+    return strategy.config["zero_optimization"]["stage"]
 
 
 def check_strategy(strategy: object) -> None:
@@ -172,17 +179,16 @@ def check_world_size(strategy: Strategy, path: Path, world_size: int) -> None:
     Raises:
         InputError: If it cannot.
     """
-    written, deepspeed = format_of(path), isinstance(strategy, DeepSpeedStrategy)
-    name = type(strategy).__name__
+    written, name = format_of(path), type(strategy).__name__
     hint = "go on under the strategy that wrote it, or take its weights by 'cola_lightning export'"
-    if deepspeed != (written is Format.DEEPSPEED):
+    if isinstance(strategy, DeepSpeedStrategy) != (written is Format.DEEPSPEED):
         raise InputError(f"{path} is {written.value}, which {name} cannot go on from; {hint}")
     if written is Format.SHARDS and not isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
         raise InputError(f"{path} is in {written.value}, which {name} cannot go on from; {hint}")
-    if deepspeed:
+    if isinstance(strategy, DeepSpeedStrategy):
         state = read_state(path)
         theirs = state["ds_config"]["zero_optimization"]["stage"], state["dp_world_size"]
-        ours = strategy.config["zero_optimization"]["stage"], world_size
+        ours = zero_stage(strategy), world_size
         if theirs != ours:
             raise InputError(
                 f"{path} was written by ZeRO-{theirs[0]} on {theirs[1]} devices, which ZeRO-{ours[0]} on {ours[1]} "

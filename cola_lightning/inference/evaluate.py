@@ -253,7 +253,7 @@ def evaluate_tasks(
         InputError: If lm-eval is not installed, or knows no such task.
     """
     manager = _find_tasks(tasks, include_path)
-    from lm_eval import simple_evaluate  # type: ignore[import-untyped]
+    from lm_eval import simple_evaluate
 
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
@@ -287,7 +287,7 @@ def _find_tasks(tasks: Sequence[str], include_path: str | None) -> Any:
     for module in ("lm_eval", "transformers"):
         if importlib.util.find_spec(module) is None:
             raise InputError(f"--tasks needs {module}, which is not installed; run: pip install 'cola-lightning[eval]'")
-    from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
+    from lm_eval.tasks import TaskManager
 
     # Lm-eval's own tasks are thousands of files to look through; not where all that are named are the user's.
     manager = TaskManager(include_path=include_path, include_defaults=False)

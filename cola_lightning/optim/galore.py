@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from cola_lightning.optim.gradients import gradient_of
 from cola_lightning.optim.projected import ProjectedAdam, columns_of, is_tall
 from cola_lightning.optim.sharded import map_whole
 
@@ -25,9 +26,6 @@ class LeadingDirections(ProjectedAdam):
     def _renew(self, group: dict[str, Any]) -> None:
         gap, rank = group["update_proj_gap"], group["rank"]
 
-        def gradient(p: Tensor) -> Tensor:
-            return p.grad  # type: ignore[return-value]
-
         def decompose(p: Tensor, grad: Tensor) -> Tensor:
             return leading_directions(grad.T if is_tall(p) else grad, rank)
 
@@ -35,7 +33,7 @@ class LeadingDirections(ProjectedAdam):
             return min(p.shape), min(rank, *p.shape)
 
         due = [p for p in group["params"] if p.grad is not None and self.state[p].get("step", 0) % gap == 0]
-        for p, projector in map_whole(due, gradient, decompose, shape):
+        for p, projector in map_whole(due, gradient_of, decompose, shape):
             if dist.is_initialized() and not isinstance(projector, DTensor):
                 # Ranks of DDP have the same gradient, but two kinds of device may find two signs for a singular vector.
                 dist.broadcast(projector, 0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from cola_lightning.optim.gradients import gradient_of
 from cola_lightning.optim.sharded import map_whole
 
 
@@ -24,7 +25,7 @@ class Muon(torch.optim.Muon):
     needs_matrices = True
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         if not any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
             return super().step(closure)
         loss = None
@@ -38,11 +39,11 @@ class Muon(torch.optim.Muon):
     def _step_sharded(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         def advance_momentum(p: Tensor) -> Tensor:
             """Advance the momentum, and return the matrix to orthogonalize."""
-            state = self.state[p]
+            state, grad = self.state[p], gradient_of(p)
             if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p.grad)
-            momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-            return p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum  # type: ignore[union-attr]
+                state["momentum_buffer"] = torch.zeros_like(grad)
+            momentum = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
+            return grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
 
         def orthogonalize(_: Tensor, matrix: Tensor) -> Tensor:
             """Return minus the learning rate times the orthogonalized matrix: torch's Muon adds that to a matrix of

@@ -115,7 +115,7 @@ class HybridOptimizer(Optimizer):
         for part in self.parts:
             part.state = self.state
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from cola_lightning.errors import InputError
+from cola_lightning.optim.gradients import gradient_of
 from cola_lightning.optim.sharded import is_sharded_by_rows, replicate, shard_columns, shard_like, to_scalar
 from cola_lightning.optim.transformers_adamw import StepEachParameter, advance_moments, decay_weights
 
@@ -76,7 +77,7 @@ class ProjectedAdam(StepEachParameter):
 
     def step_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
         tall = is_tall(p)
-        grad = p.grad.T if tall else p.grad  # type: ignore[union-attr]
+        grad = gradient_of(p).T if tall else gradient_of(p)
         state = self.state[p]
         state.setdefault("step", 0)
         projector = self.projector(p, grad, group)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cola_lightning.errors import InputError
+from cola_lightning.optim.gradients import gradient_of
 from cola_lightning.private_apis import foreach
 
 
@@ -90,7 +91,7 @@ class RowAdamW(Optimizer):
         states = [self._state(parameter) for parameter in parameters]
         steps, held, first, second = ([state[k] for state in states] for k in ("step", "held", "exp_avg", "exp_avg_sq"))
         moving = [(h == 0).to(p.dtype) for h, p in zip(held, parameters, strict=True)]
-        grads = [parameter.grad * m for parameter, m in zip(parameters, moving, strict=True)]
+        grads = [gradient_of(parameter) * m for parameter, m in zip(parameters, moving, strict=True)]
         foreach.add_(steps, 1)
         foreach.sub_(held, 1)
         foreach.clamp_min_(held, 0)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cola_lightning.optim.gradients import gradient_of
+
 
 def advance_moments(state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
     """Advance Adam's moments by one step, and return the normalized moment and the step size.
@@ -51,7 +53,7 @@ class StepEachParameter(Optimizer):
         """Do what concerns several parameters, before any of them is updated."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -91,6 +93,6 @@ class TransformersAdamW(StepEachParameter):
     def step_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         state.setdefault("step", 0)
-        normed, size = advance_moments(state, p.grad, group)  # type: ignore[arg-type]
+        normed, size = advance_moments(state, gradient_of(p), group)
         p.add_(normed, alpha=-size)
         decay_weights(p, group)
