@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cola_lightning.data.packing import IGNORE, Batch, Row, add_step_tokens
 from cola_lightning.data.transfer import SentBatch
-from cola_lightning.data.worker_process import begin_worker
+from cola_lightning.data.worker_process import begin_worker, start_workers
 from cola_lightning.errors import InputError
 
 
@@ -143,7 +143,7 @@ def _loader(rows: Dataset, batches: object, workers: int) -> Iterator[Batch]:
         worker_init_fn=partial(begin_worker, os.getpid()),
         collate_fn=_collate,
     )
-    return (sent.batch for sent in loader)
+    return (sent.batch for sent in start_workers(loader))
 
 
 def _collate(rows: list[Row]) -> SentBatch:

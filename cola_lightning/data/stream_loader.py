@@ -1,7 +1,7 @@
 """The run as one sequence of batches, drawn from logical shards by ranks and workers, with an exact position."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from enum import IntEnum
 from functools import partial
 from itertools import islice
@@ -17,7 +17,7 @@ from cola_lightning.data.packing import Batch, add_step_tokens
 from cola_lightning.data.passes import PassEndError
 from cola_lightning.data.rank_exchange import OneRank
 from cola_lightning.data.transfer import SentBatch
-from cola_lightning.data.worker_process import begin_worker
+from cola_lightning.data.worker_process import begin_worker, start_workers
 from cola_lightning.data.worker_streams import ApartStream, JointStream, MakeSomeLogicalShards, States, Stream, Streams
 from cola_lightning.errors import InputError
 from cola_lightning.stored_data import Count
@@ -143,7 +143,10 @@ class StreamLoader:
         verdict = Verdict.READ
         failure = None
         while verdict != Verdict.FAILED:
-            items = iter(self._items())
+            try:
+                items = self._items()
+            except InputError as error:  # all ranks fail in the same step
+                items = iter([error])
             try:
                 while True:
                     step, verdict, failure = self._fetch_step(items)
@@ -237,10 +240,10 @@ class StreamLoader:
                 streams.append(ApartStream(*arguments, shares.of_process(process, self.position)))
         return streams
 
-    def _items(self) -> Iterable[SentBatch | Exception]:
+    def _items(self) -> Iterator[SentBatch | Exception]:
         # Each worker reads its share of a step ahead, and one batch more.
         ahead = max(2, 1 + self.batches_per_step // self.workers) if self.workers else None
-        return DataLoader(
+        loader: DataLoader = DataLoader(
             Streams(self._streams()),
             batch_size=None,
             num_workers=self.workers,
@@ -248,3 +251,4 @@ class StreamLoader:
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=ahead,
         )
+        return start_workers(loader)

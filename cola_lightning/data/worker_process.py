@@ -1,19 +1,53 @@
-"""How a worker process of a data loader behaves: it ends with its parent, and does not lose a batch in silence."""
+"""How a worker process of a data loader starts, ends with its parent, and reports what it cannot do."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.util import Finalize
+from typing import Any
 
+from torch.utils.data import DataLoader
+
+from cola_lightning.errors import InputError
 from cola_lightning.private_apis import on_unsendable_item
 from cola_lightning.signals import leave_signals_to_parent
+
+
+def start_workers(loader: DataLoader) -> Iterator[Any]:
+    """Begin to iterate a loader, which starts its workers.
+
+    Raises:
+        InputError: If the system has no place for their semaphores, or starts no more processes.
+    """
+    if not loader.num_workers:
+        return iter(loader)
+    try:
+        # PyTorch's iterator prints a traceback at its deletion if it was made in part. So see first whether there is
+        # room for its semaphores: those of an event, of a queue of results, and of a queue of each worker.
+        context = loader.multiprocessing_context or multiprocessing
+        needed = [context.Event(), *(context.Queue() for _ in range(1 + loader.num_workers))]
+        del needed
+        return iter(loader)
+    except OSError as error:
+        raise InputError(
+            f"the {loader.num_workers} workers of the data could not be started: {error}; make room in /dev/shm, where "
+            "their semaphores are (docker run --shm-size), or in memory, or do without workers: --data.num_workers 0"
+        ) from None
 
 
 def begin_worker(parent: int, worker: int) -> None:
     """Prepare this worker process; a ``worker_init_fn`` of PyTorch once ``parent``, the parent's number, is bound."""
     leave_signals_to_parent()
+    end_on_sigterm_of(parent)
     end_on_unsendable_batch()
     end_with_parent(parent)
+    # Runs last of all that a process does at its end: it has the lowest priority.
+    Finalize(None, _end_well, exitpriority=-1000)
 
 
 def end_on_unsendable_batch() -> None:
@@ -21,11 +55,7 @@ def end_on_unsendable_batch() -> None:
     training process would wait for it without end. It does notice the end of a worker."""
 
     def end(error: Exception, batch: object) -> None:
-        os.write(
-            2,
-            f"error: a worker of the data could not send a batch: {error}; set --data.num_workers 0 to do without "
-            "workers\n".encode(),
-        )
+        _tell(f"a worker of the data could not send a batch: {error}; set --data.num_workers 0 to do without workers")
         os._exit(1)
 
     on_unsendable_item(end)
@@ -37,10 +67,54 @@ def end_with_parent(parent: int) -> None:
     PyTorch's own watchdog looks only between two batches, and not while a worker waits for a server.
 
     Args:
-        parent: Number of the parent process.
+        parent: Number of the process that started this one. Under the start method "forkserver" the kernel has the
+            server for the parent, which ends with that process.
     """
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
-        if os.getppid() != parent:  # it was gone before the kernel was told
+        # Look whether it was gone before the kernel was told.
+        if multiprocessing.get_start_method(allow_none=True) == "forkserver":
+            process = multiprocessing.parent_process()
+            gone = process is not None and not process.is_alive()
+        else:
+            gone = os.getppid() != parent
+        if gone:
+            _tell(f"process {parent}, which started this worker of the data, has ended; so does the worker")
             os._exit(1)
+
+
+def end_on_sigterm_of(parent: int) -> None:
+    """End this worker at once, with exit status 0, when its parent sends SIGTERM, and ignore SIGTERM of others.
+
+    PyTorch sends it to a worker that has not ended five seconds after it was told to. A launcher sends it to all
+    processes of a run, and then the run needs its data until it stops.
+    """
+    if sys.platform == "linux":
+        # Only a waiting thread learns who sent a signal; the mask keeps it from being delivered elsewhere.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_sigterm, args=(parent,), daemon=True, name="sigterm").start()
+
+
+def _wait_for_sigterm(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def _end_well() -> None:
+    """End this process with exit status 0 unless an exception ends it.
+
+    What Python does after this can fail without a message, and PyTorch takes that for a crash of the worker: a worker
+    that was started in a thread of a ``ThreadPoolExecutor`` waits for that thread, which it is itself.
+    """
+    if sys.exc_info()[0] is None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, OSError, ValueError):  # no stream, a closed pipe, a closed stream
+                stream.flush()
+        os._exit(0)
+
+
+def _tell(text: str) -> None:
+    with suppress(OSError):  # of a terminal that was closed
+        os.write(2, f"error: {text}\n".encode())  # not by print, which a thread may hold at this moment
