@@ -31,8 +31,8 @@ LONGEST_PAUSE = 3600.0  # seconds
 class Retry:
     """Retries reads that fail.
 
-    By default a read is given up after 7 tries, with pauses of 2, 4, 8, 16, 32 and 64 s between them: 126 s in all, and
-    up to a quarter more, because each pause is lengthened at random. What the tries themselves take comes on top.
+    By default a read fails after 7 tries, with pauses of 2, 4, 8, 16, 32 and 64 s between them: 126 s in all, and up to
+    a quarter more, because each pause is lengthened at random. The time of the tries themselves is not included.
 
     Args:
         times: Failures in a row, without a document between them, after which a read is tried again.
@@ -87,16 +87,17 @@ class Retry:
                 self._wait_or_raise(error, f"{name} ({unit} {start})", failures)
 
     def _wait_or_raise(self, error: Exception, name: str, failures: int) -> None:
-        clients = {kind.__module__.partition(".")[0] for kind in type(error).__mro__} & HTTP_CLIENTS
-        if not (isinstance(error, TRANSIENT_ERRORS) or clients):
+        if not (isinstance(error, TRANSIENT_ERRORS) or _from_client(error)):
             raise error
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
-        status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+        request = failed_request(error)
+        # fsspec raises FileNotFoundError for any failed request; its cause tells what happened.
+        shown = request if request is not None and isinstance(error, PERMANENT_ERRORS) else error
+        reason = f"{type(shown).__name__}: {str(shown).splitlines()[0] if str(shown) else 'no reason given'}"
         if _offline(error):
             raise InputError(
                 f"{name} is not on this machine, and HF_HUB_OFFLINE is set; unset it, or name files that are here"
             ) from error
-        if isinstance(error, PERMANENT_ERRORS) or status in PERMANENT_STATUS:
+        if request is None and (isinstance(error, PERMANENT_ERRORS) or _status(error) in PERMANENT_STATUS):
             raise InputError(f"{name} cannot be read: {reason}") from error
         if failures > self.times:
             raise InputError(f"{name} could not be read in {failures} tries: {reason}") from error
@@ -115,6 +116,23 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         found.append(one)
         yield one
         one = one.__cause__ or one.__context__
+
+
+def failed_request(error: BaseException) -> BaseException | None:
+    """Return the failed request that led to an error and may succeed if it is sent again; None if there is none.
+
+    Libraries hide such requests: fsspec raises FileNotFoundError when a server is busy or silent.
+    """
+    request = next((one for one in _chain(error) if _from_client(one)), None)
+    return None if request is None or _status(request) in PERMANENT_STATUS else request
+
+
+def _from_client(error: BaseException) -> bool:
+    return any(kind.__module__.partition(".")[0] in HTTP_CLIENTS for kind in type(error).__mro__)
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _offline(error: Exception) -> bool:

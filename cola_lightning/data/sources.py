@@ -18,7 +18,7 @@ from cola_lightning.data.identity import Identity, commit_of, describe_files, fi
 from cola_lightning.data.passes import WHOLE, Share
 from cola_lightning.data.readers import Row, is_parquet, is_plain_lines, parquet_rows, read_file, read_table
 from cola_lightning.data.remote import storage_options, use_hub, with_package
-from cola_lightning.data.retry import Retry
+from cola_lightning.data.retry import Retry, failed_request
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError, hide_secrets
 
@@ -84,8 +84,9 @@ def find(source: Source, retry: Retry) -> Found:
     Raises:
         InputError: If the data set, its revision or configuration does not exist.
     """
-    # What is waited for: where files are named by their addresses, the title is only their format.
-    asked = next(iter(_addresses(source)), source.title)
+    # Messages name the addresses of the files, because the title is only their format then.
+    addresses = _addresses(source)
+    asked = addresses[0] + f" and {len(addresses) - 1} more" * (len(addresses) > 1) if addresses else source.title
     builder = retry.call(lambda: _resolve(source), asked)
     found = Found({})
     for split, some in (builder.config.data_files or {}).items():
@@ -222,7 +223,8 @@ def _resolve(source: Source) -> DatasetBuilder:
             f"keeps those of many under --data.revision refs/convert/parquet"
         ) from error
     except (DatasetsError, FileNotFoundError, ValueError) as error:
-        if "Unable to find 'http" in str(error):  # which is also what it says of a server that is busy
+        # The same errors are raised for a server that is busy or silent.
+        if "Unable to find 'http" in str(error) or failed_request(error) is not None:
             raise ConnectionError(str(error)) from error
         at = f" at revision {source.revision!r}" if source.revision else ""
         reason = str(error).splitlines()[0]

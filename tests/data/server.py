@@ -1,5 +1,6 @@
 """A web server on this machine that misbehaves on purpose."""
 
+import socket
 import threading
 from collections import defaultdict
 from functools import partial
@@ -14,10 +15,11 @@ class Server:
 
     Clients that hear of no ``ranges`` read a file as one stream; others fetch blocks of some megabytes. Where
     ``ranges`` is ``bytes``, the header Range is ignored all the same, as some servers do; ``served`` honours it.
-    ``sent`` counts the bytes of all answers to GET."""
+    ``sent`` counts the bytes of all answers to GET. ``head_faults[name]`` are the statuses of the next HEADs."""
 
     def __init__(self, folder: Path) -> None:
         self.faults: dict[str, list[float | threading.Event | None]] = defaultdict(list)
+        self.head_faults: dict[str, list[int]] = defaultdict(list)
         self.requests: list[str] = []
         self.ranges = "none"
         self.sent = 0
@@ -43,6 +45,12 @@ class _Handler(SimpleHTTPRequestHandler):
             self.send_header("ETag", tag)
         super().end_headers()
 
+    def do_HEAD(self) -> None:
+        if statuses := self.owner.head_faults[self.path.strip("/")]:
+            self.send_error(statuses.pop(0))
+        else:
+            super().do_HEAD()
+
     def do_GET(self) -> None:
         name = self.path.strip("/")
         self.owner.requests.append(name)
@@ -63,7 +71,8 @@ class _Handler(SimpleHTTPRequestHandler):
             self.count(len(piece))
             self.wfile.write(piece)
         elif fault is None:
-            self.count(Path(self.translate_path(self.path)).stat().st_size)
+            file = Path(self.translate_path(self.path))
+            self.count(file.stat().st_size if file.exists() else 0)
             super().do_GET()
         elif fault > 1:
             self.send_error(int(fault))
@@ -82,3 +91,30 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def log_message(self, format: str, *args) -> None:
         pass
+
+
+class SilentServer:
+    """A server that accepts connections and never answers. ``requests`` counts them."""
+
+    def __init__(self) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self.connections: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def requests(self) -> int:
+        return len(self.connections)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:  # it was closed
+                return
+            self.connections.append(connection)
+
+    def close(self) -> None:
+        self.socket.close()
+        for connection in self.connections:
+            connection.close()
