@@ -1,7 +1,8 @@
-"""Check that the data fits the model, before anything is built."""
+"""Check that the data fits the model, and find its state in a checkpoint."""
 
 from typing import Any
 
+from cola_lightning.data.token_data_module import TokenDataModule
 from cola_lightning.errors import InputError
 from cola_lightning.models import LlamaConfig
 
@@ -37,3 +38,13 @@ def check_data_fits(data: Any, config: LlamaConfig) -> None:
             f"{tokenizer.decode([config.pad_token_id])!r} at zero, because tokenizer {tokenizer.name} pads with "
             f"{tokenizer.pad_id}; set --model.pad_token_id {fix}"
         )
+
+
+def rename_data_state(data: Any, checkpoint: dict[str, Any]) -> None:
+    """Name the state of the data in a checkpoint by the class of this run's data module.
+
+    Lightning restores the state under exactly that name. ``StreamingDataModule`` and ``C4DataModule`` share their
+    states, so one would otherwise begin anew on a checkpoint of the other.
+    """
+    if isinstance(data, TokenDataModule) and (state := checkpoint.get(data.state_key(checkpoint))):
+        checkpoint.setdefault(type(data).__qualname__, state)

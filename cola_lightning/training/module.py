@@ -25,7 +25,7 @@ from cola_lightning.models.llama import build_llama
 from cola_lightning.optim import MakeOptimizer, MakeSchedule, WarmupCosine
 from cola_lightning.optim.schedules import check_schedule
 from cola_lightning.private_apis import is_accumulating
-from cola_lightning.training.data_checks import check_data_fits
+from cola_lightning.training.data_checks import check_data_fits, rename_data_state
 from cola_lightning.training.fit_loop import prepare_fit_loop
 from cola_lightning.training.gradient_accumulation import (
     accumulate,
@@ -277,6 +277,7 @@ class LanguageModel(L.LightningModule):
         trainer = attached_trainer(self)
         if trainer:
             check_progress(checkpoint, trainer)
+            rename_data_state(datamodule_of(trainer), checkpoint)
         trains = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         averages = trainer and any(isinstance(callback, WeightAveraging) for callback in callbacks_of(trainer))
         if trains and not averages and "current_model_state" in checkpoint:

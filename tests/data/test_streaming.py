@@ -2,10 +2,11 @@ import json
 import pickle
 import shutil
 
+import lightning as L
 import pytest
 import torch
 
-from cola_lightning.data import C4DataModule, Source
+from cola_lightning.data import C4DataModule, Source, StreamingDataModule
 from cola_lightning.data.packing import IGNORE
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
@@ -176,6 +177,20 @@ def test_a_run_may_go_on_from_the_prepared_data_and_back(c4, prepared):
         batches += take(data, 10)
         state = json.loads(json.dumps(data.state_dict()))
     assert all((one["input_ids"] == other["input_ids"]).all() for one, other in zip(whole, batches, strict=True))
+
+
+def test_from_python_a_run_on_c4_resumes_as_any_stream_at_the_next_batch(c4, tmp_path):
+    def fit(data: StreamingDataModule, steps: int, ckpt_path: str | None = None) -> int:
+        trainer = L.Trainer(
+            accelerator="cpu", max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(LanguageModel(300, 16, 24, 1, 2), data, ckpt_path=ckpt_path, weights_only=True)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return data.state_dict()["batches"]
+
+    assert fit(C4DataModule(**arguments(c4)), 2) == 2
+    assert fit(StreamingDataModule(**arguments(c4)), 3, ckpt_path=str(tmp_path / "last.ckpt")) == 3
 
 
 def test_batch_size_may_change_within_a_run_and_no_document_comes_twice(c4):
