@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 
 from cola_lightning.compare import outcome
 from cola_lightning.data import C4DataModule, TextDataModule
-from cola_lightning.data.prepared import PreparedCorpus
+from cola_lightning.data.prepared import FORMAT, PreparedCorpus
 from cola_lightning.data.sources import Source
 from cola_lightning.errors import InputError
 from cola_lightning.hub import card
@@ -104,7 +104,7 @@ def test_a_card_does_without_counts_that_are_none(callbacks):
 
 
 def test_an_index_of_a_prepared_corpus_is_checked(tmp_path):
-    index = {"format": 2, "identity": SOURCE, "tokenizer": "0", "tokenizer_name": None, "dtype": "<u2"}
+    index = {"format": FORMAT, "identity": SOURCE, "tokenizer": "0", "tokenizer_name": None, "dtype": "<u2"}
     index |= {"documents": 1, "tokens": 1, "shards": [{"source": "a", "files": []}]}
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "index.json").write_text(json.dumps(index))
