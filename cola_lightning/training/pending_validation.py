@@ -11,8 +11,8 @@ and a validation every 10:
 2. Step 20 is saved. The run is killed while it validates; the note still says [10].
 3. The resumed run is at step 20, where a validation is due and which the note lacks: it validates, then the note says
    [10, 20].
-4. A run resumed from step 10 instead finds 10 in the note, and does not validate. When it has validated step 20, the
-   note says [10, 20] again.
+4. A run resumed from step 10 instead finds 10 in the note, with what callbacks knew after that validation, and does
+   not validate. When it has validated step 20, the note says [10, 20] again.
 """
 
 import io
@@ -26,6 +26,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import TypedDict
 
+from cola_lightning.checkpoints.latest import checkpoint_name
 from cola_lightning.errors import InputError
 from cola_lightning.private_apis import count_validation_on_resume, is_validation_due, keep_logging_position
 from cola_lightning.stored_data import Count, StoredDataError, check_stored
@@ -34,13 +35,15 @@ from cola_lightning.training.trainer_attributes import callbacks_of, is_fast_dev
 
 NOTE = "validated"
 """Name of the file beside the checkpoints. It holds the optimizer steps with a finished validation, and the states of
-callbacks after the last one, such as the best value so far and the patience of EarlyStopping. The checkpoint of the
-step cannot hold these states, because it is written before the validation."""
+callbacks after it, such as the best value so far and the patience of EarlyStopping. The checkpoint of the step cannot
+hold these states, because it is written before the validation. States are kept for the last validated step, and for
+each step with a checkpoint, because a run may go back to that."""
 
 
 class _Note(TypedDict):
     steps: list[Count]
-    callbacks: dict[str, dict[Any, Any]]
+    callbacks: dict[Count, dict[str, dict[Any, Any]]]
+    """By step, then by callback."""
 
 
 def note_validation(trainer: L.Trainer) -> None:
@@ -54,17 +57,23 @@ def note_validation(trainer: L.Trainer) -> None:
     states = _states(trainer)  # on all ranks, because a callback may sum over ranks in ``state_dict``
     if not trainer.is_global_zero:
         return
-    steps = [step for step in validated(folder) if step < trainer.global_step] + [trainer.global_step]
+    note, now = _read(folder), trainer.global_step
+    steps = [step for step in note["steps"] if step < now] + [now]
+    kept = {
+        step: noted
+        for step, noted in note["callbacks"].items()
+        if step < now and (folder / checkpoint_name(step)).exists()
+    }
     with suppress(OSError, RuntimeError):  # a full disk does not end the run; at worst the step is validated again
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{NOTE}.partial"
-        torch.save({"steps": steps, "callbacks": states}, partial)
+        torch.save({"steps": steps, "callbacks": {**kept, now: states}}, partial)
         os.replace(partial, folder / NOTE)
 
 
 def validated(folder: Path) -> list[int]:
     """Return the steps with a finished validation of the run that has its checkpoints in ``folder``."""
-    return list(_read(folder).get("steps", []))
+    return _read(folder)["steps"]
 
 
 def restore_validated(trainer: L.Trainer) -> None:
@@ -77,9 +86,8 @@ def restore_validated(trainer: L.Trainer) -> None:
     """
     states: dict[str, Any] = {}
     for folder in _folders(trainer) if trainer.is_global_zero else []:
-        note = _read(folder)
-        if note.get("steps", [])[-1:] == [trainer.global_step]:
-            states = note["callbacks"]
+        if trainer.global_step in (noted := _read(folder)["callbacks"]):
+            states = noted[trainer.global_step]
             break
     states = trainer.strategy.broadcast(states)
     keep_patience(trainer, states)
@@ -108,14 +116,14 @@ def _states(trainer: L.Trainer) -> dict[str, Any]:
     return states
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """Return the note; empty if it cannot be read, so that the step is validated again."""
+def _read(folder: Path) -> _Note:
+    """Return the note; an empty one if it cannot be read, so that the step is validated again."""
     try:
-        note = torch.load(folder / NOTE, map_location="cpu", weights_only=True)
+        note: _Note = torch.load(folder / NOTE, map_location="cpu", weights_only=True)
         check_stored(note, _Note, folder / NOTE, "")
         return note
     except Exception:  # missing, cut short, or no note at all
-        return {}
+        return {"steps": [], "callbacks": {}}
 
 
 def validate_if_pending(trainer: L.Trainer) -> None:
@@ -153,9 +161,17 @@ def _is_pending(trainer: L.Trainer) -> bool:
     if not trainer.enable_validation or trainer.global_step == 0 or folder is None:
         return False
     due = is_validation_due(trainer)
-    finished = any(trainer.global_step in validated(each) for each in _folders(trainer))
+    finished = any(_is_finished(trainer, _read(each)) for each in _folders(trainer))
     # Rank 0 decides for all ranks, because clocks (validations by time) and disks may differ.
     return trainer.strategy.broadcast(due and not finished)
+
+
+def _is_finished(trainer: L.Trainer, note: _Note) -> bool:
+    """Whether the step was validated and what callbacks knew after that is noted, or is in the checkpoint: one of
+    another callback, such as ModelCheckpoint, is written after the validation."""
+    step = trainer.global_step
+    own = Path(trainer.ckpt_path or "").resolve().name == checkpoint_name(step)
+    return step in note["callbacks"] or (step in note["steps"] and not own)
 
 
 def _folder(trainer: L.Trainer) -> Path | None:

@@ -88,7 +88,7 @@ def test_a_resumed_run_keeps_to_the_steps_of_an_unbroken_one(kind, end, tmp_path
     for step, own_folder, died in ((6, True, False), (end, False, False), (end, True, True)):
         shutil.copytree(tmp_path / "short", tmp_path / "run", symlinks=True)
         if died:
-            torch.save({"steps": [4], "callbacks": {}}, tmp_path / "run" / NOTE)
+            torch.save({"steps": [4], "callbacks": {4: {}}}, tmp_path / "run" / NOTE)
         folder = tmp_path / ("run" if own_folder else "other")
         curves, _ = fit(data, folder, 20, tmp_path / "run" / f"step_{step:08}.ckpt", **settings)
         assert curves["train/loss"] == list(range(step, 20))
@@ -139,6 +139,46 @@ def test_the_last_step_is_known_when_it_was_made(tmp_path):
 def test_an_interval_beyond_an_epoch_is_refused_in_one_line(tmp_path):
     with pytest.raises(InputError, match="val_check_interval 10 is more than the 6 batches of an epoch"):
         fit(Epochs, tmp_path, 20, val_check_interval=10)
+
+
+class Best(L.Callback):
+    """Notes the smallest value that a validation had. The first one is the best."""
+
+    def __init__(self) -> None:
+        self.validations, self.best = 0, None
+
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.validations += 1
+            self.best = self.validations if self.best is None else min(self.best, self.validations)
+
+    def state_dict(self):
+        return {"validations": self.validations, "best": self.best}
+
+    def load_state_dict(self, state):
+        self.validations, self.best = state["validations"], state["best"]
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_run_that_goes_back_knows_the_validation_of_that_step(tmp_path, noted):
+    """The checkpoint of step 4 is written before the validation of step 4, the best one. If the note beside it lacks
+    the states of that step, the step is validated again."""
+    fit(WholeRun, tmp_path, 12, every=4, callbacks=[Best()])
+    if not noted:
+        note = torch.load(tmp_path / NOTE, weights_only=True)
+        del note["callbacks"][4]
+        torch.save(note, tmp_path / NOTE)
+    again = Best()
+    curves, _ = fit(WholeRun, tmp_path, 9, tmp_path / "step_00000004.ckpt", callbacks=[again])
+    assert curves["val/perplexity"] == ([7, 8] if noted else [3, 7, 8])
+    assert again.state_dict() == {"validations": 3, "best": 1}
+
+
+def test_states_of_steps_without_a_checkpoint_are_dropped(tmp_path):
+    fit(WholeRun, tmp_path, 12, every=8, callbacks=[Best()])
+    note = torch.load(tmp_path / NOTE, weights_only=True)
+    assert note["steps"] == [4, 8, 12]
+    assert list(note["callbacks"]) == [8, 12]
 
 
 def test_a_run_that_goes_back_strikes_out_what_it_makes_anew(tmp_path):

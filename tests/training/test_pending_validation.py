@@ -136,8 +136,8 @@ def test_what_callbacks_made_of_a_validation_is_not_lost_before_the_next_checkpo
     file = tmp_path / "checkpoints" / NOTE
     note = torch.load(file, weights_only=True)
     assert note["steps"] == [3]
-    assert note["callbacks"]["HyperParameters"]["best"] == pytest.approx(scalars(tmp_path)["val/perplexity"][0][1])
-    note["callbacks"]["HyperParameters"]["best"] = 1.0  # as if it had been better than all that come
+    assert note["callbacks"][3]["HyperParameters"]["best"] == pytest.approx(scalars(tmp_path)["val/perplexity"][0][1])
+    note["callbacks"][3]["HyperParameters"]["best"] = 1.0  # as if it had been better than all that come
     torch.save(note, file)
     start(tmp_path, *flags).done()
     assert [value for _, value in scalars(tmp_path)["val/perplexity_best"]][1:] == [1.0, 1.0]
