@@ -1,7 +1,7 @@
-"""Refuse settings whose least need of memory is beyond what this machine has, before any work starts.
+"""Refuse settings that need more memory than this machine has, before any work starts.
 
-Only what certainly has to be held is counted, and so much less than a run needs: this is for slips of the keyboard
-(one digit too many), which else are waited for, or end in a library.
+Only the memory that is certainly needed is counted, which is much less than a run needs. These checks are for typing
+errors, such as one digit too many. Without them the user would wait, and then get an error from a library.
 """
 
 import os
@@ -16,15 +16,15 @@ BYTES_PER_TOKEN = 16
 
 
 def check_memory(needed: float, what: str, fix: str) -> None:
-    """Compare what would be held with the memory of this machine.
+    """Compare an amount of memory with that of this machine.
 
     Args:
         needed: Bytes.
-        what: What they are of, with flags and values, for the message.
-        fix: What to do, for the message.
+        what: What needs them, with flags and values, for the message.
+        fix: Remedy for the user, for the message.
 
     Raises:
-        InputError: If it cannot be held.
+        InputError: If the machine has less.
     """
     if needed > (most := memory_of_machine()):
         raise InputError(
@@ -33,7 +33,16 @@ def check_memory(needed: float, what: str, fix: str) -> None:
 
 
 def check_batch(batch_size: int, sequence_length: int, micro_batches: int = 1) -> None:
-    """Check the memory of the token ids of an optimizer step's micro-batches, which are read together."""
+    """Check the memory of the token ids of one optimizer step, because its micro-batches are read together.
+
+    Args:
+        batch_size: Rows of a micro-batch.
+        sequence_length: Tokens of a row (T).
+        micro_batches: Micro-batches of an optimizer step.
+
+    Raises:
+        InputError: If the machine has less.
+    """
     steps = f" times --trainer.accumulate_grad_batches {micro_batches}" if micro_batches > 1 else ""
     check_memory(
         batch_size * sequence_length * micro_batches * BYTES_PER_TOKEN,
@@ -43,12 +52,19 @@ def check_batch(batch_size: int, sequence_length: int, micro_batches: int = 1) -
 
 
 def check_workers(num_workers: int) -> None:
-    """Check the memory of processes that read ahead: 16 MiB each, less than half of what Python alone takes."""
+    """Check the memory of worker processes, 16 MiB each. That is less than half of what Python alone takes.
+
+    Raises:
+        InputError: If the machine has less.
+    """
     check_memory(num_workers * 2**24, f"--data.num_workers {num_workers}", "take about as many as there are cores")
 
 
 def memory_of_machine() -> float:
-    """Bytes that a process can have: of the machine, its container, or the limit that the shell set (ulimit -v)."""
+    """Return the bytes that a process can have: the least of the machine's, the container's and the shell's limit.
+
+    The shell's limit is that of ``ulimit -v``.
+    """
     found = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:

@@ -1,4 +1,4 @@
-"""Check and write result files: a path is checked before the work, strict JSON is written after it."""
+"""Check the paths of result files before the work, and write the files after it."""
 
 import json
 import math
@@ -10,14 +10,14 @@ from cola_lightning.errors import InputError
 
 
 def check_output_file(file: str | None, option: str = "--json") -> None:
-    """Refuse a file that could not be written at the end of the work.
+    """Refuse a file that cannot be written, before the work.
 
     Args:
-        file: Its path; None for no file.
-        option: What names it, for the message.
+        file: Path of the file; None for no file.
+        option: Option that names the file, for the message.
 
     Raises:
-        InputError: If its folder does not exist or cannot be written to, or it is a folder itself.
+        InputError: If the path is a folder, its folder does not exist, or there is no permission to write.
     """
     if file is None:
         return
@@ -31,21 +31,33 @@ def check_output_file(file: str | None, option: str = "--json") -> None:
 
 
 def to_json(content: Any) -> str:
-    """Strict JSON, indented. It has no infinity and no NaN; null stands for them."""
+    """Format content as strict JSON, indented. Infinity and NaN become null, because JSON does not have them."""
     return json.dumps(_strict(content), indent=2, allow_nan=False)
 
 
 def write_json(file: str | None, content: Any) -> None:
-    """Write the content as strict JSON; nothing where no file is named."""
+    """Write content as strict JSON; without a file, do nothing.
+
+    Args:
+        file: Path of the file. It may be a device, such as ``/dev/stdout``, so it is written in place and not renamed.
+        content: Nested dicts, lists, numbers and texts.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
     if file is not None:
         Path(file).write_text(to_json(content) + "\n", encoding="utf-8")
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a text file that appears when it is complete, so that an interruption leaves the old one or none.
+    """Write a text file under another name and rename it, so that an interruption leaves the old file or none.
+
+    Folders that appear when complete are made by :func:`cola_lightning.data.cache.new_folder`. Checkpoints are written
+    by :class:`cola_lightning.checkpoints.writer.CheckpointWriter`, and exported models by
+    :func:`cola_lightning.hub.write_folder`.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     scratch = file.with_suffix(".part")
     scratch.write_text(text, encoding="utf-8")
@@ -53,6 +65,7 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def _strict(content: Any) -> Any:
+    """Replace infinity and NaN by None in nested content."""
     if isinstance(content, dict):
         return {key: _strict(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

@@ -1,4 +1,7 @@
-"""What a run leaves beside its checkpoints, so that they can be used and described without it."""
+"""Write and read the facts of a run: its commit, libraries, data and tokenizer.
+
+They lie beside its checkpoints, so that these can be used and described later.
+"""
 
 import json
 import platform
@@ -13,28 +16,30 @@ from typing_extensions import TypedDict
 
 from cola_lightning.data.identity import StoredSource
 from cola_lightning.errors import InputError
+from cola_lightning.output_files import write_whole
 from cola_lightning.stored_data import check_stored
 
 RUN, TOKENIZER = "run.json", "tokenizer"
+"""Names of the file of facts and of the tokenizer's folder, in the folder of a run."""
+
 LIBRARIES = ("cola-lightning", "torch", "lightning", "deepspeed", "tokenizers", "datasets")
 
 
 def run_folder(trainer: L.Trainer) -> Path:
-    """The directory that everything of a run goes into, the same on all ranks; all ranks call it.
+    """Return the directory of a run, the same on all ranks. All ranks must call this.
 
-    It is ``--run_dir``, whatever the logger. A run that was given none has its logger's directory, if that is a folder
-    of this run alone, else the trainer's ``default_root_dir``.
+    It is ``--run_dir``, if that is set. If not, it is the directory of the first logger, if that logger makes one for
+    each run. Otherwise it is the trainer's ``default_root_dir``.
     """
     folder = getattr(trainer, "run_dir", None)
     if folder is None:
         logger = trainer.loggers[0] if trainer.loggers else None
-        own = isinstance(logger, TensorBoardLogger | CSVLogger)
-        folder = logger.log_dir if own else trainer.default_root_dir
+        folder = logger.log_dir if isinstance(logger, TensorBoardLogger | CSVLogger) else trainer.default_root_dir
     return Path(trainer.strategy.broadcast(str(folder)))
 
 
 def write_provenance(trainer: L.Trainer, folder: Path) -> None:
-    """Write the tokenizer, and ``run.json`` with the commit, the versions of libraries and what the data is."""
+    """Write the tokenizer, and ``run.json`` with the commit, the versions of libraries and the identity of the data."""
     folder.mkdir(parents=True, exist_ok=True)
     data = getattr(trainer, "datamodule", None)
     tokenizer = getattr(data, "tokenizer", None)
@@ -42,11 +47,11 @@ def write_provenance(trainer: L.Trainer, folder: Path) -> None:
         tokenizer.save(folder / TOKENIZER)
     facts = {"commit": commit(), "devices": trainer.world_size, "libraries": libraries()}
     facts["data"] = getattr(data, "identity", None)
-    (folder / RUN).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / RUN, json.dumps(facts, indent=2) + "\n")
 
 
 def libraries() -> dict[str, str]:
-    """Versions of Python and of the libraries that a result depends on, of those installed."""
+    """Return the versions of Python and of the installed libraries that a result depends on."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -57,7 +62,11 @@ def libraries() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of this package's source, marked where files differ from it; None outside a git checkout of it."""
+    """Return the commit of this package's source, with ", with changes" if files differ from it.
+
+    Returns:
+        None if the package does not run from a git checkout.
+    """
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -65,7 +74,7 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        if not git("ls-files", "--", Path(__file__).name):  # installed within some other repository
+        if not git("ls-files", "--", Path(__file__).name):  # the package is installed inside another repository
             return None
         return git("rev-parse", "HEAD") + (", with changes" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
@@ -77,7 +86,7 @@ class _Data(TypedDict, total=False):
 
 
 class _Run(TypedDict, total=False):
-    """What ``run.json`` says, as far as it is used."""
+    """The part of ``run.json`` that this package reads."""
 
     commit: str | None
     libraries: dict[str, str]
@@ -85,10 +94,10 @@ class _Run(TypedDict, total=False):
 
 
 def read_provenance(run_dir: Path | None) -> dict[str, Any]:
-    """What ``run.json`` says; nothing where there is none.
+    """Read ``run.json`` in the directory of a run; empty if there is no such file.
 
     Raises:
-        InputError: If it is not what a run writes.
+        InputError: If its content is not of a run.
     """
     file = run_dir / RUN if run_dir else None
     if file is None or not file.is_file():
@@ -96,8 +105,6 @@ def read_provenance(run_dir: Path | None) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{file} cannot be read as JSON: {error}; remove it, and its facts are not recorded"
-        ) from error
+        raise InputError(f"{file} cannot be read as JSON: {error}; remove the file, to do without its facts") from error
     check_stored(content, _Run, file, "remove the file, to do without its facts")
     return content

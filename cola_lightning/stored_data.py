@@ -1,8 +1,8 @@
-"""Check plain data that was read back from a file against the shape in which it was written.
+"""Check plain data that was read from a file against the type in which it was written.
 
-A checkpoint, a cache, a note or a manifest may be of another program, cut, or altered. Whoever reads one states the
-shape of what it uses as a ``TypedDict``, and checks it here before the first value is taken out; what is wrong is then
-one line that names the file, the key and the remedy, and no error deep in a library.
+A checkpoint, cache, note or manifest may be of another program, cut short, or altered. Each reader declares the data
+that it uses as a ``TypedDict``, and checks the data here before it uses a value. A problem is then one line with the
+file, the key and the remedy, and not an error deep in a library.
 """
 
 from collections.abc import Mapping
@@ -15,32 +15,32 @@ from typing_extensions import TypedDict
 from cola_lightning.errors import InputError
 
 Count = Annotated[int, Ge(0), Le(2**62)]
-"""A whole number that counts something, and fits into 64 bits."""
+"""A whole number of at least 0 that fits into 64 bits."""
+
 Scalar = bool | int | float | str | None
 
-
 ALTERED = "it was altered; take another checkpoint, or begin a new run with its weights by --weights_only_start true"
-"""What to do about a checkpoint."""
+"""Remedy for a checkpoint."""
 
 
 class StoredDataError(InputError):
-    """Data that was read back has another shape than it was written in."""
+    """Data that was read from a file has another type than it was written in."""
 
 
 def check_stored(content: object, kind: Any, place: object, remedy: str) -> None:
-    """Check that data has the shape that a type states; keys that the type does not name may be there, too.
+    """Check that data has a type. Keys that the type does not name are allowed.
 
     Args:
         content: Nested dicts, lists, numbers and texts.
-        kind: A type: a ``TypedDict`` (of ``typing_extensions``), ``dict[str, int]`` …; nothing is converted, so that
+        kind: A ``TypedDict`` (of ``typing_extensions``), ``dict[str, int]``, or another type. Nothing is converted, so
             neither True nor "3" is a whole number.
-        place: File, and where in it, for the message.
-        remedy: What the user can do, for the message.
+        place: File, and place in the file, for the message.
+        remedy: Remedy for the user, for the message.
 
     Raises:
         StoredDataError: For the first value that is missing or of another type.
     """
-    from pydantic import ValidationError  # here, because it takes a fifth of a second
+    from pydantic import ValidationError  # imported here, because it takes 0.2 seconds
 
     try:
         _adapter(kind).validate_python(content, strict=True)
@@ -58,7 +58,7 @@ def check_stored(content: object, kind: Any, place: object, remedy: str) -> None
 
 
 def is_stored_as(content: object, kind: Any) -> bool:
-    """Tell whether data has the shape that a type states, for readers that can do without it."""
+    """Say whether data has a type, for readers that can do without the data."""
     try:
         check_stored(content, kind, "", "")
     except StoredDataError:
@@ -67,12 +67,13 @@ def is_stored_as(content: object, kind: Any) -> bool:
 
 
 def shape_of(example: Any, total: bool = True) -> Any:
-    """The type that states the shape of an example: the keys of its dicts, each with a value of the same type.
+    """Make the type of an example: dicts with the same keys, and values of the same types.
+
+    Example: ``shape_of({"step": 3, "best": None})`` is a TypedDict with ``step: Count`` and ``best: Any``.
 
     Args:
-        example: Nested dicts, lists, numbers and texts. Whole numbers in it are counts. Where it has None, anything may
-            stand.
-        total: Whether every key must be there.
+        example: Nested dicts, lists, numbers and texts. A whole number stands for a count, and None for any value.
+        total: Whether every key is required.
     """
     if isinstance(example, Mapping):
         fields = {key: shape_of(value, total) for key, value in example.items()}
@@ -97,7 +98,13 @@ def _adapter(kind: Any) -> Any:
 
 
 def _follow(content: Any, steps: tuple[Any, ...]) -> tuple[str, Any]:
-    """The place that ``steps`` lead to, in words, and what stands there; pydantic adds steps for the types it tried."""
+    """Follow the steps of an error of pydantic to a value.
+
+    pydantic adds steps for the members of a union that it tried. They are no keys of the data, so this stops at them.
+
+    Returns:
+        The keys of the place, joined by dots, and the value.
+    """
     names: list[str] = []
     for number, step in enumerate(steps):
         inside = isinstance(content, Mapping) and step in content

@@ -1,4 +1,4 @@
-"""In and out: the checkpoints of every strategy, and folders that others wrote."""
+"""Read, check and write the checkpoints of every strategy, and read folders that other programs wrote."""
 
 from cola_lightning.checkpoints.allowed_classes import check_named_code
 from cola_lightning.checkpoints.formats import Checkpoint, read, read_state

@@ -1,10 +1,10 @@
-"""One reader for the checkpoints of every strategy, on one CPU machine.
+"""Read the checkpoints of every strategy, on one machine without a GPU.
 
-| written by | it is |
+| written by | format |
 |---|---|
 | one device, DDP, FSDP, FSDP2 | one file |
-| FSDP and FSDP2, asked to write in shards | a folder of ``torch.distributed.checkpoint`` |
-| DeepSpeed | a folder of DeepSpeed's |
+| FSDP and FSDP2 with sharded checkpoints | a folder of ``torch.distributed.checkpoint`` |
+| DeepSpeed | DeepSpeed's folder |
 """
 
 from collections.abc import Iterator
@@ -23,10 +23,9 @@ from cola_lightning.checkpoints.safe_unpickle import check_no_code, deepspeed_da
 from cola_lightning.errors import InputError
 
 NETWORK = "network."
-"""Prefix, in a checkpoint, of the names of the network's weights."""
+"""Prefix of the names of the network's weights in a checkpoint."""
 
-
-# What DeepSpeed's engine adds to what Lightning gives it.
+# Keys that DeepSpeed's engine adds to those of Lightning.
 _ENGINE = {
     "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
     "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
@@ -34,13 +33,16 @@ _ENGINE = {
     "checkpoint_parallel_dimensions", "ds_config", "ds_version",
 }  # fmt: skip
 
-
 _MASTERS = {"single_partition_of_fp32_groups", "fp32_flat_groups"}
-"""Under these names ZeRO keeps its float32 weights, beside the states of the optimizer."""
+"""Names under which ZeRO keeps its float32 weights, beside the states of the optimizer."""
+
 PART = 2**30
+"""Bytes of weights that :func:`weights_in_parts` holds at a time, about."""
 
 
 class Format(Enum):
+    """How a checkpoint is stored."""
+
     FILE = "one file"
     SHARDS = "shards"
     DEEPSPEED = "DeepSpeed's folder"
@@ -48,13 +50,13 @@ class Format(Enum):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a training run left behind.
+    """The content of a training run's checkpoint.
 
     Args:
-        weights: The network's, by their names in ``network.state_dict()``, on the CPU. DeepSpeed keeps float32 masters,
-            which these then are; else they have the dtype they were trained in.
-        hyper_parameters: The arguments of the LightningModule.
-        state: Everything else but optimizer states: counters, callbacks, the data's position.
+        weights: Weights of the network by their names in ``network.state_dict()``, on the CPU. They have the dtype of
+            training; with DeepSpeed they are its float32 masters.
+        hyper_parameters: Arguments of the LightningModule.
+        state: The rest without optimizer states: counters, states of callbacks, position in the data.
     """
 
     weights: dict[str, Tensor]
@@ -63,15 +65,15 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that were made."""
+        """Number of optimizer steps made."""
         return self.state["global_step"]
 
 
 def format_of(path: Path) -> Format:
-    """How a checkpoint was written.
+    """Return the format of a checkpoint.
 
     Raises:
-        InputError: If there is none, or of no kind that is known.
+        InputError: If it does not exist, or has none of these formats.
     """
     if path.is_file():
         return Format.FILE
@@ -81,14 +83,14 @@ def format_of(path: Path) -> Format:
         return Format.DEEPSPEED
     if not path.exists():
         raise InputError(f"{path} does not exist; name a checkpoint, as RUN_DIR/checkpoints/last.ckpt")
-    raise InputError(f"{path} is no checkpoint; name one, as RUN_DIR/checkpoints/last.ckpt")
+    raise InputError(f"{path} is not a checkpoint; name one, as RUN_DIR/checkpoints/last.ckpt")
 
 
 def read(path: str | Path) -> Checkpoint:
-    """Weights and facts of a checkpoint, whatever strategy wrote it; nothing in it is run.
+    """Read a checkpoint of any strategy, without optimizer states. No code in it is run.
 
     Raises:
-        InputError: If it is not whole, is of no known kind, or would run code.
+        InputError: If it is not whole, has no known format, or would run code.
     """
     path = Path(path)
     state = read_state(path)
@@ -99,7 +101,7 @@ def read(path: str | Path) -> Checkpoint:
             weights = _read_shards(path)
         case Format.DEEPSPEED:
             weights = _read_deepspeed(path)
-            # It makes float32 of everything, buffers of whole numbers included.
+            # DeepSpeed converts everything to float32, even buffers of whole numbers. Take those as they were stored.
             weights |= {name: state["module"][name] for name in state["buffer_names"] if name in state["module"]}
             state = {name: value for name, value in state.items() if name not in _ENGINE}
     weights = {
@@ -114,16 +116,17 @@ def read(path: str | Path) -> Checkpoint:
 
 
 def weights_in_parts(path: Path) -> Iterator[dict[str, Tensor]]:
-    """The weights of a checkpoint a few at a time, so that no more than about ``PART`` bytes of them are in memory.
+    """Read the weights of a checkpoint in parts, so that only about ``PART`` bytes of them are in memory.
 
-    Those of DeepSpeed are what its ranks hold: whole tensors, or flat pieces of many (ZeRO-3's parameters are in the
-    float32 masters alone).
+    Yields:
+        Tensors by name. Those of DeepSpeed are as its ranks hold them: whole tensors, or flat pieces of several. (The
+        parameters of ZeRO-3 are only in the float32 masters.)
 
     Raises:
         InputError: If it cannot be read, or would run code.
     """
     match format_of(path):
-        case Format.FILE:  # mapped
+        case Format.FILE:  # its tensors are mapped, not read
             yield {name: each for name, each in read_state(path)["state_dict"].items() if isinstance(each, Tensor)}
         case Format.SHARDS:
             yield from _shards_in_parts(path)
@@ -132,15 +135,18 @@ def weights_in_parts(path: Path) -> Iterator[dict[str, Tensor]]:
             for file in sorted((path / "checkpoint").glob("*.pt")):
                 with plain_data_only(), _deepspeed(path):
                     state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-                optimizer = state.get("optimizer_state_dict") if isinstance(state, dict) else None
-                held = {key: optimizer[key] for key in _MASTERS & set(optimizer or {})}
-                if isinstance(state, dict) and isinstance(state.get("module"), dict):
-                    held |= state["module"]
-                yield {f"{file.name}: {name}": each for name, each in _tensors(held)}
+                parts = state if isinstance(state, dict) else {}
+                optimizer, module = parts.get("optimizer_state_dict"), parts.get("module")
+                weights: dict[str, Any] = {}
+                if isinstance(optimizer, dict):
+                    weights |= {key: optimizer[key] for key in _MASTERS & optimizer.keys()}
+                if isinstance(module, dict):
+                    weights |= module
+                yield {f"{file.name}: {name}": each for name, each in _tensors(weights)}
 
 
 def _tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors in nested dicts and lists, each with the keys that lead to it."""
+    """Yield the tensors in nested dicts and lists, each with the keys that lead to it."""
     if isinstance(content, Tensor):
         yield name, content
     elif isinstance(content, dict | list | tuple):
@@ -149,7 +155,7 @@ def _tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Everything but sharded weights and optimizer states; tensors of a single file are mapped, not read.
+    """Read a checkpoint without sharded weights and optimizer states. Tensors of a single file are mapped, not read.
 
     Raises:
         InputError: If it cannot be read, or would run code.
@@ -163,14 +169,14 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
-        check_no_code(path)  # says so if that is why
+        check_no_code(path)  # raises an error that names the code, if that was the reason
         raise InputError(f"{file} is not a whole checkpoint: {error}") from error
     _check_ours(state, file, has_weights=format_of(path) is Format.FILE)
     return state
 
 
 def _check_ours(state: Any, file: Path, has_weights: bool) -> None:
-    """Refuse what torch can load and no run of Lightning wrote, as the bare weights of another program."""
+    """Refuse a file that torch can load but that no run of Lightning wrote, such as the weights of another program."""
     expected = {"global_step": int} | ({"state_dict": dict} if has_weights else {})
     ours = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in expected.items())
     if not ours or not isinstance(state.get("hyper_parameters", {}), dict):
@@ -181,6 +187,7 @@ def _check_ours(state: Any, file: Path, has_weights: bool) -> None:
 
 
 def _describe(state: Any) -> str:
+    """Describe the content of a file in a few words."""
     if not isinstance(state, dict):
         return f"a {type(state).__name__}"
     return f"{len(state)} entries ({', '.join(map(str, list(state)[:3]))}{', …' if len(state) > 3 else ''})"
@@ -212,14 +219,20 @@ def _shards_in_parts(path: Path) -> Iterator[dict[str, Tensor]]:
 def _read_deepspeed(path: Path) -> dict[str, Tensor]:
     check_no_code(path)
     with plain_data_only(), _deepspeed(path):
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+        from deepspeed.utils.zero_to_fp32 import (  # type: ignore[import-untyped]
+            get_fp32_state_dict_from_zero_checkpoint,
+        )
 
         return get_fp32_state_dict_from_zero_checkpoint(str(path), tag="checkpoint")
 
 
 @contextmanager
 def _deepspeed(path: Path) -> Iterator[None]:
-    """Let its plain data be read, or say that it is not installed."""
+    """Allow the plain data of DeepSpeed to be read.
+
+    Raises:
+        InputError: If DeepSpeed is not installed.
+    """
     with ExitStack() as stack:
         try:
             stack.enter_context(deepspeed_data())

@@ -1,4 +1,4 @@
-"""First weights that come from a folder instead of being drawn."""
+"""Initialize a network from the weights of a folder or checkpoint."""
 
 from functools import partial
 from pathlib import Path
@@ -14,22 +14,22 @@ from cola_lightning.models import Llama
 
 
 def initialize_from_folder(network: Llama, folder: str) -> None:
-    """Let every module of a network begin with the weights of a folder, cast to the dtype that they are held in.
+    """Initialize every module of a network from the weights of a folder, cast to the dtype of the network.
 
-    A module's ``reset_parameters`` alone decides its first values. Here it is replaced, until it was called once; so it
-    makes no difference whether the network holds memory already, or is filled in and sharded piece by piece later. What
-    holds memory is filled at once.
+    The first values of a module are set by its ``reset_parameters``. This function replaces that method until its first
+    call. So it also works for a network on the meta device, which is filled and sharded module by module later. A
+    module that has memory already is filled at once.
 
     Args:
-        network: Built, but not compiled or sharded.
-        folder: What ``load_model`` reads, or a checkpoint of any strategy.
+        network: A network that is built, but not compiled or sharded.
+        folder: A folder that ``load_model`` reads, or a checkpoint of any strategy.
 
     Raises:
-        InputError: If the folder holds another network, or ZeRO-3 shards this one.
+        InputError: If the folder holds another network, or ZeRO-3 has sharded this one.
     """
     if any(hasattr(parameter, "ds_id") for parameter in network.parameters()):
         raise InputError(
-            "--model.initial_weights cannot be filled into what ZeRO-3 has sharded already; begin under fsdp2 or "
+            "--model.initial_weights cannot be filled into a network that ZeRO-3 has sharded; begin with fsdp2 or "
             "deepspeed_stage_2"
         )
     weights, found = _read(Path(folder).expanduser())
@@ -52,15 +52,17 @@ def initialize_from_folder(network: Llama, folder: str) -> None:
 
 
 def settings_beside_weights(network: Llama) -> dict[str, Any]:
-    """What changes the logits of a network and cannot be told from the shapes of its weights."""
+    """Collect the settings that change the logits of a network but not the shapes of its weights."""
     names = ("num_attention_heads", "rope_theta", "rope_scaling", "rms_norm_eps", "gate_silu")
     settings = {name: getattr(network.config, name) for name in names}
-    return settings | {"projection": type(network.model.layers[-1].self_attn.q_proj).__name__}
+    return settings | {"projection": type([*network.blocks()][-1].self_attn.q_proj).__name__}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights of a folder or a checkpoint, by their names in the network, and the ``settings_beside_weights`` of a
-    folder; of a checkpoint, the command line has compared the settings."""
+    """Read the weights of a folder or checkpoint by name, and the :func:`settings_beside_weights` of a folder.
+
+    There are no settings for a checkpoint, because the command line compares them itself.
+    """
     if (path / "config.json").is_file() or not (path.is_file() or path.suffix == ".ckpt"):
         source = load_model(path)
         return source.state_dict(), settings_beside_weights(source)
@@ -71,6 +73,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 @torch.no_grad()
 def _copy(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Copy values into a module, and give it back its own ``reset_parameters``."""
     for key, value in values.items():
         getattr(module, key).copy_(value)
     del module.reset_parameters

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run to go on from."""
+"""List the checkpoints of a run, and find the one to resume from."""
 
 import os
 import re
@@ -11,37 +11,46 @@ from cola_lightning.checkpoints.manifest import find_corruption
 from cola_lightning.errors import InputError
 
 LINK = "last.ckpt"
+"""Name of the link to the newest checkpoint."""
+
 PARTIAL = ".partial"
-"""Ending of what is still being written."""
+"""Ending of the name of a checkpoint that is still being written."""
+
 _NAME = re.compile(r"step_(\d+)\.ckpt")
 
 
 def checkpoint_name(step: int) -> str:
-    """Name the checkpoint of so many optimizer steps."""
+    """Make the name of a checkpoint from its number of optimizer steps."""
     return f"step_{step:08}.ckpt"
 
 
 def step_of(path: Path) -> int | None:
-    """Return the optimizer steps behind a checkpoint of :class:`Checkpoints`, by its name; ``last.ckpt`` that is a
-    file or folder of its own, as in a copy whose links were followed, is opened. None where it is another's file."""
+    """Return the number of optimizer steps of a checkpoint that :class:`Checkpoints` has written.
+
+    The number is in the name. ``last.ckpt`` is usually a link. In a copy that has followed links it is a checkpoint
+    itself, which is opened to read its step.
+
+    Returns:
+        None if the file is not of this callback, or is the link; -1 if the checkpoint cannot be read.
+    """
     if match := _NAME.fullmatch(path.name):
         return int(match[1])
     if path.name != LINK or path.is_symlink():
         return None
-    from cola_lightning.checkpoints.formats import read_state  # not above: it needs torch's readers, this does not
+    from cola_lightning.checkpoints.formats import read_state  # imported here, because only this case needs torch
 
     try:
         return int(read_state(path)["global_step"])
-    except Exception:  # damage shows in many ways; it is named where the checkpoint would be used
+    except Exception:  # damage has many forms; latest_valid reports it
         return -1
 
 
 def written(folder: Path) -> list[Path]:
-    """List the finished checkpoints of a run's folder, the newest first; not the link to the newest, and nothing that
-    another callback or the user put there.
+    """List the finished checkpoints in a run's folder, the newest first.
 
-    They are ordered by their steps, because times are lost in copies. Checkpoints beyond the one that the link names
-    are of a branch that the run left when it went back, so they come last.
+    The link to the newest is left out, and so are files of other callbacks and of the user. The order is by steps,
+    because a copy does not keep times. A checkpoint with more steps than the one that the link names comes last,
+    because the run left it behind when it went back to an earlier step.
 
     Raises:
         OSError: If the folder cannot be read.
@@ -58,17 +67,17 @@ def written(folder: Path) -> list[Path]:
 
 
 def latest_valid(folder: Path, patience: float = 30.0) -> Path | None:
-    """Find the newest checkpoint of a run's folder that is whole by its checksums; name damaged ones in a warning.
+    """Find the newest checkpoint in a run's folder with matching checksums. Warn of each damaged one.
 
     Args:
-        folder: Where the run writes its checkpoints.
-        patience: Seconds for which a folder that cannot be read is tried again.
+        folder: Folder into which the run writes its checkpoints.
+        patience: Seconds for which reading the folder is tried again after an error.
 
     Returns:
-        None where there is none at all.
+        The checkpoint; None if there is none.
 
     Raises:
-        InputError: If the folder cannot be read; a run must not begin anew because of that.
+        InputError: If the folder cannot be read. A run must not start from the beginning because of that.
     """
     deadline = time.monotonic() + patience
     while True:
@@ -78,7 +87,7 @@ def latest_valid(folder: Path, patience: float = 30.0) -> Path | None:
         except OSError as error:
             if time.monotonic() >= deadline:
                 raise InputError(
-                    f"{folder} cannot be read ({error}), so it is unknown from which checkpoint to go on; see to the "
+                    f"{folder} cannot be read ({error}), so it is unknown which checkpoint to resume from; check the "
                     "disk, or name a checkpoint by --ckpt_path"
                 ) from error
             time.sleep(1)

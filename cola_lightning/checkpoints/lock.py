@@ -1,4 +1,4 @@
-"""One run at a time in a directory."""
+"""Lock a directory, so that one run at a time uses it."""
 
 import errno
 import fcntl
@@ -10,21 +10,22 @@ from pathlib import Path
 from cola_lightning.errors import InputError
 
 NAME = ".lock"
-_HELD: dict[Path, tuple[int, list[Path]]] = {}
-"""Each with its handle, and the folders that were made for the lock, the innermost first."""
+_LOCKED: dict[Path, tuple[int, list[Path]]] = {}
+"""Locked folders, each with the handle of its lock file and the folders that were made for it, the innermost first."""
 
 
 def lock(folder: Path) -> None:
-    """Keep other processes from running in a folder, until :func:`release` or the end of this process, however it ends.
+    """Lock a folder against other processes, until :func:`release` or the end of this process.
 
-    A POSIX record lock dies with its process, is not inherited by workers that outlive it, and holds over NFS. Where a
-    file system has no locks, or the folder cannot be written, nothing is locked.
+    The lock is a POSIX record lock. It ends with its process, even after SIGKILL. Worker processes do not inherit it,
+    so a worker that outlives the run does not keep it. It works over NFS. If the file system has no locks, or the
+    folder cannot be written, nothing is locked.
 
     Raises:
-        InputError: If another process holds it.
+        InputError: If another process has locked it.
     """
     folder = folder.absolute()
-    if folder in _HELD:
+    if folder in _LOCKED:
         return
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
@@ -37,31 +38,32 @@ def lock(folder: Path) -> None:
                 holder = os.read(handle, 200).decode(errors="replace").strip()
                 os.close(handle)
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    return  # no locks here
+                    return  # this file system has no locks
                 raise InputError(
                     f"{folder} is in use by another run ({holder or 'unknown'}); wait for its end, stop it, or choose "
                     "another --run_dir"
                 ) from None
-            # A run that ends removes the file: one that was opened before that is no longer the folder's.
+            # A run removes its lock file at its end. If that happened after the file was opened here, the lock is on a
+            # removed file: open the folder's new one.
             with suppress(FileNotFoundError):
                 if os.stat(folder / NAME).st_ino == os.fstat(handle).st_ino:
                     break
             os.close(handle)
     except OSError:
         return
-    _HELD[folder] = handle, made
+    _LOCKED[folder] = handle, made
     with suppress(OSError):
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
 def release() -> None:
-    """Let go of every folder that this process holds."""
-    while _HELD:
-        folder, (handle, made) = _HELD.popitem()
+    """Release all locks of this process."""
+    while _LOCKED:
+        folder, (handle, made) = _LOCKED.popitem()
         with suppress(OSError):
             (folder / NAME).unlink()
         os.close(handle)
-        with suppress(OSError):  # what a run that was refused leaves empty goes
+        with suppress(OSError):  # remove folders that are still empty, as after a refused run
             for each in made:
                 each.rmdir()

@@ -1,7 +1,7 @@
-"""A checkpoint is whole or it is not there: sealing and checking what was written.
+"""Write and check the manifest of a checkpoint: the sizes and checksums of its files.
 
-A file carries checksums already, for torch writes a zip archive with a CRC-32 of every part. A folder (sharded
-checkpoints, DeepSpeed's) gets a list of its files with sizes and CRC-32s.
+A checkpoint of one file needs no manifest, because torch writes it as a zip archive with a CRC-32 of every part. A
+folder (sharded checkpoints, DeepSpeed's) gets a list of its files with sizes and CRC-32s.
 """
 
 import json
@@ -10,26 +10,27 @@ import zlib
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-SEAL = "files.json"
+MANIFEST = "files.json"
+"""Name of the manifest in a folder."""
 _CHUNK = 1 << 24
 
 
 def write_manifest(folder: Path, checksums: dict[str, int]) -> None:
-    """Write the list of a folder's files, from ``checksum`` of each by its name in the folder."""
+    """Write the manifest of a folder, from the :func:`checksum` of each file by its name in the folder."""
     entries = {name: {"bytes": (folder / name).stat().st_size, "crc32": crc} for name, crc in sorted(checksums.items())}
-    (folder / SEAL).write_text(json.dumps(entries, indent=1) + "\n")
-    for path in [*(folder / name for name in entries), folder / SEAL]:
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n")
+    for path in [*(folder / name for name in entries), folder / MANIFEST]:
         sync(path)
 
 
 def contents(folder: Path) -> list[str]:
-    """The files of a folder, by name relative to it, in order; without the seal."""
+    """List the files in a folder in order, by their names relative to it, without the manifest."""
     names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    return sorted(name for name in names if name != SEAL)
+    return sorted(name for name in names if name != MANIFEST)
 
 
 def checksum(file: Path) -> int:
-    """CRC-32 of a file's bytes."""
+    """Compute the CRC-32 of a file's bytes."""
     crc = 0
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -38,7 +39,7 @@ def checksum(file: Path) -> int:
 
 
 def sync(path: Path) -> None:
-    """Return when a file or folder is on the disk, not only in memory."""
+    """Wait until a file or folder is on the disk, not only in memory."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -47,10 +48,14 @@ def sync(path: Path) -> None:
 
 
 def find_corruption(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None if it is whole. Every byte is read."""
+    """Read every byte of a checkpoint and compare it with the checksums.
+
+    Returns:
+        A few words that say what is wrong; None if the checkpoint is whole.
+    """
     try:
         if path.is_dir():
-            return _folder_damage(path)
+            return _folder_corruption(path)
         with ZipFile(path) as archive:
             broken = archive.testzip()
         return broken and f"checksum of {broken} differs"
@@ -58,17 +63,17 @@ def find_corruption(path: Path) -> str | None:
         return "cut short, or no checkpoint at all"
     except OSError as error:
         return f"{error.strerror or error}"
-    except Exception as error:  # a flipped bit can make zip ask for a password, and a manifest be anything
+    except Exception as error:  # a flipped bit can make zipfile ask for a password, and a manifest can hold anything
         return f"cannot be checked: {type(error).__name__}: {error}"
 
 
-def _folder_damage(folder: Path) -> str | None:
+def _folder_corruption(folder: Path) -> str | None:
     try:
-        entries = json.loads((folder / SEAL).read_text())
+        entries = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
-        return f"{SEAL} is missing"
+        return f"{MANIFEST} is missing"
     except ValueError:
-        return f"{SEAL} is not readable"
+        return f"{MANIFEST} is not readable"
     for name, entry in entries.items():
         file = folder / name
         if not file.is_file():

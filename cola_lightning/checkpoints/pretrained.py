@@ -1,6 +1,6 @@
-"""Networks out of folders: Hugging Face's LLaMA, what ``export`` writes, and the reference's CoLA and CoLA-M.
+"""Load networks from folders of Hugging Face's LLaMA, of ``export``, and of the reference's CoLA and CoLA-M.
 
-Only safetensors and JSON are read; nothing is unpickled.
+Only safetensors and JSON are read. Nothing is unpickled.
 """
 
 import re
@@ -20,8 +20,9 @@ WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# The reference's CoLA-M cuts each layer into regions and owns the two factors of a projection in different ones; B of a
-# layer's down-projection even belongs to the next layer.
+# The reference's CoLA-M divides each layer into regions, and the two factors of a projection are in different regions:
+# "layers.3.pre_mlp.pre_up_proj" has A and "layers.3.self_mlp.post_up_proj" has B of layer 3's up_proj. B of a layer's
+# down_proj is in the next layer.
 _REGIONS = (
     (re.compile(r"(layers\.\d+)\.pre_attn\.pre_([qkv])_proj\."), r"\1.self_attn.\2_proj."),
     (re.compile(r"(layers\.\d+)\.self_attn\.(?:post_([qkv])|pre_(o))_proj\."), r"\1.self_attn.\2\3_proj."),
@@ -34,18 +35,17 @@ _NEXT_LAYER = re.compile(r"layers\.(\d+)\.last_layer_post_mlp\.post_down_proj\."
 
 
 def load_model(folder: str | Path) -> Llama:
-    """The network of a folder with ``config.json`` and safetensors, in eval mode and in the dtype of the file.
+    """Load the network of a folder with ``config.json`` and safetensors, in eval mode.
 
-    Understands Hugging Face's ``LlamaForCausalLM``, what ``export`` writes, and ``ColaForCausalLM`` and
-    ``ColaMForCausalLM`` of the reference implementation (which stores the factors transposed). Where a file mixes
-    dtypes, the widest is taken for all.
+    The folder may be of Hugging Face's ``LlamaForCausalLM``, of ``export``, or of the reference implementation's
+    ``ColaForCausalLM`` or ``ColaMForCausalLM`` (it stores the factors transposed).
 
     Returns:
-        A network that maps token ids (B, T) int64 to logits (B, T, V). Embedding and head are one parameter where the
-        folder ties them.
+        A network that maps token ids (B, T) int64 to logits (B, T, V). It has the dtype of the file, or the widest one
+        if the file mixes dtypes. Embedding and head are one parameter if the folder ties them.
 
     Raises:
-        InputError: If the folder is incomplete, or describes a network that is not one of these.
+        InputError: If the folder is incomplete, or describes another kind of network.
     """
     folder = Path(folder)
     if (folder / ADAPTER).is_file():
@@ -57,7 +57,7 @@ def load_model(folder: str | Path) -> Llama:
     settings = read_json(file)
     config, projection = network_arguments(settings, file)
     weights = _one_dtype(dict(_translate(name, tensor) for name, tensor in _read_weights(folder).items()), folder)
-    if (layers := config.num_hidden_layers) > len(weights):  # before so many are built
+    if (layers := config.num_hidden_layers) > len(weights):  # checked before so many layers are built
         raise InputError(f"{file} sets num_hidden_layers to {layers}, but the weights are only {len(weights)} tensors")
     with torch.device("meta"):
         network = Llama(config, projection)
@@ -70,8 +70,10 @@ def load_model(folder: str | Path) -> Llama:
 
 
 def _tie(weights: dict[str, Tensor]) -> bool:
-    """Fill in the one of embedding and head that is missing; say whether they are the same. As in transformers, two
-    that differ stay what they are."""
+    """Fill in embedding or head if one is missing, and say whether both are the same.
+
+    As in transformers, both stay as they are if they differ.
+    """
     embedding, head = (weights.get(name) for name in (EMBEDDING, HEAD))
     if embedding is not None and head is not None:
         return torch.equal(embedding, head)
@@ -82,7 +84,7 @@ def _tie(weights: dict[str, Tensor]) -> bool:
 
 
 def _one_dtype(weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Cast to the widest dtype among the tensors, so that nothing is lost."""
+    """Cast all tensors to the widest dtype among them, so that no precision is lost."""
     for name, tensor in weights.items():
         if tensor.dtype not in DTYPES:
             kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -94,10 +96,10 @@ def _one_dtype(weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
 
 
 def check_shapes(network: nn.Module, weights: dict[str, Tensor], trouble: str) -> None:
-    """Compare weights with those that a network has.
+    """Compare the names and shapes of weights with those of a network.
 
     Raises:
-        InputError: For the first that differs; the message begins with ``trouble``.
+        InputError: For the first difference; the message begins with ``trouble``.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -109,10 +111,10 @@ def check_shapes(network: nn.Module, weights: dict[str, Tensor], trouble: str) -
 
 
 def check_finite(weights: dict[str, Tensor], place: str | Path) -> None:
-    """Refuse weights that are no numbers, from which only NaN would come.
+    """Refuse weights with NaN or infinity.
 
     Raises:
-        UnusableModelError: For the first that holds NaN or infinity.
+        UnusableModelError: For the first tensor that holds one.
     """
     for name, tensor in weights.items():
         if not bool(tensor.isfinite().all()):
@@ -121,7 +123,7 @@ def check_finite(weights: dict[str, Tensor], place: str | Path) -> None:
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     files = [folder / WEIGHTS]
-    # As in transformers, a single file counts before the index of several, which may be older.
+    # As in transformers, prefer a single file to the index of several files, which may be older.
     if not files[0].is_file() and (folder / INDEX).is_file():
         files = [folder / name for name in _parts(folder / INDEX)]
     weights: dict[str, Tensor] = {}
@@ -129,16 +131,16 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         try:
             weights |= load_file(file)
         except FileNotFoundError:
-            hint = "; pytorch_model.bin is not read, for it can run code: convert it to safetensors"
+            hint = "; pytorch_model.bin is not read, because it can run code; convert it to safetensors"
             raise InputError(f"{file} does not exist{hint if list(folder.glob('*.bin')) else ''}") from None
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is not a whole safetensors file: {error}") from error
-    # Files of older versions keep the rotary frequencies, which config.json decides.
+    # Older versions also store the rotary frequencies. They follow from config.json, so drop them.
     return {name: tensor for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def _parts(index: Path) -> list[str]:
-    """The files that an index names."""
+    """List the files that an index names."""
     parts = read_key(read_json(index), index, "weight_map", dict)
     if not parts or not all(isinstance(name, str) for name in parts.values()):
         raise InputError(f"{index} names no files under weight_map; it must say for each tensor which file holds it")
@@ -150,7 +152,7 @@ def _parts(index: Path) -> list[str]:
 
 
 def _translate(name: str, tensor: Tensor) -> tuple[str, Tensor]:
-    """The name and layout in our network of a tensor of the reference's."""
+    """Translate a tensor of the reference: return its name and its layout in this package's network."""
     name = _NEXT_LAYER.sub(lambda match: f"layers.{int(match[1]) - 1}.mlp.down_proj.", name)
     for pattern, plain in _REGIONS:
         name = pattern.sub(plain, name)

@@ -1,7 +1,8 @@
-"""Read the network's settings from a folder's ``config.json`` as transformers 5 does, or refuse in one line."""
+"""Read the sizes and the projection of a network from ``config.json``, as transformers 5 reads it."""
 
 import json
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,18 @@ from cola_lightning.models import FullRank, LlamaConfig, MakeProjection
 from cola_lightning.models.rope_scaling import REQUIRED, check_scaling
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
+"""Types of values, as messages name them."""
+
 MISSING = object()
 LARGEST = 1e9
-"""Sizes above it are none, and their products would be beyond what torch can count."""
+"""Largest size that is accepted. Products of larger ones would not fit into 64 bits."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read the JSON object in a file.
 
     Raises:
-        InputError: If there is no such file, or it holds no JSON object.
+        InputError: If the file does not exist, or does not hold a JSON object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -36,10 +39,17 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_key(config: dict[str, Any], file: Path, key: str, kind: type, default: Any = MISSING) -> Any:
-    """The value of a key, of the kind that it must have; ``default`` where it is missing or null.
+    """Read the value of a key, and check its type.
+
+    Args:
+        config: Content of the file.
+        file: The file, for the message.
+        key: Name of the key.
+        kind: Type that the value must have. A whole number may be written as 2.0.
+        default: Value to return if the key is missing or null.
 
     Raises:
-        InputError: If it is of another kind, or missing or null and without a default.
+        InputError: If the value is of another type, or missing or null without a default.
     """
     value = config.get(key)
     if value is None:
@@ -60,14 +70,14 @@ def read_key(config: dict[str, Any], file: Path, key: str, kind: type, default: 
 def network_arguments(config: dict[str, Any], file: Path) -> tuple[LlamaConfig, MakeProjection]:
     """Read the sizes and the projection of the model that ``config.json`` describes.
 
-    Understands Hugging Face's LLaMA, what ``export`` writes, and the reference implementation's CoLA.
+    The file may be of Hugging Face's LLaMA, of ``export``, or of the reference implementation's CoLA.
 
     Args:
         config: Content of the file.
         file: The file, for messages.
 
     Raises:
-        InputError: If it describes a network that is not one of these, or lacks a key.
+        InputError: If it describes another kind of network, or lacks a key.
     """
     get = partial(read_key, config, file)
     kind = config.get("model_type")
@@ -89,7 +99,7 @@ def network_arguments(config: dict[str, Any], file: Path) -> tuple[LlamaConfig, 
         if differs:
             raise InputError(f"{file} sets {key} to {config[key]}, which is not supported")
     gate_silu = get("hidden_act", str, "silu") != "linear"
-    if kind == "cola":  # the reference's
+    if kind == "cola":  # of the reference implementation
         gate_silu = not get("only_lr_act", bool, True)
     pad_id, epsilon = get("pad_token_id", int, -1), get("rms_norm_eps", float, 1e-6)
     if epsilon < 0:
@@ -104,7 +114,7 @@ def network_arguments(config: dict[str, Any], file: Path) -> tuple[LlamaConfig, 
         "max_position_embeddings": get("max_position_embeddings", int, 2048),
         "rms_norm_eps": epsilon,
         "gate_silu": gate_silu,
-        # The configurations of this lineage write -1 for none.
+        # The configs of CoLA and GaLore write -1 for "no padding id".
         "pad_token_id": None if pad_id == -1 else pad_id,
     }
     arguments |= _rope(config, file, arguments["max_position_embeddings"], hidden_size // heads)
@@ -112,6 +122,7 @@ def network_arguments(config: dict[str, Any], file: Path) -> tuple[LlamaConfig, 
 
 
 def _projection(config: dict[str, Any], file: Path, hidden_size: int) -> MakeProjection:
+    """Read the projection that ``config.json`` describes."""
     kind = config["model_type"]
     if kind == "llama":
         return FullRank
@@ -126,10 +137,10 @@ def _projection(config: dict[str, Any], file: Path, hidden_size: int) -> MakePro
 
 
 def _rope(config: dict[str, Any], file: Path, longest: int, head_dim: int) -> dict[str, Any]:
-    """``rope_theta``, ``rope_scaling`` and, where they change it, ``max_position_embeddings``.
+    """Read ``rope_theta``, ``rope_scaling`` and, if the scaling changes it, ``max_position_embeddings``.
 
-    Older configurations have ``rope_scaling``, newer ones ``rope_parameters``, and some both: then the former counts,
-    as in transformers. In either the type is called ``rope_type`` or, before that, ``type``.
+    Older files have ``rope_scaling``, newer ones ``rope_parameters``. If a file has both, the former counts, as in
+    transformers. The key of the type is ``rope_type``, or ``type`` in older files.
     """
     get = partial(read_key, config, file)
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
@@ -150,22 +161,28 @@ def _rope(config: dict[str, Any], file: Path, longest: int, head_dim: int) -> di
         raise InputError(f"{place} is of type {kind!r}, which is not supported; {', '.join(REQUIRED)} are")
     outside = get("original_max_position_embeddings", int, None)
     if kind in ("yarn", "llama3"):
-        # Where it stands beside the dictionary it counts; where it is nowhere, nothing was stretched.
+        # A value outside of the dictionary counts before one inside. If there is none, nothing was stretched.
         settings["original_max_position_embeddings"] = outside or rope.get("original_max_position_embeddings", longest)
     if kind == "yarn" and "factor" in rope and rope["factor"] is None:
         settings["factor"] = longest / settings["original_max_position_embeddings"]
     if kind == "dynamic":
-        # Stretching begins where max_position_embeddings ends, and is meant for so many times more.
+        # Stretching begins beyond max_position_embeddings, and allows rows that are longer by the factor.
         settings["original_max_position_embeddings"] = longest
     scaling = check_scaling(settings, head_dim, str(place))
-    found = {"rope_theta": theta, "rope_scaling": scaling}
+    found: dict[str, Any] = {"rope_theta": theta, "rope_scaling": scaling}
     return found | ({"max_position_embeddings": int(longest * scaling["factor"])} if kind == "dynamic" else {})
 
 
-def rope_keys(theta: float, scaling: dict[str, Any] | None, longest: int) -> dict[str, Any]:
-    """Keys of ``config.json`` for rotary positions, so that :func:`network_arguments` finds the same in them."""
+def rope_keys(theta: float, scaling: Mapping[str, Any] | None, longest: int) -> dict[str, Any]:
+    """Make the keys of ``config.json`` for rotary positions; :func:`network_arguments` reads the same from them.
+
+    Args:
+        theta: Base of the rotary frequencies.
+        scaling: ``rope_scaling`` of :class:`~cola_lightning.models.LlamaConfig`.
+        longest: Its ``max_position_embeddings``.
+    """
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    # transformers 4 and other readers look for rope_theta, and for rope_scaling where there is one.
+    # transformers 5 reads rope_parameters. transformers 4 and other programs read rope_theta and rope_scaling.
     found: dict[str, Any] = {"rope_theta": theta, "rope_parameters": parameters, "max_position_embeddings": longest}
     if scaling is None:
         return found

@@ -1,7 +1,7 @@
-"""How projections that are no plain matrices are described in a folder for transformers.
+"""Describe projections that are not plain matrices in a folder for transformers.
 
-One entry for each method that has a modelling file; ``export`` writes by it, and ``load_model`` reads by it. A method
-that is linear in its input needs none: it is written as dense matrices of a plain LLaMA.
+There is one entry for each method with a modelling file. ``export`` writes by it, and ``load_model`` reads by it. A
+method that is linear in its input needs none, because it is written as dense matrices of a plain LLaMA.
 """
 
 from dataclasses import dataclass, field
@@ -15,16 +15,16 @@ from cola_lightning.models import MakeProjection, Projection
 
 @dataclass(frozen=True)
 class Layout:
-    """A kind of projection in ``config.json``.
+    """The description of a kind of projection in ``config.json``.
 
     Args:
-        projection: Its class, in every layer but perhaps the first.
-        model_type: What ``config.json`` calls the model.
-        name: Beginning of the classes' names in the modelling file, ``modeling_<model_type>.py``.
-        arguments: Arguments of the class and their types; they are also keys of ``config.json`` and attributes of a
+        projection: Class of the projections.
+        model_type: ``model_type`` of the model in ``config.json``.
+        name: Beginning of the names of the classes in the modelling file, ``modeling_<model_type>.py``.
+        arguments: Arguments of the class, with their types. They are also keys of ``config.json`` and attributes of a
             projection.
-        fixed: Further keys by which this projection is told from others with the same ``model_type``.
-        first: Class in the first layer, where it is another.
+        fixed: Further keys, which distinguish this projection from others with the same ``model_type``.
+        first: Class of the projections in the first layer, if it is another one.
     """
 
     projection: type[Projection]
@@ -36,6 +36,7 @@ class Layout:
 
     @property
     def modelling_file(self) -> str:
+        """Name of the modelling file."""
         return f"modeling_{self.model_type}.py"
 
     def describe(self, projection: Projection) -> dict[str, Any]:
@@ -62,5 +63,5 @@ LAYOUTS = (
 
 
 def layout_of(projection: Projection) -> Layout | None:
-    """The layout of this very class; None where it has none."""
+    """Return the layout of a projection's class, not of its base classes; None if there is none."""
     return next((layout for layout in LAYOUTS if type(projection) is layout.projection), None)

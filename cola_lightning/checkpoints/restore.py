@@ -1,4 +1,4 @@
-"""Say in one line why a run cannot go on from a checkpoint."""
+"""Check a checkpoint before a run resumes from it, and explain in one line why it cannot."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -21,13 +21,14 @@ from cola_lightning.errors import InputError, RankError
 from cola_lightning.stored_data import ALTERED, Count, StoredDataError, check_stored, shape_of
 
 FLAG = "--weights_only_start"
+"""Flag by which a new run begins with the weights of a checkpoint."""
 
 
 def check_complete(path: Path) -> None:
-    """Look whether a checkpoint holds all that a run needs to go on: not one of weights alone, or of another program.
+    """Check that a checkpoint has all parts that a run needs to resume. One of only weights does not.
 
     Raises:
-        InputError: Names what is missing, and the flag by which a new run begins with the weights.
+        InputError: With the missing parts, and the flag by which a new run begins with the weights.
     """
     state, missing = read_state(path), []
     if not isinstance(state, Mapping):
@@ -50,7 +51,7 @@ def check_complete(path: Path) -> None:
 
 
 def incomplete(path: Path, missing: str) -> InputError:
-    """The error of a checkpoint that lacks something."""
+    """Make the error for a checkpoint without a part."""
     return InputError(
         f"{path} holds no {missing}, without which a run cannot go on as it was; begin a new run with its weights by "
         f"{FLAG} true"
@@ -58,11 +59,13 @@ def incomplete(path: Path, missing: str) -> InputError:
 
 
 class _Schedule(TypedDict):
+    """The state of a learning-rate schedule."""
+
     last_epoch: Count
 
 
 class _Progress(TypedDict, total=False):
-    """The counts and settings that this package reads from a checkpoint, beside weights and states."""
+    """The counts and settings that this package reads from a checkpoint, apart from weights and states."""
 
     global_step: Count
     callbacks: dict[str, dict[Any, Any]]
@@ -73,16 +76,20 @@ class _Progress(TypedDict, total=False):
 
 
 def check_progress(checkpoint: Mapping[str, Any], trainer: "lightning.Trainer") -> None:
-    """Check the counts of a checkpoint that is about to be restored, and what else is plain data of known shape.
+    """Check the counts and other plain data of a checkpoint before it is restored.
 
-    Lightning takes over any value, and fails with it later: after an epoch, or in the first validation.
+    Lightning itself accepts any value, and fails with it later, for example in the first validation.
+
+    Args:
+        checkpoint: Content of the checkpoint.
+        trainer: The trainer that will restore it.
 
     Raises:
-        StoredDataError: Names the first that is of another shape than a run writes.
+        StoredDataError: For the first value of another type than a run writes.
     """
     check_stored(checkpoint, _Progress, "", ALTERED)
     for schedule in checkpoint.get("lr_schedulers", []):
-        if schedule["last_epoch"] > checkpoint["global_step"]:  # its steps are made again one by one
+        if schedule["last_epoch"] > checkpoint["global_step"]:  # Lightning would make its steps again, one by one
             raise StoredDataError(
                 f"holds a schedule that is at step {schedule['last_epoch']}, after {checkpoint['global_step']} steps "
                 f"of the optimizer; {ALTERED}"
@@ -93,12 +100,14 @@ def check_progress(checkpoint: Mapping[str, Any], trainer: "lightning.Trainer") 
         "test": ("test_loop", trainer.test_loop),
         "predict": ("predict_loop", trainer.predict_loop),
     }
+    assert trainer.state.fn is not None, "the trainer runs nothing"
     name, loop = loops[trainer.state.fn.value]
     if checkpoint.get("loops") is not None:
-        # Another release may write more or fewer counts; Lightning says which of them it cannot do without.
+        # Another release of Lightning may write more or fewer counts, so no key is required here. Lightning itself
+        # reports a count that it needs.
         kind = TypedDict("_Loops", {name: shape_of(loop.state_dict(), total=False)})  # type: ignore[misc]
         check_stored(checkpoint["loops"], kind, "in loops", ALTERED)
-    for callback in trainer.callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector of Lightning's
         state = checkpoint.get("callbacks", {}).get(callback.state_key)
         if isinstance(callback, EarlyStopping) and state is not None:
             check_stored(state, shape_of(callback.state_dict()), f"in callbacks.{callback.state_key}", ALTERED)
@@ -106,8 +115,13 @@ def check_progress(checkpoint: Mapping[str, Any], trainer: "lightning.Trainer") 
 
 @contextmanager
 def first_step_explained(path: object) -> Iterator[None]:
-    """Turn an error of the optimizer itself, in the first step after its state was restored, into one line. A state may
-    hold another key or shape than the optimizer makes, which torch takes over and stumbles over here."""
+    """Turn an error of the optimizer in the first step after a restore into an :class:`InputError` of one line.
+
+    A stored state may have other keys or shapes than the optimizer makes. torch accepts it, and fails in this step.
+
+    Args:
+        path: The checkpoint, for the message.
+    """
     try:
         yield
     except (LookupError, TypeError, AttributeError, AssertionError, ValueError, RuntimeError) as error:
@@ -121,7 +135,8 @@ def first_step_explained(path: object) -> Iterator[None]:
 
 
 def _in_optimizer(error: BaseException) -> bool:
-    """Whether it arose in an optimizer's step, and not in the forward or backward pass that the step calls."""
+    """Say whether an error is from an optimizer's step, and not from the forward or backward pass that it calls."""
+    # Go from the outermost frame to the innermost, and note which of the two was entered last.
     inside, trace = False, error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_name
@@ -135,14 +150,14 @@ def _in_optimizer(error: BaseException) -> bool:
 
 @contextmanager
 def explain_restore(path: Callable[[], object]) -> Iterator[None]:
-    """Turn what goes wrong while a checkpoint is restored, whatever it is, into one line.
+    """Turn any error while a checkpoint is restored into an :class:`InputError` of one line.
 
-    A checkpoint that is whole may still hold what no run of these settings wrote. Lightning and torch then fail in as
-    many ways as there are parts.
+    A whole checkpoint may still hold data that does not fit the settings of this run. Lightning and torch then fail in
+    many ways.
 
     Args:
-        path: Returns the checkpoint, or None where a run begins without one. It is asked when an error has occurred,
-            because Lightning knows the path only once it has begun to restore.
+        path: Returns the checkpoint, or None if the run begins without one. It is called after an error, because
+            Lightning knows the path only when it has begun to restore.
     """
     try:
         yield
@@ -168,7 +183,7 @@ def explain_restore(path: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def explain_settings() -> Iterator[None]:
-    """Turn what Lightning itself says of settings that do not go together into one line."""
+    """Turn an error that Lightning raises for incompatible settings into an :class:`InputError` of one line."""
     try:
         yield
     except InputError:
@@ -180,15 +195,16 @@ def explain_settings() -> Iterator[None]:
 
 
 def _lost_connection(error: Exception) -> bool:
-    """Whether a collective operation failed, as where another rank is gone. Gloo tells it by a plain RuntimeError."""
+    """Say whether a collective operation failed, because another rank has ended. Gloo raises a plain RuntimeError."""
     by_gloo = re.search(r"gloo/transport/|Connection (closed|reset) by peer", str(error))
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and by_gloo is not None)
 
 
 def _lightning_refuses(error: Exception) -> bool:
-    """Whether Lightning itself raised this, about settings that do not go together."""
+    """Say whether Lightning raised an error for incompatible settings."""
     if isinstance(error, MisconfigurationException):
         return True
+    # Lightning also raises ValueError for them: it is Lightning's if the innermost frame is.
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,9 +1,8 @@
-"""Nothing in a checkpoint runs code: what is loaded is tensors and plain data, whatever strategy wrote it.
+"""Load only tensors and plain data from checkpoints of every strategy, so that nothing in them runs code.
 
-Two things see to that. While :func:`plain_data_only` lasts, every loader that a strategy may use is one that cannot
-unpickle anything else. And :func:`check_no_code` looks through a checkpoint beforehand, so that what is wrong is said
-in one line before any work starts. Only the first is needed for safety, because it acts on the very bytes that are
-used.
+There are two parts. Inside :func:`plain_data_only`, every loader that a strategy may use can unpickle nothing else. And
+:func:`check_no_code` reads a checkpoint beforehand, to report a problem in one line before any work starts. Only the
+first is needed for safety, because it acts on the bytes that are used.
 """
 
 import io
@@ -23,7 +22,7 @@ from cola_lightning.checkpoints.shard_index_records import ForeignError
 from cola_lightning.errors import InputError
 from cola_lightning.private_apis import replace_fsdp_loader, replace_index_reader
 
-# Classes of plain data that DeepSpeed writes besides what torch itself regards as safe.
+# Classes of plain data in DeepSpeed's checkpoints that torch itself does not regard as safe.
 _OF_DEEPSPEED = {
     "deepspeed.runtime.fp16.loss_scaler": ("DynamicLossScaler", "LossScaler"),
     "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
@@ -32,7 +31,7 @@ _OF_DEEPSPEED = {
 _DEEPSPEED_NAMES = {f"{module}.{name}" for module, names in _OF_DEEPSPEED.items() for name in names}
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _SUFFIXES = (".pt", ".ckpt")
-"""Name patterns of the files in a folder that a library opens with ``torch.load``."""
+"""Endings of the files in a folder that a library opens with ``torch.load``."""
 
 
 # -- while loading ----------------------------------------------------------------------------------------------------
@@ -40,12 +39,12 @@ _SUFFIXES = (".pt", ".ckpt")
 
 @contextmanager
 def plain_data_only() -> Iterator[None]:
-    """Let every loader of checkpoints in this process read tensors and plain data alone, as long as this lasts.
+    """Restrict every loader of checkpoints in this process to tensors and plain data, inside this context.
 
-    - ``torch.load`` obeys ``TORCH_FORCE_WEIGHTS_ONLY_LOAD``, also where a library says ``weights_only=False``, as
-      DeepSpeed does, and ``torch.distributed.checkpoint`` for what is no tensor.
-    - The index of a sharded checkpoint, which torch unpickles, is read by :func:`parse_index`.
-    - Lightning's FSDP reads one file with an unpickler of its own; here it uses ``torch.load``.
+    - ``torch.load`` obeys ``TORCH_FORCE_WEIGHTS_ONLY_LOAD``, even if a library passes ``weights_only=False``. DeepSpeed
+      does so, and also ``torch.distributed.checkpoint`` for data other than tensors.
+    - torch unpickles the index of a sharded checkpoint. Here :func:`parse_index` reads it.
+    - Lightning's FSDP reads one file with its own unpickler. Here it uses ``torch.load``.
     """
     with ExitStack() as stack:
         for name, value in ((_FORCE, "1"), (_FORCE_NOT, None)):
@@ -57,6 +56,7 @@ def plain_data_only() -> Iterator[None]:
 
 
 def _set_variable(name: str, value: str | None) -> None:
+    """Set an environment variable; None deletes it."""
     os.environ.pop(name, None)
     if value is not None:
         os.environ[name] = value
@@ -64,7 +64,7 @@ def _set_variable(name: str, value: str | None) -> None:
 
 @contextmanager
 def deepspeed_data() -> Iterator[None]:
-    """Let ``torch.load`` make the few classes of plain data that are in DeepSpeed's checkpoints, too."""
+    """Allow ``torch.load`` to make the classes of plain data in DeepSpeed's checkpoints, inside this context."""
     from importlib import import_module
 
     classes = [getattr(import_module(module), name) for module, names in _OF_DEEPSPEED.items() for name in names]
@@ -77,7 +77,7 @@ def _load_mapped(path: str | Path) -> Any:
 
 
 def _read_metadata(reader: FileSystemReader, file: Path) -> Metadata:
-    """Stand in for ``FileSystemReader.read_metadata``."""
+    """Read the index; this replaces ``FileSystemReader.read_metadata``."""
     metadata = _index(file)
     metadata.storage_meta = metadata.storage_meta or StorageMeta()
     metadata.storage_meta.load_id = reader.load_id
@@ -85,15 +85,16 @@ def _read_metadata(reader: FileSystemReader, file: Path) -> Metadata:
 
 
 def read_index(path: Path) -> Metadata:
-    """The index of a sharded checkpoint: names, shapes and places of its tensors.
+    """Read the index of a sharded checkpoint: names, shapes and places of its tensors.
 
     Raises:
-        InputError: If it cannot be read, or would run code, or speaks of more than the folder holds.
+        InputError: If it cannot be read, would run code, or claims more data than the folder holds.
     """
     return _index(path / ".metadata")
 
 
 def _index(file: Path) -> Metadata:
+    """Read an index, and compare its claims with the files beside it."""
     try:
         metadata = parse_index(file.read_bytes())
     except ForeignError as error:
@@ -110,7 +111,7 @@ def _index(file: Path) -> Metadata:
         if info.offset + info.length > sizes[info.relative_path]:
             raise InputError(f"{folder} is not whole: {info.relative_path} is cut short before the end of {place.fqn}")
     if (claimed := tensor_bytes(metadata)) > sum(sizes.values()):
-        raise InputError(f"{file} speaks of {claimed:,} bytes of tensors, the folder holds {sum(sizes.values()):,}")
+        raise InputError(f"{file} claims {claimed:,} bytes of tensors, but the folder holds {sum(sizes.values()):,}")
     return metadata
 
 
@@ -118,11 +119,14 @@ def _index(file: Path) -> Metadata:
 
 
 def check_no_code(path: Path) -> None:
-    """Look through every part of a checkpoint (a file, or a folder of some strategy) that a library would open.
+    """Check every part of a checkpoint that a library would open.
+
+    Args:
+        path: A file, or the folder of any strategy.
 
     Raises:
-        InputError: If a part is more than tensors and plain data, leaves the folder by a link, or would become larger
-            than it is; the message names the part and what it asks for.
+        InputError: If a part holds more than tensors and plain data, is a link that leaves the folder, or is packed.
+            The message names the part and the problem.
     """
     if path.is_file():
         _check_globals(path)
@@ -135,10 +139,10 @@ def check_no_code(path: Path) -> None:
 
 
 def files_within(folder: Path) -> list[Path]:
-    """All files below a folder, in order, by links too.
+    """List all files below a folder in order, including links to files in it.
 
     Raises:
-        InputError: If a link leaves the folder: what lies elsewhere is no part of a checkpoint.
+        InputError: If a link leaves the folder, or leads to a folder.
     """
     top, found = folder.resolve(), []
     for place, folders, files in os.walk(folder, followlinks=False):
@@ -149,16 +153,17 @@ def files_within(folder: Path) -> list[Path]:
                 if not target.is_relative_to(top):
                     raise InputError(
                         f"{path} is a link to {target}, outside of the checkpoint, which is not followed; copy the "
-                        "folder with what its links name (cp -rL)"
+                        "folder and the targets of its links (cp -rL)"
                     )
                 if target.is_dir():
-                    raise InputError(f"{path} is a link to a folder, as no strategy writes; copy it there (cp -rL)")
+                    raise InputError(f"{path} is a link to a folder, which no strategy writes; copy it there (cp -rL)")
             if name in files:
                 found.append(path)
     return sorted(found)
 
 
 def _check_globals(source: Path | io.BytesIO, name: object = None) -> None:
+    """Check the classes and functions that a pickle of torch names; ``name`` is for the message."""
     name = name or source
     try:
         _check_archive(source, name)
@@ -174,23 +179,27 @@ def _check_globals(source: Path | io.BytesIO, name: object = None) -> None:
 
 
 def _check_archive(source: Path | io.BytesIO, name: object) -> None:
-    """torch writes each part as it is, once. Packed ones could grow without bound; of two of one name, one reader might
-    take the first and another the second."""
+    """Refuse a zip archive that torch would not write.
+
+    torch writes each part once and uncompressed. A compressed part could grow without bound. If two parts had one name,
+    a program might read the first and another the second.
+    """
     try:
         with ZipFile(source) as archive:
             parts = archive.infolist()
     except BadZipFile:
-        return  # the old format of torch, or none: the caller says so
+        return  # the old format of torch, or none; the caller reports it
     if packed := [part.filename for part in parts if part.compress_type != ZIP_STORED]:
-        raise InputError(f"{name} is packed ({packed[0]}), as no checkpoint of torch is; it is not opened")
+        raise InputError(f"{name} is packed ({packed[0]}), and torch packs no checkpoint; it is not opened")
     if len({part.filename for part in parts}) < len(parts):
-        raise InputError(f"{name} holds two parts of one name, as no checkpoint of torch does; it is not opened")
+        raise InputError(f"{name} holds two parts of one name, which torch never writes; it is not opened")
     size = source.stat().st_size if isinstance(source, Path) else len(source.getbuffer())
     if (claimed := sum(part.file_size for part in parts)) > size:
-        raise InputError(f"{name} has {size:,} bytes and speaks of {claimed:,}; it is not opened")
+        raise InputError(f"{name} has {size:,} bytes and claims {claimed:,}; it is not opened")
 
 
 def _check_index(path: Path) -> None:
+    """Check the data in the shards that is not tensors. Each piece is a pickle of its own."""
     index = read_index(path)
     for place, info in (index.storage_data or {}).items():
         if isinstance(index.state_dict_metadata.get(place.fqn), BytesStorageMetadata):

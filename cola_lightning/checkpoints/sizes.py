@@ -1,7 +1,7 @@
-"""Compare the sizes that a checkpoint or folder claims with those of the tensors that it holds.
+"""Compare the sizes in a checkpoint's hyper-parameters with those of its weights.
 
-A network is built before its weights are filled in. One of 10⁹ layers would take for ever, however small the file that
-asks for it; so what can be counted in the file is counted first.
+A network is built before its weights are filled in. A small file could ask for 10⁹ layers, which would take for ever to
+build. Therefore the sizes are compared first.
 """
 
 import re
@@ -20,49 +20,65 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 
 def model_settings(path: Path) -> dict[str, Any]:
-    """The arguments of the LightningModule that a checkpoint holds, without those that Lightning itself adds.
+    """Read the arguments of the LightningModule in a checkpoint, without those that Lightning adds.
 
     Raises:
-        InputError: If it cannot be read, or would run code, or holds none.
+        InputError: If the checkpoint cannot be read, would run code, or has no such arguments.
     """
     stored = read_state(path).get("hyper_parameters", {})
     if not isinstance(stored, Mapping):
-        raise InputError(f"{path} is no checkpoint of this package: its hyper-parameters are a {type(stored).__name__}")
+        kind = type(stored).__name__
+        raise InputError(f"{path} is not a checkpoint of this package: its hyper-parameters are a {kind}")
     return {key: value for key, value in stored.items() if not str(key).startswith("_")}
 
 
 def check_sizes(settings: Mapping[str, Any], path: Path) -> None:
-    """Compare the settings of a checkpoint with its weights, by name and shape; nothing is built.
+    """Compare the settings of a checkpoint with the names and shapes of its weights. Nothing is built.
 
     Raises:
-        InputError: If they do not go together, or cannot be of a network.
+        InputError: If they do not fit together.
     """
     compare_sizes(settings, weight_shapes(path), path)
 
 
 def compare_sizes(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: object) -> None:
-    """The same, for weights whose shapes are known by their names in ``network.state_dict()``."""
-    layers = {int(found[1]) for name in shapes if (found := _LAYER.search(name))}
+    """Compare settings with the shapes of weights.
+
+    Args:
+        settings: Arguments of the LightningModule.
+        shapes: Shapes of the weights by their names in ``network.state_dict()``.
+        place: The checkpoint, for the message.
+
+    Raises:
+        InputError: If they do not fit together.
+    """
+    layers = {int(match[1]) for name in shapes if (match := _LAYER.search(name))}
     vocab_size, hidden_size = (*shapes.get(_EMBEDDING, ()), None, None)[:2]
     found = {"num_hidden_layers": len(layers), "vocab_size": vocab_size, "hidden_size": hidden_size}
     trouble = f"{place} holds other weights than its hyper-parameters describe"
     for name, size in found.items():
         claimed = settings.get(name, size)
         if size is not None and claimed != size:
-            raise InputError(f"{trouble}: {name} is {claimed!r} by them, {size} by the weights")
+            raise InputError(f"{trouble}: {name} is {claimed!r} in them, {size} in the weights")
+    # Whatever the method, some matrix of the MLP has intermediate_size rows or columns.
     most = max((max(shape, default=1) for shape in shapes.values()), default=0)
     claimed = settings.get("intermediate_size", 0)
     if shapes and not (isinstance(claimed, int) and claimed <= most):
-        raise InputError(f"{trouble}: intermediate_size is {claimed!r} by them, no weight has more than {most} rows")
+        raise InputError(f"{trouble}: intermediate_size is {claimed!r} in them, and no weight has a size above {most}")
 
 
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the network's weights, by name, without reading any."""
+    """Read the shapes of the network's weights by name, without reading a weight.
+
+    Raises:
+        InputError: If the checkpoint cannot be read, or would run code.
+    """
     state = read_state(path)
     match format_of(path):
         case Format.FILE:
-            found = state.get("state_dict")
-            named = {name: getattr(each, "shape", ()) for name, each in found.items()} if _is_dict(found) else {}
+            stored = state.get("state_dict")
+            weights = stored if isinstance(stored, Mapping) else {}
+            named = {name: getattr(each, "shape", ()) for name, each in weights.items()}
         case Format.SHARDS:
             entries = read_index(path).state_dict_metadata
             named = {
@@ -78,7 +94,3 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         for name, shape in named.items()
         if isinstance(name, str) and name.startswith(NETWORK)
     }
-
-
-def _is_dict(value: object) -> bool:
-    return isinstance(value, Mapping)

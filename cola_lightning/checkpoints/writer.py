@@ -1,4 +1,4 @@
-"""One writer for every checkpoint of a run, whoever asks for it: whole and checked, or not there."""
+"""Write the checkpoints of a run so that each appears only when it is complete."""
 
 import os
 import shutil
@@ -18,13 +18,16 @@ from cola_lightning.checkpoints.manifest import checksum, contents, sync, write_
 
 
 class CheckpointWriter:
-    """Takes the place of ``trainer.save_checkpoint``.
+    """The writer that replaces ``trainer.save_checkpoint``.
 
-    A checkpoint is written beside its place, gets its manifest where it is a folder, and is moved to its place when
-    every byte is on the disk. What keeps any rank from its part is known to all ranks, none of which waits for it.
+    It writes a checkpoint under another name beside its place, adds the manifest to a folder, and renames it when every
+    byte is on the disk. If a rank cannot write its part, all ranks learn of it, and none waits for that rank.
+
+    :func:`cola_lightning.output_files.write_whole` does the same for a small text file. Here torch and the strategies
+    write, all ranks take part, and folders are renamed.
 
     Args:
-        trainer: Of this run; its ``save_checkpoint`` is replaced.
+        trainer: Trainer of this run. Its ``save_checkpoint`` is replaced.
     """
 
     def __init__(self, trainer: L.Trainer) -> None:
@@ -39,16 +42,16 @@ class CheckpointWriter:
     def _save_or_warn(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None
     ) -> None:
-        if "://" in str(filepath):  # not a disk: neither can a name be moved there, nor is it written in parts
+        if "://" in str(filepath):  # remote storage cannot rename
             self._save(filepath, weights_only, storage_options)
         elif problem := self.try_save(Path(filepath), weights_only):
             rank_zero_warn(f"{filepath} could not be written: {problem}. The run goes on without it")
 
     def try_save(self, path: Path, weights_only: bool | None = False) -> str | None:
-        """Write a checkpoint; all ranks take part.
+        """Write a checkpoint. All ranks must call this.
 
         Returns:
-            What kept a rank from it, the same on all ranks; None where it is on the disk.
+            The problem of a rank that could not write, the same on all ranks; None if the checkpoint is on the disk.
         """
         partial = path.with_name(path.name + PARTIAL)
         problem = self._agree(self._write(partial, weights_only))
@@ -62,32 +65,39 @@ class CheckpointWriter:
             problem = self._agree(problem)
         if problem and self.trainer.is_global_zero:
             with suppress(OSError):
-                remove(partial)  # there may be room without it
+                remove(partial)  # this may free the space that was missing
         return problem
 
     def _write(self, path: Path, weights_only: bool | None) -> str | None:
+        """Write this rank's part of a checkpoint, and return its problem, if any."""
         strategy = self.trainer.strategy
         problem = None
         try:
             self._save(path, weights_only)
-        except (OSError, RuntimeError, CheckpointException) as error:  # shards; of a disk, every rank hears there
+        except (OSError, RuntimeError, CheckpointException) as error:
+            # In sharded checkpoints each rank gets the errors of all ranks. Other formats keep theirs in ``problem``.
             causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
             problem = str(causes[0])
-            strategy.barrier("Trainer.save_checkpoint")  # where those that heard of nothing are waiting
+            strategy.barrier("Trainer.save_checkpoint")  # the ranks without an error wait there
         for owner in (strategy.checkpoint_io, strategy):
             problem = problem or getattr(owner, "problem", None)
         return problem
 
     def _agree(self, problem: str | None) -> str | None:
-        problems = [problem]
+        """Exchange the problems of all ranks, and return the first."""
+        problems: list[str | None] = [problem]
         if self.trainer.world_size > 1:
             problems = [None] * self.trainer.world_size
             distributed.all_gather_object(problems, problem, group=self.group)
         return next(filter(None, problems), None)
 
     def _checksums(self, folder: Path) -> tuple[dict[str, int], str | None]:
-        """Each rank reads its share of a folder's files. A file has checksums of its own."""
-        trainer, own, problem = self.trainer, {}, None
+        """Compute the checksums of a folder's files, each rank for its share of them, and exchange them.
+
+        A checkpoint of one file has its checksums inside, so the result is empty.
+        """
+        own: dict[str, int] = {}
+        trainer, problem = self.trainer, None
         try:
             if folder.is_dir():
                 names = contents(folder)[trainer.global_rank :: trainer.world_size]
@@ -102,12 +112,13 @@ class CheckpointWriter:
 
 
 class FileWriter(TorchCheckpointIO):
-    """Writes to the file directly. Lightning's gathers the whole file in memory and in the temporary folder first.
+    """A checkpoint plugin that writes to the file directly.
 
-    What the disk says is kept in ``problem``, because only one rank would know of it if it were raised.
+    Lightning's own first collects the whole file in memory and in the temporary folder.
     """
 
     problem: str | None = None
+    """Error of the last write. It is kept and not raised, because it would be raised on one rank only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         self.problem = None
@@ -125,23 +136,23 @@ class FileWriter(TorchCheckpointIO):
 
 
 def move_into_place(partial: Path, path: Path, checksums: dict[str, int]) -> None:
-    """Give a checkpoint that was written its name; from here on it counts."""
+    """Add the manifest to a folder, and rename a written checkpoint to its final name."""
     if partial.is_dir():
         write_manifest(partial, checksums)
     replaced = path.with_name(f"{path.name}.replaced{PARTIAL}")
-    if path.is_dir():  # cannot be replaced in one move, as a file can
+    if path.is_dir():  # unlike a file, a folder cannot be replaced by one rename
         if replaced.exists():
             remove(replaced)
         os.replace(path, replaced)
     os.replace(partial, path)
     sync(path.parent)
     if replaced.exists():
-        with suppress(OSError):  # the next start of the run removes it
+        with suppress(OSError):  # the next start of the run removes it then
             remove(replaced)
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, file or folder; nothing happens where there is none."""
+    """Remove a checkpoint, a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -149,5 +160,5 @@ def remove(path: Path) -> None:
 
 
 def size(path: Path) -> int:
-    """Count the bytes of a checkpoint, file or folder."""
+    """Count the bytes of a checkpoint, a file or a folder."""
     return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size

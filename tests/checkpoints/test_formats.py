@@ -22,7 +22,7 @@ def test_a_file_gives_the_network_and_what_it_was_made_of(tmp_path):
 def test_a_file_that_is_no_checkpoint_is_reported(tmp_path):
     with pytest.raises(InputError, match=r"nowhere.ckpt does not exist; name a checkpoint"):
         read(tmp_path / "nowhere.ckpt")
-    with pytest.raises(InputError, match=r"is no checkpoint"):
+    with pytest.raises(InputError, match=r"is not a checkpoint"):
         read(tmp_path)
     (tmp_path / "text.ckpt").write_text("hello")
     with pytest.raises(InputError, match=r"text.ckpt is not a whole checkpoint"):

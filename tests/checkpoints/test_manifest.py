@@ -8,7 +8,7 @@ import torch
 
 from cola_lightning.checkpoints import find_corruption
 from cola_lightning.checkpoints.latest import LINK, latest_valid, written
-from cola_lightning.checkpoints.manifest import SEAL, checksum, contents, write_manifest
+from cola_lightning.checkpoints.manifest import MANIFEST, checksum, contents, write_manifest
 from cola_lightning.errors import InputError
 
 
@@ -38,7 +38,7 @@ def flip(path, offset):
 def test_a_whole_file_and_a_whole_folder(file, folder):
     assert find_corruption(file) is None
     assert find_corruption(folder) is None
-    assert set(json.loads((folder / SEAL).read_text())) == {"latest", "checkpoint/shard"}
+    assert set(json.loads((folder / MANIFEST).read_text())) == {"latest", "checkpoint/shard"}
 
 
 def test_one_flipped_bit_of_a_tensor_is_found(file):
@@ -61,7 +61,7 @@ def test_damage_to_a_folder_is_found(folder):
     assert find_corruption(folder) == "checkpoint/shard has 7000 bytes of 25600"
     shard.unlink()
     assert find_corruption(folder) == "checkpoint/shard is missing"
-    (folder / SEAL).unlink()
+    (folder / MANIFEST).unlink()
     assert find_corruption(folder) == "files.json is missing"
 
 
@@ -109,5 +109,5 @@ def test_damage_that_defeats_the_checker_is_damage(file, folder):
     file.write_bytes(content)
     assert "cannot be checked" in find_corruption(file)
     for manifest in ("[]", "3", '{"latest": 5}', '{"latest": {"bytes": 1}}', "null"):
-        (folder / SEAL).write_text(manifest)
+        (folder / MANIFEST).write_text(manifest)
         assert find_corruption(folder)

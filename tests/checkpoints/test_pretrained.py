@@ -122,5 +122,5 @@ def test_an_incomplete_folder_is_refused_and_nothing_is_unpickled(tmp_path):
         load_model(tmp_path)
     weights.unlink()
     torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"pytorch_model\.bin is not read, for it can run code"):
+    with pytest.raises(InputError, match=r"pytorch_model\.bin is not read, because it can run code"):
         load_model(tmp_path)

@@ -180,7 +180,7 @@ def test_no_command_runs_what_a_checkpoint_names(command, altered, tiny_run, tra
 def test_no_command_builds_what_a_checkpoint_has_no_weights_for(command, altered, tiny_run, trace, capsys):
     silent = [flag for flag in tiny_run if not flag.startswith("--model.num_hidden_layers")]
     line = refused(command, altered(num_hidden_layers=10**9), silent, capsys)
-    assert "num_hidden_layers is 1000000000 by them, 2 by the weights" in line
+    assert "num_hidden_layers is 1000000000 in them, 2 in the weights" in line
 
 
 class Evil:
@@ -264,7 +264,7 @@ def test_a_link_that_leaves_the_folder_is_refused(shards, tmp_path, trace, kind)
 def test_a_link_to_a_folder_within_is_refused_too(shards):
     (shards / "inner").mkdir()
     (shards / "checkpoint").symlink_to("inner")
-    with pytest.raises(InputError, match="is a link to a folder, as no strategy writes"):
+    with pytest.raises(InputError, match="is a link to a folder, which no strategy writes"):
         check_no_code(shards)
 
 
@@ -288,7 +288,7 @@ def test_an_index_of_more_than_there_is_is_refused(shards):
     metadata.state_dict_metadata["state_dict.network.w"].size = torch.Size([10**15])
     (shards / ".metadata").write_bytes(pickle.dumps(metadata))
     for look in (check_no_code, read):
-        with pytest.raises(InputError, match=r"speaks of 4,000,000,000,000,000 bytes of tensors, the folder holds"):
+        with pytest.raises(InputError, match=r"claims 4,000,000,000,000,000 bytes of tensors, but the folder holds"):
             look(shards)
 
 
