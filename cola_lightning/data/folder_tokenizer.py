@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, normalizers, pre_tokenizers
@@ -36,13 +36,14 @@ class FolderTokenizer(Tokenizer):
     def __init__(self, fast: FastTokenizer, eos_id: int, pad_id: int | None, name: str) -> None:
         super().__init__(fast, eos_id, pad_id, name)
         special = {i for i, token in fast.get_added_tokens_decoder().items() if token.special}
-        self.vocab_size = 1 + max(set(fast.get_vocab().values()) - special | ({eos_id, self.unknown_id} - {None}))
+        named = {i for i in (eos_id, self.unknown_id) if i is not None}
+        self.vocab_size = 1 + max(set(fast.get_vocab().values()) - special | named)
         self._rows: int | None = None
         self._stop_ids = frozenset({eos_id})
         self.ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": eos_id}
 
     @classmethod
-    def open(cls, name: str) -> "FolderTokenizer":
+    def open(cls, name: str) -> Self:
         """Load from a folder, a tokenizer.json or a repository on the hub, with all the settings beside it.
 
         Raises:

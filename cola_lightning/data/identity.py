@@ -241,11 +241,12 @@ def compare_runs(then: Identity, now: Identity, training: bool) -> list[str]:
     Raises:
         InputError: If anything changed that a position in the data, or the meaning of the ids, depends on.
     """
-    wrong, said = [], []
-    for kind, found in (("fixed", wrong), ("free", said)):
+    wrong: list[str] = []
+    said: list[str] = []
+    for kind, changes in (("fixed", wrong), ("free", said)):
         for flag, value in now.get(kind, {}).items():
             if flag in then[kind] and then[kind][flag] != value:
-                found.append(f"--data.{flag} is {_value(value)}; it was {_value(then[kind][flag])}")
+                changes.append(f"--data.{flag} is {_value(value)}; it was {_value(then[kind][flag])}")
     if "sources" in now and "sources" in then:
         _compare_all_sources(then["sources"], now["sources"], then.get("failed", False), wrong, said)
     if now.get("validation") and then.get("validation"):

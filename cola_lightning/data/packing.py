@@ -197,5 +197,6 @@ def add_step_tokens(micro_batches: list[Batch]) -> list[Batch]:
     Returns:
         The same, each with ``step_tokens`` (B,) int64, the number repeated for every row.
     """
-    tokens = sum(count_learnt(batch["labels"]) for batch in micro_batches)
+    zero = torch.zeros((), dtype=torch.int64)
+    tokens = sum((count_learnt(batch["labels"]) for batch in micro_batches), start=zero)
     return [batch | {"step_tokens": tokens.expand(len(batch["labels"]))} for batch in micro_batches]

@@ -140,6 +140,8 @@ class Reader:
             max(1, block),
             seed,
         )
+        self.state: dict[str, int]
+        self._documents: Iterator[Document]
         self._begin(state or _start(0))
 
     def begin_pass(self, number: int) -> None:

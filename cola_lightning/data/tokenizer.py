@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -45,8 +45,8 @@ class Tokenizer:
         self._fingerprint: str | None = None
         special = {i: token.content for i, token in fast.get_added_tokens_decoder().items() if token.special}
         self.unknown_id = _unknown_id(fast)  # special, but what text becomes that the tokenizer cannot spell
-        ids = set(fast.get_vocab().values()) - set(special) | ({eos_id, pad_id, self.unknown_id} - {None})
-        self.vocab_size = 1 + max(ids)
+        named = {i for i in (eos_id, pad_id, self.unknown_id) if i is not None}
+        self.vocab_size = 1 + max(set(fast.get_vocab().values()) - set(special) | named)
         self._never_in_text = frozenset(special) - {self.unknown_id}
         self._special = re.compile("|".join(map(re.escape, special.values())) or r"(?!)")
 
@@ -128,7 +128,7 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
     @classmethod
-    def load(cls, name: str, retry: Retry | None = None) -> "Tokenizer":
+    def load(cls, name: str, retry: Retry | None = None) -> Self:
         """Load from a folder that holds ``tokenizer.json``, such a file itself, or a repository on the hub.
 
         The end-of-document token is the one that the settings files beside it name, else the one that the model's
@@ -143,6 +143,7 @@ class Tokenizer:
         """
         find = find_tokenizer_files(name, retry or Retry())
         file = find("tokenizer.json")
+        assert file is not None  # else find_tokenizer_files would have raised
         check_file_size(file)
         try:
             fast = FastTokenizer.from_file(str(file))
@@ -162,7 +163,7 @@ class Tokenizer:
         return cls(fast, eos_id, fast.token_to_id(PAD) if pad_id is None else pad_id, name)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
         """Train a byte-level BPE, which can spell any text, with ids 0 for padding and 1 for the end of a document.
 
         Raises:
