@@ -1,6 +1,7 @@
 """The command, as ``python -m cola_lightning`` and as the installed script ``cola_lightning``."""
 
 import os
+import signal
 import sys
 from contextlib import suppress
 
@@ -16,9 +17,13 @@ def main() -> None:
     with suppress(FileNotFoundError):  # of a working directory that was removed
         if not sys.flags.safe_path and os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
-    from cola_lightning.cli.app import main as run
+    try:
+        from cola_lightning.cli.app import main as run
 
-    run()
+        run()
+    except KeyboardInterrupt:  # while that is imported
+        print("error: ended by Ctrl-C", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import subprocess
 import sys
 import time
 import tomllib
+from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import lightning as L
 import pytest
@@ -15,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cola_lightning import loggers as board
+from cola_lightning.__main__ import main as command
 from cola_lightning.callbacks.checkpoints import UnsavedError
 from cola_lightning.checkpoints import find_corruption, lock
 from cola_lightning.cli.app import CLOSED_PIPE
@@ -58,6 +60,85 @@ def test_the_table_of_exit_statuses_lists_every_status_of_the_commands():
     stopped = {128 + number for number in (*STOP, signal.SIGKILL, signal.SIGPIPE)}
     assert documented_statuses() == {0, InputError.exit_status, UnsavedError.exit_status, *stopped}
     assert 128 + signal.SIGPIPE == CLOSED_PIPE
+
+
+def catches(process: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{process}/status").read_text()
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (number - 1) & 1)
+
+
+def in_group(group: int) -> list[str]:
+    """The processes of a group that have not ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # of one that has ended meanwhile
+            name, _, rest = (folder / "stat").read_text().rpartition(")")
+            state, _, its_group = rest.split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                found.append(name)
+    return found
+
+
+MOMENTS = {
+    "it listens": lambda process: catches(process, signal.SIGTERM),
+    "it imports torch": lambda process: "libtorch_python" in Path(f"/proc/{process}/maps").read_text(),
+}
+"""Moments of the first seconds of a command, by what shows them."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [*STOP, signal.SIGKILL])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_during_the_imports_of_a_real_command_ends_it_at_once(tmp_path, moment, number):
+    """``tests.signal_run`` forks its processes after the imports, so that it sends no signal before."""
+    root = Path(__file__).parent.parent
+    fit_command = [sys.executable, "-m", "cola_lightning", "fit", "--config", "configs/quickstart.yaml"]
+    said = tmp_path / "said"
+    with said.open("w") as output:
+        process = subprocess.Popen(
+            [*fit_command, f"--run_dir={tmp_path / 'run'}"],
+            cwd=root, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not MOMENTS[moment](process.pid):
+            assert process.poll() is None, said.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.kill(process.pid, number)
+        status = process.wait(30)
+        assert (status if status >= 0 else 128 - status) == 128 + number  # as a shell reports it
+        deadline = time.monotonic() + 10
+        while (left := in_group(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not left
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    text = said.read_text()
+    assert "Traceback" not in text
+    told = f"{number.name} before training began: ended at once, nothing was lost by that"
+    assert text.strip() == ("" if number == signal.SIGKILL else told)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_one_line(monkeypatch, capsys):
+    """A command without a Trainer ended in a traceback then."""
+
+    class Interrupted(ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "cola_lightning.cli.app", Interrupted("cola_lightning.cli.app"))
+    monkeypatch.setattr(sys, "argv", ["cola_lightning", "estimate"])
+    with pytest.raises(SystemExit) as ended:
+        command()
+    assert ended.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "error: ended by Ctrl-C\n"
 
 
 class Sleep(L.Callback):
@@ -222,9 +303,9 @@ time.sleep(600)
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
 def test_a_rank_dies_with_a_launcher_that_is_killed():
     environment = os.environ | {"LOCAL_RANK": "1"}
-    command = [sys.executable, "-c", LAUNCHER, RANK]
+    launch = [sys.executable, "-c", LAUNCHER, RANK]
     root = Path(__file__).parent.parent
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env=environment) as launcher:
+    with subprocess.Popen(launch, stdout=subprocess.PIPE, text=True, cwd=root, env=environment) as launcher:
         rank = int(launcher.stdout.readline())
         os.kill(rank, 0)  # it is there
         launcher.kill()
