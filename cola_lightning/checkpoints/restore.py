@@ -126,7 +126,7 @@ def first_step_explained(path: object) -> Iterator[None]:
         yield
     except (LookupError, TypeError, AttributeError, AssertionError, ValueError, RuntimeError) as error:
         of_machine = (torch.OutOfMemoryError, torch.AcceleratorError)
-        if isinstance(error, (InputError, *of_machine)) or _lost_connection(error) or not _in_optimizer(error):
+        if isinstance(error, (InputError, *of_machine)) or lost_connection(error) or not _in_optimizer(error):
             raise
         raise InputError(
             f"{path} holds a state that the optimizer cannot go on from ({type(error).__name__}: "
@@ -170,7 +170,7 @@ def explain_restore(path: Callable[[], object]) -> Iterator[None]:
     except Exception as error:
         if path() is None:
             raise
-        if _lost_connection(error):
+        if lost_connection(error):
             line = f"another process of this run ended while {path()} was restored; its output says why"
             raise RankError(line) from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -194,7 +194,7 @@ def explain_settings() -> Iterator[None]:
         raise
 
 
-def _lost_connection(error: Exception) -> bool:
+def lost_connection(error: Exception) -> bool:
     """Say whether a collective operation failed, because another rank has ended. Gloo raises a plain RuntimeError."""
     by_gloo = re.search(r"gloo/transport/|Connection (closed|reset) by peer", str(error))
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and by_gloo is not None)

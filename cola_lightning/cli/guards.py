@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.distributed import DistBackendError
 
 from cola_lightning.callbacks.out_of_memory import out_of_memory
 from cola_lightning.checkpoints import plain_data_only
-from cola_lightning.checkpoints.restore import explain_settings
-from cola_lightning.errors import InputError
+from cola_lightning.checkpoints.restore import explain_settings, lost_connection
+from cola_lightning.errors import InputError, RankError
 
 SETTINGS_ERRORS = "conditioned on metric|but no `dataloader_idx` argument"
 """RuntimeErrors of Lightning about settings: EarlyStopping on a metric that the run does not log, and validation data
@@ -24,7 +25,7 @@ class OutOfMemoryError(InputError):
 
 @contextmanager
 def guard_run() -> Iterator[None]:
-    """Load plain data only, and turn errors of libraries about settings and memory into an InputError."""
+    """Load plain data only, and turn errors of libraries about settings, memory and lost ranks into an InputError."""
     try:
         with plain_data_only(), explain_settings():
             yield
@@ -33,6 +34,9 @@ def guard_run() -> Iterator[None]:
     except RuntimeError as error:
         if re.search(SETTINGS_ERRORS, str(error)):
             raise InputError(str(error)) from error
+        if lost_connection(error) and not isinstance(error, DistBackendError):  # NCCL's may have any other cause
+            reason = " ".join(str(error).split())[:200]
+            raise RankError(f"another process of this run ended; its output says why ({reason})") from error
         if not out_of_memory(error) or not getattr(error, "__notes__", None):
             raise
         what = str(error).rpartition("DefaultCPUAllocator: ")[2]

@@ -17,6 +17,8 @@ from cola_lightning.data.stream_loader import StreamError, StreamLoader, Verdict
 from cola_lightning.data.worker_process import begin_worker, end_with_parent
 from cola_lightning.errors import InputError
 from tests.data.simulate import Numbers, make_logical_shards
+from tests.processes import Run
+from tests.signal_phases import fit
 
 
 def fail(worker: int) -> None:
@@ -92,23 +94,18 @@ def test_sigterm_of_its_parent_ends_a_worker_at_once_and_that_of_others_does_not
     os.close(writer)
 
 
-@pytest.fixture
-def full_memory(monkeypatch) -> Callable[[int], None]:
+def fill_memory(patch: pytest.MonkeyPatch, room: int) -> None:
     """Let so many semaphores be made, and no more, as on a /dev/shm that becomes full."""
+    make, made = SemLock.__init__, 0
 
-    def fill(room: int) -> None:
-        make, made = SemLock.__init__, 0
+    def limited(self, *arguments, **options):
+        nonlocal made
+        made += 1
+        if made > room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        make(self, *arguments, **options)
 
-        def limited(self, *arguments, **options):
-            nonlocal made
-            made += 1
-            if made > room:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            make(self, *arguments, **options)
-
-        monkeypatch.setattr(SemLock, "__init__", limited)
-
-    return fill
+    patch.setattr(SemLock, "__init__", limited)
 
 
 MAKE = make_logical_shards(Numbers([90]), num_logical_shards=4)
@@ -117,9 +114,9 @@ STREAM = {"make_logical_shards": MAKE, "num_logical_shards": 4, "batch_size": 1,
 
 @pytest.mark.parametrize("room", [0, 3, 12])
 @pytest.mark.parametrize("kind", ["stream", "rows"])
-def test_workers_without_room_for_their_semaphores_are_one_clear_line(full_memory, capfd, kind, room):
+def test_workers_without_room_for_their_semaphores_are_one_clear_line(monkeypatch, capfd, kind, room):
     """PyTorch's iterator, made in part, printed a second traceback at its deletion."""
-    full_memory(room)
+    fill_memory(monkeypatch, room)
     loader = StreamLoader(**STREAM) if kind == "stream" else TrainLoader([{}] * 8, 2, 4, seed=0, workers=2)
     with pytest.raises(InputError) as refused:
         next(iter(loader))
@@ -132,10 +129,10 @@ def test_workers_without_room_for_their_semaphores_are_one_clear_line(full_memor
     assert capfd.readouterr().err == ""
 
 
-def test_ranks_agree_that_workers_of_one_could_not_be_started(full_memory):
+def test_ranks_agree_that_workers_of_one_could_not_be_started(monkeypatch):
     """The others would wait for it to read."""
     agreed = []
-    full_memory(0)
+    fill_memory(monkeypatch, 0)
     loader = StreamLoader(**STREAM)
     loader.ranks.smallest = lambda number: agreed.append(number) or number
     with pytest.raises(StreamError, match="could not be started"):
@@ -150,3 +147,23 @@ def test_a_system_that_starts_no_more_processes_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(multiprocessing.Process, "start", refuse)
     with pytest.raises(StreamError, match=r"could not be started: .* temporarily unavailable; make room"):
         next(iter(StreamLoader(**STREAM)))
+
+
+def fit_where_one_rank_has_no_room(flags: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "1":
+            fill_memory(patch, 0)
+        fit(flags)
+
+
+@pytest.mark.distributed
+def test_a_run_ends_on_all_ranks_where_the_workers_of_one_have_no_room(tiny_run, tmp_path):
+    """The rank whose workers could not be started says so in one line; the other one does not wait for it."""
+    flags = ["fit", *tiny_run, f"--run_dir={tmp_path / 'run'}", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    run = Run(fit_where_one_rank_has_no_room, [*flags, "--data.num_workers=1"], ranks=2, folder=tmp_path)
+    assert run.wait(60) == [1, 2], run.output()
+    said = [log.read_text() for log in run.logs]
+    assert "Traceback" not in "".join(said)
+    assert "error: another process of this run ended; its output says why (" in said[0]
+    [line] = [line for line in said[1].splitlines() if line.startswith("error:")]
+    assert "the 1 workers of the data could not be started: [Errno 28] No space left on device" in line
