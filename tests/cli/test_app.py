@@ -1,4 +1,4 @@
-"""The command line, called as a user calls it but for the process; what needs processes stands in test_readme."""
+"""The command line, called as a user calls it, but in this process; test_readme starts processes."""
 
 import json
 import math
@@ -7,8 +7,10 @@ import shutil
 from importlib.util import find_spec
 
 import pytest
+import rich
 import torch
 import yaml
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cola_lightning.cli.app import main
@@ -152,7 +154,8 @@ def test_parts_are_swapped_and_set_from_the_shell(tiny_run, capsys):
     assert settings["trainer"]["callbacks"][0]["init_args"]["keep"] == "latents"
 
 
-def test_the_bar_counts_steps_and_shows_loss_and_speed(tiny_run, tmp_path, capsys):
+def test_the_bar_counts_steps_and_shows_loss_and_speed(tiny_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rich, "_console", Console(force_terminal=True, width=200))  # of the whole process
     flags = [flag for flag in tiny_run if "progress_bar" not in flag]
     main(["fit", *flags, f"--run_dir={tmp_path / 'run'}"])
     shown = capsys.readouterr().out
