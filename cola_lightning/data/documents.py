@@ -1,4 +1,4 @@
-"""Documents out of a user's files: .txt, .jsonl, .parquet and C4's .json.gz, each optionally in folders."""
+"""Find and read the documents in a user's files: .txt, .jsonl, .parquet and C4's .json.gz."""
 
 import glob
 import importlib.util
@@ -16,7 +16,11 @@ SUFFIXES = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".json.gz", ".jsonl.zst",
 
 
 def find_files(paths: list[str]) -> list[Path]:
-    """Resolve files, folders (searched recursively), patterns and ``package:NAME/FOLDER`` to a sorted list of files.
+    """Resolve paths to a sorted list of files.
+
+    Args:
+        paths: Files, folders (searched recursively), patterns, or ``package:NAME/FOLDER`` for a folder of an installed
+            Python package.
 
     Raises:
         InputError: If an entry matches nothing, or a named package is not installed.
@@ -33,8 +37,15 @@ def find_files(paths: list[str]) -> list[Path]:
 
 
 def find_left_out(paths: list[str]) -> tuple[int, list[Path]]:
-    """Count the files that several entries name, which are read once, and list those that a pattern matches and that
-    are not read, because their endings are others."""
+    """Find files that a user may not expect to be left out.
+
+    Args:
+        paths: As for :func:`find_files`.
+
+    Returns:
+        The number of files that several entries match, which are read once; and the files that a pattern matches but
+        that are not read, because of their endings.
+    """
     names = Counter(file for entry in paths for file in _expand(entry))
     others = [file for entry in paths for file in _matches(entry) if not file.name.endswith(SUFFIXES)]
     return sum(count > 1 for count in names.values()), sorted(set(others))
@@ -43,7 +54,7 @@ def find_left_out(paths: list[str]) -> tuple[int, list[Path]]:
 def _expand(entry: str) -> list[Path]:
     root = _root(entry)
     if root.is_dir():
-        # Hidden files and folders are copies and tools' own: .git, .ipynb_checkpoints, the ._x of a Mac.
+        # Hidden files and folders are copies, or belong to tools: .git, .ipynb_checkpoints, ._x on a Mac.
         return [
             path.resolve()
             for path in root.rglob("*")
@@ -59,7 +70,7 @@ def _expand(entry: str) -> list[Path]:
 
 
 def _matches(entry: str) -> list[Path]:
-    """The files that a pattern matches; none where the entry is a file or folder itself."""
+    """List the files that a pattern matches; none if the entry is a file or folder."""
     root = _root(entry)
     if root.exists():
         return []
@@ -81,16 +92,17 @@ def _in_package(entry: str) -> Path:
 
 
 def read_documents(files: list[Path], text_column: str = "text", separator: str | None = None) -> Iterator[str]:
-    """Yield the documents of the files in order, empty ones left out.
+    """Yield the documents of the files in order. Empty documents are left out.
 
     Args:
-        files: A .txt file is one document, or several where ``separator`` is given; a .jsonl file, which may be
-            compressed, has one JSON object a line, a .parquet file one row a document.
-        text_column: Key or column that holds the text in .jsonl and .parquet.
+        files: Files with these contents: a .txt file is one document, or several if ``separator`` is given. Each line
+            of a .jsonl file, compressed or not, is a JSON object with one document. Each row of a .parquet file is one
+            document.
+        text_column: Key or column of the text in .jsonl and .parquet.
         separator: String between the documents of a .txt file.
 
     Raises:
-        InputError: For a file that cannot be read, is not UTF-8, or lacks the column; names file and place.
+        InputError: If a file cannot be read, is not UTF-8, or lacks the column; names file and place.
     """
     for file in files:
         try:

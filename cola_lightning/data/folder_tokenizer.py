@@ -1,4 +1,4 @@
-"""The tokenizer of a model that others made, used as transformers uses it."""
+"""Tokenizer of a model that was trained elsewhere, with the ids that transformers gives."""
 
 import json
 import shutil
@@ -17,18 +17,23 @@ FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
-"""Files that belong to a tokenizer or to generation, as far as a model brings them."""
+"""Files of a tokenizer and of generation; a model may have some of them."""
 
 
 class FolderTokenizer(Tokenizer):
-    """Encodes a text with the ids that the template in tokenizer.json puts before it, and reads special tokens out of
-    the text, so that a prompt may be written with them. A document still ends with the end-of-document id.
+    """Encodes a text with the ids that the template in tokenizer.json puts before it.
+
+    Special tokens in the text become their ids, so that a prompt can contain them. A document still ends with the
+    end-of-document id.
 
     Args:
-        fast: A tokenizer of the ``tokenizers`` library.
-        eos_id: Id put after each document.
-        pad_id: Id that fills rows up; None if the tokenizer has none.
-        name: Where it came from, for messages.
+        fast: Tokenizer of the ``tokenizers`` library.
+        eos_id: Id that ends each document.
+        pad_id: Id of padding; None if the tokenizer has none.
+        name: Folder, file or repository that the tokenizer came from, for messages.
+
+    Attributes:
+        ids: ``bos_token_id`` and ``eos_token_id``, from the model's config.json where it has them.
     """
 
     find: FindFile
@@ -44,10 +49,13 @@ class FolderTokenizer(Tokenizer):
 
     @classmethod
     def open(cls, name: str) -> Self:
-        """Load from a folder, a tokenizer.json or a repository on the hub, with all the settings beside it.
+        """Load a tokenizer with all the settings beside it.
+
+        Args:
+            name: Folder, tokenizer.json, or repository on the hub.
 
         Raises:
-            InputError: If there is none, or a file beside it is not what it should be.
+            InputError: If there is no tokenizer, or a settings file is not a JSON object.
         """
         tokenizer = cls.load(name)
         tokenizer.find = find_tokenizer_files(name, Retry())
@@ -61,8 +69,10 @@ class FolderTokenizer(Tokenizer):
         return tokenizer
 
     def _cut_as_llama(self, settings: dict[str, Any]) -> None:
-        """transformers 5 replaces the normalizer of tokenizers of class ``LlamaTokenizer``, LLaMA 1's and 2's: a text
-        that begins with a space, or goes on after a special token, gets no further space before it."""
+        """Replace the normalizer of a ``LlamaTokenizer`` (LLaMA 1 and 2) as transformers 5 does.
+
+        Then no space is added before a text that begins with a space, or before text after a special token.
+        """
         if settings.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
             return
         normalizer = json.loads(self.fast.to_str())["normalizer"] or {}
@@ -70,7 +80,7 @@ class FolderTokenizer(Tokenizer):
             return
         prefixed = settings.get("add_prefix_space") in (None, True)
         scheme = "never" if not prefixed else "always" if settings.get("legacy") else "first"
-        # An empty sequence, because the library takes no None here.
+        # An empty sequence, because the library does not accept None here.
         self.fast.normalizer = normalizers.Sequence([])
         self.fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
         strip = [decoders.Strip(content=" ", left=1, right=0)] if prefixed else []
@@ -84,26 +94,26 @@ class FolderTokenizer(Tokenizer):
 
     @property
     def prefix(self) -> list[int]:
-        """Ids that stand before each text."""
+        """Ids that the template puts before each text."""
         encoding = self.fast.encode("a", add_special_tokens=True)
         inside = [index for index, part in enumerate(encoding.sequence_ids) if part is not None]
         return list(encoding.ids[: inside[0]]) if inside else []
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, as transformers has them, ended by ``eos_id``.
+        """Encode each text as the ids that transformers gives, ended by ``eos_id``.
 
         Raises:
-            InputError: If a text is no valid Unicode, or has an id that the network lacks.
+            InputError: If a text is not valid Unicode, or has an id that the network lacks.
         """
         try:
             encodings = self.fast.encode_batch_fast(texts, add_special_tokens=True)
-        except TypeError as error:  # what the library says of half a surrogate pair
-            raise InputError("a text is no valid Unicode; repair it") from error
+        except TypeError as error:  # the library raises it for half of a surrogate pair
+            raise InputError("a text is not valid Unicode; repair it") from error
         rows, before = [], len(self.prefix)
         for item in encodings:
             end = len(item.ids)
             while end > before and item.sequence_ids[end - 1] is None:
-                end -= 1  # what the template puts after a text; the end of the document comes there
+                end -= 1  # the template's id after a text, which the end-of-document id replaces
             rows.append([*item.ids[:end], self.eos_id])
             if self._rows is not None and (beyond := [i for i in rows[-1] if i >= self._rows]):
                 raise InputError(
@@ -117,17 +127,17 @@ class FolderTokenizer(Tokenizer):
         self._rows = vocab_size
 
     def copy_files(self, folder: Path) -> None:
-        """Copy the tokenizer's files and the generation settings as they are."""
+        """Copy the tokenizer's files and the generation settings unchanged."""
         for name in FILES:
             if (file := self.find(name)) is not None:
                 shutil.copyfile(file, folder / name)
 
 
 def _read(file: Path | None) -> dict[str, Any]:
-    """A JSON object; empty where there is no file.
+    """Read a JSON object; empty if there is no file.
 
     Raises:
-        InputError: If the file holds something else.
+        InputError: If the file is not a JSON object.
     """
     if file is None:
         return {}

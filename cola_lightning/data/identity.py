@@ -1,9 +1,9 @@
 """Record what data a run began with, and find what changed when the run goes on from a checkpoint.
 
-A position in data means something only in the data that it was taken in. A checkpoint therefore keeps, as plain
-numbers and text, the settings that the order of the rows depends on, the tokenizer's fingerprint, and for every source
-the names, sizes and contents of its files, or the commit on the Hugging Face hub. A change is either refused, in one
-line, or it is harmless; then the run takes it up and says so.
+A position in the data is valid only for the data in which it was recorded. A checkpoint therefore keeps, as plain
+numbers and text, the settings that determine the order of the rows, the tokenizer's fingerprint, and for every source
+the names, sizes and contents of its files, or the commit on the Hugging Face hub. A change that a position depends on
+is an error of one line. A harmless change is reported, and the run continues.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.stored_data import Count, Scalar
 
 READ_WHOLE = 64 << 20
-"""Bytes that files may hold together for each to be read whole; of larger ones, samples are taken."""
+"""Largest total size of the files, in bytes, up to which each is hashed as a whole, and not in samples."""
 _SAMPLE, _SAMPLES = 4096, 16
 _ON_HUB = re.compile(r"^hf://(?P<repository>.+?)@(?P<commit>[0-9a-f]{40})/")
 
@@ -32,14 +32,14 @@ Identity = dict[str, Any]
 
 
 class StoredTokenizer(TypedDict):
-    """A tokenizer in an identity."""
+    """Tokenizer in an identity."""
 
     name: str | None
     fingerprint: str
 
 
 class StoredSource(TypedDict):
-    """A source in an identity; see :func:`describe_files`."""
+    """Source in an identity; see :func:`describe_files`."""
 
     title: str
     column: str
@@ -57,7 +57,7 @@ class StoredSource(TypedDict):
 
 
 class StoredIdentity(TypedDict):
-    """The identity of a run's data in a checkpoint; see :func:`compare_runs`."""
+    """Identity of a run's data in a checkpoint; see :func:`compare_runs`."""
 
     fixed: dict[str, Scalar]
     free: dict[str, Scalar]
@@ -72,18 +72,21 @@ class StoredIdentity(TypedDict):
 
 
 def commit_of(name: str) -> str | None:
-    """The commit that the address of a file on the Hugging Face hub names; None for any other file."""
+    """Return the commit in the address of a file on the Hugging Face hub; None for any other file."""
     found = _ON_HUB.match(name)
     return found["commit"] if found else None
 
 
 def fingerprint_files(names: Sequence[str], retry: Retry) -> list[str]:
-    """Make a short text for each file that differs if the file does, as ``SIZE:CONTENT``.
+    """Compute a fingerprint of each file, ``SIZE:CONTENT``, which differs if the file differs.
 
-    The content is, of a file on the hub, its commit (without a size); of one on a disk, a hash of its bytes; of one on
-    another server, the tag that the server keeps for it. Files on a disk that hold more than ``READ_WHOLE`` together
-    are hashed in samples: the ends, where compressed files and Parquet keep checksums and counts, and blocks in
-    between.
+    CONTENT is the commit of a file on the hub (SIZE is empty then), a hash of the bytes of a file on a disk, or the tag
+    that another server keeps for a file. If the files on a disk have more than ``READ_WHOLE`` bytes together, samples
+    of each are hashed: the ends, where compressed files and Parquet keep checksums and counts, and blocks in between.
+
+    Args:
+        names: Paths or addresses.
+        retry: Retries requests to servers that fail.
 
     Raises:
         InputError: If a file is missing or cannot be read.
@@ -133,13 +136,16 @@ def _of_server(name: str) -> str:
 
 
 def describe_files(title: str, column: str, names: Sequence[str], fingerprints: Sequence[str]) -> Identity:
-    """Sum up the files of a source, whatever their number, in a few plain values.
+    """Summarize the files of a source, whatever their number, in a few plain values.
 
     Args:
-        title: What the source is called in messages.
-        column: Column of its text.
-        names: Its files, in order.
-        fingerprints: As :func:`fingerprint_files` made them.
+        title: Name of the source in messages.
+        column: Column of the text.
+        names: Paths or addresses of the files, in order.
+        fingerprints: Fingerprint of each file, from :func:`fingerprint_files`.
+
+    Returns:
+        The values that :class:`StoredSource` lists. A value is None if it is not known or does not apply.
     """
     sizes, contents = zip(*(one.split(":", 1) for one in fingerprints), strict=True) if names else ((), ())
     commits = {commit_of(name) for name in names}
@@ -162,7 +168,10 @@ def describe_files(title: str, column: str, names: Sequence[str], fingerprints: 
 
 
 def content_of(source: Identity) -> list[str | None]:
-    """Select what must be the same on all ranks. A server's tags are left out, because several hosts may answer."""
+    """Select the values of a source that must be the same on all ranks.
+
+    The tags of a server are left out, because several hosts may answer.
+    """
     keys = ("names", "paths", "commit", "sizes", "prepared")
     return [source[key] for key in keys] + [None if source["place"] == "a server" else source["contents"]]
 
@@ -172,20 +181,20 @@ def _digest(parts: Any) -> str:
 
 
 def compare_sources(then: Identity, now: Identity, replaced: bool = False) -> tuple[str | None, str | None]:
-    """Say what is wrong with a source, and what is to be said of it; None for nothing.
+    """Compare a source with what it was when the run began.
 
     Args:
-        then: What it was.
-        now: What it is.
-        replaced: Whether files were expected to be replaced by whole ones.
+        then: The source as the checkpoint describes it.
+        now: The source as it is.
+        replaced: Whether damaged files were expected to be replaced.
 
     Returns:
-        The first difference for which the run must not go on, and one that is harmless.
+        The first difference with which the run must not continue, and a harmless difference; None for no difference.
     """
     title = now["title"]
     differ = {key for key in then if None not in (then[key], now.get(key)) and then[key] != now[key]}
     if "place" in differ:
-        differ.discard("contents")  # a hash of bytes there, a server's tag here
+        differ.discard("contents")  # one is a hash of bytes, the other the tag of a server
     if "commit" in differ and "title" in differ:
         return f"{title} is read in place of {then['title']}, and is another data set", None
     if "commit" in differ:
@@ -225,21 +234,22 @@ def compare_sources(then: Identity, now: Identity, replaced: bool = False) -> tu
 
 
 def compare_runs(then: Identity, now: Identity, training: bool) -> list[str]:
-    """Compare the data of a run with what it began with.
+    """Compare the data of a run with the data that it began with.
 
     Args:
-        then: What the checkpoint holds: ``fixed`` and ``free`` settings by flag; ``tokenizer``, its name and
-            fingerprint; ``sources``, and ``validation`` where it is a source of its own, as :func:`describe_files`
-            makes them; ``ids``, a digest of the training ids where all of them are on disk; ``failed``, that the run
-            ended because files could not be read, so that they are expected to be replaced.
-        now: The same of this process. What one of the two does not hold is not compared.
-        training: Whether the run goes on; else it is only evaluated, which no position matters to.
+        then: Identity from the checkpoint. ``fixed`` and ``free`` are settings by flag. ``tokenizer`` is the
+            tokenizer's name and fingerprint. ``sources`` and ``validation`` come from :func:`describe_files`;
+            ``validation`` is None if it is no source of its own. ``ids`` is a digest of the training ids, if all of
+            them are on disk. ``failed`` tells that the run ended because files could not be read; such files are
+            expected to be replaced.
+        now: Identity in this process. A key that only one of the two has is not compared.
+        training: Whether the run continues to train. If it is only evaluated, the position in the data does not matter.
 
     Returns:
-        Harmless changes, each in words.
+        Harmless changes, each as a text.
 
     Raises:
-        InputError: If anything changed that a position in the data, or the meaning of the ids, depends on.
+        InputError: If a change affects the position in the data, or the meaning of the ids.
     """
     wrong: list[str] = []
     said: list[str] = []
@@ -250,7 +260,7 @@ def compare_runs(then: Identity, now: Identity, training: bool) -> list[str]:
     if "sources" in now and "sources" in then:
         _compare_all_sources(then["sources"], now["sources"], then.get("failed", False), wrong, said)
     if now.get("validation") and then.get("validation"):
-        # Where it moved to is of no interest; training text that moved with it says so.
+        # A move of the validation text is not reported, because the training text that moved with it is.
         problem, note = compare_sources(then["validation"] | {"title": now["validation"]["title"]}, now["validation"])
         if found := problem or note:
             said.append(f"of the validation text, {found}; perplexities before and after may not be comparable")

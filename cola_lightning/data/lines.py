@@ -1,4 +1,4 @@
-"""Read the lines of a file, compressed or not, from any place on, with the byte at which each line begins."""
+"""Read the lines in a byte range of a file, compressed or not, with the offset at which each line begins."""
 
 import gzip
 import io
@@ -18,17 +18,17 @@ from cola_lightning.errors import InputError
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 BOM = b"\xef\xbb\xbf"
 LONGEST = 1 << 27
-"""Largest number of bytes of a line, because a megabyte of a compressed file may hold a gigabyte of zeros."""
+"""Largest number of bytes of a line. One megabyte of a compressed file may unpack to a gigabyte of zeros."""
 
 
 @dataclass
 class LinePlace:
-    """The file and line that a message names. Most lines need no message, so the text is made only by ``str()``.
+    """File and line that a message names. Few lines need a message, so the text is made only by ``str()``.
 
     Args:
         name: Path or address.
-        number: Number of the line, from 1; None if it is not known, because reading began within the file.
-        offset: Byte at which the line begins, after unpacking.
+        number: Number of the line, from 1; None if it is not known, because reading began inside the file.
+        offset: Byte at which the line begins, after decompression.
     """
 
     name: str
@@ -39,7 +39,7 @@ class LinePlace:
         number = self.number
         if number is None and is_local(self.name):
             number = 1 + _count_newlines(self.name, self.offset)
-        # To count the lines of a file on another machine would take reading it.
+        # Lines of a file on another machine are not counted, because that takes a read from its beginning.
         return f"{self.name} line {number}" if number else f"{self.name} line at byte {self.offset}"
 
 
@@ -52,17 +52,17 @@ def _count_newlines(name: str, end: int) -> int:
 
 
 def read_lines(name: str, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that begin in a range of the bytes of a file, each with the byte at which it begins.
+    """Yield the lines that begin in a byte range of a file, each with the offset at which it begins.
 
-    Ranges that lie end to end therefore have each line once, wherever they are cut. With three lines of 5 bytes, the
-    range 6..11 has the last one: the second line begins before it.
+    Adjacent ranges therefore have each line exactly once, at whatever byte they meet. Example: of three lines of 5
+    bytes, the range 6..11 has only the third, because the second begins before it.
 
         byte           0    5    10
         line           aaaa bbbb cccc
         range 6..11          ^---^
 
-    A byte order mark at the beginning of the file is left out. In a compressed file the bytes are counted after
-    unpacking, and a range costs the unpacking of all that comes before it.
+    A byte order mark at the beginning of the file is left out. In a compressed file, offsets count decompressed bytes,
+    and all bytes before the range are decompressed too.
 
     Args:
         name: Path or address.
@@ -71,7 +71,7 @@ def read_lines(name: str, begin: int = 0, end: int | None = None) -> Iterator[tu
 
     Raises:
         InputError: If the file is not compressed as its name says, or is damaged on this machine's disk.
-        OSError, EOFError, zlib.error: If a file on another machine is cut short, which may pass.
+        OSError, EOFError, zlib.error: If a file on another machine is cut short; a retry may help.
     """
     with _explained(name), _open(name, begin, end) as (lines, position):
         while (end is None or position < end) and (line := lines.readline(LONGEST + 1)):
@@ -84,9 +84,10 @@ def read_lines(name: str, begin: int = 0, end: int | None = None) -> Iterator[tu
 
 @contextmanager
 def _open(name: str, begin: int, end: int | None) -> Iterator[tuple[IO[bytes], int]]:
-    """Open a file at a place before ``begin`` from which the first line to begin at or after it can be found."""
+    """Open a file for reading from ``begin`` on; yield it with the position at which it was opened."""
     compressed = path_of(name).endswith(COMPRESSED)
-    # One byte early: where a line begins at ``begin`` exactly, what is read first is the end of the line before.
+    # One byte early. If a line begins exactly at ``begin``, this byte is the newline before it, and readline() returns
+    # only that; else readline() returns the rest of a line that began before the range.
     position = 0 if compressed else max(begin - 1, 0)
     if is_local(name):
         with open_file(name) as file:
@@ -124,8 +125,10 @@ def _open_zstd(file: IO[bytes], name: str) -> IO[bytes]:
 
 
 class _ZstdFrames(io.RawIOBase):
-    """All frames of a zstd file, read one after another. ``zstandard``'s own reader ends after the first, and takes a
-    file that is cut short for a whole one."""
+    """Bytes of all frames of a zstd file.
+
+    The reader of ``zstandard`` ends after the first frame, and does not notice that a file is cut short.
+    """
 
     def __init__(self, file: IO[bytes], decompressor: Any) -> None:
         self.file, self.decompressor = file, decompressor
@@ -154,7 +157,7 @@ class _ZstdFrames(io.RawIOBase):
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Tell apart a file that will never be readable and a transfer that may succeed when it is tried again."""
+    """Raise InputError for a damaged file, and an error that is retried for a transfer that failed."""
     try:
         yield
     except InputError:
@@ -164,10 +167,10 @@ def _explained(name: str) -> Iterator[None]:
         damaged = foreign or isinstance(error, gzip.BadGzipFile | EOFError | zlib.error)
         if "Not a gzipped file" in str(error) or "Unknown frame descriptor" in str(error):
             raise InputError(
-                f"{name} is not compressed as its name says ({error}); rename it, or fetch it again"
+                f"{name} is not compressed as its name says ({error}); rename it, or download it again"
             ) from error
         if is_local(name) and (damaged or str(error) == "Invalid data stream"):
-            raise InputError(f"{name} is cut short or damaged ({error}); fetch it again") from error
-        if foreign:  # not an error that a retry knows
+            raise InputError(f"{name} is cut short or damaged ({error}); download it again") from error
+        if foreign:  # not one of TRANSIENT_ERRORS
             raise OSError(f"{type(error).__name__}: {error}") from error
         raise

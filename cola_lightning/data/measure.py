@@ -1,4 +1,4 @@
-"""How fast the loaders are: ``python -m cola_lightning.data.measure --help``."""
+"""Measure the throughput of the loaders: ``python -m cola_lightning.data.measure --help``."""
 
 import os
 import platform
@@ -92,7 +92,7 @@ def measure(
 
 
 def _round(batches: Iterator[Batch], seconds: float) -> tuple[int, float, float]:
-    """Tokens, seconds, and seconds of processor time of this process and its workers."""
+    """Return the tokens, the seconds, and the processor time of this process and its workers in seconds."""
     tokens = 0
     begin, used = time.perf_counter(), _processor_time()
     while time.perf_counter() - begin < seconds:
@@ -101,13 +101,13 @@ def _round(batches: Iterator[Batch], seconds: float) -> tuple[int, float, float]
 
 
 def _speed(rounds: list[tuple[int, float, float]]) -> tuple[float, float]:
-    """Tokens for each second, and for each second of processor time, over all rounds."""
+    """Return the tokens per second, and per second of processor time, over all rounds."""
     tokens, wall, processor = (sum(values) for values in zip(*rounds, strict=True))
     return tokens / wall, tokens / processor
 
 
 def _processor_time() -> float:
-    """Seconds of this process, of its workers, and of the workers that ended, as they do between two passes."""
+    """Return the processor time, in seconds, of this process and its workers, those that ended included."""
     stats = [Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split() for child in active_children()]
     ticks = sum(int(stat[11]) + int(stat[12]) for stat in stats)
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -123,7 +123,7 @@ def _ready(data: StreamingDataModule) -> StreamingDataModule:
 
 
 def _plain(files: str, tokenizer: Tokenizer, batch_size: int, length: int, workers: int) -> Iterator[Batch]:
-    """What the scripts of this lineage do, with the same tokenizer: a stream, a shuffle buffer, one document a row."""
+    """Stream as the papers' scripts do, with the same tokenizer: a shuffle buffer, and one document per row."""
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[Tensor]]:
         rows = [_pad(torch.tensor(ids), length, tokenizer.pad_id or 0) for ids in tokenizer.encode(batch["text"])]

@@ -1,4 +1,4 @@
-"""Tokenize once: any source into the folder that :mod:`cola_lightning.data.prepared` reads."""
+"""Tokenize a source once, into the folder that :mod:`cola_lightning.data.prepared` reads."""
 
 import hashlib
 import json
@@ -37,22 +37,22 @@ def prepare(
     retries: int = 6,
     retry_wait: float = 2.0,
 ) -> None:
-    """Tokenize a source into memory-mappable shards with checksums, one for each of its own.
+    """Tokenize a source into shards with checksums that can be memory-mapped, one for each shard of the source.
 
-    A shard appears when it is whole. Run again after a break, it goes on with those that are not there, at the commit
-    of the hub that it began with, and makes those anew whose source changed.
+    A shard is written under another name and renamed when it is complete. A second call after an interruption makes the
+    missing shards, from the commit of the hub that the first call read. It makes a shard again if its source changed.
 
     Args:
-        source: What to tokenize.
-        folder: Where to; each split becomes a folder in it. Name it as --data.path to train on it.
-        splits: Which splits; the one of the source if not given.
+        source: Data set to tokenize.
+        folder: Output folder, with a folder for each split. To train on it, name it as --data.path.
+        splits: Splits to tokenize; the split of the source if not given.
         tokenizer: Folder, tokenizer.json or repository on the hub.
-        num_workers: Processes that tokenize, each a shard at a time; 1 for this one alone.
-        retries: Failures in a row that are borne when a shard is read.
-        retry_wait: Seconds before the first new try; each further wait is twice as long.
+        num_workers: Processes that tokenize, each a shard at a time. With 1, this process does.
+        retries: Failures in a row that are retried when a shard is read.
+        retry_wait: Seconds before the first retry; each further wait is twice as long.
 
     Raises:
-        InputError: If the source cannot be read, is empty, or the folder holds another preparation.
+        InputError: If the source cannot be read or is empty, or the folder holds something else.
     """
     if num_workers < 1:
         raise InputError(f"num_workers is {num_workers}; it must be at least 1")
@@ -63,7 +63,7 @@ def prepare(
         target = Path(folder).expanduser() / split
         begun = _begun(target)
         same = begun if begun and begun.get("format") == FORMAT and source.revision == begun["revision"] else None
-        if same and (commit := same["identity"]["commit"]):  # the hub's files as they were when it was begun
+        if same and (commit := same["identity"]["commit"]):
             revision = commit
             rank_zero_info(f"{source.title} is read at commit {commit}, which {target} was begun with")
         corpus = TextCorpus(replace(source, split=split, revision=revision), encoder, retry)
@@ -98,7 +98,7 @@ def _prepare_split(corpus: TextCorpus, folder: Path, revision: str | None, num_w
         raise InputError(f"{folder} holds something else; choose another --folder")
     folder.mkdir(parents=True, exist_ok=True)
     missing = _missing(corpus, folder)
-    if missing:  # what is there is not whole, and would be taken for it
+    if missing:  # an index means that all shards are there
         (folder / INDEX).unlink(missing_ok=True)
     _write(folder / PLAN, plan)
     corpus.tokenizer.save(folder / TOKENIZER)
@@ -112,7 +112,11 @@ def _prepare_split(corpus: TextCorpus, folder: Path, revision: str | None, num_w
 
 
 def _begun(folder: Path) -> dict[str, Any] | None:
-    """What a folder was begun with; None where nothing was."""
+    """Read the plan of a folder that an earlier call began; None if there is none.
+
+    Raises:
+        InputError: If the plan is damaged.
+    """
     plan = read_record(folder / PLAN)
     if plan is None and (folder / PLAN).exists():
         raise InputError(f"{folder / PLAN} is damaged; choose another --folder, or delete this one")
@@ -122,7 +126,7 @@ def _begun(folder: Path) -> dict[str, Any] | None:
 
 
 def _missing(corpus: TextCorpus, folder: Path) -> list[int]:
-    """The shards that are to be made: those without a record, and those whose source changed since."""
+    """List the shards to make: those without a record, and those whose source changed."""
     missing, changed = [], []
     for shard, fingerprint in enumerate(corpus.fingerprints):
         record = read_record(folder / _record(shard))
@@ -134,8 +138,8 @@ def _missing(corpus: TextCorpus, folder: Path) -> list[int]:
         warnings.warn(
             hide_secrets(
                 f"{len(changed)} of {len(corpus.shards)} shards changed since they were tokenized, the first "
-                f"{corpus.shards[changed[0]]}; they are tokenized anew. A run that began with the old ones will not go "
-                f"on with these"
+                f"{corpus.shards[changed[0]]}; they are tokenized again. A run that began with the old ones cannot "
+                f"resume with these"
             ),
             stacklevel=2,
         )
@@ -146,8 +150,8 @@ def _missing(corpus: TextCorpus, folder: Path) -> list[int]:
 
 
 def _make(corpus: TextCorpus, folder: Path, missing: list[int], dtype: str, num_workers: int) -> None:
-    """Make the shards in parallel. The first that fails stops the others before their next."""
-    context = get_context("spawn")  # a tokenizer's threads do not outlive a fork
+    """Make the shards in parallel. After a failure, no further shard is begun."""
+    context = get_context("spawn")  # because the threads of a tokenizer do not exist after a fork
     documents = context.Value("q", 0)
     job = (corpus, folder, dtype, documents)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -184,25 +188,27 @@ def _begin(*job: Any) -> None:
 
 def _begin_process(parent: int, *job: Any) -> None:
     end_with_parent(parent)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes keep the cores busy
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # because the processes use all cores already
     _begin(*job)
 
 
 def _make_shard(shard: int) -> None:
+    """Tokenize one shard, and write its files and its record; see :mod:`cola_lightning.data.prepared`."""
     corpus, folder, dtype, documents = _job
     size = corpus.size(shard)
-    offsets, kept = [0], []  # kept: numbers of the rows with text
+    offsets, kept = [0], []  # kept: numbers of the rows that have text
     with (folder / f"{shard:05}.ids.bin.part").open("wb") as file:
         for row, ids in _encoded(corpus, shard):
             if size is None:
-                offsets.extend([offsets[-1]] * (row + 1 - len(offsets)))  # rows without text
+                # Rows without text are empty. If rows 0 and 3 have 5 and 7 ids: offsets [0, 5, 5, 5, 12].
+                offsets.extend([offsets[-1]] * (row + 1 - len(offsets)))
             file.write(ids.astype(dtype).tobytes())
             offsets.append(offsets[-1] + len(ids))
             kept.append(row)
             if len(kept) % ENCODE_BATCH_SIZE == 0:
                 with documents.get_lock():
                     documents.value += ENCODE_BATCH_SIZE
-    if (rows := corpus.rows(shard)) is not None:
+    if (rows := corpus.rows(shard)) is not None:  # rows without text at the end
         offsets.extend([offsets[-1]] * (rows + 1 - len(offsets)))
     with documents.get_lock():
         documents.value += len(kept) % ENCODE_BATCH_SIZE

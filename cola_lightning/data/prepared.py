@@ -1,12 +1,12 @@
-"""Tokenized shards on disk: an index, and for each shard of the source the ids end to end and where documents begin.
+"""Read tokenized shards from a disk: an index, and for each shard of the source its ids and the offsets of its rows.
 
-    FOLDER/SPLIT/index.json          what it was made of, and for each shard its files with their checksums
+    FOLDER/SPLIT/index.json          identity of the source, and for each shard its files with their checksums
     FOLDER/SPLIT/00000.ids.bin       ids of all documents, little-endian uint16, or int32 for larger vocabularies
-    FOLDER/SPLIT/00000.offsets.npy   int64; row n is ids[offsets[n]:offsets[n + 1]], empty where the row was
-    FOLDER/SPLIT/00000.rows.npy      int64; of plain JSON Lines, the number of each document's row
+    FOLDER/SPLIT/00000.offsets.npy   int64; row n is ids[offsets[n]:offsets[n + 1]], empty if the row has no text
+    FOLDER/SPLIT/00000.rows.npy      int64; only for plain JSON Lines: the number of each document's row
     FOLDER/SPLIT/tokenizer/          the tokenizer
 
-Rows keep their numbers, so that training on a prepared source sees the same batches as training on the source itself.
+Rows keep their numbers, so that a run gives the same batches on a prepared source as on the source itself.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class _File(TypedDict):
 
 
 class StoredShard(TypedDict):
-    """The record of a shard."""
+    """Record of a shard."""
 
     source: str
     fingerprint: str
@@ -66,7 +66,7 @@ def is_prepared(source: Source) -> bool:
 
 
 def read_record(file: Path) -> dict[str, Any] | None:
-    """Read a JSON object that ``prepare`` wrote; None if it is not there or damaged."""
+    """Read a JSON object that ``prepare`` wrote; None if the file is missing or damaged."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -75,13 +75,13 @@ def read_record(file: Path) -> dict[str, Any] | None:
 
 
 class PreparedCorpus:
-    """The shards of a prepared source, memory-mapped.
+    """Shards of a prepared source, memory-mapped.
 
     Args:
-        source: Names the folder and the split.
+        source: Source with the folder and the split.
 
     Raises:
-        InputError: If it was not finished, or a file is missing or of the wrong size.
+        InputError: If ``prepare`` did not finish, or a file is missing or of the wrong size.
     """
 
     def __init__(self, source: Source) -> None:
@@ -108,9 +108,9 @@ class PreparedCorpus:
         self._open = lru_cache(maxsize=None)(self._map)
 
     def read(self, shard: int, start: int = 0, share: Share = WHOLE) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield rows as :meth:`TextCorpus.read` does, of ids."""
+        """Yield the rows of a share of a shard as :meth:`TextCorpus.read` does, each as its ids."""
         ids, offsets, *kept = self._open(shard)
-        if kept:  # plain JSON Lines, whose rows have the bytes as numbers at which they begin
+        if kept:  # plain JSON Lines: a row's number is the byte at which it begins
             begin, end = share.bounds(self.index["shards"][shard]["size"] or 0)
             first, last = np.searchsorted(kept[0], (max(start, begin), end))
             for index in range(first, last):
@@ -131,19 +131,21 @@ class PreparedCorpus:
                 yield number, document
 
     def encode(self, documents: list[np.ndarray]) -> list[np.ndarray]:
+        """Convert the ids of each document to int32."""
         return [ids.astype(np.int32) for ids in documents]
 
     @property
     def fingerprints(self) -> list[str]:
-        """Checksums of each shard's files."""
+        """Checksums of the files of each shard."""
         return [" ".join(facts["sha256"] for facts in shard["files"].values()) for shard in self.index["shards"]]
 
     def identity(self) -> Identity:
-        """What these shards are, and what they were made of."""
+        """Describe these shards, and the source that they were made from, in a few plain values."""
         prepared = hashlib.sha256("\n".join(self.fingerprints).encode()).hexdigest()[:32]
         return self.index["identity"] | {"title": self.title, "prepared": prepared}
 
     def tokenizer(self) -> Tokenizer:
+        """Load the tokenizer that made the ids."""
         return Tokenizer.load(str(self.folder / TOKENIZER))
 
     def verify(self) -> None:
@@ -154,7 +156,7 @@ class PreparedCorpus:
         """
         files = [(shard, name, facts) for shard in self.index["shards"] for name, facts in shard["files"].items()]
 
-        with ThreadPoolExecutor() as pool:  # hashing gives the interpreter's lock away
+        with ThreadPoolExecutor() as pool:  # threads help because hashing releases the interpreter's lock
             sums = pool.map(lambda entry: _sha256(self.folder / entry[1]), files)
             for (shard, name, facts), found in zip(files, sums, strict=True):
                 if found != facts["sha256"]:
@@ -165,9 +167,9 @@ class PreparedCorpus:
                     )
 
     def _map(self, shard: int) -> list[np.ndarray]:
-        """Map ids, offsets and, of plain JSON Lines, numbers of rows."""
+        """Map the ids and offsets of a shard, and the numbers of its rows if it is plain JSON Lines."""
         ids, *arrays = (self.folder / name for name in self.index["shards"][shard]["files"])
-        # As plain arrays, because numpy takes some microseconds more for each slice of a memmap.
+        # As plain arrays, because a slice of a memmap takes some microseconds more.
         others = [np.load(file, mmap_mode="r").view(np.ndarray) for file in arrays]
         if not ids.stat().st_size:  # an empty file cannot be mapped
             return [np.empty(0, dtype=self.index["dtype"]), *others]

@@ -1,8 +1,8 @@
-"""Read JSON Lines and Parquet as numbered rows of text, from any row on; all that reads text reads it here.
+"""Read JSON Lines and Parquet as numbered rows of text, from any row on. All text in these formats is read here.
 
-``datasets`` is not used for these two: its JSON reader knows no line numbers, reads a file with an odd line once more
-from the start after half of it was yielded, and its own retries go on reading a connection that is dead. Other formats
-that it can stream come through :func:`read_table`.
+``datasets`` is not used for these two formats. Its JSON reader has no line numbers, and reads a file with a bad line
+again from the start after it yielded half of it. Its retries continue to read a dead connection. For other formats,
+:func:`read_table` reads a stream of ``datasets``.
 """
 
 from collections.abc import Iterator
@@ -32,16 +32,16 @@ def read_file(
 ) -> Iterator[Row] | None:
     """Read the rows of a share of a file, or return None if the file is of neither format.
 
-    The number of a row is, in Parquet, that of the row. In JSON Lines it is the byte at which the line begins if
-    ``size`` is given, else the number of the line, from 0.
+    In Parquet, rows are numbered from 0. In JSON Lines, the number of a row is the byte at which its line begins if
+    ``size`` is given, else the index of the line, from 0.
 
     Args:
         name: Path or address, compressed or not.
         column: Key or column of the text.
-        start: Smallest number of a row that is wanted.
-        share: Which part of the file. It is a range of rows in Parquet, a range of bytes in JSON Lines of which
-            ``size`` is given, and every so many lines in others.
-        size: Bytes of a file of plain JSON Lines (:func:`is_plain_lines`); None if they are not known.
+        start: Smallest number of a row to read.
+        share: Part of the file to read: a range of rows in Parquet, a range of bytes in JSON Lines if ``size`` is
+            given, else every n-th line.
+        size: Bytes of a file of plain JSON Lines (:func:`is_plain_lines`); None if not known.
 
     Raises:
         InputError: While iterating, for a broken row or a missing column; names file and place.
@@ -62,17 +62,17 @@ def is_lines(name: str) -> bool:
 
 
 def is_plain_lines(name: str) -> bool:
-    """Whether a file holds JSON Lines that are not compressed, and so can be read from any byte on."""
+    """Whether a file holds uncompressed JSON Lines, which can be read from any byte on."""
     return is_lines(name) and not path_of(name).endswith(COMPRESSED)
 
 
 def is_parquet(name: str) -> bool:
-    """Whether a file is Parquet, which tells its number of rows and can be read from any row on."""
+    """Whether a file is Parquet, which has a count of its rows and can be read from any row on."""
     return path_of(name).endswith(".parquet")
 
 
 def _read_json_lines(name: str, column: str, start: int, share: Share, size: int | None) -> Iterator[Row]:
-    """Lines that are skipped are not parsed. An empty line is a row without text."""
+    """Read lines. Lines that are skipped are not parsed. An empty line is a row without text."""
     place = LinePlace(name)
     if size is not None:
         begin, end = share.bounds(size)
@@ -86,7 +86,7 @@ def _read_json_lines(name: str, column: str, start: int, share: Share, size: int
 
 
 def _read_parquet(name: str, column: str, start: int, share: Share) -> Iterator[Row]:
-    """A share is a range of the rows. Only the row groups that it touches are read, and of them only the column."""
+    """Read a range of rows. Of a row group that overlaps it, only the column is read; others are skipped."""
     with _open_parquet(name) as (table, path):
         _check_column(table.schema_arrow.names, path, column)
         begin, end = share.bounds(table.metadata.num_rows)
@@ -103,15 +103,15 @@ def _read_parquet(name: str, column: str, start: int, share: Share) -> Iterator[
 
 
 def parquet_rows(name: str) -> int:
-    """Count the rows of a Parquet file, which its end tells."""
+    """Look up the number of rows of a Parquet file in its footer."""
     with _open_parquet(name) as (table, _):
         return table.metadata.num_rows
 
 
 @contextmanager
 def _open_parquet(name: str) -> Iterator[tuple[pq.ParquetFile, str]]:
-    # Without a cache in between, because Arrow knows which bytes it needs: the last ones, and those of one column. They
-    # come in requests of at most PARQUET_BUFFER bytes, so that a row group of any size takes little memory.
+    # fsspec's cache is off, because Arrow asks exactly for the bytes that it needs: the footer and one column. Each
+    # request is for at most PARQUET_BUFFER bytes, so that memory does not grow with the size of a row group.
     uncached = {} if is_local(name) else {"cache_type": "none"}
     with open_file(name, **uncached) as file:
         try:
@@ -122,15 +122,15 @@ def _open_parquet(name: str) -> Iterator[tuple[pq.ParquetFile, str]]:
             if isinstance(error, InputError) or not ignores_ranges(error):
                 raise
             raise InputError(
-                f"{name} is on a server that sends no parts of a file (HTTP Range), which Parquet needs; fetch the "
+                f"{name} is on a server that sends no parts of a file (HTTP Range), which Parquet needs; download the "
                 f"file, and name it on this machine"
             ) from error
 
 
 def read_table(table: Any, name: str, column: str, start: int, share: Share) -> Iterator[Row]:
-    """Yield rows as :func:`read_file` does, out of a ``datasets.IterableDataset`` that holds one shard.
+    """Yield rows of a ``datasets.IterableDataset`` that holds one shard, as :func:`read_file` does.
 
-    A share is every so many rows.
+    A share is every n-th row.
 
     Raises:
         InputError: As :func:`read_file`.

@@ -1,4 +1,4 @@
-"""Open files wherever they are: on a disk, on the Hugging Face hub, at http addresses, in s3:// or gs:// buckets."""
+"""Open files on a disk, on the Hugging Face hub, at http addresses, and in s3:// or gs:// buckets."""
 
 import io
 import warnings
@@ -10,32 +10,34 @@ from fsspec.core import url_to_fs
 from cola_lightning.errors import InputError, hide_secrets
 
 CONNECT, ANSWER = 15.0, 30.0
-"""Seconds until a server that does not take a connection, or sends nothing, counts as one that failed."""
+"""Seconds after which a request fails if the server does not accept the connection, or sends nothing."""
 
 PIECE = 4 << 20
-"""Bytes that one request asks another machine for."""
+"""Bytes of one request."""
 TAIL = 1 << 16
-"""Bytes of a request past the end of a range, where only the rest of a line is wanted."""
+"""Bytes of a request after the end of a range, where only the rest of a line is needed."""
 CHUNK = 1 << 17
+"""Bytes of one read from a local or buffered file."""
 
-# Package that reads a kind of address, and the extra of this project that installs it.
+# Package that reads each protocol, and the extra of this project that installs it.
 EXTRAS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs")}
 
 
 def is_local(name: str) -> bool:
-    """Whether a file is on a disk of this machine, where a failed read does not get better by itself."""
+    """Whether a file is on a disk of this machine, where a retry does not help."""
     return "://" not in name or name.startswith("file://")
 
 
 def path_of(name: str) -> str:
-    """The address of a file without its query and fragment; a path on a disk as it is, because ? and # may stand in
-    it."""
+    """Remove query and fragment from an address. A path on a disk is unchanged, because it may contain ? and #."""
     return name if is_local(name) else name.split("?")[0].split("#")[0]
 
 
 def storage_options(name: str) -> dict[str, Any]:
-    """Options of the file system that an address belongs to. For the hub they are those of ``datasets``, so that the
-    list of files which it asked for is known already."""
+    """Return the options of the file system of an address.
+
+    For the hub they are those of ``datasets``, so that fsspec returns the same file system, with its list of files.
+    """
     protocol = name.partition("://")[0]
     if protocol == "hf":
         from datasets import config
@@ -54,7 +56,7 @@ def open_file(name: str, **options: Any) -> IO[bytes]:
 
     Args:
         name: Path or address.
-        options: How fsspec reads it.
+        options: Options for fsspec's ``open``.
 
     Raises:
         InputError: If the package for this kind of address is not installed.
@@ -68,21 +70,21 @@ def open_file(name: str, **options: Any) -> IO[bytes]:
 
 
 def ignores_ranges(error: ValueError) -> bool:
-    """Whether fsspec says by this error that a server does not send parts of a file."""
+    """Whether fsspec raised this error because a server does not send parts of a file."""
     return "range requests" in str(error) or "Cannot seek streaming" in str(error)
 
 
 class RemoteBytes(io.RawIOBase):
-    """The bytes of a file on another machine, from one byte on.
+    """Bytes of a file on another machine, from a given byte on.
 
-    They come in requests of ``PIECE`` bytes up to the end of the range, and of ``TAIL`` bytes after it. A server that
-    ignores the HTTP header Range sends the file from its beginning; what comes before the range is then dropped, which
-    is said once for each file.
+    Each request asks for ``PIECE`` bytes up to the end of the range, and for ``TAIL`` bytes after it. A server that
+    ignores the HTTP header Range sends the file from its beginning. Then the bytes before the range are dropped, with a
+    warning for each file.
 
     Args:
         name: Address.
         begin: First byte.
-        end: Byte after the last one that is surely wanted; None for the end of the file.
+        end: First byte after the range; None for the end of the file.
 
     Raises:
         OSError: If the file cannot be opened or read.
@@ -123,15 +125,15 @@ class RemoteBytes(io.RawIOBase):
         return piece
 
     def _read_as_stream(self, error: ValueError) -> None:
-        """Open the file anew as one stream, and drop what comes before the position."""
+        """Open the file again as one stream, and drop the bytes before the position."""
         if not ignores_ranges(error):
             raise error
         if self.name not in _without_ranges:
             _without_ranges.add(self.name)
             warnings.warn(
                 hide_secrets(
-                    f"the server of {self.name} sends no parts of a file (HTTP Range), so each part of it that is "
-                    f"wanted is read from the beginning of the file"
+                    f"the server of {self.name} sends no parts of a file (HTTP Range), so each part is read from the "
+                    f"beginning of the file"
                 ),
                 stacklevel=2,
             )
@@ -147,8 +149,10 @@ _hub: list[Any] = []
 
 
 def use_hub(filesystem: Any) -> None:
-    """Read files on the hub through this file system from now on, because it knows their list; a process that was
-    forked would ask for it again."""
+    """Read files on the hub through this file system from now on.
+
+    It has the list of files, which a forked process would request again.
+    """
     _hub[:] = [filesystem]
 
 
@@ -156,14 +160,14 @@ def with_package(name: str) -> None:
     """Check that the package for this kind of address is installed.
 
     Raises:
-        InputError: If it is not; names the extra.
+        InputError: If it is not; names the extra to install.
     """
     protocol = name.partition("://")[0] if "://" in name else "file"
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
         package, extra = EXTRAS.get(protocol, (None, None))
-        fix = f"pip install 'cola-lightning[{extra}]'" if extra else f"install what it says: {error}"
+        fix = f"pip install 'cola-lightning[{extra}]'" if extra else f"install it: {error}"
         raise InputError(f"{name} needs the package {package or 'of ' + protocol}; {fix}") from error
     except ValueError as error:
         raise InputError(f"{name} cannot be read: {error}") from error

@@ -1,4 +1,4 @@
-"""Retry reads that fail for reasons that may pass: dropped connections, busy servers, files that are cut short."""
+"""Retry reads after transient errors: dropped connections, busy servers, files that are cut short."""
 
 import random
 import threading
@@ -23,8 +23,8 @@ TRANSIENT_ERRORS = (OSError, EOFError, zlib.error)
 HTTP_CLIENTS = {"aiohttp", "httpx", "httpx2", "requests"}
 PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 PERMANENT_STATUS = (401, 403, 404, 410)
-SILENCE = 15.0  # seconds
-LONGEST_PAUSE = 3600.0  # seconds
+SILENCE = 15.0  # seconds between two warnings that a read is waiting
+LONGEST_PAUSE = 3600.0  # seconds; a longer Retry-After is cut to it
 
 
 @dataclass
@@ -35,15 +35,19 @@ class Retry:
     a quarter more, because each pause is lengthened at random. The time of the tries themselves is not included.
 
     Args:
-        times: Failures in a row, without a document between them, after which a read is tried again.
-        wait: Seconds before the first new try; each further wait is twice as long.
+        times: Failures in a row, without a document between them, that are retried.
+        wait: Seconds before the first retry; each further wait is twice as long.
     """
 
     times: int = 6
     wait: float = 2.0
 
     def call(self, function: Callable[[], Result], name: str) -> Result:
-        """Call ``function``, and call it again while it fails for reasons that may pass.
+        """Call ``function``, and call it again after a transient error.
+
+        Args:
+            function: Function to call.
+            name: What is read, for messages.
 
         Raises:
             InputError: After the last try, or at once for a permanent error; names ``name``.
@@ -60,11 +64,13 @@ class Retry:
     def iterate(
         self, read: Callable[[int], Iterator[tuple[int, Item]]], name: str, start: int, unit: str = "row"
     ) -> Iterator[tuple[int, Item]]:
-        """Yield the numbered items of ``read(start)``. After a failure, a new ``read`` begins at the item after the
-        last one, so that none is lost and none comes twice.
+        """Yield the numbered items of ``read(start)``.
+
+        After a failure, ``read`` is called again with the number after the last item, so that no item is lost or
+        repeated.
 
         Args:
-            read: Begins to read at the first item whose number is not below the given one.
+            read: Function that yields the items with numbers of ``start`` or more.
             name: What is read, for messages.
             start: Number to begin at.
             unit: What the number counts, for messages.
@@ -101,7 +107,7 @@ class Retry:
             raise InputError(f"{name} cannot be read: {reason}") from error
         if failures > self.times:
             raise InputError(f"{name} could not be read in {failures} tries: {reason}") from error
-        # At random, so that workers that failed together do not retry together.
+        # The pause is random, so that workers that failed together do not retry together.
         pause = max(self.wait * 2 ** (failures - 1), _retry_after(error)) * random.uniform(1, 1.25)
         message = hide_secrets(f"{name}: {reason}; try {failures} of {self.times} in {pause:.1f} s")
         warnings.warn(message, stacklevel=3)
@@ -109,7 +115,7 @@ class Retry:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and its causes, each once, because ``raise error.__cause__`` makes a cycle of them."""
+    """Yield an error and its causes, each once. ``raise error.__cause__`` makes a cycle of causes."""
     found: list[BaseException] = []
     one: BaseException | None = error
     while one is not None and not any(one is other for other in found):

@@ -1,4 +1,4 @@
-"""Where documents come from: what a user names, resolved to shards that can be read from any row on."""
+"""Resolve the data sets that a user names to shards that can be read from any row on."""
 
 import re
 import warnings
@@ -23,7 +23,7 @@ from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError, hide_secrets
 
 UNFINISHED = (".part", ".partial", ".incomplete", ".crdownload", ".tmp", ".bak", "~")
-"""Endings of files that ``datasets`` takes for data, and that are not."""
+"""Endings of incomplete files and copies, which ``datasets`` reads as data."""
 
 DataFiles = str | list[str] | dict[str, str | list[str]] | None
 
@@ -35,13 +35,13 @@ class Source:
     Args:
         path: Data set on the Hugging Face hub, a folder of files, one of the formats of ``datasets`` (``json``,
             ``parquet``, ``text`` …) with ``data_files``, or a folder that ``prepare`` made.
-        name: Configuration of the data set, ``en`` for instance.
+        name: Configuration of the data set, for example ``en``.
         revision: Branch, tag or commit on the hub.
-        split: Which of its splits.
-        data_files: Files, patterns or addresses, in place of what the data set lists by itself; by split, or of
-            split ``train``.
+        split: Split of the data set.
+        data_files: Files, patterns or addresses, in place of those that the data set lists; by split, or for split
+            ``train``.
         text_column: Column of the text.
-        weight: Share of the training tokens, where several sources are mixed.
+        weight: Share of the training tokens if several sources are mixed.
     """
 
     path: str
@@ -54,19 +54,19 @@ class Source:
 
     @property
     def title(self) -> str:
-        """What it is called in logs and messages."""
+        """Name of the source in logs and messages."""
         return hide_secrets("/".join(part for part in (self.path.rstrip("/"), self.name) if part))
 
 
 @dataclass
 class Found:
-    """The files of a data set, by split, and what is known of where they are.
+    """Files of a data set, by split.
 
     Args:
-        files: Addresses of the files that are read.
-        filesystem: Of the hub, with the list of its files.
-        unfinished: Addresses that were left out, because their endings say that they are not whole, or are copies.
-        repeated: Number of files that several patterns name; each is read once.
+        files: Paths or addresses of the files to read.
+        filesystem: File system of the hub, which knows the list of files; None for other data sets.
+        unfinished: Files that are left out because of their endings; see ``UNFINISHED``.
+        repeated: Number of files that several patterns match; each is read once.
     """
 
     files: dict[str, list[str]]
@@ -76,10 +76,10 @@ class Found:
 
 
 def find(source: Source, retry: Retry) -> Found:
-    """Look up the files of a data set, which takes some requests where it is on the hub.
+    """Look up the files of a data set.
 
-    The answer can be sent to other processes. They then ask no more, because the hub's file system brings along the
-    list of its files.
+    On the hub this takes some requests. The result can be sent to other processes, which then need no requests, because
+    the file system of the hub contains the list of files.
 
     Raises:
         InputError: If the data set, its revision or configuration does not exist.
@@ -90,7 +90,7 @@ def find(source: Source, retry: Retry) -> Found:
     builder = retry.call(lambda: _resolve(source), asked)
     found = Found({})
     for split, some in (builder.config.data_files or {}).items():
-        # Each file once, though patterns may overlap; and none that is not whole yet, or is a copy.
+        # Patterns may overlap; each file is read once.
         names = Counter(map(str, some))
         found.files[str(split)] = [name for name in names if not name.endswith(UNFINISHED)]
         found.unfinished[str(split)] = [name for name in names if name.endswith(UNFINISHED)]
@@ -101,13 +101,13 @@ def find(source: Source, retry: Retry) -> Found:
 
 
 class TextCorpus:
-    """The shards of a source, read as text and tokenized on the way.
+    """Shards of a source that are read as text and tokenized.
 
     Args:
-        source: What the user named.
-        tokenizer: Makes ids of text.
-        retry: How often and how patiently a failed read is tried again.
-        found: Its files, where they were looked up before.
+        source: Data set and split.
+        tokenizer: Tokenizer for :meth:`encode`.
+        retry: Retries reads that fail.
+        found: Files of the data set, if they were looked up already.
 
     Raises:
         InputError: If the data set, its revision, configuration or split does not exist.
@@ -126,20 +126,25 @@ class TextCorpus:
 
     @cached_property
     def fingerprints(self) -> list[str]:
-        """Of each shard, what tells it from another of the same name; see :func:`fingerprint_files`."""
+        """Fingerprint of each shard; see :func:`fingerprint_files`."""
         return fingerprint_files(self.shards, self.retry)
 
     def identity(self) -> Identity:
-        """What these shards are, in a few plain values; see :func:`describe_files`."""
+        """Describe these shards in a few plain values; see :func:`describe_files`."""
         return describe_files(self.title, self.column, self.shards, self.fingerprints)
 
     def read(self, shard: int, start: int = 0, share: Share = WHOLE) -> Iterator[tuple[int, str]]:
-        """Yield the rows of a share of a shard, each with its number, from number ``start`` on; see :func:`read_file`.
+        """Yield the number and the text of each row of a share of a shard; see :func:`read_file`.
 
-        Empty rows are left out. After a failed read, reading goes on at the next row.
+        Rows without text are left out. After a read that failed, reading continues at the next row.
+
+        Args:
+            shard: Index in ``shards``.
+            start: Smallest number of a row to yield.
+            share: Part of the shard.
 
         Raises:
-            InputError: If the shard is damaged or stays out of reach; names shard and place.
+            InputError: If the shard is damaged or cannot be read after all retries; names shard and place.
         """
         name, size = self.shards[shard], self.size(shard)
 
@@ -151,9 +156,9 @@ class TextCorpus:
                 yield row, text
 
     def size(self, shard: int) -> int | None:
-        """Look up the bytes of a shard that is divided by bytes; None for any other.
+        """Look up the size, in bytes, of a shard that is divided by byte ranges; None for any other shard.
 
-        It is the size that the run's identity has, so that it is the same on all ranks and after a break.
+        The size comes from the run's identity, so that it is the same on all ranks and after resuming.
 
         Raises:
             InputError: As :meth:`read`.
@@ -161,13 +166,13 @@ class TextCorpus:
         name = self.shards[shard]
         if not is_plain_lines(name):
             return None
-        if commit_of(name) and self._filesystem is not None:  # whose list of files is known
+        if commit_of(name) and self._filesystem is not None:  # the list of files has the size
             return int(self.retry.call(lambda: self._filesystem.info(name)["size"], name))
         size = self.fingerprints[shard].partition(":")[0]
         return int(size) if size else None
 
     def rows(self, shard: int) -> int | None:
-        """Count the rows of a Parquet shard; None for any other, which would have to be read.
+        """Look up the number of rows of a Parquet shard; None for any other, because counting takes a full read.
 
         Raises:
             InputError: As :meth:`read`.
@@ -197,7 +202,7 @@ class TextCorpus:
         return stream
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each document, int32, ended by the end-of-document id."""
+        """Encode each document as its ids, int32, ended by the end-of-document id."""
         return [np.array(ids, dtype=np.int32) for ids in self.tokenizer.encode(texts)]
 
 
@@ -235,7 +240,7 @@ def _resolve(source: Source) -> DatasetBuilder:
 
 
 def _expand_home(paths: Any) -> Any:
-    """The same paths with ``~`` replaced by the home folder; ``datasets`` would look for a folder of that name."""
+    """Replace ``~`` in paths by the home folder, because ``datasets`` takes it for the name of a folder."""
     if isinstance(paths, dict):
         return {split: _expand_home(value) for split, value in paths.items()}
     if isinstance(paths, list | tuple):

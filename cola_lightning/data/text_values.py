@@ -1,7 +1,7 @@
-"""Get the text out of a JSON line, a Parquet cell or a plain text file, or say where and how it is damaged.
+"""Get the text of a JSON line, a Parquet cell or a plain text file.
 
-Damaged input is refused with its file and place. Two repairs lose nothing and are allowed: half of a surrogate pair
-becomes U+FFFD, which is said once for each file, and a byte order mark is left out.
+Damaged input is an error that names file and place. Two repairs lose no text and are made: half of a surrogate pair
+becomes U+FFFD, with a warning for each file, and a byte order mark is left out.
 """
 
 import json
@@ -20,15 +20,16 @@ def json_text(line: bytes, column: str, place: LinePlace) -> str | None:
     """Get the text of one line of JSON; None if it is null.
 
     Args:
-        line: The line, UTF-8.
+        line: Line in UTF-8.
         column: Key of the text.
         place: File and line, for messages.
 
     Raises:
-        InputError: If it is no JSON object in UTF-8 with text under that key.
+        InputError: If the line is not a JSON object in UTF-8 with text under that key.
     """
-    # In UTF-16 with the low byte first, the second byte of a newline is the first of the next line. Its letters then
-    # begin at an odd place of the line, and at an even one of the file.
+    # To recognize UTF-16, a line must begin with the first byte of a letter, which has an even offset in the file. In
+    # little-endian UTF-16 a line begins at an odd offset, because the second byte of its newline comes first:
+    # "a\nb" is 61 00 | 0A 00 | 62 00, and the second line is 00 62 00.
     aligned = line[place.offset % 2 :]
     try:
         row = _load_json(line.decode("utf-8"))
@@ -39,8 +40,8 @@ def json_text(line: bytes, column: str, place: LinePlace) -> str | None:
             raise InputError(f"{place} is not UTF-8{encoding}") from error
         if b"\0" in line:
             raise InputError(
-                f"{place} holds NUL bytes, as a file does whose writing was interrupted; write it anew, or delete that "
-                f"line"
+                f"{place} holds NUL bytes, probably because writing the file was interrupted; write the file again, or "
+                f"delete that line"
             ) from error
         reason = error.msg.removesuffix(" at")
         raise InputError(f"{place} is not JSON: {reason} at column {error.colno}") from error
@@ -57,23 +58,33 @@ def _load_json(line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError:
         raise
-    except ValueError:  # Python refuses to make a number of more than 4,300 digits; only the text is wanted
+    except ValueError:  # Python does not parse an int of more than 4,300 digits; only the text is needed here
         return json.loads(line, parse_int=float)
 
 
 def cell_text(value: Any, place: str, column: str) -> str | None:
-    """Get the text of an Arrow scalar, as :func:`json_text` does of a line."""
+    """Get the text of an Arrow scalar; None if it is null.
+
+    Raises:
+        InputError: If it is not text in UTF-8.
+    """
     try:
         return checked_text(value.as_py(), place, column)
     except UnicodeDecodeError as error:
         raise InputError(
             f"{place} holds under {column!r} what is not UTF-8: byte {error.object[error.start]:#04x} at offset "
-            f"{error.start}; write the file anew from valid text"
+            f"{error.start}; write the file again from valid text"
         ) from error
 
 
 def checked_text(value: Any, place: str | LinePlace, column: str) -> str | None:
-    """Return the text with each half of a surrogate pair, which no tokenizer takes, as U+FFFD; None for null."""
+    """Return the text, with U+FFFD in place of each half of a surrogate pair; None for null.
+
+    Tokenizers do not accept half of a surrogate pair.
+
+    Raises:
+        InputError: If the value is not text.
+    """
     if value is None:
         return None
     if not isinstance(value, str):
@@ -85,8 +96,8 @@ def checked_text(value: Any, place: str | LinePlace, column: str) -> str | None:
         if file not in _repaired:
             _repaired.add(file)
             message = (
-                f"{place} holds half of a surrogate pair ({value[error.start]!r}), which is no valid text; here and "
-                f"further on in this file U+FFFD takes its place"
+                f"{place} holds half of a surrogate pair ({value[error.start]!r}), which is not valid text; U+FFFD "
+                f"replaces it, here and in the rest of this file"
             )
             warnings.warn(hide_secrets(message), stacklevel=2)
         return _SURROGATES.sub("\ufffd", value)
@@ -103,20 +114,20 @@ def decode_text(content: bytes, name: str) -> str:
         text = content.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         place = f": byte {error.object[error.start]:#04x} at offset {error.start}"
-        fix = _encoding(content, "; convert it, for instance with: iconv -f latin1 -t utf-8")
+        fix = _encoding(content, "; convert it, for example with: iconv -f latin1 -t utf-8")
         raise InputError(f"{name} is not UTF-8{place}{fix}") from error
     if "\0" in text:
         if encoding := _encoding(content, ""):
             raise InputError(f"{name} is not UTF-8{encoding}")
         raise InputError(
-            f"{name} holds NUL bytes, the first at offset {content.index(0)}, and so is not plain text; remove them, "
-            f"for instance with: tr -d '\\000'"
+            f"{name} holds NUL bytes, the first at offset {content.index(0)}, so it is not plain text; remove them, "
+            f"for example with: tr -d '\\000'"
         )
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _encoding(content: bytes, otherwise: str = "; convert the file to UTF-8") -> str:
-    """Name UTF-16 and UTF-32, which a byte order mark or the NUL bytes of plain letters give away."""
+    """Recognize UTF-16 and UTF-32 by a byte order mark or the NUL bytes of ASCII letters; return words for an error."""
     found = ""
     if content[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
         found = "UTF-32"
@@ -124,6 +135,6 @@ def _encoding(content: bytes, otherwise: str = "; convert the file to UTF-8") ->
         found = "UTF-16"
     elif len(content) > 3:
         even, odd = (part.count(0) / len(part) for part in (content[:1000:2], content[1:1000:2]))
-        # Half of each plain letter is a zero byte; a file of nothing but zeros is damaged, not UTF-16.
+        # One of the two bytes of an ASCII letter is zero. If nearly all bytes are zero, the file is damaged.
         found = "UTF-16LE" if odd > 0.5 > even else "UTF-16BE" if even > 0.5 > odd else ""
     return f", but {found}; convert it: iconv -f {found} -t UTF-8" if found else otherwise

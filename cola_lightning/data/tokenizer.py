@@ -1,4 +1,4 @@
-"""Text to ids and back: any tokenizer in Hugging Face's format, or a byte-level BPE trained here."""
+"""Turn text into ids and back, by any tokenizer in Hugging Face's format, or by a byte-level BPE trained here."""
 
 import hashlib
 import json
@@ -27,15 +27,18 @@ EOS_NAMES = (EOS, "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
 class Tokenizer:
     """Encodes a document as its ids and one end-of-document id.
 
-    Special tokens are never read out of the text: in a document that contains ``</s>`` or ``<extra_id_0>`` literally, a
-    space breaks the string up. So T5's hundred sentinels cannot occur, and ``vocab_size`` is 32,000 for t5-base, not
-    32,100: the table size that the published configurations have.
+    Text never becomes a special token: if a document contains ``</s>`` or ``<extra_id_0>`` literally, a space is put
+    into that string. T5's hundred sentinels therefore cannot occur, and ``vocab_size`` is 32,000 for t5-base, not
+    32,100. This is the size of the embedding in the published configurations.
 
     Args:
-        fast: A tokenizer of the ``tokenizers`` library.
-        eos_id: Id put after each document.
-        pad_id: Id that fills rows up; None if the tokenizer has none.
-        name: Where it came from, for messages.
+        fast: Tokenizer of the ``tokenizers`` library.
+        eos_id: Id that ends each document.
+        pad_id: Id of padding; None if the tokenizer has none.
+        name: Folder, file or repository that the tokenizer came from, for messages.
+
+    Attributes:
+        vocab_size: 1 + the largest id that a document can have, or padding.
     """
 
     def __init__(self, fast: FastTokenizer, eos_id: int, pad_id: int | None, name: str) -> None:
@@ -44,25 +47,25 @@ class Tokenizer:
         self.fast, self.eos_id, self.pad_id, self.name = fast, eos_id, pad_id, name
         self._fingerprint: str | None = None
         special = {i: token.content for i, token in fast.get_added_tokens_decoder().items() if token.special}
-        self.unknown_id = _unknown_id(fast)  # special, but what text becomes that the tokenizer cannot spell
+        self.unknown_id = _unknown_id(fast)  # the one special token that text may become
         named = {i for i in (eos_id, pad_id, self.unknown_id) if i is not None}
         self.vocab_size = 1 + max(set(fast.get_vocab().values()) - set(special) | named)
         self._never_in_text = frozenset(special) - {self.unknown_id}
         self._special = re.compile("|".join(map(re.escape, special.values())) or r"(?!)")
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, ended by ``eos_id``.
+        """Encode each text as its ids, ended by ``eos_id``.
 
         Raises:
-            InputError: If a text is no valid Unicode, or special tokens cannot be kept out of it.
+            InputError: If a text is not valid Unicode, or becomes a special token in spite of the spaces.
         """
         texts = [self._broken_up(text) for text in texts]
         try:
-            # "fast" keeps no offsets into the text, which nobody asks for here. They cost as much again as the ids in
-            # a document of megabytes, because the library then looks up the character that each byte belongs to.
+            # encode_batch_fast computes no offsets into the text, which are not needed here. In a document of
+            # megabytes they take as long as the ids, because the library looks up the character of each byte.
             encodings = self.fast.encode_batch_fast(texts, add_special_tokens=False)
-        except TypeError as error:  # what the library says of half a surrogate pair
-            raise InputError(f"a text is no valid Unicode: {_invalid(texts)}; repair it") from error
+        except TypeError as error:  # the library raises it for half of a surrogate pair
+            raise InputError(f"a text is not valid Unicode: {_invalid(texts)}; repair it") from error
         return [
             [*(item.ids if self._never_in_text.isdisjoint(item.ids) else self._encode_normalized(text)), self.eos_id]
             for text, item in zip(texts, encodings, strict=True)
@@ -73,7 +76,7 @@ class Tokenizer:
         return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
     def _encode_normalized(self, text: str) -> list[int]:
-        """Ids of a text that contains a special token only once it is normalized, as full-width ``＜/s＞`` does."""
+        """Encode a text that contains a special token only after normalization, for example full-width ``＜/s＞``."""
         text = self._broken_up(self.fast.normalizer.normalize_str(text) if self.fast.normalizer else text)
         ids = self.fast.encode(text, add_special_tokens=False).ids
         if found := self._never_in_text.intersection(ids):
@@ -85,22 +88,26 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end a continuation."""
+        """Ids at which generation ends."""
         return frozenset({self.eos_id})
 
     @property
     def prefix(self) -> list[int]:
-        """Ids that stand before each text: none, as in training."""
+        """Ids that precede each text: none, as in training."""
         return []
 
     def decode(self, ids: list[int]) -> str:
+        """Turn ids into text, without special tokens."""
         return str(self.fast.decode(ids, skip_special_tokens=True))
 
     def check_fits(self, vocab_size: int) -> None:
-        """Refuse a network with fewer rows in its embedding than this tokenizer has ids.
+        """Check that a network's embedding has a row for each id of this tokenizer.
+
+        Args:
+            vocab_size: Rows of the embedding (V).
 
         Raises:
-            InputError: If it has.
+            InputError: If it has fewer.
         """
         if self.vocab_size > vocab_size:
             raise InputError(
@@ -109,9 +116,9 @@ class Tokenizer:
             )
 
     def fingerprint(self) -> str:
-        """Equal for tokenizers that make the same ids of every text.
+        """Compute a hash that is equal for tokenizers that give the same ids for every text.
 
-        Settings that are off are left out, so that a release of the library that adds one changes nothing.
+        Settings that are off are left out, so that the hash stays the same when a release of the library adds one.
         """
         if self._fingerprint is None:
             content = json.dumps([_without_defaults(json.loads(self.fast.to_str())), self.eos_id], sort_keys=True)
@@ -119,7 +126,7 @@ class Tokenizer:
         return self._fingerprint
 
     def save(self, folder: Path) -> None:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json``, as Hugging Face lays them out."""
+        """Write ``tokenizer.json`` and ``tokenizer_config.json`` in Hugging Face's format."""
         folder.mkdir(parents=True, exist_ok=True)
         self.fast.save(str(folder / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.fast.id_to_token(self.eos_id)}
@@ -129,17 +136,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name: str, retry: Retry | None = None) -> Self:
-        """Load from a folder that holds ``tokenizer.json``, such a file itself, or a repository on the hub.
+        """Load a tokenizer.
 
-        The end-of-document token is the one that the settings files beside it name, else the one that the model's
-        config.json names, else the first of ``EOS_NAMES`` that is in the vocabulary.
+        The end-of-document token is the one that the settings files beside ``tokenizer.json`` name, else the one that
+        the model's config.json names, else the first of ``EOS_NAMES`` that is in the vocabulary.
 
         Args:
-            name: Which.
-            retry: How often a download that fails is tried again.
+            name: Folder with a ``tokenizer.json``, such a file, or repository on the hub.
+            retry: Retries downloads that fail; ``Retry()`` if not given.
 
         Raises:
-            InputError: If there is none, it names no end-of-document token, or one that is not in its vocabulary.
+            InputError: If there is no tokenizer, or its end-of-document token is not named or not in its vocabulary.
         """
         find = find_tokenizer_files(name, retry or Retry())
         file = find("tokenizer.json")
@@ -164,10 +171,14 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
-        """Train a byte-level BPE, which can spell any text, with ids 0 for padding and 1 for the end of a document.
+        """Train a byte-level BPE, which can encode any text. Id 0 is padding, and id 1 ends a document.
+
+        Args:
+            texts: Documents to train on.
+            vocab_size: Number of ids (V), special tokens included.
 
         Raises:
-            InputError: If ``vocab_size`` leaves no room for the 256 bytes and the two special tokens.
+            InputError: If ``vocab_size`` is too small for the 256 bytes and the two special tokens.
         """
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         if vocab_size < len(alphabet) + 2:
@@ -185,7 +196,7 @@ class Tokenizer:
 
 
 def _named_id(fast: FastTokenizer, settings: dict[str, Any], key: str, name: str) -> int | None:
-    """The id of a special token that the settings name; None if they name none."""
+    """Look up the id of a special token that the settings name; None if they name none."""
     token = token_content(settings, key)
     if token is None:
         return None
@@ -199,21 +210,21 @@ def _named_id(fast: FastTokenizer, settings: dict[str, Any], key: str, name: str
 
 
 def _configured_id(fast: FastTokenizer, config: dict[str, Any], key: str, name: str) -> int | None:
-    """The id that a model's config.json states; the first of several; None if it states none."""
+    """Look up an id in a model's config.json, the first of several; None if there is none."""
     value = config.get(key)
     value = value[0] if isinstance(value, list) and value else value
     if value is None:
         return None
     if not isinstance(value, int) or fast.id_to_token(value) is None:
         raise InputError(
-            f"tokenizer {name} comes with a config.json whose {key} is {value!r}, which is not in its vocabulary; name "
-            f"the token in a tokenizer_config.json"
+            f"the config.json of tokenizer {name} has {key} {value!r}, which is not in its vocabulary; name the token "
+            f"in a tokenizer_config.json"
         )
     return value
 
 
 def _unknown_id(fast: FastTokenizer) -> int | None:
-    """The id of what the tokenizer cannot spell; None if it can spell everything."""
+    """Return the id of text that the tokenizer cannot encode; None if it can encode any text."""
     model = fast.model
     if isinstance(model, models.Unigram):
         unknown = json.loads(fast.to_str())["model"]["unk_id"]
@@ -223,6 +234,7 @@ def _unknown_id(fast: FastTokenizer) -> int | None:
 
 
 def _without_defaults(content: Any) -> Any:
+    """Leave out settings that are None or False, at any depth."""
     if isinstance(content, dict):
         return {key: _without_defaults(value) for key, value in content.items() if value not in (None, False)}
     if isinstance(content, list) and content and isinstance(content[0], dict):  # not a vocabulary, which is long
@@ -231,6 +243,7 @@ def _without_defaults(content: Any) -> Any:
 
 
 def _invalid(texts: list[str]) -> str:
+    """Describe the first character that is not valid Unicode."""
     for text in texts:
         try:
             text.encode()

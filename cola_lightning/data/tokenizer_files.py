@@ -1,4 +1,4 @@
-"""Find the files of a tokenizer, in a folder or on the Hugging Face hub, and read its settings in one way."""
+"""Find the files of a tokenizer in a folder or on the Hugging Face hub, and read its settings."""
 
 import json
 from collections.abc import Callable
@@ -26,18 +26,18 @@ TOKENIZER, SETTINGS, SPECIAL_TOKENS, MODEL = (
 )
 
 LARGEST = 2**28
-"""Bytes of each file at most; the largest that are in use have about 35 million."""
+"""Largest size of each file, in bytes. The largest tokenizer.json in use has about 35 million."""
 
 FindFile = Callable[[str], Path | None]
-"""``f(name)`` brings the file of that name, or None if the tokenizer comes without it."""
+"""``f(name)`` returns the path of the file of that name, or None if the tokenizer does not have it."""
 
 
 def find_tokenizer_files(name: str, retry: Retry) -> FindFile:
-    """Say where the files of a tokenizer come from.
+    """Return a function that finds the files of a tokenizer by name. It always finds tokenizer.json.
 
     Args:
-        name: A folder, a tokenizer.json, or a repository on the hub.
-        retry: How often a download that fails is tried again.
+        name: Folder, tokenizer.json, or repository on the hub.
+        retry: Retries downloads that fail.
 
     Raises:
         InputError: If there is no tokenizer.json, or the repository is gated, private or does not exist.
@@ -50,10 +50,13 @@ def find_tokenizer_files(name: str, retry: Retry) -> FindFile:
 
 
 def tokenizer_file(name: str) -> Path:
-    """Name the tokenizer.json that a folder holds, or that is named itself.
+    """Return the path of the tokenizer.json.
+
+    Args:
+        name: The file itself, or its folder.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is no such file.
     """
     path = Path(name).expanduser()
     file = path / TOKENIZER if path.is_dir() else path
@@ -65,8 +68,10 @@ def tokenizer_file(name: str) -> Path:
 
 
 def read_settings(find: FindFile) -> dict[str, Any]:
-    """Merge the settings files as transformers does: special_tokens_map.json counts where tokenizer_config.json has no
-    ``added_tokens_decoder``, as files from before that key existed.
+    """Merge the settings files as transformers does.
+
+    special_tokens_map.json takes precedence, unless tokenizer_config.json has ``added_tokens_decoder``, a key of newer
+    files.
 
     Raises:
         InputError: If a file is not a JSON object.
@@ -76,7 +81,7 @@ def read_settings(find: FindFile) -> dict[str, Any]:
 
 
 def read_model_config(find: FindFile) -> dict[str, Any]:
-    """Read the config.json of the model that the tokenizer came with; empty if there is none.
+    """Read the config.json of the model beside the tokenizer; empty if there is none.
 
     Raises:
         InputError: If it is not a JSON object.
@@ -85,7 +90,9 @@ def read_model_config(find: FindFile) -> dict[str, Any]:
 
 
 def token_content(settings: dict[str, Any], key: str) -> str | None:
-    """Look up the text of a special token, which stands there as text or as an object with ``content``.
+    """Look up the text of a special token in the settings; None if there is none.
+
+    The value is the text itself, or an object with the text under ``content``.
 
     Raises:
         InputError: If it is neither.
@@ -113,10 +120,10 @@ def _read_object(file: Path | None) -> dict[str, Any]:
 
 
 def check_file_size(file: Path) -> None:
-    """Refuse a file that is too large to be part of a tokenizer, before it is read.
+    """Check, before a file is read, that it is not too large to be part of a tokenizer.
 
     Raises:
-        InputError: If it is.
+        InputError: If it is larger than ``LARGEST``.
     """
     if file.is_file() and (size := file.stat().st_size) > LARGEST:
         raise InputError(f"{file} has {size:,} bytes; a file of a tokenizer has {LARGEST:,} at most")
@@ -127,7 +134,7 @@ def _if_file(path: Path) -> Path | None:
 
 
 class _HubFiles:
-    """Downloads the files of one commit of a repository, unless the hub's cache holds them."""
+    """Downloads the files of one commit of a repository, unless they are in the hub's cache."""
 
     def __init__(self, name: str, retry: Retry) -> None:
         self.name, self.retry = name, retry
@@ -152,8 +159,8 @@ class _HubFiles:
         except LocalEntryNotFoundError as error:
             cause = error.__cause__
             if cause is not None and not isinstance(cause, OfflineModeIsEnabled):
-                raise cause from None  # the failed request itself, which may be worth another try
-            if revision:  # the tokenizer.json is in the cache, and this file is not
+                raise cause from None  # the failed request itself, because Retry decides by its type and status
+            if revision:  # offline, tokenizer.json is in the cache, and this file is not
                 return None
             raise InputError(
                 f"tokenizer {self.name!r} is neither a folder here nor in the Hugging Face cache, and HF_HUB_OFFLINE "

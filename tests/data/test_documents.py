@@ -59,7 +59,7 @@ def test_bad_files_are_named_with_the_place(tmp_path):
         "latin.jsonl": ('{"text": "café"}'.encode("latin1"), r"latin\.jsonl line 1 is not UTF-8"),
         "key.jsonl": (b'{"body": "a"}', r"key\.jsonl line 1 has no 'text' \(its keys are \['body'\]\)"),
         "number.jsonl": (b"3", r"number\.jsonl line 1 has no 'text' \(it is a int\)"),
-        "not.parquet": (b"hello", r"not\.parquet cannot be read"),
+        "not.parquet": (b"hello", r"not\.parquet is not a whole Parquet file"),
     }
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)

@@ -78,7 +78,7 @@ def test_the_unknown_token_counts_in_the_vocabulary_where_it_has_the_highest_id(
 
 def test_half_a_surrogate_pair_is_named(tmp_path):
     tokenizer = Tokenizer.train(["a b"], 258)
-    with pytest.raises(InputError, match=r"no valid Unicode: '\\ud83d' after 'so '"):
+    with pytest.raises(InputError, match=r"not valid Unicode: '\\ud83d' after 'so '"):
         tokenizer.encode(["fine", "so \ud83d"])
 
 

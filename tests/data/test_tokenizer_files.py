@@ -174,7 +174,7 @@ def test_without_a_network_the_cache_is_read_or_its_lack_said(hub, tmp_path, mon
     [
         ({"tokenizer": {"eos_token": "<eos>"}}, "names eos_token '<eos>', which is not in its vocabulary"),
         ({"special": {"pad_token": {"content": "[P]"}}}, r"names pad_token '\[P\]', which is not in its vocabulary"),
-        ({"model": {"eos_token_id": 6}}, "config.json whose eos_token_id is 6, which is not in its vocabulary"),
+        ({"model": {"eos_token_id": 6}}, "has eos_token_id 6, which is not in its vocabulary"),
         ({"tokenizer": {"eos_token": 2}}, "a tokenizer's eos_token is 2; it must be the text of a token"),
         ({"tokenizer": ["</s>"]}, "tokenizer_config\\.json holds a list, not a JSON object"),
     ],
