@@ -16,7 +16,7 @@ TRAINER_COMMANDS = {
     "fit": ("Train", "Train a model, or go on with a run."),
     "validate": ("Look", "Measure a model on the validation data of a config."),
     "test": ("Look", "Measure a model on the test data of a config."),
-    "predict": ("Use", "Write the loss of each row of a config's data."),
+    "predict": ("Use", "Write the perplexity of each row of a config's data."),
 }
 """Lightning's commands: group and line of each in ``--help``."""
 GROUPS = ("Train", "Look", "Compare", "Use")
@@ -81,7 +81,7 @@ def dispatch(args: list[str]) -> None:
             options = command.parse(rest)
         case [name, *_] if not (name in TRAINER_COMMANDS or name.startswith("-")):
             hint = did_you_mean(name, [*TRAINER_COMMANDS, *own_commands()])
-            raise InputError(f"{name} is none of the commands{hint}; --help lists them")
+            raise InputError(f"{name} is not a command{hint}; --help lists them")
         case _:  # options before the name of one of Lightning's commands are its too
             command = importlib.import_module("cola_lightning.cli.lightning_cli")
             options = args

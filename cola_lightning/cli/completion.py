@@ -1,8 +1,8 @@
-"""Help for those who type: a JSON schema for editors, and completion for shells.
+"""Describe the options to other tools: a JSON schema for editors, and completion scripts for shells.
 
-Both come from jsonargparse, which describes every class that could stand at a ``class_path``. Lightning types some
-arguments as any ``torch.nn.Module``; those few are left open here, for listing all modules of torch takes minutes and
-fails on the metaclasses among them.
+Both come from jsonargparse, which lists every class that a ``class_path`` may name. Lightning types some arguments as
+any ``torch.nn.Module``. No classes are listed for these, because listing all modules of torch takes minutes and fails
+on the metaclasses among them.
 """
 
 import json
@@ -20,7 +20,7 @@ from cola_lightning.private_apis import replace_subclass_lists
 
 
 def json_schema(parser: ArgumentParser) -> dict[str, Any]:
-    """The schema of a config: what the parser takes, and ``config`` for the files that it builds on."""
+    """Return the JSON schema of a config: the parser's options, and ``config`` for the files that it builds on."""
     with _open_ended():
         schema = json.loads(parser.get_completion_script("jsonschema"))
     _make_partial(schema)
@@ -32,7 +32,7 @@ def json_schema(parser: ArgumentParser) -> dict[str, Any]:
 
 
 def _make_partial(schema: Any) -> None:
-    """Require nothing, for a file may leave anything to the one it builds on, and allow ``key+`` to extend a list."""
+    """Require nothing, because a config may leave any setting to the one it builds on. Allow ``key+`` for a list."""
     if isinstance(schema, dict):
         schema.pop("required", None)
         for value in schema.values():
@@ -49,7 +49,7 @@ def _takes_list(schema: dict[str, Any]) -> bool:
 
 
 def shell_script(parser: ArgumentParser, shell: str) -> str:
-    """A completion script for ``bash``, ``zsh``, ``tcsh``, ``fish`` or ``powershell``."""
+    """Return a completion script for ``bash``, ``zsh``, ``tcsh``, ``fish`` or ``powershell``."""
     with _open_ended(nested=False):
         return parser.get_completion_script(f"shtab-{shell}")
 
@@ -58,15 +58,19 @@ def _takes_maker_of(cls: type, candidate: Any) -> bool:
     """Whether an argument of ``candidate`` is a function that makes a ``cls``."""
     try:
         annotations = [parameter.annotation for parameter in signature(candidate).parameters.values()]
-    except (TypeError, ValueError):  # not everything that is written in C tells its arguments
+    except (TypeError, ValueError):  # some functions in C have no signature
         return False
     return any(get_origin(each) is Callable and get_args(each)[-1:] == (cls,) for each in annotations)
 
 
 @contextmanager
 def _open_ended(nested: bool = True) -> Iterator[None]:
-    """``nested``: whether classes are listed that are made of others of their own kind, as an optimizer of two
-    optimizers is. A schema refers to itself there; options, which name each level, would have no end."""
+    """Leave out classes whose list would be too long, while the context lasts.
+
+    Args:
+        nested: Whether to list classes that are made of others of their own kind, such as an optimizer of two
+            optimizers. A schema refers to itself there. Shell options name each level, and would have no end.
+    """
 
     def change(original: Callable) -> Callable:
         def bounded(cls: Any, *args: Any, **kwargs: Any) -> list[str]:
@@ -77,5 +81,5 @@ def _open_ended(nested: bool = True) -> Iterator[None]:
 
         return bounded
 
-    with replace_subclass_lists(change), redirect_stdout(sys.stderr):  # deepspeed talks when it is imported
+    with replace_subclass_lists(change), redirect_stdout(sys.stderr):  # deepspeed prints when it is imported
         yield

@@ -1,4 +1,4 @@
-"""Configs that build on configs."""
+"""Read configs that build on other configs."""
 
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,21 @@ from cola_lightning.cli import config_yaml as config_yaml
 from cola_lightning.cli.config_yaml import ConfigFileError
 
 LARGEST = 2**20
-"""Bytes of a config at most; a whole configuration has about 10,000."""
+"""Largest size of a config in bytes. A whole configuration has about 10,000."""
 MOST = 50
-"""Configs that one ``--config`` may bring along, each counted as often as it is named."""
+"""Largest number of configs that one ``--config`` may bring along. One that is named twice counts twice."""
 
 
 class ConfigFile(ActionConfigFile):
-    """``--config FILE``, where a file may name those that it builds on under ``config:``, relative to itself.
+    """Action of ``--config FILE``. The file may name the configs that it builds on under ``config:``.
 
-    jsonargparse by itself accepts such a key too, but replaces whole groups instead of merging them. Here the chain is
-    laid out as if each file had been given by a ``--config`` of its own, the foundation first.
+    Their paths are relative to the file. The files are applied as if each had been given by a ``--config`` of its own,
+    the base first. jsonargparse accepts such a key too, but replaces whole groups instead of merging them.
     """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         chain: list[tuple[str, str]] = []
-        _lay_out(values, (), chain)
+        _append_chain(values, (), chain)
         for file, text in chain:
             try:
                 self.apply_config(parser, cfg, self.dest, text)
@@ -32,12 +32,17 @@ class ConfigFile(ActionConfigFile):
                 raise TypeError(f"{file}: {error}") from error
 
 
-def _lay_out(value: str, above: tuple[Path, ...], chain: list[tuple[str, str]]) -> None:
-    """Append the files that ``value`` builds on, and itself last, each as its name and its text without the key
-    ``config``."""
+def _append_chain(value: str, above: tuple[Path, ...], chain: list[tuple[str, str]]) -> None:
+    """Append to ``chain`` the files that ``value`` builds on, and then ``value`` itself.
+
+    Args:
+        value: Name of a file, or settings as text.
+        above: The files that build on this one, to notice a cycle.
+        chain: Name and text of each file so far, without the key ``config``.
+    """
     path = Path(value)
     if "\n" in value or not path.is_file():
-        chain.append(("settings", value))  # given as text, or a wrong name, which jsonargparse reports
+        chain.append(("settings", value))  # settings as text, or a wrong name, which jsonargparse reports
         return
     if path.resolve() in above:
         raise TypeError(f"{value} builds on itself, through {' and '.join(map(str, above))}")
@@ -50,7 +55,7 @@ def _lay_out(value: str, above: tuple[Path, ...], chain: list[tuple[str, str]]) 
             raise TypeError(f"{value} builds on {base!r}; name a file, or a list of files")
         if not (path.parent / base).is_file():
             raise TypeError(f"{value} builds on {base}, which is not in {path.parent.resolve()}")
-        _lay_out(str(path.parent / base), (*above, path.resolve()), chain)
+        _append_chain(str(path.parent / base), (*above, path.resolve()), chain)
     chain.append((value, yaml.safe_dump(settings, sort_keys=False)))
 
 
@@ -61,7 +66,7 @@ def _read(path: Path) -> dict[str, Any]:
         settings = config_yaml.load(path.read_text(encoding="utf-8"))
     except ConfigFileError as error:
         raise TypeError(f"{path}: {error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:  # a date that there is not is a ValueError
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:  # ``!!timestamp 2024-02-30`` is a ValueError
         raise TypeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except OSError as error:
         raise TypeError(f"{path} cannot be read: {error.strerror}") from error

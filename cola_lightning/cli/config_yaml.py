@@ -1,7 +1,7 @@
-"""Read YAML as it looks: no sexagesimal numbers, no key set twice in silence, nothing that grows without bound.
+"""Read YAML with the numbers of YAML 1.2, without duplicate keys, and within bounds of depth and size.
 
 PyYAML follows YAML 1.1, in which ``1:30`` is 90 and ``010`` is 8. Here they are a text and 10, as in YAML 1.2. The
-loader below stands in for jsonargparse's, which reads configs and the values of flags.
+loader below replaces jsonargparse's, which reads configs and the values of flags.
 """
 
 import re
@@ -13,9 +13,9 @@ from yaml.nodes import MappingNode, Node, SequenceNode
 from cola_lightning.private_apis import replace_yaml_loader
 
 DEPTH = 50
-"""Levels of nesting at most; a whole configuration has about ten."""
+"""Largest depth of nesting. A whole configuration has about ten levels."""
 NODES = 100_000
-"""Values at most, where an alias (``*name``) counts as all that it stands for. A whole configuration has about 300."""
+"""Largest number of values. An alias (``*name``) counts as all that it repeats. A whole configuration has about 300."""
 
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)")
 _FLOAT = re.compile(
@@ -25,11 +25,11 @@ _FLOAT = re.compile(
 
 
 class ConfigFileError(yaml.YAMLError):
-    """What is wrong with a text of settings, in one line."""
+    """YAML that cannot be used as settings. The message is one line."""
 
 
 class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """PyYAML's safe loader, with the numbers of YAML 1.2, and within bounds."""
+    """PyYAML's safe loader, with the numbers of YAML 1.2 and bounds of depth and size."""
 
     def __init__(self, stream: Any) -> None:
         if isinstance(stream, str) and len(stream) > DEPTH:
@@ -45,6 +45,10 @@ class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mis
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern]]]:
+    """Return the patterns that give a scalar its type, by its first character: PyYAML's, but YAML 1.2's for numbers.
+
+    Without a pattern for timestamps, a date stays a text.
+    """
     changed = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
     kept = {
         first: [(tag, pattern) for tag, pattern in pairs if tag not in changed]
@@ -61,15 +65,16 @@ Loader.yaml_implicit_resolvers = _resolvers()
 
 
 def load(text: str) -> Any:
-    """The value of a text in YAML.
+    """Return the value of a text in YAML.
 
     Raises:
-        yaml.YAMLError: If it is none, sets a key twice, or is nested or repeated without bound.
+        yaml.YAMLError: If the text is not YAML, sets a key twice, or exceeds the bounds of depth and size.
     """
     return yaml.load(text, Loader=Loader)
 
 
 def _check_depth(text: str) -> None:
+    """Refuse deep nesting. Events are read one by one, without recursion."""
     depth = 0
     try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -86,12 +91,17 @@ def _check_depth(text: str) -> None:
 
 
 def _line(mark: Any) -> int:
-    """Return the number of the line, from 1; 0 if it is not known."""
+    """Return the number of the line, counted from 1; 0 if it is not known."""
     return mark.line + 1 if mark else 0
 
 
 def _count(node: Node, known: dict[int, int | None]) -> int:
-    """The values that a node holds after every alias is replaced; ``known`` are those counted, None while under way."""
+    """Count the values of a node as if every alias were replaced, without replacing any.
+
+    Args:
+        node: The node.
+        known: Counts of nodes by ``id``; None for one that is being counted, so that a cycle is noticed.
+    """
     if id(node) in known:
         if (found := known[id(node)]) is None:
             raise ConfigFileError(f"line {node.start_mark.line + 1} contains itself, by an alias")

@@ -1,4 +1,4 @@
-"""What holds while a command runs: nothing in a checkpoint runs code, and what libraries raise becomes one line."""
+"""Guard a command while it runs: checkpoints run no code, and errors of libraries become one line."""
 
 import re
 from collections.abc import Iterator

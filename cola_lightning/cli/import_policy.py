@@ -1,12 +1,12 @@
 """Decide what the command line and configs may import, before it is imported.
 
-A config names classes by their import paths, those that a user wrote among them; so it is code, and docs/security.md
-says so. This policy keeps away what no run needs. It holds in the whole process from the import of this module on.
+A config names classes by their import paths, also classes that a user wrote. A config is therefore code
+(docs/security.md). This policy denies what no run needs. It holds in the whole process once this module is imported.
 
-- Nothing of Python's standard library can be named, nor what else jsonargparse denies: ``subprocess.Popen`` for one.
+- Python's standard library cannot be named (``subprocess.Popen``), and neither can what jsonargparse itself denies.
 - Where a value may be anything (``Any``, ``object``), a mapping that looks like a class with arguments stays a mapping.
-  jsonargparse would import and make it.
-- A module is not imported unless its source binds the name that is wanted: naming a script does not run it.
+  jsonargparse would import the class and make an object.
+- A module is imported only if its source binds the name that is wanted, so that naming a script does not run it.
 """
 
 import ast
@@ -25,15 +25,19 @@ _STANDARD = sorted(name for name in sys.stdlib_module_names if name != "__future
 def check_import(path: str, before: Any = check_import_path) -> None:
     """Refuse an import path that is denied, or that the source of its module does not bind.
 
+    Args:
+        path: Import path, such as ``torch.optim.AdamW``.
+        before: jsonargparse's own check, which comes first.
+
     Raises:
-        ImportDenied: Before anything is imported.
+        ImportDenied: If the path is refused. Nothing is imported before that.
     """
     before(path)
     parts = path.split(".")
     if parts[0] in sys.modules and parts[0] != "__main__":
         module = ".".join(parts[:-1])
         if module in sys.modules or len(parts) == 1:
-            return  # there is nothing left to run
+            return  # the module is imported already, so that nothing can run
     spec, wanted = _deepest(parts)
     if spec is None or wanted is None or spec.name in sys.modules:
         return
@@ -42,7 +46,13 @@ def check_import(path: str, before: Any = check_import_path) -> None:
 
 
 def _deepest(parts: list[str]) -> tuple[ModuleSpec | None, str | None]:
-    """The module or package that the longest beginning of a path means, and the name that follows; nothing is run."""
+    """Find the module or package that the longest possible beginning of a path names, without running anything.
+
+    Example: ``torch.optim.AdamW`` gives the package ``torch.optim`` and the name ``AdamW``.
+
+    Returns:
+        The module's spec and the name that follows it; None for what does not exist.
+    """
     try:
         spec = find_spec(parts[0])
     except (ImportError, ValueError):
@@ -71,6 +81,7 @@ def _binds(spec: ModuleSpec, name: str) -> bool:
 
 
 def _bound(body: list[ast.stmt]) -> list[str]:
+    """List the names that statements bind, also within ``if``, ``try`` and ``with``."""
     names = []
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -90,7 +101,7 @@ def _bound(body: list[ast.stmt]) -> list[str]:
 
 def _install() -> None:
     set_parsing_settings(import_path_denylist=_STANDARD, instantiate_subclass_spec_in_any=False)
-    replace_import_check(check_import)  # jsonargparse has no setting for this, nor for the next
+    replace_import_check(check_import)  # jsonargparse has no setting for this and the next line
     keep_untyped_values()
 
 

@@ -75,7 +75,7 @@ class CLI(LightningCLI):
             },
             seed_everything_default=42,
             auto_configure_optimizers=False,
-            # A usage line of its own, for the one made from all options buries the error that follows it.
+            # A short usage line. The one that argparse makes of all options would hide the error below it.
             parser_kwargs={"prog": "cola_lightning"}
             | {command: {"usage": f"cola_lightning {command} {USAGE}"} for command in self.subcommands()},
             args=args,
@@ -198,14 +198,14 @@ class CLI(LightningCLI):
             self.checkpoint_path, self.config[command]["ckpt_path"] = self.config[command].get("ckpt_path"), None
 
     def _typed_settings(self) -> dict[str, Any]:
-        """Settings of the model that the command line and its files state, without defaults."""
+        """Return the settings of the model that the command line and its files state, without defaults."""
         command = self.typed.index(self.config.subcommand) + 1
         classes = {"model": {key: {"class_path": name} for key, name in stand_ins().items()}}
         below = ["--config", yaml.safe_dump(classes)]
         typed = self.parser.parse_args([*self.typed[:command], *below, *self.typed[command:]], defaults=False)
         return typed[self.config.subcommand].as_dict()["model"]
 
-    # -- what is made of it -------------------------------------------------------------------------------------------
+    # -- making the objects -------------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
         """Find the directory of the run, because loggers need it when they are made."""
@@ -243,7 +243,7 @@ class CLI(LightningCLI):
             raise InputError(" ".join(said.split())) from error
 
     def _setting(self, name: str) -> Any:
-        """A setting of this command, with its classes made."""
+        """Return a setting of this command, with its objects made."""
         return (self.config_init[self.subcommand] if self.subcommand else self.config_init).get(name)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -306,7 +306,7 @@ class CLI(LightningCLI):
             raise incomplete(checkpoint, f"position in the data ({name})")
 
     def _callbacks(self, trainer: Any) -> list[L.Callback]:
-        """The callbacks that the user named, with a progress bar; the other defaults follow by themselves."""
+        """Return the callbacks that the user named, and a progress bar. Lightning adds the other defaults."""
         named = trainer["callbacks"] or []
         named = list(named) if isinstance(named, list) else [named]
         defaults = self.trainer_defaults["callbacks"]
@@ -319,14 +319,14 @@ class CLI(LightningCLI):
 
 
 class Settings(CLI):
-    """The settings of a run that is not made: a trainer would ask for the devices that they name."""
+    """Settings of a run, without a trainer, which would need the devices that they name."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         return self._setting("trainer")
 
 
 class _ParserOnly(CLI):
-    """The parsers of the commands, without a run."""
+    """Parsers of the commands, without a run."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = Namespace(subcommand=None, seed_everything=False)
@@ -342,7 +342,7 @@ def training_parser() -> LightningArgumentParser:
 
 
 def resolve(flags: list[str]) -> dict[str, Any]:
-    """The whole configuration that ``fit`` makes of these flags."""
+    """Return the whole configuration that ``fit`` makes of these flags."""
     try:
         with redirect_stdout(io.StringIO()) as printed:
             CLI(["fit", *flags, "--print_config"])

@@ -1,4 +1,4 @@
-"""Settings of a model from what is typed and from a checkpoint: what is typed wins, the rest is the checkpoint's."""
+"""Merge the settings of a model that are typed with those of a checkpoint. What is typed wins."""
 
 import inspect
 from collections.abc import Collection, Iterator
@@ -14,10 +14,11 @@ Settings = dict[str, Any]
 
 @cache
 def stand_ins() -> dict[str, str]:
-    """For each argument of the model that is a class: the import path of a class that stands for its default.
+    """Make a subclass of each default of the model's arguments that is a class, and return their import paths.
 
-    A config may set ``schedule.init_args.warmup_steps`` without naming a class, and means an argument of the default
-    class. Parsed over the stand-in, which takes the same arguments, it tells whether a class was named.
+    A config may set ``schedule.init_args.warmup_steps`` without naming a class. It then means an argument of the
+    default class. The config is parsed with the subclass as the default, which takes the same arguments. The result
+    names the subclass if the config named no class.
     """
     paths = {}
     for name, parameter in inspect.signature(LanguageModel).parameters.items():
@@ -31,26 +32,27 @@ def stand_ins() -> dict[str, str]:
 def merge_settings(
     stored: Settings, typed: Settings, unnamed: Collection[str] = (), place: str = "--model"
 ) -> Settings:
-    """The settings of the checkpoint, with what was typed in their place. A class comes with all its arguments.
+    """Return the settings of the checkpoint, replaced by those that were typed.
 
-    Example: stored is SGD with lr 0.1 and momentum 0.9. Typed "lr 0.2" without a class gives SGD with lr 0.2 and
-    momentum 0.9, and so does typed "SGD, lr 0.2". Typed "AdamW, lr 0.2" gives AdamW with lr 0.2.
+    A class of another name replaces the class with all its arguments. Example: the checkpoint has SGD with lr 0.1 and
+    momentum 0.9. To type "lr 0.2" without a class gives SGD with lr 0.2 and momentum 0.9, and so does "SGD, lr 0.2".
+    To type "AdamW, lr 0.2" gives AdamW with lr 0.2.
 
     Args:
-        stored: Of the checkpoint, by name; classes as ``{"class_path": …, "init_args": …}``.
-        typed: In the same form, nothing but what was typed.
-        unnamed: Import paths of classes which say that none was named.
-        place: Where the settings stand, for messages.
+        stored: Settings of the checkpoint, by name; classes as ``{"class_path": …, "init_args": …}``.
+        typed: Settings that were typed, in the same form, without defaults.
+        unnamed: Import paths which mean that no class was named, see :func:`stand_ins`.
+        place: Flag of these settings, for messages.
     """
     merged = dict(stored)
     for name, value in typed.items():
         if callable(value):
-            merged.pop(name, None)  # a function by its import path, which the parser has found
+            merged.pop(name, None)  # a function, which the parser found by its import path
         elif not (_is_class(value) and _is_class(stored.get(name))):
             merged[name] = value
         else:
             merged[name] = _merge_class(stored[name], value, unnamed, f"{place}.{name}")
-    # What is left of the stand-ins: the checkpoint knows nothing of an argument that is a class, nor was one named.
+    # Remove the stand-ins that are left: no class was named for them, and the checkpoint has no such argument.
     return {name: value for name, value in merged.items() if not (unnamed and _is_class(value, unnamed))}
 
 
@@ -60,18 +62,18 @@ def _merge_class(stored: Settings, typed: Settings, unnamed: Collection[str], pl
         return typed
     before, now = stored.get("init_args") or {}, typed.get("init_args") or {}
     if not named:
-        # Arguments of the default class, from a config: they fit the class of the checkpoint, or mean nothing to it.
+        # A config has arguments of the default class. Those that the checkpoint's class lacks are left out.
         for name in [name for name in now if name not in before]:
             rank_zero_warn(
-                f"{place}.{name} is left out, for {stored['class_path'].rpartition('.')[2]}, which comes from the "
-                f"checkpoint, has no such option; to change the class, set {place}"
+                f"{place}.{name} is left out, because {stored['class_path'].rpartition('.')[2]}, the checkpoint's "
+                f"class, has no such option; to change the class, set {place}"
             )
         now = {name: value for name, value in now.items() if name in before}
     return {"class_path": stored["class_path"], "init_args": merge_settings(before, now, (), place)}
 
 
 def differences(old: Any, new: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Each setting of ``old`` that is another in ``new``: its place, what it was, what it is."""
+    """Yield the place, the old and the new value of each setting of ``old`` that differs in ``new``."""
     if _is_class(old) and _is_class(new):
         if old["class_path"] != new["class_path"]:
             yield place, old["class_path"], new["class_path"]
@@ -85,5 +87,5 @@ def differences(old: Any, new: Any, place: str = "") -> Iterator[tuple[str, Any,
 
 
 def _is_class(value: Any, paths: Collection[str] = ()) -> bool:
-    """Whether these are the settings of a class, and if ``paths`` are given, of one of them."""
+    """Whether these are the settings of a class; with ``paths``, of one of these classes."""
     return isinstance(value, dict) and "class_path" in value and (not paths or value["class_path"] in paths)

@@ -32,7 +32,7 @@ class OptionParser(argparse.ArgumentParser):
         if unknown and words.startswith("-"):
             name = words.split()[0].partition("=")[0]
             options = re.findall(r"--\w+", self.format_usage())
-            raise InputError(f"{name} is no option{did_you_mean(name, options)}; --help lists them")
+            raise InputError(f"{name} is not an option{did_you_mean(name, options)}; --help lists them")
         raise InputError(f"{message}; {self.prog} --help lists the options")
 
 

@@ -1,4 +1,4 @@
-"""The parser of the command line, which says in one line what it did not understand."""
+"""Parse a command line, and report what cannot be parsed in one line."""
 
 import importlib
 import inspect
@@ -25,11 +25,13 @@ WORDS = {
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's messages spell out every type that was tried; one line with place, value and fix comes of them.
+    """Parser that reports an error in one line: the place, the value and the fix.
+
+    jsonargparse's own messages list every type that a value may have.
 
     Attributes:
-        bases: Of the classes that can be named; a misspelt name is compared with those of their subclasses.
-        example: A command line with which the help begins.
+        bases: Base classes of the classes that can be named. A misspelt name is compared with theirs.
+        example: Command line with which the help begins.
     """
 
     bases: tuple[type, ...] = ()
@@ -55,15 +57,18 @@ def parse_function(
     as_positional: bool = True,
     skip: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Parse the arguments of a function, from flags or a file named by ``--config``, and make the classes among them.
+    """Parse the arguments of a function from flags and ``--config``, and make the objects among them.
 
     Args:
         function: The function; its docstring is the help.
         command: Name of the command.
-        example: What can be typed after it.
-        args: What was typed.
+        example: Arguments of the example in the help.
+        args: The command line after the name of the command.
         as_positional: Whether required arguments are typed without their names.
         skip: Names of arguments that are not typed.
+
+    Returns:
+        The arguments by name.
     """
     parser = Parser(prog=f"cola_lightning {command}", description=(function.__doc__ or "").partition("\n")[0])
     parser.example = f"{parser.prog} {example}"
@@ -79,13 +84,20 @@ def parse_function(
 def explain(
     message: str, options: Iterable[str] = (), commands: Iterable[str] = (), classes: Iterable[str] = ()
 ) -> str:
-    """One line of what jsonargparse says in many; as it is, but for line breaks, where its kind is not known."""
+    """Shorten a message of jsonargparse to one line. A message of an unknown kind keeps all its words.
+
+    Args:
+        message: What jsonargparse says, in several lines.
+        options: Names to suggest in place of a misspelt option.
+        commands: The same for a command.
+        classes: The same for a class.
+    """
     if found := re.search(r"unrecognized arguments: ([^\s=]+)", message):
         return _no_option(found[1], options)
     if found := re.search(r"(?:Group '(\S+)'|Subcommand '\S+') does not accept option '(\S+)'", message):
         return _no_option("--" + ".".join(filter(None, found.groups())), options)
     if found := re.search(r"argument subcommand: invalid choice: '(\S*)'", message):
-        return f"{found[1]} is none of the commands{did_you_mean(found[1], commands)}; --help lists them"
+        return f"{found[1]} is not a command{did_you_mean(found[1], commands)}; --help lists them"
     if 'expected "subcommand"' in message:
         return "no command is given; --help lists them"
     if 'Parser key "' not in message:
@@ -97,14 +109,12 @@ def explain(
     if found := re.search(r"Importing '([\w.]+)' is not allowed(?:: (\S+) holds no (\w+)\.)?", message):
         if found[2]:
             return f"{place} is {found[1]}, but {found[2]} holds no {found[3]}; it is not imported"
-        return (
-            f"{place} names {found[1]}, which may run anything and is nothing that a run is made of; it is not imported"
-        )
+        return f"{place} names {found[1]}, which no run needs and which could run any code; it is not imported"
     if found := re.search(r"Option '(\w+)' is not accepted", first):
         return f"{place}.{found[1]}: {_lacks(_class_path(first), found[1])}"
     if found := re.search(r"arguments are required: ([\w, ]+)", first):
         missing, owner = (f"{place}.{name}" for name in found[1].split(", ")), _class_path(first).rpartition(".")[2]
-        return f"{' and '.join(missing)} must be given{f', for {owner} needs it' * bool(owner)}"
+        return f"{' and '.join(missing)} must be given{f', because {owner} needs it' * bool(owner)}"
     absent = re.search(r"No module named '(\w+)", first)
     if absent and find_spec(absent[1]) is None and (value := re.search(r"Got value: ([\w.]+)", first)):
         return f"{place} is {value[1]}, of a package that is not installed; pip install {absent[1]}"
@@ -124,8 +134,8 @@ def explain(
 
 def _no_option(name: str, options: Iterable[str]) -> str:
     if not name.startswith("-"):
-        return f"{name} stands where an option is expected"
-    return f"{name} is no option{did_you_mean(name, options)}; --help lists them"
+        return f"{name} is not an option; the names of options begin with --"
+    return f"{name} is not an option{did_you_mean(name, options)}; --help lists them"
 
 
 def _class_path(text: str) -> str:
@@ -145,7 +155,7 @@ def _lacks(class_path: str, name: str) -> str:
 
 
 def _types(text: str) -> list[str]:
-    """What could have been there, in words; classes are left out."""
+    """Describe in words the types that a value may have, without classes."""
     words: list[str] = []
     for kind in re.findall(r"Expected (?:an? )?(<class '[^']+'>|typing\.Literal\[[^\]]*\])", text):
         if kind.startswith("typing.Literal"):
@@ -156,7 +166,7 @@ def _types(text: str) -> list[str]:
 
 
 def _names(bases: Iterable[type]) -> set[str]:
-    """Of these classes and all that derive from them, as far as they are imported."""
+    """Return the names of these classes and of all their subclasses that are imported."""
     return {base.__name__ for base in bases}.union(*(_names(base.__subclasses__()) for base in bases))
 
 
@@ -166,7 +176,7 @@ def reason_of(message: str) -> str | None:
     Example: ``a.B cannot be made: __init__() missing 1 required positional argument: 'mode'``.
 
     Returns:
-        One line, or None if the report says nothing of the kind.
+        One line, or None if the report gives no such reason.
     """
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     problems = [line for line in lines if re.search(r"missing \d+ required|Requirement '.*' not met", line)]

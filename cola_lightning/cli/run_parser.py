@@ -1,4 +1,4 @@
-"""The parser of Lightning's commands, and the callback that saves what it parsed."""
+"""Parse the options of Lightning's commands, and save them with the run."""
 
 from argparse import HelpFormatter
 from typing import Any
@@ -58,8 +58,10 @@ yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.repr
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the whole configuration into the directory of a training run, also of one that is resumed there, and what
-    else it takes to use and describe its checkpoints."""
+    """Write the whole configuration into the directory of a training run, also when it is resumed.
+
+    Beside it goes what is needed to use and describe the run's checkpoints.
+    """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -73,7 +75,7 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class RunParser(Parser, LightningArgumentParser):
-    """The parser of one of Lightning's commands. Its help begins with the options that people use most."""
+    """Parser of one of Lightning's commands. Its help begins with the options that are used most."""
 
     help_begin = ""
 
@@ -83,7 +85,7 @@ class RunParser(Parser, LightningArgumentParser):
     bases = (L.Callback, L.LightningDataModule, Logger, Optimizer, LRScheduler, Projection)
 
     def add_class_arguments(self, class_type: type, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Add the arguments of a class. Those of a schedule that are the run's length may be left out."""
+        """Add the arguments of a class. The arguments of a schedule that mean the run's length are optional."""
         lengths = (
             open_lengths(class_type, {}) if isinstance(class_type, type) and issubclass(class_type, LRScheduler) else []
         )

@@ -1,4 +1,4 @@
-"""What the command line makes of Lightning's own flags: callbacks, loggers, and what cannot go together."""
+"""Check Lightning's own flags, and let loggers write into the run's directory."""
 
 import inspect
 import math
@@ -35,7 +35,7 @@ def place_loggers(loggers: Any, run_dir: Path) -> None:
     WandbLogger and MLFlowLogger would write to the working directory.
 
     Args:
-        loggers: The settings ``trainer.logger`` before anything is made of them; changed in place.
+        loggers: The settings ``trainer.logger``, before the loggers are made; changed in place.
         run_dir: The run's directory.
     """
     for settings in loggers if isinstance(loggers, list) else [loggers]:
@@ -49,8 +49,13 @@ def place_loggers(loggers: Any, run_dir: Path) -> None:
 
 
 def loggers_of_a_measurement(named: Any) -> list[Logger] | bool:
-    """The loggers of ``validate``, ``test`` and ``predict``: those named, but none that would write among the events of
-    a training run. What is measured is printed."""
+    """Return the loggers of ``validate``, ``test`` and ``predict``; False for none.
+
+    A logger that would write into the logs of a training run is left out, with a warning. The results are printed too.
+
+    Args:
+        named: Value of ``--trainer.logger``, with the loggers made.
+    """
     loggers = named if isinstance(named, list) else [named]
     if named in (None, True, False, []):
         return False
@@ -65,10 +70,10 @@ def loggers_of_a_measurement(named: Any) -> list[Logger] | bool:
 
 
 def check_settings(trainer: Any) -> None:
-    """Refuse values of ``--trainer.*`` that Lightning accepts and then divides by, or that cannot be started from here.
+    """Refuse values of ``--trainer.*`` that Lightning accepts, but that fail later: as a divisor, or as a strategy.
 
     Args:
-        trainer: The settings before a Trainer is made of them.
+        trainer: The settings, before the Trainer is made.
 
     Raises:
         InputError: Names the value and the fix.
@@ -89,15 +94,17 @@ def check_settings(trainer: Any) -> None:
 
 
 def check_numbers(settings: Any, place: str = "-") -> None:
-    """Refuse settings that are no number (NaN), infinite ones of the model and the data, and whole numbers of more than
-    64 bits, which no library can count with. Comparisons with NaN are false, so that checks of ranges let it through.
+    """Refuse NaN, infinity in settings of model and data, and whole numbers of more than 64 bits.
+
+    Checks of ranges do not find NaN, because comparisons with it are false. No library can count with more than 64
+    bits.
 
     Args:
-        settings: Of a command, nested.
-        place: Where they stand, for the message.
+        settings: Settings of a command, nested.
+        place: Flag of ``settings``, for the message.
 
     Raises:
-        InputError: Names the first.
+        InputError: Names the first such setting.
     """
     if isinstance(settings, dict | list):
         entries = settings.items() if isinstance(settings, dict) else enumerate(settings)
@@ -112,16 +119,16 @@ def check_numbers(settings: Any, place: str = "-") -> None:
 
 
 def next_version(folder: Path) -> Path:
-    """``version_0``, ``version_1``, … in a folder: the first that is above all that are there."""
+    """Return the next of the folders ``version_0``, ``version_1``, …: one above the highest that exists."""
     taken = [path.name.removeprefix("version_") for path in folder.glob("version_*")]
     return folder / f"version_{max((int(number) for number in taken if number.isdigit()), default=-1) + 1}"
 
 
 def check_trainer(trainer: L.Trainer, data: L.LightningDataModule | None) -> None:
-    """Refuse what Lightning accepts but what would do something else in a run of this package, or nothing.
+    """Refuse callbacks, plugins and loggers that would do nothing, or something else, in a run of this package.
 
     Raises:
-        InputError: Names it, and what to take instead.
+        InputError: Names it, and what to use instead.
     """
     for problem in _problems(trainer, data):
         raise InputError(problem)

@@ -1,4 +1,4 @@
-"""The command line, called as a user calls it, but in this process; test_readme starts processes."""
+"""Call the command line in this process. ``tests/test_readme.py`` calls it in processes of its own."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(tiny_run, tmp_path_factory):
-    """A run of six steps."""
+    """Train a run of six steps, and return its directory."""
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
     main(["fit", *tiny_run, f"--run_dir={run_dir}"])
     return run_dir
@@ -72,7 +72,7 @@ def test_a_finished_run_goes_on_with_more_steps(finished, tiny_run, tmp_path):
 
 @pytest.mark.slow
 def test_the_line_that_started_a_run_goes_on_with_it(tiny_run, tmp_path, capsys, recwarn):
-    """It sets an argument of the default schedule before it names another one, as a flag after a config does."""
+    """The line sets an argument of the default schedule before it names another, as a flag after a config does."""
     line = ["fit", *tiny_run, f"--run_dir={tmp_path / 'run'}", "--ckpt_path=last", "--model.optimizer.lr=0.004"]
     schedule = "--model.schedule=CosineAnnealingLR"
     main([*line, schedule])
@@ -194,7 +194,7 @@ def test_files_build_on_files(tiny_run, tmp_path, capsys):
     [
         ("config: gone.yaml", "builds on gone.yaml, which is not in"),
         ("config: run.yaml", "run.yaml builds on itself"),
-        ("trainer: {max_stepz: 3}", "--trainer.max_stepz is no option"),
+        ("trainer: {max_stepz: 3}", "--trainer.max_stepz is not an option"),
         ("trainer: {max_steps: soon}", "--trainer.max_steps is soon; it must be a whole number"),
         ("trainer: [", "run.yaml is not YAML"),
         ("hello", "run.yaml holds no settings"),

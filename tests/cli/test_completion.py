@@ -16,7 +16,7 @@ RUN_FILES = sorted(file for file in (REPOSITORY / "configs").rglob("*.yaml") if 
 
 @pytest.fixture(scope="module")
 def schema():
-    """What ``cola_lightning schema`` prints, in a process without the classes that other tests define."""
+    """Return the output of ``cola_lightning schema``, in a process without the classes that other tests define."""
     done = subprocess.run(
         [sys.executable, "-m", "cola_lightning", "schema"], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""YAML of configs: read as it looks, and within bounds. Expected values are YAML 1.2's (its section 10.3.2)."""
+"""Read YAML of configs as YAML 1.2 defines it (section 10.3.2), and within bounds of depth and size."""
 
 import time
 
@@ -77,7 +77,7 @@ def test_aliases_that_stay_small_are_read():
 
 
 def test_files_that_name_one_another_too_often_are_refused(tmp_path, tiny_run, capsys):
-    """Thirty levels, each of which names the next twice, are a thousand million files."""
+    """Thirty levels of files, each of which names the next twice, would be 2^30 files."""
     for level in range(30):
         (tmp_path / f"{level}.yaml").write_text(f"config: [{level + 1}.yaml, {level + 1}.yaml]\n")
     (tmp_path / "30.yaml").write_text("trainer: {max_steps: 3}\n")

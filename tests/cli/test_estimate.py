@@ -1,4 +1,4 @@
-"""The command ``estimate``, as it is typed; its figures are held against reality in tests/costs."""
+"""Type the command ``estimate``. Tests in tests/costs compare its figures with real runs."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def _at_home(monkeypatch):
 
 @pytest.fixture
 def tiny(tiny_run):
-    """The tiny run's flags with text and devices that are not there."""
+    """Return the tiny run's flags, with text and devices that do not exist."""
     missing = ("--data.paths", "--trainer.devices", "--trainer.accelerator")
     kept = [flag for flag in tiny_run if not flag.startswith(missing)]
     return [*kept, "--data.paths=[/nowhere]", "--trainer.devices=8", "--trainer.accelerator=gpu"]

@@ -1,4 +1,4 @@
-"""The help of the program and of its commands, and how soon it comes."""
+"""Check the help of the program and of its commands, and what it imports."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from cola_lightning.cli.run_parser import COMMON_OPTIONS
 from tests.conftest import REPOSITORY
 
 LIGHT = ["benchmark", "completion", "estimate", "evaluate", "export", "generate", "schema"]
-"""Commands whose options are not made from the signature of a function that needs torch."""
+"""Commands with a parser of their own, which needs no torch. The others' parsers read a function's signature."""
 
 
 def shown(capsys, *args):
@@ -63,7 +63,7 @@ def test_adding_a_file_adds_a_command(tmp_path, monkeypatch):
 
 
 def test_help_of_the_program_and_of_light_commands_imports_nothing_heavy():
-    """Seconds depend on the machine; what is imported does not, and decides them. Memory is bounded with room."""
+    """Check imports and memory in place of seconds, which depend on the machine."""
     code = (
         "import re, sys\n"
         "from pathlib import Path\n"

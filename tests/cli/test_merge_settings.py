@@ -1,10 +1,10 @@
-"""What is typed wins over a checkpoint's settings, and the rest is the checkpoint's: by hand-made cases."""
+"""Merge typed settings with a checkpoint's, in cases made by hand: what is typed wins, the rest stays."""
 
 import pytest
 
 from cola_lightning.cli.merge_settings import differences, merge_settings
 
-DEFAULT = "here.DefaultSchedule"  # stands where no class was typed
+DEFAULT = "here.DefaultSchedule"  # means that no class was typed
 
 
 def of(name, **arguments):
@@ -41,7 +41,7 @@ def test_what_is_typed_wins_and_the_rest_stays(stored, typed, expected):
 def test_what_the_checkpoints_class_has_not_is_left_out_and_said():
     typed = {"s": of(DEFAULT, warmup_steps=2, eta_min=0.5)}
     with pytest.warns(
-        UserWarning, match=r"--model\.s\.warmup_steps is left out, for Cosine, which comes from the check"
+        UserWarning, match=r"--model\.s\.warmup_steps is left out, because Cosine, the checkpoint's class"
     ):
         assert merge_settings({"s": COSINE}, typed, [DEFAULT]) == {"s": of("Cosine", T_max=None, eta_min=0.5)}
 

@@ -1,4 +1,4 @@
-"""What cannot be understood, typed on the real command line: one line with place, value and fix, and nothing else."""
+"""Type what cannot be parsed: the real command line reports place, value and fix in one line, and nothing else."""
 
 import pytest
 
@@ -14,10 +14,10 @@ STEPS = "(did you mean --trainer.max_steps or --trainer.max_time?); --help lists
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["--trainer.max_stepz=3"], f"--trainer.max_stepz is no option {STEPS}"),
+        (["--trainer.max_stepz=3"], f"--trainer.max_stepz is not an option {STEPS}"),
         (["--checkpoint.foo", "3"],
-         "--checkpoint.foo is no option (did you mean --checkpoint or --checkpoint.keep?); --help lists them"),
-        (["more"], "more stands where an option is expected"),
+         "--checkpoint.foo is not an option (did you mean --checkpoint or --checkpoint.keep?); --help lists them"),
+        (["more"], "more is not an option; the names of options begin with --"),
         (["--model.vocab_size"], "argument --model.vocab_size: expected one argument"),
         (["--trainer.max_steps=many"], "--trainer.max_steps is many; it must be a whole number"),
         (["--model.compile=maybe"], "--model.compile is maybe; it must be true or false"),
@@ -48,7 +48,7 @@ STEPS = "(did you mean --trainer.max_steps or --trainer.max_time?); --help lists
         (["--model.schedule=CosineAnnealingLR", "--model.schedule.T_max=soon"],
          "--model.schedule.T_max is soon; it must be a whole number or null"),
         (["--model.schedule=ExponentialLR"],
-         "--model.schedule.gamma must be given, for ExponentialLR needs it"),
+         "--model.schedule.gamma must be given, because ExponentialLR needs it"),
         (["--model.schedule=torch.optim.lr_scheduler.ReduceLROnPlateau"],
          "--model.schedule ReduceLROnPlateau follows a metric; name a schedule that follows the step, such as "
          "WarmupCosine or CosineAnnealingLR"),
@@ -68,7 +68,7 @@ def test_one_line_says_what_and_where_and_how_to_mend_it(flags, line, capsys):
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ("trainer: {max_step: 3}", f"--trainer.max_step is no option {STEPS}"),
+        ("trainer: {max_step: 3}", f"--trainer.max_step is not an option {STEPS}"),
         ("model: {hidden_size: wide}", "--model.hidden_size is wide; it must be a whole number"),
     ],
 )  # fmt: skip
@@ -81,11 +81,11 @@ def test_in_files_too(content, line, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("typed", "line"),
-    [(["fitt"], "fitt is none of the commands (did you mean fit?); --help lists them"),
+    [(["fitt"], "fitt is not a command (did you mean fit?); --help lists them"),
      ([], "no command is given; --help lists them"),
      (["export", "model", "folder", "--max_shard_sze=1"],
-      "--max_shard_sze is no option (did you mean --max_shard_size?); --help lists them"),
-     (["factorize", "model", "folder", "--projection=LoRA"], "--projection.rank must be given, for LoRA needs it"),
+      "--max_shard_sze is not an option (did you mean --max_shard_size?); --help lists them"),
+     (["factorize", "model", "folder", "--projection=LoRA"], "--projection.rank must be given, because LoRA needs it"),
      (["compare", "--jobs=many"], "--jobs is many; it must be a whole number")],
 )  # fmt: skip
 def test_commands(typed, line, capsys):

@@ -1,4 +1,4 @@
-"""Lightning's own flags on the real command line: each does what Lightning documents, or is refused in one line."""
+"""Type Lightning's own flags: each does what Lightning documents, or is refused in one line."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fit(tiny_run, tmp_path):
-    """Trains in ``run`` of the temporary folder, and returns that directory."""
+    """Return a function that trains in ``run`` of the temporary folder, and returns that directory."""
 
     def run(*flags: str, folder: str = "run", command: str = "fit") -> Path:
         main([command, *tiny_run, f"--run_dir={tmp_path / folder}", *flags])
@@ -45,7 +45,7 @@ def fit(tiny_run, tmp_path):
 
 @pytest.fixture
 def refused(fit, capsys):
-    """The one line that refuses a run with these flags."""
+    """Return a function that gives the one line by which a run with these flags is refused."""
 
     def line(*flags: str, **options) -> str:
         with pytest.raises(SystemExit, match="2"):
@@ -63,9 +63,9 @@ def curve(run_dir, tag):
 
 
 class Rows(L.Callback):
-    """Keeps the ids of all batches that were trained on."""
+    """Keep the ids of all batches that were trained on."""
 
-    seen: list[torch.Tensor] = []  # noqa: RUF012 read by the tests, which do not see the object
+    seen: list[torch.Tensor] = []  # noqa: RUF012 read by the tests, which do not have the object
 
     def on_train_start(self, trainer, pl_module):
         self.seen.clear()
@@ -132,7 +132,7 @@ def test_a_run_dir_that_is_a_file_is_refused(refused, tmp_path):
         [LOG, "--trainer.profiler=simple", "--trainer.detect_anomaly=true", "--trainer.deterministic=warn"],
     ],
 )
-def test_it_works(flags, fit):
+def test_a_run_with_these_flags_works(flags, fit):
     fit(*flags)
 
 
@@ -152,7 +152,7 @@ def test_barebones_trains_without_logs_and_checkpoints(tiny_run, tmp_path):
 
 
 def test_an_average_of_weights_is_what_is_saved_and_validated(fit):
-    """With a decay of 1 the average stays what it began as, so the perplexity stays that of the untrained network."""
+    """With a decay of 1 the average keeps its first value, so the perplexity stays that of the untrained network."""
     run = fit("--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=1.0",
               "--trainer.callbacks.update_every_n_steps=1", "--trainer.log_every_n_steps=1")  # fmt: skip
     first, last = curve(run, "val/perplexity").values()
@@ -227,7 +227,7 @@ def test_a_loader_that_is_made_anew_each_epoch_goes_on_in_the_data(fit):
 
 
 class Elsewhere(Logger):
-    """Like WandbLogger, it writes to the working directory if it is given no other."""
+    """Logger that writes to the working directory if it is given no other, like WandbLogger."""
 
     name = version = "elsewhere"
 
@@ -319,7 +319,7 @@ def test_a_trained_network_is_not_called_untrained(fit, recwarn):
 
 
 class Numbered(Dataset):
-    """Ten rows; of row i, i // 2 tokens are predicted."""
+    """Data set of ten rows. In row i, i // 2 tokens are predicted."""
 
     def __len__(self):
         return 10
