@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend, and what helps to mend it."""
+"""Errors that a user can mend, and hints in their messages."""
 
 import re
 from collections.abc import Iterable
@@ -12,11 +12,13 @@ _SECRETS = re.compile(
 
 
 class InputError(ValueError):
-    """Input or settings that cannot work. The message is one line that names the value, the place and the fix; the
-    command line prints it without a traceback. Secrets in addresses are hidden in it.
+    """Input or settings that cannot work.
+
+    The message is one line that names the value, the place and the fix. The command line prints it without a
+    traceback. Secrets in addresses are hidden.
 
     Attributes:
-        exit_status: With what the command line ends.
+        exit_status: Exit status of the command line.
     """
 
     exit_status = 2
@@ -26,24 +28,24 @@ class InputError(ValueError):
 
 
 class RankError(InputError):
-    """Another process of a run failed where this one did not."""
+    """Failure of another process of the run, while this one had none."""
 
     exit_status = 1
 
 
 class UnusableModelError(InputError):
-    """A model that was read, and whose numbers are none: NaN or infinity."""
+    """Model with weights that are NaN or infinite."""
 
     exit_status = 1
 
 
 def hide_secrets(text: str) -> str:
-    """Replace user and password of each address, and values of its query that grant access, by ``***``."""
+    """Replace user, password and the query's secrets in each address by ``***``."""
     return _SECRETS.sub(lambda found: f"{found['name']}=***" if found["name"] else "***", text)
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """What was probably meant, in brackets, with a space before; empty if nothing comes near."""
+    """Return " (did you mean …?)" with up to two similar names; an empty text if none is similar."""
     by_lower = {candidate.lower(): candidate for candidate in sorted(candidates)}
     close = [by_lower[match] for match in get_close_matches(name.lower(), by_lower, n=2, cutoff=0.7)]
     return f" (did you mean {' or '.join(close)}?)" if close else ""

@@ -1,9 +1,9 @@
-"""Private APIs of Lightning, torch, jsonargparse and DeepSpeed: every use of one, each behind a small function.
+"""Use private APIs of Lightning, torch, jsonargparse and DeepSpeed, each behind a small function.
 
 A new version may change such an API without notice. :func:`check_private_apis` compares each with what this file was
-written for, and names what has changed; the command line calls it before a run, and the tests call it in full. No other
-file of this package uses a private API (tests/test_private_apis.py). CONTRIBUTING.md says what to do when a library
-is upgraded.
+written for, and names what has changed. The command line calls it before a run, and the tests call it in full. No other
+file of this package uses a private API (tests/test_private_apis.py). CONTRIBUTING.md describes the upgrade of a
+library.
 """
 
 import functools
@@ -39,7 +39,7 @@ from cola_lightning.errors import InputError
 
 
 class PrivateAPIError(InputError):
-    """A library's private API is not what this file was written for."""
+    """Private API of a library that is not what this file was written for."""
 
     exit_status = 1
 
@@ -47,21 +47,21 @@ class PrivateAPIError(InputError):
 # -- Lightning's fit loop ---------------------------------------------------------------------------------------------
 
 FETCH = "[_TrainingEpochLoop].train_dataloader_next"
-"""The action that Lightning's profiler measures while the next batch is taken from the loader."""
+"""Name under which Lightning's profiler measures how long the next batch of the loader takes."""
 
 
 def is_accumulating(trainer: L.Trainer) -> bool:
-    """Whether the batch just made ends no optimizer step."""
+    """Whether the batch just trained on ends no optimizer step."""
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def is_last_batch(trainer: L.Trainer) -> bool:
-    """Whether the batch just made is the last of its epoch."""
+    """Whether the batch just trained on is the last of its epoch."""
     return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
 def is_validation_due(trainer: L.Trainer) -> bool:
-    """Whether Lightning validates after the batch just made."""
+    """Whether Lightning validates after the batch just trained on."""
     loop = trainer.fit_loop
     fetcher = loop._data_fetcher  # only its type matters, so that None will do
     return loop.epoch_loop._should_check_val_fx(fetcher)  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def is_validation_due(trainer: L.Trainer) -> bool:
 
 @contextmanager
 def validate_also(trainer: L.Trainer, condition: Callable[[], bool]) -> Iterator[None]:
-    """Validate where ``condition()`` holds too, as long as this lasts."""
+    """Validate also where ``condition()`` is true, while the context lasts."""
     epoch_loop = trainer.fit_loop.epoch_loop
     decide = epoch_loop._should_check_val_fx
     # An attribute of the object hides the method of its class; it is deleted afterwards.
@@ -81,24 +81,23 @@ def validate_also(trainer: L.Trainer, condition: Callable[[], bool]) -> Iterator
 
 
 def validates_by_time(trainer: L.Trainer) -> bool:
-    """Whether ``val_check_interval`` is a length of time."""
+    """Whether ``val_check_interval`` is a duration."""
     return trainer._val_check_time_interval is not None  # type: ignore[attr-defined]  # a connector sets it
 
 
 def logged_step(trainer: L.Trainer) -> int:
-    """The step under which loggers get what is logged now."""
+    """Return the step that loggers get for what is logged now."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def set_logged_step(trainer: L.Trainer, step: int) -> None:
-    """Let loggers count on from ``step``."""
+    """Set the step that loggers get next."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
 @contextmanager
 def keep_logging_position(trainer: L.Trainer) -> Iterator[None]:
-    """Put the place in the loop that the logger connector knows back at the end, as Lightning does around a validation
-    within training."""
+    """Restore the logger connector's place in the loop at the end, as Lightning does around a validation."""
     connector = trainer._logger_connector
     first = connector._first_loop_iter
     yield
@@ -108,8 +107,8 @@ def keep_logging_position(trainer: L.Trainer) -> Iterator[None]:
 def count_validation_on_resume(trainer: L.Trainer, count: bool) -> None:
     """Choose whether Lightning adds the batches of the validation that is due at a resumed step to its progress.
 
-    Lightning takes that validation as made, and adds its batches before the first batch that it trains on. Where the
-    validation was made after resuming, its batches have been counted one by one, so they must not be added again.
+    Lightning assumes that this validation was made before the checkpoint, and adds its batches before the first
+    training batch. If it is made after resuming, its batches are counted one by one and must not be added again.
     """
     loop, name = trainer.fit_loop.epoch_loop.val_loop, "increment_progress_to_evaluation_end"
     vars(loop).pop(name, None)
@@ -130,14 +129,14 @@ def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
 
 
 def ignore_signals(trainer: L.Trainer) -> None:
-    """Let Lightning handle no signal, and take no ``hpc_ckpt_….ckpt`` out of the working directory under SLURM."""
+    """Keep Lightning from handling signals, and from resuming ``hpc_ckpt_….ckpt`` in the working directory."""
     vars(trainer._signal_connector)["register_signal_handlers"] = lambda: None
     connector: Any = trainer._checkpoint_connector
     connector.__class__ = type("NoHPCCheckpoints", (type(connector),), {"_hpc_resume_path": None})
 
 
 def restore_within(trainer: L.Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
-    """Let this trainer restore checkpoints within ``context()``, which is entered for each part that it restores."""
+    """Enter ``context()`` around each part of a checkpoint that this trainer restores."""
     connector = trainer._checkpoint_connector
     for name in ("_restore_modules_and_callbacks", "restore_training_state"):
         vars(connector)[name] = _within(getattr(type(connector), name).__get__(connector), context)
@@ -156,10 +155,10 @@ def _within(function: Callable[..., None], context: Callable[[], AbstractContext
 
 
 class LatestCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint whose subclass decides what ``Trainer.fit(ckpt_path="last")`` means."""
+    """ModelCheckpoint; a subclass decides which checkpoint ``Trainer.fit(ckpt_path="last")`` means."""
 
     def latest(self, trainer: L.Trainer) -> Path | None:
-        """The checkpoint to go on from, or None."""
+        """Return the checkpoint to resume from, or None."""
         raise NotImplementedError
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
@@ -168,7 +167,7 @@ class LatestCheckpoint(ModelCheckpoint):
 
     @property
     def last_saved_step(self) -> int:
-        """The optimizer steps behind the newest checkpoint."""
+        """Number of optimizer steps at the newest checkpoint."""
         return self._last_global_step_saved
 
     @last_saved_step.setter
@@ -177,10 +176,10 @@ class LatestCheckpoint(ModelCheckpoint):
 
 
 class DescribedProgressBar(RichProgressBar):
-    """A progress bar whose subclass chooses what stands before the bar of training."""
+    """Progress bar; a subclass chooses the text before the bar of training."""
 
     def training_description(self) -> str:
-        """The text before the bar."""
+        """Return the text before the bar."""
         raise NotImplementedError
 
     def _get_train_description(self, current_epoch: int) -> str:
@@ -188,22 +187,22 @@ class DescribedProgressBar(RichProgressBar):
 
 
 def set_last_saved_step(callback: ModelCheckpoint, step: int) -> None:
-    """Let a callback take ``step`` for the last that it saved: it writes no step twice in a row."""
+    """Set the last step that a callback has saved. It does not save the same step again."""
     callback._last_global_step_saved = step
 
 
 def global_seed() -> int:
-    """The seed that ``seed_everything`` was given; 0 where it was not called."""
+    """Return the seed of ``seed_everything``; 0 if it was not called."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:
-    """Choose the ranks among which FSDP2 shards, once their number is known."""
+    """Set the number of ranks among which FSDP2 shards, once it is known."""
     strategy._data_parallel_size = size
 
 
 def ddp_options(strategy: Strategy) -> dict[str, Any]:
-    """Options that DistributedDataParallel is made with; empty for other strategies."""
+    """Return the options of DistributedDataParallel; empty for other strategies."""
     return strategy._ddp_kwargs if isinstance(strategy, DDPStrategy) else {}
 
 
@@ -214,7 +213,7 @@ def has_own_checkpointing(strategy: Strategy) -> bool:
 
 @contextmanager
 def replace_fsdp_loader(load: Callable[[Path], Any]) -> Iterator[None]:
-    """Let FSDP of the first generation read a checkpoint in one file by ``load``, not by an unpickler of its own."""
+    """Let FSDP (1) read a checkpoint in one file by ``load`` in place of its own unpickler."""
     with _replaced(fsdp_strategy, "_lazy_load", load):
         yield
 
@@ -228,7 +227,7 @@ ATTENTION_OPS = {
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-"""Operations that ``scaled_dot_product_attention`` becomes."""
+"""Kernels of ``scaled_dot_product_attention``."""
 CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 CPU_ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -238,36 +237,38 @@ foreach = SimpleNamespace(**{name: getattr(torch, f"_foreach_{name}") for name i
 
 
 def fake_tensors() -> AbstractContextManager:
-    """Make tensors that have a shape and a type and no content, as long as this lasts."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a moment to import
+    """Make tensors with a shape and a type but no content, while the context lasts."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
 
     return FakeTensorMode()
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that tensors have in common that share their memory, fake ones too."""
+    """Return a number that is equal for tensors that share memory, fake ones too."""
     return tensor.untyped_storage()._cdata
 
 
 def mark_operations(mark: dict[str, Any]) -> AbstractContextManager:
-    """Mark the operations that are run, or traced, as long as this lasts."""
+    """Mark the operations that are run or traced while the context lasts."""
     return traceback.annotate(mark)
 
 
 def operation_marks() -> dict[str, Any]:
-    """The marks of the operation that is run, or traced, now."""
+    """Return the marks of the operation that is run or traced now."""
     return traceback.current_meta.get("custom", {})
 
 
 def unscales_by_itself(optimizer: Optimizer) -> bool:
-    """Whether ``GradScaler`` leaves it to this optimizer's step to unscale gradients, as a fused one's does."""
+    """Whether this optimizer's own step unscales the gradients in place of ``GradScaler``, as fused optimizers do."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 @contextmanager
 def replace_index_reader(read: Callable[[FileSystemReader, Path], Any]) -> Iterator[None]:
-    """Let ``torch.distributed.checkpoint`` read the index of a checkpoint by ``read(reader, file)``, and unpickle none.
-    It asks for the index of a rank by ``rank``."""
+    """Let ``torch.distributed.checkpoint`` read the index of a checkpoint by ``read(reader, file)``, not by pickle.
+
+    torch asks for the index of one rank by the argument ``rank``.
+    """
 
     def read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Any:
         return read(self, Path(self._get_metadata_path(kwargs.get("rank"))))
@@ -277,15 +278,15 @@ def replace_index_reader(read: Callable[[FileSystemReader, Path], Any]) -> Itera
 
 
 def event_writer(experiment: Any) -> Any:
-    """The writer of TensorBoard's events behind a SummaryWriter; opened anew where it was closed."""
+    """Return the event writer of a SummaryWriter, reopened if it was closed."""
     return experiment._get_file_writer()
 
 
 class ExactParameters(nn.Module):
-    """A module some of whose parameters keep their number of bits where the rest is cast to fewer.
+    """Module in which some parameters keep their precision when the module is cast to a lower one.
 
     Attributes:
-        exact: Their names.
+        exact: Names of these parameters.
     """
 
     exact: tuple[str, ...] = ()
@@ -301,7 +302,7 @@ class ExactParameters(nn.Module):
 
 
 class ExactMetric(Metric):
-    """A metric whose states follow the module to its device, but not to its precision."""
+    """Metric with states that are moved to the module's device, but not cast to its precision."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = ()) -> Any:
         return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
@@ -311,18 +312,18 @@ class ExactMetric(Metric):
 
 
 def commands_of(parser: jsonargparse.ArgumentParser) -> dict[str, jsonargparse.ArgumentParser]:
-    """The parser of each command."""
+    """Return the parser of each command."""
     action = parser._subcommands_action
     return action._name_parser_map if action else {}
 
 
 def options_of(parser: jsonargparse.ArgumentParser) -> list[str]:
-    """All options of a parser, such as ``--config``."""
+    """List all options of a parser, such as ``--config``."""
     return list(parser._option_string_actions)
 
 
 def replace_yaml_loader(loader: type) -> None:
-    """Let jsonargparse read config files, and the values of flags, by this class of PyYAML's loaders."""
+    """Let jsonargparse read configs and the values of flags by this loader of PyYAML."""
     _replace(_loaders_dumpers, "yaml_default_loader", loader)
 
 
@@ -331,20 +332,22 @@ ImportDenied = _common.ImportDenied
 
 
 def replace_import_check(check: Callable[[str], None]) -> None:
-    """Let jsonargparse ask ``check(path)`` before it imports what a value names; it raises ``ImportDenied``."""
+    """Let jsonargparse call ``check(path)`` before it imports a path. To refuse, ``check`` raises ``ImportDenied``."""
     for module in (_util, _typehints):
         _replace(module, "check_import_path", check)
 
 
 def keep_untyped_values() -> None:
-    """Let jsonargparse make no object of a mapping with a ``class_path`` where a value may be anything."""
+    """Keep jsonargparse from making an object of a mapping with ``class_path`` where a value may be anything."""
     _replace(_typehints, "adapt_classes_any", lambda value, *_, **__: value)
 
 
 @contextmanager
 def replace_subclass_lists(change: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Let completion scripts and schemas list the subclasses that ``change(function)`` gives in place of jsonargparse's
-    ``function(cls, …)``."""
+    """Let completion scripts and schemas list subclasses by ``change(function)``.
+
+    ``function(cls, …)`` is jsonargparse's, which returns import paths.
+    """
     changed = change(_completions.get_all_subclass_paths)
     with (
         _replaced(_completions, "get_all_subclass_paths", changed),
@@ -360,7 +363,7 @@ def replace_subclass_lists(change: Callable[[Callable], Callable]) -> Iterator[N
 def guard_engine_writers(engine: Any, guard: Callable[[Callable], Callable]) -> Iterator[None]:
     """Let a DeepSpeed engine write each file of a checkpoint through ``guard(write)``.
 
-    Those are all that it writes between two collectives, but for the last file, written before the last of these.
+    ``guard`` gets all writes between two collectives, except that of the last file, before the last collective.
     """
     writers = [(engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")]
     for owner, name in writers:
@@ -373,8 +376,10 @@ def guard_engine_writers(engine: Any, guard: Callable[[Callable], Callable]) -> 
 
 
 def on_unsendable_item(act: Callable[[Exception, Any], None]) -> None:
-    """In this process, call ``act(error, item)`` where a queue cannot send an item; else it is dropped with a
-    traceback, and the reader waits for it."""
+    """Call ``act(error, item)`` in this process if a queue cannot send an item.
+
+    By default the item is dropped with a traceback, and the reader waits for it without end.
+    """
     _replace(multiprocessing.queues.Queue, "_on_queue_feeder_error", staticmethod(act))
 
 
@@ -382,14 +387,14 @@ def on_unsendable_item(act: Callable[[Exception, Any], None]) -> None:
 
 
 class Expected(NamedTuple):
-    """What this file relies on.
+    """A private API, and what this file expects of it.
 
     Attributes:
-        library: As ``pip`` knows it.
+        library: Its name for ``pip``.
         path: ``module:name`` or ``module:Class.name``.
-        parameters: Names of the arguments; None where it is no function, or its arguments do not matter.
-        mentions: Names and texts that the code of this function has: an attribute that it sets or reads, a method that
-            it calls and this file replaces.
+        parameters: Names of the arguments; None if it is not a function, or its arguments do not matter.
+        mentions: Names and texts that the function's code must have: an attribute that it sets or reads, or a method
+            that it calls and this file replaces.
     """
 
     library: str
@@ -491,7 +496,7 @@ EXPECTED = (
 
 
 def check_private_apis(only_imported: bool = False) -> None:
-    """Compare the libraries that are installed with what this file relies on.
+    """Compare the installed libraries with what this file relies on.
 
     Args:
         only_imported: Look only at modules that are imported already, which takes a few milliseconds.
@@ -546,7 +551,7 @@ def _problem(expected: Expected) -> str | None:
 
 
 def _words(code: Any) -> set[str]:
-    """Names and texts in a function's code, those of functions within it too."""
+    """Return the names and texts in a function's code, also in functions within it."""
     words = {*code.co_names, *(text for text in code.co_consts if isinstance(text, str))}
     return words.union(*(_words(inner) for inner in code.co_consts if inspect.iscode(inner)))
 
@@ -561,7 +566,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _replace(owner: Any, name: str, value: Any) -> Any:
-    """Set an attribute and return what it was. It has to be there: to set one that was renamed would do nothing."""
+    """Set an attribute and return its old value. It must exist, because setting a renamed one would do nothing."""
     try:
         before = getattr(owner, name)
     except AttributeError:

@@ -1,11 +1,12 @@
-"""Signals that ask a training command to stop, owned from its first line on. Imports nothing that is slow.
+"""Handle the signals that ask a training command to stop, from its first line on. Imports nothing that is slow.
 
-Before training begins a signal ends the process at once, because nothing is lost by that. While it trains a signal is
-noted, and the run ends after a whole step with a checkpoint (``preemption``). At its end a run is given a minute.
+Before training begins, a signal ends the process at once, because nothing is lost by that. During training a signal is
+noted, and the run ends after a whole step with a checkpoint (``preemption``). While a run ends, a signal gives it
+``SECONDS_TO_END``.
 
 Python runs a signal handler between two bytecodes of the main thread, which may be inside a library that waits for
-another process. So the handlers do nothing, and a thread reads the signals' numbers from the pipe that the interpreter
-writes them to at once (``signal.set_wakeup_fd``).
+another process. Therefore the handlers do nothing. A thread reads the signals' numbers from a pipe, to which the
+interpreter writes them at once (``signal.set_wakeup_fd``).
 """
 
 import ctypes
@@ -20,7 +21,7 @@ from typing import Any
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SECONDS_TO_END = 45.0
-"""How long a process that was told to stop may take from its last step to its end."""
+"""Seconds that a process which was told to stop may take from its last step to its end."""
 
 
 class Phase(Enum):
@@ -30,18 +31,21 @@ class Phase(Enum):
 
 
 class Listener:
-    """Notes the signals of this process. There is one, ``LISTENER``, because signals belong to a process."""
+    """Receive the signals of this process. There is one, ``LISTENER``, because signals belong to a process."""
 
     def __init__(self) -> None:
         self.phase = Phase.STARTING
         self.noted = 0
         self.before_exit: Callable[[int], None] = lambda number: None
-        """Called with the signal's number where it ends the process before it trains."""
+        """Function that is called with the signal's number before a signal ends a process that does not train yet."""
         self._handlers: dict[int, Any] = {}
 
     def listen(self) -> bool:
-        """Listen from now on; whether this call began it. In an interactive interpreter, and beside the main thread,
-        signals keep the meaning that they have there."""
+        """Listen from now on. An interactive interpreter and other threads than the main one keep their signals.
+
+        Returns:
+            Whether this call began to listen.
+        """
         if self._handlers or hasattr(sys, "ps1") or threading.current_thread() is not threading.main_thread():
             return False
         self.phase, self.noted = Phase.STARTING, 0
@@ -50,13 +54,13 @@ class Listener:
         self._pipe = reader, writer, signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reader,), daemon=True, name="signals").start()
         for number in STOP:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has SIGHUP, and shells a background's SIGINT
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP; shells, a background's SIGINT
                 self._handlers[number] = signal.signal(number, _do_nothing)
         _at_fork()
         return True
 
     def unlisten(self) -> None:
-        """Put back what there was before."""
+        """Put the handlers back that there were before."""
         if not self._handlers:
             return
         for number, handler in self._handlers.items():
@@ -72,7 +76,7 @@ class Listener:
         return bool(self._handlers)
 
     def end_soon(self, number: int) -> None:
-        """End this process in a minute, if it has not ended by then."""
+        """End this process after ``SECONDS_TO_END``, if it has not ended by then."""
         self.phase = Phase.ENDING
         timer = threading.Timer(SECONDS_TO_END, os._exit, args=(128 + number,))
         timer.daemon = True
@@ -113,8 +117,10 @@ def die_with_launcher() -> None:
 
 
 def leave_signals_to_parent() -> None:
-    """Outlive, in a worker process, a signal that is sent to all processes of a run: the run still needs its data until
-    it stops. SIGTERM ends a worker a little later, because that is how a pool ends those that do not answer."""
+    """Let a worker process ignore a signal that is sent to all processes of a run, which needs its data until it stops.
+
+    SIGTERM ends a worker 20 seconds later, because a pool ends workers by it that do not answer.
+    """
     for number in STOP:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
@@ -126,7 +132,7 @@ def _do_nothing(*_: Any) -> None:
 
 def _tell(text: str) -> None:
     with suppress(OSError):  # of a terminal that was closed
-        os.write(2, f"\n{text}\n".encode())  # not by print, whose lock the main thread may hold
+        os.write(2, f"\n{text}\n".encode())  # not by print: the main thread may hold its lock
 
 
 _FORKING = False

@@ -1,1 +1,1 @@
-"""Train several methods on equal terms, and put them side by side."""
+"""Train several methods under equal conditions, and compare them."""

@@ -1,10 +1,10 @@
-"""How long a comparison takes, before it begins."""
+"""Estimate how long a comparison takes, before it begins."""
 
 from cola_lightning.compare.plan import Plan
 
 
 def trained_tokens(plan: Plan, method: str) -> dict[str, int]:
-    """Count the tokens that all trials of a method train on, by the kind of trial; what a trunk shares counts once."""
+    """Count the tokens that all trials of a method train on, by the kind of trial. A shared trunk counts once."""
     counts = {kind: sum(trial.kind == kind and trial.method == method for trial in plan.trials) for kind in KINDS}
     smallest = plan.budgets[0]
     tokens = {kind: counts[kind] * smallest for kind in ("grid", "published")}
@@ -29,8 +29,8 @@ def print_estimate(plan: Plan, tokens_per_second: float, jobs: int) -> None:
 
     Args:
         plan: The plan.
-        tokens_per_second: Of a run of any method; a mean over them.
-        jobs: Runs at a time, each of that speed.
+        tokens_per_second: Speed of one run, as a mean over the methods.
+        jobs: Number of runs at a time, each at that speed.
     """
     totals = dict.fromkeys(KINDS, 0)
     for method in plan.methods:

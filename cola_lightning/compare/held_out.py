@@ -20,10 +20,10 @@ def split_by_source(paths: list[str], text_column: str, held_out: HeldOut, folde
     """Write the documents of each group into a file of its own.
 
     Args:
-        paths: JSON Lines or Parquet.
+        paths: JSON Lines or Parquet files.
         text_column: Key of the text.
         held_out: The groups. A document belongs to the first that its source matches.
-        folder: For the files.
+        folder: Folder of the files that are written.
 
     Returns:
         The file of each group.
@@ -57,8 +57,8 @@ def evaluate_sources(run_dir: str, files: dict[str, str], bf16: bool, result: st
     """Write the perplexity of a run's newest checkpoint on each file. Each document is read by itself.
 
     Args:
-        run_dir: Of the run.
-        files: JSON lines with the key ``text``, by group.
+        run_dir: Directory of the run.
+        files: JSON Lines files with the key ``text``, by group.
         bf16: Compute in bf16, as the run did.
         result: JSON file to write.
     """

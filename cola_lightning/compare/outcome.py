@@ -19,7 +19,7 @@ LOSS, TOKENS, SPEED = "train/loss", "train/tokens", "train/tokens_per_second"
 
 
 class StoredResult(TypedDict):
-    """Result of a trial at one budget: the keys that are read again."""
+    """Result of a trial at one budget: the keys that are read back."""
 
     perplexity: float
     perplexity_as_published: float
@@ -47,14 +47,15 @@ def read_outcome(run_dir: Path, steps: int, trunk: Path | None = None, trunk_ste
     """Read the result of a finished run.
 
     Args:
-        run_dir: Of the run.
-        steps: Its length.
-        trunk: Run whose checkpoint it began with, if any; the first part of the curve is read from there.
+        run_dir: Directory of the run.
+        steps: Length of the run in optimizer steps.
+        trunk: Directory of the run from whose checkpoint this one began, if any. It has the first part of the curve.
         trunk_steps: Step of that checkpoint.
 
     Returns:
-        None if the run did not come to its end. Else perplexities; ``tokens``, those learnt from; ``seconds`` of
-        training, validation left out; ``curve``, the training loss as [step, tokens, nats]; commit and data.
+        None if the run did not reach its end. Otherwise the perplexities; ``tokens`` that it was trained on;
+        ``seconds`` of training without validation; ``curve``, the training loss as [step, tokens, nats]; commit and
+        data.
     """
     scalars = _read_events(run_dir)
     if not {PERPLEXITY, LOSS, TOKENS} <= scalars.keys():
@@ -91,13 +92,13 @@ def read_outcome(run_dir: Path, steps: int, trunk: Path | None = None, trunk_ste
 
 
 def _read_events(run_dir: Path) -> dict[str, dict[int, float]]:
-    """Scalars by tag and step. Of a step that was made twice, because a run was killed, the last value counts."""
+    """Read scalars by tag and step. If a killed run made a step twice, the last value counts."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
 def loss_of(perplexity: float) -> float:
-    """Mean loss in nats per token; infinity for a run that ended without a number."""
+    """Return the mean loss in nats per token; infinity if the perplexity is not a positive number."""
     return math.log(perplexity) if math.isfinite(perplexity) and perplexity > 0 else math.inf
 
 
@@ -106,10 +107,10 @@ def read(file: Path, kind: type) -> dict[str, Any] | None:
 
     Args:
         file: JSON.
-        kind: Its shape.
+        kind: Type that describes its content.
 
     Raises:
-        InputError: If it is damaged.
+        InputError: If the file is damaged.
     """
     if not file.is_file():
         return None
@@ -123,5 +124,5 @@ def read(file: Path, kind: type) -> dict[str, Any] | None:
 
 
 def write(file: Path, content: dict[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
+    """Write a JSON file completely or not at all."""
     write_whole(file, json.dumps(content, indent=1))

@@ -1,4 +1,4 @@
-"""A comparison as data: methods, learning rates, seeds and budgets, and the trials that they make."""
+"""Describe a comparison: methods, learning rates, seeds and budgets, and the trials that follow from them."""
 
 import json
 import re
@@ -25,13 +25,13 @@ SCHEDULE = "WarmupStableDecay"
 
 @dataclass
 class Method:
-    """One of the methods that are compared.
+    """Method that is compared.
 
     Args:
-        configs: Configs after the plan's own, such as ``configs/method/cola.yaml``.
-        flags: Settings after these, as on the command line; for instance ``model.projection.rank: 32``.
-        matrix_rates: Learning rates of the projections' matrices that are tried, in place of the plan's; as many.
-        other_rates: The same for all other parameters.
+        configs: Configs that follow the plan's own, such as ``configs/method/cola.yaml``.
+        flags: Settings that follow these, as on the command line, such as ``model.projection.rank: 32``.
+        matrix_rates: Learning rates of the projections' matrices, in place of the plan's and as many as those.
+        other_rates: Learning rates of all other parameters, in the same way.
     """
 
     configs: list[str] = field(default_factory=list)
@@ -42,11 +42,11 @@ class Method:
 
 @dataclass
 class HeldOut:
-    """How the validation documents are told apart by source.
+    """Groups of the validation documents by source.
 
     Args:
-        column: Key of the JSON lines that names a document's source.
-        groups: For each group its name, and a regular expression that matches the column.
+        column: Key that names the source of a document.
+        groups: Name of each group, and a regular expression that matches the column.
     """
 
     column: str
@@ -55,16 +55,16 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Trial:
-    """A method trained with one pair of learning rates and one seed.
+    """Training of a method with one pair of learning rates and one seed.
 
     Args:
         number: Counted from 0; an array job runs one trial by its number.
         method: Name of the method.
-        kind: ``grid`` is part of the sweep. ``published`` has the ratio of the two rates that the method's own files
-            have. ``seed`` has the best rates of the sweep, and all budgets.
+        kind: ``grid`` is part of the sweep. ``published`` uses the ratio of the two rates in the method's own files.
+            ``seed`` uses the best rates of the sweep, and all budgets.
         seed: Seed of the run.
         matrix: Learning rate of the matrices; None for the best.
-        other: Learning rate of the other parameters; None for the best, or where the published ratio sets it.
+        other: Learning rate of the other parameters; None for the best, or if the published ratio sets it.
     """
 
     number: int
@@ -88,8 +88,8 @@ class Trial:
 class Plan:
     """The trials of a comparison.
 
-    For each method, each pair of a matrix rate and an other rate is tried with the first seed at the smallest budget.
-    Then, at the best pair, all seeds are trained to all budgets. Every method has the same number of trials.
+    For each method, each pair of learning rates is tried with the first seed at the smallest budget. Then all seeds are
+    trained to all budgets at the best pair. Every method has the same number of trials.
 
     Args:
         configs: Configs that all methods share.
@@ -97,13 +97,13 @@ class Plan:
         methods: The methods, by name.
         matrix_rates: Learning rates of the projections' matrices.
         other_rates: Learning rates of all other parameters: embedding, head, norms.
-        seeds: The sweep has the first.
-        resolve: Makes a whole configuration.
+        seeds: Seeds of the runs. The sweep uses the first.
+        resolve: Function that makes a whole configuration.
         budgets: Tokens that a method is trained on. If not given, one: that of the configs' ``trainer.max_steps``.
             Several need the schedule ``WarmupStableDecay``.
-        weight_decay: Weight decay of all parameters of all methods; if not given, each has that of its files.
-        published: Try the ratio of the two rates that each method's own files have, too.
-        baseline: The method with which others are compared; the first if not given.
+        weight_decay: Weight decay of all parameters of all methods; if not given, that of each method's files.
+        published: Try also the ratio of the two rates in each method's own files.
+        baseline: The method with which the others are compared; the first if not given.
         held_out: Groups of the validation documents; perplexity is then reported for each.
 
     Raises:
@@ -186,16 +186,16 @@ class Plan:
         return sorted(self.methods[method].other_rates or self.other_rates)
 
     def grid(self, method: str) -> list[Rates]:
-        """All pairs of rates that the sweep tries for a method."""
+        """List all pairs of rates that the sweep tries for a method."""
         return [Rates(*pair) for pair in product(self.matrix_rates_of(method), self.other_rates_of(method))]
 
     def published_rates(self, method: str) -> list[Rates]:
-        """The pairs with the ratio that the method's own files have."""
+        """List the pairs of rates with the ratio of the method's own files."""
         ratio = published_ratio(self._base(method)["model"]["optimizer"])
         return [Rates(matrix, float(f"{matrix * ratio:.6g}")) for matrix in self.matrix_rates_of(method)]
 
     def edges(self, method: str, rates: Rates) -> list[str]:
-        """Which of the two rates is the lowest or the highest of several that were tried."""
+        """Name those of the two rates that are the lowest or the highest of several that were tried."""
         tried = (self.matrix_rates_of(method), self.other_rates_of(method))
         return [
             name
@@ -207,21 +207,21 @@ class Plan:
 
     @property
     def budgets(self) -> list[int]:
-        """Tokens of the budgets, ascending."""
+        """Budgets in tokens, ascending."""
         if self._budgets is None:
             config = self._base(next(iter(self.methods)))
             self._budgets = [config["trainer"]["max_steps"] * tokens_per_step(config)]
         return sorted(self._budgets)
 
     def steps(self, method: str, budget: int) -> int:
-        """Optimizer steps of a budget."""
+        """Convert a budget to optimizer steps."""
         return max(1, round(budget / tokens_per_step(self._base(method))))
 
     def trunk_steps(self, method: str, budget: int) -> int:
-        """Steps of a budget before the decay begins.
+        """Return the optimizer steps of a budget before the decay begins.
 
         Raises:
-            InputError: If the method's schedule is not ``WarmupStableDecay``, or its warm-up is longer.
+            InputError: If the method's schedule is not ``WarmupStableDecay``, or its warmup is longer.
         """
         schedule = self._base(method)["model"]["schedule"]
         if schedule["class_path"].rpartition(".")[2] != SCHEDULE:
@@ -233,7 +233,7 @@ class Plan:
         warmup = schedule["init_args"]["warmup_steps"]
         if start < max(1, warmup):
             raise InputError(
-                f"the decay of {method} at {budget:,} tokens begins after {start} steps, within the warm-up of "
+                f"the decay of {method} at {budget:,} tokens begins after {start} steps, within the warmup of "
                 f"{warmup}; raise the budget, or lower warmup_steps"
             )
         return start
@@ -241,7 +241,7 @@ class Plan:
     # -- configurations -----------------------------------------------------------------------------------------------
 
     def command_line(self, method: str) -> list[str]:
-        """Flags of ``fit`` for a method as its files have it."""
+        """Return the flags of ``fit`` for a method, with the values of its files."""
         chosen = self.methods[method]
         files = [f"--config={file}" for file in [*self.configs, *chosen.configs]]
         return files + [f"--{name}={as_text(value)}" for name, value in (chosen.flags | self.common).items()]
@@ -252,7 +252,7 @@ class Plan:
         return self._resolved[method]
 
     def configuration(self, method: str, rates: Rates, seed: int) -> dict[str, Any]:
-        """The whole configuration of a trial, but for its length and its folder."""
+        """Return the whole configuration of a trial, except its length and its folder."""
         config = deepcopy(self._base(method))
         config["model"]["optimizer"] = set_rates(config["model"]["optimizer"], rates)
         if self.weight_decay is not None:
@@ -260,9 +260,9 @@ class Plan:
         return config | {"seed_everything": seed}
 
     def differences(self, method: str) -> dict[str, Any]:
-        """The settings of a method that differ from the baseline's, learning rates left out.
+        """Return the settings of a method that differ from the baseline's, without learning rates.
 
-        A setting that only the baseline's classes have is not among them.
+        Settings that only the baseline's classes have are not included.
         """
         rates = Rates(1.0, 1.0)
         own, other = (flatten(self.configuration(name, rates, 0)) for name in (method, self.baseline))
@@ -270,7 +270,7 @@ class Plan:
 
 
 def tokens_per_step(config: dict[str, Any]) -> int:
-    """Tokens of an optimizer step, those that rows are padded with included."""
+    """Return the tokens of an optimizer step, padding included."""
     data = config["data"]["init_args"]
     rows = resolve_global_batch_size(
         data.get("global_batch_size"), data.get("global_batch_tokens"), data["sequence_length"]
@@ -279,7 +279,7 @@ def tokens_per_step(config: dict[str, Any]) -> int:
 
 
 def as_text(value: Flag) -> str:
-    """Write a value as one types it."""
+    """Write a value as it is typed."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -1,4 +1,4 @@
-"""The plots of a comparison: held-out loss by budget, and smoothed training loss, each on logarithmic axes."""
+"""Plot a comparison: held-out loss by budget, and smoothed training loss, both on logarithmic axes."""
 
 import math
 from collections.abc import Callable
@@ -15,23 +15,23 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from cola_lightning.compare.statistics import Interval, bootstrap_interval, smooth
 
 MOST_LINES = 12
-"""Lines with a colour and a label; the others are grey."""
+"""Largest number of lines with a color and a label. The others are grey."""
 SMOOTHED_OVER = 0.04
 """Share of a curve over which its moving mean is taken."""
 GREY = "0.8"
 
 Line = tuple[list[float], list[float], list[float], list[float]]
-"""x, mean, low and high."""
+"""Values of x, the mean, and the ends of the interval."""
 
 
 def write_plots(rows: list[dict[str, Any]], terms: dict[str, Any], baseline: str, folder: Path) -> list[str]:
     """Write the plots.
 
     Args:
-        rows: Of the methods, the best first.
-        terms: What they were compared at.
-        baseline: Has a colour in any case, and is drawn dashed.
-        folder: Of the files.
+        rows: Rows of the methods, the best first, see ``make_rows``.
+        terms: FLOPs and loss at which they were compared.
+        baseline: The method that always has a color, and is drawn dashed.
+        folder: Folder of the files.
 
     Returns:
         Names of the files.
@@ -61,7 +61,7 @@ def write_plots(rows: list[dict[str, Any]], terms: dict[str, Any], baseline: str
     for axis, (label, scale) in zip(panels, per_token.items(), strict=True):
         lines = [(row["method"], _training(row, factor)) for row in known if (factor := scale(row))]
         if lines and axis is panels[0]:
-            # Where curves differ: not the fall from the loss of an untrained network.
+            # Show the part where curves differ, without the fall from the loss of an untrained network.
             early = [np.interp(0.25, np.linspace(0, 1, len(line[1])), line[1]) for _, line in lines]
             axis.set_ylim(min(min(line[1]) for _, line in lines) * 0.985, float(np.median(early)) * 1.1)
         _draw(axis, lines, colors, baseline, "")
@@ -72,14 +72,14 @@ def write_plots(rows: list[dict[str, Any]], terms: dict[str, Any], baseline: str
 
 
 def _budgets(row: dict[str, Any], x: str, unit: float) -> Line:
-    """Held-out loss at each budget."""
+    """Return the line of the held-out loss at each budget."""
     xs = [value / unit for value in row["curves"][0][x]]
     losses: list[Interval] = row["loss"]
     return xs, [i.mean for i in losses], [i.low for i in losses], [i.high for i in losses]
 
 
 def _training(row: dict[str, Any], factor: float) -> Line:
-    """Training loss of the largest budget: mean and interval over seeds of the smoothed curves, after a tenth of it."""
+    """Return the line of the smoothed training loss at the largest budget, without the first tenth."""
     length = min(len(curve) for curve in row["training_curves"])
     window = max(1, round(SMOOTHED_OVER * length))
     smoothed = [smooth([loss for *_, loss in curve[:length]], window) for curve in row["training_curves"]]
@@ -99,7 +99,7 @@ def _draw(axis: Any, lines: list[tuple[str, Line]], colors: dict[str, Any], base
         axis.plot(x, mean, style, marker=mark, ms=3, color=color, lw=1.4, zorder=2 if method in colors else 1)
         axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
     for ticks in (axis.xaxis, axis.yaxis):
-        # Less than two decades have few powers of ten.
+        # Axes of less than two decades have few powers of ten.
         ticks.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
         ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ticks.set_minor_formatter(NullFormatter())
@@ -131,7 +131,7 @@ def _label(axis: Any, ends: list[tuple[str, float, float, Any]]) -> None:
 
 
 def _save(figure: Any, file: Path) -> str:
-    # The same bytes for the same numbers: no date, no version.
+    # Without date and version, so that the same numbers give the same bytes.
     figure.savefig(file, dpi=110, metadata={"Software": None})
     plt.close(figure)
     return file.name

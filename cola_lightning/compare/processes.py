@@ -1,5 +1,8 @@
-"""Run functions in processes of their own, forked from one that has imported everything, because imports take longer
-than a small run. The processes end when the comparison does, however it ends."""
+"""Run functions in processes of their own.
+
+The processes are forked from a server that has imported everything, because imports take longer than a small run. They
+end when the comparison ends, also by SIGKILL.
+"""
 
 import io
 import os
@@ -18,14 +21,14 @@ def run(function: Callable[..., Any], arguments: tuple[Any, ...], log: Path, thr
     Args:
         function: A function of a module, so that it can be named to the process.
         arguments: Its arguments.
-        log: What the process prints is added to this file.
-        threads: Of torch.
+        log: File to which the output of the process is appended.
+        threads: Threads of torch.
 
     Returns:
-        The exit status, negative for a signal.
+        The exit status; the negative number of a signal.
     """
     context = get_context("forkserver")
-    # What this process has imported, the server imports once for all.
+    # The server imports once what this process has imported.
     context.set_forkserver_preload(sorted(name for name in sys.modules if name.startswith("cola_lightning.")))
     process = context.Process(target=_child, args=(function, arguments, str(log), threads, os.getpid()))
     process.start()
@@ -47,7 +50,7 @@ def _child(function: Callable[..., Any], arguments: tuple[Any, ...], log: str, t
 
 
 def _end_with(comparison: int) -> None:
-    """End when the comparison has, also by SIGKILL: the process that forks outlives it."""
+    """End when the comparison has ended, also by SIGKILL. The server that forks would outlive it."""
     while True:
         time.sleep(0.2)
         try:

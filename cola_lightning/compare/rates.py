@@ -1,4 +1,4 @@
-"""Two learning rates in the settings of an optimizer: of the projections' matrices, and of all other parameters."""
+"""Set two learning rates of an optimizer: that of the projections' matrices, and that of all other parameters."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -10,19 +10,19 @@ HYBRID = "cola_lightning.optim.HybridOptimizer"
 
 
 class Rates(NamedTuple):
-    """A pair of peak learning rates."""
+    """Pair of peak learning rates."""
 
     matrix: float
     other: float
 
     @property
     def name(self) -> str:
-        """Part of a folder's name."""
+        """Name of the pair in a folder's name."""
         return f"m{self.matrix:g}-o{self.other:g}"
 
 
 def parts(optimizer: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the optimizers that one is made of, by the parameters that they are for; a plain one is for ``all``."""
+    """Yield the parts of an optimizer, each with the name of its parameters. A plain one has one part, ``all``."""
     if not is_hybrid(optimizer):
         yield "all", optimizer
         return
@@ -36,11 +36,11 @@ def is_hybrid(optimizer: dict[str, Any]) -> bool:
 
 
 def set_rates(optimizer: dict[str, Any], rates: Rates) -> dict[str, Any]:
-    """Return the settings of an optimizer with these rates. A plain optimizer becomes two of its kind in one.
+    """Return the settings of an optimizer with these rates. A plain optimizer becomes a HybridOptimizer of two.
 
     Args:
         optimizer: ``class_path`` and ``init_args``.
-        rates: Embedding and head get the other rate, too.
+        rates: Learning rates. Embedding and head get the other rate, too.
 
     Raises:
         InputError: If a part has no learning rate.

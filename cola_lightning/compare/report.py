@@ -1,4 +1,4 @@
-"""The report of a comparison: one page of Markdown with tables and plots, and the same as JSON and CSV."""
+"""Write the report of a comparison: a page of Markdown with tables and plots, and the figures as JSON and CSV."""
 
 import csv
 import json
@@ -27,8 +27,10 @@ INTERVALS = (
 
 
 def write_report(runner: SweepRunner, folder: Path, command_line: str) -> None:
-    """Write ``report.md``, ``table.md`` (its part that is the same whenever the plan is carried out anew on one
-    machine), ``results.json``, ``results.csv`` and, where matplotlib is installed, the plots."""
+    """Write ``report.md``, ``table.md``, ``results.json``, ``results.csv`` and, if matplotlib is installed, the plots.
+
+    ``table.md`` is the part of the report that is equal whenever the same machine trains the plan again.
+    """
     rows, terms = make_rows(runner)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "results.json", _strict({"setting": setting(runner, command_line), "at": terms, "methods": rows}))
@@ -51,7 +53,7 @@ def write_report(runner: SweepRunner, folder: Path, command_line: str) -> None:
 
 
 def tables(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, Any]) -> str:
-    """All tables that do not depend on the speed of the machine."""
+    """Return all tables that do not depend on the speed of the machine."""
     sections = [headline, by_budget, by_source, rates, sweep, costs, differences]
     return "\n".join(line for section in sections for line in section(runner, rows, terms))
 
@@ -184,7 +186,7 @@ def plots_section(plots: list[str]) -> list[str]:
 
 
 def provenance(runner: SweepRunner, rows: list[dict[str, Any]], command_line: str) -> list[str]:
-    """Speed, commands, machine and commit."""
+    """Return the sections on speed, commands, machine and commit."""
     facts = setting(runner, command_line)
     lines = [
         [row["method"], number(row["tokens"] and row["tokens"] / 1e6), number(row["seconds"]),
@@ -263,7 +265,7 @@ def number(value: float | None) -> str:
 
 
 def shorten(value: Any) -> str:
-    """A setting's value in a few words: of a class its name, of a list what it holds."""
+    """Shorten the value of a setting: a class to its name, and the entries of a list likewise."""
     if isinstance(value, list):
         return "[" + ", ".join(shorten(one) for one in value) + "]"
     if isinstance(value, dict) and "class_path" in value:
@@ -291,7 +293,7 @@ def _write_csv(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def _strict(value: Any) -> Any:
-    """JSON has no NaN and no infinity, and not every reader takes Python's: such a value becomes its word."""
+    """Replace NaN and infinity by text, because JSON has no such numbers."""
     if isinstance(value, dict):
         return {key: _strict(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

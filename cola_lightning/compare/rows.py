@@ -1,4 +1,4 @@
-"""All that a comparison knows of a method, as one row of plain data."""
+"""Collect the results of each method in one row of plain data."""
 
 import math
 import statistics
@@ -23,11 +23,11 @@ COSTS = ("parameters_m", "optimizer_mb", "activations_mb", "training_mb", "mflop
 
 
 def make_rows(runner: SweepRunner) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the row of each method, the best first, and what they were compared at.
+    """Make the row of each method, and choose the FLOPs and the loss at which they are compared.
 
     Returns:
-        Rows, and ``flops`` (None where FLOPs are not known), ``loss`` and ``loss_tokens``: the baseline's loss, and the
-        tokens at which it has that.
+        The rows, the best first; and ``flops`` (None if FLOPs are not known), ``loss`` and ``loss_tokens``: the
+        baseline's loss, and the tokens at which it has that loss.
     """
     rows = [make_row(runner, method) for method in runner.plan.methods]
     terms: dict[str, Any] = {"flops": None, "loss": None, "loss_tokens": None}
@@ -51,7 +51,7 @@ def make_rows(runner: SweepRunner) -> tuple[list[dict[str, Any]], dict[str, Any]
 
 
 def make_row(runner: SweepRunner, method: str) -> dict[str, Any]:
-    """What is known of one method; None and empty lists stand for what is not."""
+    """Make the row of one method. What is not known is None or an empty list."""
     plan, best = runner.plan, runner.best(method)
     sweep, seed = runner.sweep(method), plan.seeds[0]
     published = plan.published_rates(method) if plan.published else []
@@ -106,7 +106,7 @@ def make_row(runner: SweepRunner, method: str) -> dict[str, Any]:
 
 
 def trained_seeds(runner: SweepRunner, method: str, best: Rates | None) -> dict[int, list[dict[str, Any]]]:
-    """Results at the best rates of the seeds that were trained to all budgets, by seed, in the order of budgets."""
+    """Return the results at the best rates, by seed and in the order of budgets, of seeds trained to all budgets."""
     found = {}
     for seed in runner.plan.seeds if best else ():
         assert best
@@ -121,13 +121,13 @@ def points_of(curve: dict[str, list[float]], x: str) -> list[tuple[float, float]
 
 
 def mean_curve(row: dict[str, Any], x: str) -> list[tuple[float, float]]:
-    """Points (x, loss) of the budgets, the mean over seeds."""
+    """Return the points (x, loss) of the budgets, as means over seeds."""
     curves = [points_of(curve, x) for curve in row["curves"]]
     return [(points[0][0], statistics.mean(loss for _, loss in points)) for points in zip(*curves, strict=True)]
 
 
 def loss_at_flops(row: dict[str, Any], flops: float | None) -> Interval | None:
-    """Loss at FLOPs, over seeds; None where they are outside the budgets of a seed."""
+    """Return the loss at FLOPs over seeds; None if these FLOPs are outside the budgets of a seed."""
     if flops is None or not row["curves"]:
         return None
     found = [loss_at(points_of(curve, "flops"), flops) for curve in row["curves"]]
@@ -136,7 +136,7 @@ def loss_at_flops(row: dict[str, Any], flops: float | None) -> Interval | None:
 
 
 def tokens_to_loss(row: dict[str, Any], loss: float | None) -> Interval | str | None:
-    """Tokens to reach a loss, over seeds; a text where it is outside the budgets of a seed."""
+    """Return the tokens to reach a loss over seeds; a text such as "> 1,000" if a seed does not within its budgets."""
     if loss is None or not row["curves"]:
         return None
     found = [x_of_loss(points_of(curve, "tokens"), loss) for curve in row["curves"]]
@@ -149,13 +149,13 @@ def tokens_to_loss(row: dict[str, Any], loss: float | None) -> Interval | str | 
 
 
 def spent(runner: SweepRunner, method: str, best: Rates | None) -> dict[str, Any]:
-    """Parameters, bytes and FLOPs per token, as counted by ``benchmark``."""
+    """Return parameters, bytes and FLOPs per token, as ``benchmark`` counted them."""
     costs = runner.costs(method)
     if costs is None:
         return dict.fromkeys(COSTS)
     config = runner.plan.configuration(method, best or Rates(1, 1), runner.plan.seeds[0])
     data = config["data"]["init_args"]
-    tokens = data["batch_size"] * data["sequence_length"]  # of the micro-batch that was measured
+    tokens = data["batch_size"] * data["sequence_length"]  # tokens of the micro-batch that was measured
     micro_batches = tokens_per_step(config) / tokens
     step = micro_batches * costs["flops_step"] + costs["flops_optimizer"]
     activations = costs["saved_bytes_per_token_per_layer"] * tokens * config["model"]["num_hidden_layers"]
@@ -171,7 +171,7 @@ def spent(runner: SweepRunner, method: str, best: Rates | None) -> dict[str, Any
 
 
 def run_folder_of(runner: SweepRunner, row: dict[str, Any]) -> Path | None:
-    """Run of a method at its best rates, with the first seed, to the largest budget."""
+    """Return the run of a method at its best rates, with the first seed, to the largest budget."""
     if row["rates"] is None:
         return None
     return runner.run_dir(row["method"], row["rates"], runner.plan.seeds[0], runner.plan.budgets[-1])

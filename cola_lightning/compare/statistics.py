@@ -1,4 +1,4 @@
-"""What a comparison concludes from its numbers: intervals, shared ranks, loss at equal FLOPs, tokens to equal loss."""
+"""Compute intervals, shared ranks, loss at equal FLOPs, and tokens to equal loss."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ RESAMPLES, EXACT = 10_000, 5
 
 
 class Interval(NamedTuple):
-    """A mean, and the ends of its interval."""
+    """Mean, and the ends of its interval."""
 
     mean: float
     low: float
@@ -38,7 +38,7 @@ def bootstrap_interval(values: Sequence[float], level: float = 0.95) -> Interval
     else:
         means = np.random.default_rng(0).choice(numbers, (RESAMPLES, len(numbers))).mean(axis=1)
     tail = (1 - level) / 2
-    # The definition of the percentile by the inverse of the distribution: an end is a mean that a resample has.
+    # This definition of the percentile makes each end the mean of some resample.
     low, high = np.quantile(means, [tail, 1 - tail], method="inverted_cdf")
     return Interval(float(numbers.mean()), float(low), float(high))
 
@@ -60,7 +60,7 @@ def rank_ranges(intervals: Sequence[Interval]) -> list[tuple[int, int]]:
 
 
 Curve = Sequence[tuple[float, float]]
-"""Points (x, loss) in ascending x: tokens or FLOPs, and the loss in nats that a budget of it reaches."""
+"""Points (x, loss) in ascending x: a budget in tokens or FLOPs, and the loss in nats that it reaches."""
 
 
 def loss_at(curve: Curve, x: float) -> float | None:
@@ -110,8 +110,11 @@ def equal_flops(largest: Sequence[float]) -> float:
 
 
 def middle(low: float, high: float) -> float:
-    """Return the geometric mean of two budgets. The baseline's loss there is the target for ``tokens to equal loss``,
-    so that methods up to the root of their ratio better or worse reach it within their own budgets."""
+    """Return the geometric mean of two budgets.
+
+    The baseline's loss there is the target for ``tokens to equal loss``. With budgets of 1 and 16, methods that need
+    between a quarter and four times the baseline's tokens reach it within their own budgets.
+    """
     return math.sqrt(low * high)
 
 

@@ -1,4 +1,4 @@
-"""Carry out a comparison: sweep two learning rates for every method, train the best with all seeds, report."""
+"""Run a comparison: sweep two learning rates for every method, train the best with all seeds, and report."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -39,8 +39,8 @@ def compare(
 ) -> None:
     """Sweep two learning rates for every method, train the best of each with more seeds to all budgets, and report.
 
-    Run again after a break, it keeps what has finished and resumes what has not from its checkpoints. Trials that
-    failed are tried again.
+    After an interruption, the same command keeps finished trials and resumes the others from their checkpoints. Failed
+    trials are tried again.
 
     Args:
         resolve: Makes a whole configuration of the flags of ``fit``.
@@ -97,7 +97,7 @@ def compare(
 
 
 def run_one(runner: SweepRunner, number: int) -> None:
-    """Carry one trial out by its number.
+    """Run the trial with a number.
 
     Raises:
         InputError: If there is no such trial, or it needs the best rates of a sweep that is not finished.
@@ -119,7 +119,7 @@ def run_one(runner: SweepRunner, number: int) -> None:
 
 
 def run_all(runner: SweepRunner, jobs: int) -> None:
-    """Carry all trials out, some at a time."""
+    """Run all trials, ``jobs`` at a time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     trials = runner.plan.trials
     running: list[str] = []
@@ -138,7 +138,7 @@ def run_all(runner: SweepRunner, jobs: int) -> None:
             progress.print(f"{trial.title}: {outcome}", markup=False, highlight=False)
 
         try:
-            run(trials[0])  # alone, because it may prepare data that the others then find
+            run(trials[0])  # alone, because it may prepare the data of the others
             # Each kind needs the one before: a published pair may be one of the grid, and the best pair is known only
             # when the sweep has finished.
             for kind in ("grid", "published", "seed"):

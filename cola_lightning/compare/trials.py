@@ -1,4 +1,4 @@
-"""Carry trials out: each run is a process of its own, leaves its result in a file, and resumes where it broke off."""
+"""Run trials: each run is a process of its own, writes its result to a file, and resumes after an interruption."""
 
 import math
 import shutil
@@ -29,18 +29,18 @@ Command = Callable[[list[str]], None]
 
 
 class SweepRunner:
-    """Runs the trials of a plan in a folder, and knows their results.
+    """Run the trials of a plan in a folder, and read their results.
 
     A trial has a folder: FOLDER/METHOD/mRATE-oRATE-seed-SEED. In it are ``trial.yaml``, its whole configuration; a run
-    ``tokens-N`` for each budget, with ``result.json``; and, where the plan has several budgets, the run ``trunk``, from
-    whose checkpoints these begin.
+    ``tokens-N`` for each budget, with ``result.json``; and, if the plan has several budgets, the run ``trunk``, with the
+    checkpoints from which the others begin.
 
     Args:
-        plan: The trials.
-        folder: Of this comparison.
-        threads: Of each process.
-        command: Runs a command line.
-        keep_checkpoints: Leave the checkpoints of finished trials; they are large.
+        plan: The plan.
+        folder: Folder of the comparison.
+        threads: Threads of each process.
+        command: Function that runs a command line.
+        keep_checkpoints: Keep the checkpoints of finished trials, which are large.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class SweepRunner:
         self.threads, self.command = threads, command
         self._lock = Lock()
 
-    # -- what is there ------------------------------------------------------------------------------------------------
+    # -- results ------------------------------------------------------------------------------------------------
 
     def folder(self, method: str, rates: Rates, seed: int) -> Path:
         return self.root / folder_name(method) / f"{rates.name}-seed-{seed}"
@@ -70,19 +70,19 @@ class SweepRunner:
         return measured and measured["subjects"][0]
 
     def sweep(self, method: str, pairs: list[Rates] | None = None) -> dict[Rates, float]:
-        """Perplexity of the finished runs of the sweep, by rates: of the grid, or of these pairs."""
+        """Return the perplexity of the finished runs of the grid, or of ``pairs``, by rates."""
         smallest, seed = self.plan.budgets[0], self.plan.seeds[0]
         pairs = self.plan.grid(method) if pairs is None else pairs
         found = {rates: self.result(method, rates, seed, smallest) for rates in pairs}
         return {rates: result["perplexity"] for rates, result in found.items() if result}
 
     def best(self, method: str) -> Rates | None:
-        """The rates with the lowest perplexity in the grid; None if no run ended with a number."""
+        """Return the rates with the lowest perplexity in the grid; None if no run ended with a finite one."""
         finite = {rates: value for rates, value in self.sweep(method).items() if math.isfinite(value)}
         return min(finite, key=lambda rates: finite[rates]) if finite else None
 
     def check(self) -> None:
-        """Refuse a plan that cannot work, and trials that were begun with other settings, before anything is run."""
+        """Refuse a plan that cannot work, or a folder with trials of other settings, before anything runs."""
         for method in self.plan.methods:
             for rates in self.plan.grid(method):
                 self._configuration(method, rates, self.plan.seeds[0])
@@ -113,7 +113,7 @@ class SweepRunner:
     # -- running ------------------------------------------------------------------------------------------------------
 
     def rates(self, trial: Trial) -> Rates | None:
-        """The rates of a trial; None for the best where the sweep has none."""
+        """Return the rates of a trial; None if it needs the best of a sweep that has none."""
         if trial.matrix is None:
             return self.best(trial.method)
         if trial.other is None:
@@ -121,7 +121,7 @@ class SweepRunner:
         return Rates(trial.matrix, trial.other)
 
     def run(self, trial: Trial) -> str:
-        """Carry a trial out unless that was done; return what became of it, in a few words."""
+        """Run a trial unless it is finished, and describe the outcome in a few words."""
         plan, method, seed = self.plan, trial.method, trial.seed
         rates = self.rates(trial)
         if rates is None:
@@ -144,7 +144,7 @@ class SweepRunner:
     def _train(
         self, method: str, rates: Rates, seed: int, budget: int, config: dict[str, Any]
     ) -> dict[str, Any] | None:
-        """Train to a budget, through the trunk where the plan has several budgets; None if that failed."""
+        """Train to a budget, through the trunk if the plan has several budgets. Return None if that failed."""
         folder, run_dir = self.folder(method, rates, seed), self.run_dir(method, rates, seed, budget)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FAILED).unlink(missing_ok=True)
@@ -152,7 +152,7 @@ class SweepRunner:
         steps, trunk, trunk_steps = self.plan.steps(method, budget), None, 0
         if len(self.plan.budgets) > 1:
             trunk, trunk_steps = folder / "trunk", self.plan.trunk_steps(method, budget)
-            # Begun already where the run was killed in its decay; else from the trunk's checkpoint.
+            # A run that was killed in its decay resumes from its own checkpoint and needs no trunk.
             if not (run_dir / "checkpoints" / LINK).is_file() and not self._train_trunk(trunk, trunk_steps, config):
                 return self._fail(folder, trunk)
         start = trunk / "checkpoints" / checkpoint_name(trunk_steps) if trunk else None
@@ -177,23 +177,23 @@ class SweepRunner:
         return result
 
     def _train_trunk(self, trunk: Path, steps: int, config: dict[str, Any]) -> bool:
-        """Train the constant part up to a step, at which a checkpoint is then; whether that succeeded."""
+        """Train with the constant rate up to a step and save a checkpoint there. Return whether that succeeded."""
         checkpoint = trunk / "checkpoints" / checkpoint_name(steps)
         if checkpoint.exists():
             return True
         newest = next(iter(written(trunk / "checkpoints")), None)
-        if newest is not None and newest.name > checkpoint.name:  # a larger budget's; the step itself is gone
+        if newest is not None and newest.name > checkpoint.name:  # of a larger budget; this step's checkpoint is gone
             shutil.rmtree(trunk)
         constant = deepcopy(config)
         constant["model"]["schedule"]["init_args"]["decay_share"] = 0.0
-        constant["trainer"]["limit_val_batches"] = 0  # validation is of the budgets' ends
+        constant["trainer"]["limit_val_batches"] = 0  # only the ends of budgets are validated
         return self._fit(trunk, steps, constant) == 0 and checkpoint.exists()
 
     def _fit(self, run_dir: Path, steps: int, config: dict[str, Any], start: Path | None = None) -> int:
-        """Train a run to a step: from its own newest checkpoint, else from ``start``, else from the beginning."""
+        """Train a run to a step, from its own newest checkpoint, else from ``start``, else from step 0."""
         resumes = (run_dir / "checkpoints" / LINK).is_file()
         if not resumes:
-            shutil.rmtree(run_dir, ignore_errors=True)  # events without a checkpoint to resume from
+            shutil.rmtree(run_dir, ignore_errors=True)  # it may have events, but no checkpoint to resume from
         run_dir.mkdir(parents=True, exist_ok=True)
         stage = deepcopy(config)
         stage["trainer"] |= {"max_steps": steps, "val_check_interval": steps}
@@ -210,7 +210,7 @@ class SweepRunner:
         (folder / FAILED).write_text(text, encoding="utf-8")
 
     def _prune(self, method: str, finished: Any) -> None:
-        """Remove trunks' checkpoints that no other trial needs: of rates that are not the best, and of finished seeds.
+        """Remove the checkpoints of trunks that no other trial needs: of rates that are not the best, of finished seeds.
 
         Args:
             finished: Rates and seed whose every budget is trained, if any.
@@ -225,7 +225,7 @@ class SweepRunner:
                     shutil.rmtree(self.folder(method, rates, seed) / "trunk" / "checkpoints", ignore_errors=True)
 
     def _check_data(self, folder: Path, result: dict[str, Any]) -> None:
-        """Refuse a result on other text than that of a run which finished before."""
+        """Refuse a result on other text than that of the runs that are finished."""
         for file in sorted(self.root.glob(f"*/*/*/{RESULT}")):
             if (other := read(file, StoredResult)) and other["data"] != result["data"]:
                 raise InputError(
@@ -237,7 +237,7 @@ class SweepRunner:
         """Count FLOPs and bytes of a method. If that fails, the table has gaps, and a warning says where to look."""
         folder = self.root / folder_name(method)
         folder.mkdir(parents=True, exist_ok=True)
-        settings = {name: config[name] for name in ("trainer", "model", "data")}  # what is not only of fit
+        settings = {name: config[name] for name in ("trainer", "model", "data")}  # without those of fit alone
         (folder / "costs.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         flags = ["benchmark", f"--json={folder / COSTS}", "--warmup=0", "--rounds=1", "--steps=1"]
         flags += [f"--config={folder / 'costs.yaml'}", "--trainer.logger=false"]

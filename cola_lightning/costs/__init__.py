@@ -1,4 +1,4 @@
-"""Predict what a run costs before it runs: parameters, FLOPs, memory of a GPU, days."""
+"""Predict the costs of a run: parameters, FLOPs, memory of a GPU, days."""
 
 from cola_lightning.costs.gpus import GPUS, Gpu, gpu_named, gpu_reported
 from cola_lightning.costs.memory_layout import MemoryLayout, memory_layout

@@ -56,7 +56,7 @@ class Recorder(TorchDispatchMode):
     recomputes, so that it cannot be used to measure memory.
 
     Args:
-        known: Tensors from before, which do not count.
+        known: Tensors that existed before, which do not count.
 
     Attributes:
         flops: FLOPs by operation, by PyTorch's formulas.

@@ -1,4 +1,4 @@
-"""Memory and peak of GPUs, by their makers' datasheets."""
+"""List GPUs with the memory and peak of their datasheets."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ class Gpu:
 
     Args:
         name: Value of ``--gpu``.
-        memory: In GiB. The number that datasheets give in GB is what the driver shows in GiB, within a per cent or two.
+        memory: Memory in GiB. The number of GB in datasheets is what the driver shows in GiB, within one or two per cent.
         peak: Dense bf16 matrix products with float32 accumulation, in TFLOP/s. Datasheets often print twice as much,
             which holds for matrices of which half is zero.
-        reported: Words that are all part of the name that PyTorch reports.
+        reported: Words that all occur in the name that PyTorch reports.
     """
 
     name: str

@@ -52,17 +52,17 @@ ALIASES = {"None": "32-true", "64": "64-true", "32": "32-true", "16": "16-mixed"
 
 @dataclass(frozen=True)
 class MemoryLayout:
-    """What a GPU holds of a run.
+    """Share of a run's memory on one GPU.
 
     Attributes:
         strategy: Name of the strategy.
-        dtype: Type of the weights and gradients that are held.
+        dtype: Type of the stored weights and gradients.
         computed: Type of the weights that a layer computes with.
         autocast: Type of the matrix products under mixed precision.
-        weights, gradients, optimizer: Shares on a GPU.
-        master: Whether a float32 copy of the weights is held with the optimizer's states, which are then float32.
-        buffers: From a network's parameters, further bytes: while head and loss run, and while the backward pass of a
-            layer runs.
+        weights, gradients, optimizer: Share of each on one GPU, from 0 to 1.
+        master: Whether the optimizer keeps a float32 copy of the weights. Its states are then float32, too.
+        buffers: Function from a network's parameters to further bytes: while head and loss run, and while the backward
+            pass of a layer runs.
     """
 
     strategy: str

@@ -1,4 +1,4 @@
-"""The runs of which the costs are compared: the one that is configured, and its model by other methods."""
+"""Choose the runs that ``estimate`` compares: the configured one, and the same model with other methods."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ from cola_lightning.training.module import LanguageModel
 
 @dataclass(frozen=True)
 class Plan:
-    """A run and what it is called; ``checkpointing`` says what a layer keeps."""
+    """Run, its name, and what its layers keep (``checkpointing``)."""
 
     name: str
     run: Run
@@ -26,15 +26,17 @@ class Plan:
 
 
 def plan(model: LanguageModel, data: Any, trainer: Any, gpus: int | None) -> Plan:
-    """The run of a configuration.
+    """Make the run of a configuration.
 
     Args:
-        trainer: The trainer's settings: ``callbacks``, ``strategy``, ``precision``, ``devices`` and so on.
-        gpus: In place of the settings' devices.
+        model: The module.
+        data: The data module.
+        trainer: The trainer's settings: ``callbacks``, ``strategy``, ``precision``, ``devices`` and others.
+        gpus: Number of GPUs, in place of the settings' devices.
     """
     gpus = gpus or _devices(trainer.devices) * trainer.num_nodes
     callbacks = [callback for callback in trainer.callbacks or [] if isinstance(callback, CoLAM)]
-    # Settings instead of a trainer, which would need the devices. The callback refuses what it would refuse in the run.
+    # Give the callbacks settings in place of a trainer, which would need the devices. They check them as in a run.
     settings: Any = SimpleNamespace(callbacks=callbacks, strategy=trainer.strategy)
     for callback in callbacks:
         callback.setup(settings, model, "fit")
@@ -54,7 +56,7 @@ def plan(model: LanguageModel, data: Any, trainer: Any, gpus: int | None) -> Pla
 
 
 def _devices(devices: int | str | list) -> int:
-    """How many devices a setting names; one where that depends on the machine."""
+    """Return how many devices a setting names; 1 if that depends on the machine."""
     if isinstance(devices, str):
         devices = [each for each in devices.split(",") if each.strip()] if "," in devices else devices
     if isinstance(devices, list):
@@ -71,14 +73,14 @@ def _describe(callback: CoLAM) -> str:
 
 
 def beside(this: Plan) -> list[Plan]:
-    """The same model as full rank, CoLA and CoLA-M, at the rank that it has or else a quarter of its width."""
+    """Make the same model with full rank, CoLA and CoLA-M, at its own rank or else a quarter of its width."""
     run = this.run
     with torch.device("meta"):
         layer: Any = run.build(num_hidden_layers=1).model.layers[0]
     projection = layer.self_attn.q_proj
     rank = projection.A.out_features if isinstance(projection, LowRank) else run.config.hidden_size // 4
     plain, cola_m = "nothing recomputed", CoLAM()
-    # What the run has already is taken from it, and not traced a second time.
+    # If the run is one of these, its own parts are used, so that it is not traced twice.
     full = cola = run.build
     if not (isinstance(projection, FullRank) and layer.mlp.gate_silu):
         full = partial(run.build, projection=FullRank, gate_silu=True)

@@ -1,4 +1,4 @@
-"""The tables of the command ``estimate``."""
+"""Print the tables of the command ``estimate``."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -27,7 +27,7 @@ MEMORY = {
 
 
 def summary(plan: Plan, gpu: Gpu, mfu: float) -> dict[str, Any]:
-    """All figures of a run: FLOPs of a token, memory in bytes, days."""
+    """Compute all figures of a run: FLOPs per token, memory in bytes, days."""
     run = plan.run
     rows = run.rows_that_fit(gpu)
     return {
@@ -54,8 +54,8 @@ def report(plans: list[Plan], models: list[str], gpu_name: str, mfu: float, json
     """Print the tables, and write the figures to a file as JSON if one is named.
 
     Args:
-        plans: One for each of ``models``, or a single one, to which full rank, CoLA and CoLA-M are compared.
-        models: Config files that the plans come from; empty for a single plan.
+        plans: One for each of ``models``, or a single one, which is compared with full rank, CoLA and CoLA-M.
+        models: Configs of the plans; empty for a single plan.
         gpu_name: Kind of GPU.
         mfu: Share of the GPUs' peak that is reached.
         json: File to write; None for none.
@@ -66,7 +66,7 @@ def report(plans: list[Plan], models: list[str], gpu_name: str, mfu: float, json
     else:
         named = [plans[0], *beside(plans[0])]
     results = [summary(each, gpu, mfu) for each in named]
-    write_json(json, results)  # first, because nobody may read what is printed to the end
+    write_json(json, results)  # first, because the reader of the output may close it early
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 140

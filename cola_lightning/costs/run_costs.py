@@ -27,9 +27,9 @@ class Memory:
         weights, gradients, optimizer: This GPU's share of each.
         buffers: Gradient buckets, and weights that sharding gathers.
         activations: Tensors that the layers keep from the forward to the backward pass.
-        logits: What head and loss need in addition.
-        backward: What a layer's backward pass needs in addition to all of these.
-        step: What the optimizer's step needs in addition, when activations and logits are freed.
+        logits: Bytes that head and loss need in addition.
+        backward: Bytes that a layer's backward pass needs in addition to all of these.
+        step: Bytes that the optimizer's step needs in addition, when activations and logits are freed.
     """
 
     weights: float
@@ -48,7 +48,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Run:
-    """A training run, as far as its costs depend on it.
+    """Settings of a training run that its costs depend on.
 
     Args:
         build: Makes the network; a partial of :func:`build_llama`. Any field of :class:`LlamaConfig` and ``projection``
@@ -147,8 +147,8 @@ class Run:
     @cached_property
     def flops(self) -> Flops:
         """FLOPs of a micro-batch on one GPU."""
-        # Recompute is what the run does more than the same run without transforms. A chunked loss hides that, because
-        # it computes its gradients in the forward pass.
+        # The recomputed FLOPs are those of the run minus those of the same run without transforms. A chunked loss would
+        # hide that, because it computes its gradients in the forward pass.
         plain = self.traced
         if self.transforms or self.config.loss_chunk_size:
             plain = replace(self, build=partial(self.build, loss_chunk_size=None), transforms=()).traced
@@ -171,7 +171,7 @@ class Run:
         return self.batch_size * self.sequence_length
 
     def days(self, gpu: Gpu, utilisation: float, of: str = "model") -> float:
-        """Days of training: tokens times FLOPs per token, divided by GPUs times peak times utilisation.
+        """Return the days of training: tokens times FLOPs per token, divided by GPUs times peak times utilisation.
 
         Args:
             gpu: Kind of GPU.
@@ -219,7 +219,7 @@ class Run:
         )
 
     def rows_that_fit(self, gpu: Gpu) -> int:
-        """The largest micro-batch, in rows, that fits on ``gpu``; 0 if one row does not.
+        """Return the largest micro-batch, in rows, that fits on ``gpu``; 0 if one row does not.
 
         Memory grows linearly with the batch, but the slope may change once, where another part becomes the largest.
         Therefore the line is followed from this batch size, and then once more from the size that it leads to.
@@ -238,7 +238,7 @@ class Run:
         return max(0, rows + math.floor((gpu.usable - beside - working(rows)) / per_row))
 
     def micro_batch_for(self, rows: int) -> int:
-        """The largest micro-batch up to ``rows`` that divides this GPU's rows of an optimizer step; 0 if none does."""
+        """Return the largest micro-batch up to ``rows`` that divides this GPU's rows of a step; 0 if none does."""
         if self.global_batch_size is None:
             return rows
         own = self.global_batch_size // self.gpus

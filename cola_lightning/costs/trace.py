@@ -25,7 +25,7 @@ from cola_lightning.training.losses import next_token_losses
 Build = Callable[..., Llama]
 Transforms = tuple[Callable[[Llama], None], ...]
 TRACED = 3
-"""Layers that are traced. The third is the first whose neighbours on both sides are layers, as of all that follow."""
+"""Largest number of layers that are traced. Of three layers, the middle one has a layer on both sides, as most have."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Flops:
     Attributes:
         forward: Forward pass.
         backward: Backward pass, without recompute.
-        recomputed: What the backward pass computes a second time: by activation checkpointing, and within the attention
-            kernel, which always recomputes its scores (2 B T² D per layer).
+        recomputed: FLOPs that the backward pass computes a second time: by activation checkpointing, and within the
+            attention kernel, which always recomputes its scores (2 B T² D per layer).
     """
 
     forward: float
@@ -300,14 +300,14 @@ class _FusedNorm(Function):
 
 @dataclass(frozen=True)
 class OptimizerStates:
-    """Memory of an optimizer.
+    """Memory that an optimizer needs.
 
     Attributes:
         size: Bytes of its states.
         temporary: Copies of the trained parameters that its step makes for a moment: one if it works on all of them at
             once (``foreach``, PyTorch's default on GPUs), none if it is fused or works on one by one.
-        traced: Whether a step on fake tensors told this. An optimizer that decides by the numbers in its tensors cannot
-            be traced; then two states per parameter are assumed, as Adam has.
+        traced: Whether a step on fake tensors was possible. An optimizer that depends on the numbers in its tensors
+            cannot be traced; two states per parameter are assumed for it, as Adam has.
     """
 
     size: float

@@ -1,1 +1,1 @@
-"""Strategies, precision and what several processes have to agree on."""
+"""Strategies, sharding, precision, and agreement between ranks."""

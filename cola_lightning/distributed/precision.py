@@ -1,4 +1,4 @@
-"""Which ``--trainer.precision`` this machine has; asked before anything is built."""
+"""Check ``--trainer.precision`` against the hardware, before anything is built."""
 
 from importlib.util import find_spec
 
@@ -10,7 +10,11 @@ _ADVICE = "bf16-mixed or 32-true"
 
 
 def check_precision(precision: object, accelerator: str) -> None:
-    """Say in one line if a precision cannot be had here, where Lightning would change it quietly or fail later.
+    """Refuse a precision that this machine lacks. Lightning would change it without a word, or fail later.
+
+    Args:
+        precision: Value of ``--trainer.precision``.
+        accelerator: Value of ``--trainer.accelerator``.
 
     Raises:
         InputError: If the hardware or a package is missing.

@@ -1,4 +1,4 @@
-"""Ask a question once for all ranks."""
+"""Exchange plain values between ranks."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,12 +12,12 @@ Answer = TypeVar("Answer")
 
 
 def ask_once(question: Callable[[], Answer]) -> Answer:
-    """Call ``question`` on rank 0 and tell the others what it returned, so that a server is not asked by every rank.
+    """Call ``question`` on rank 0 and return its result on all ranks, so that not every rank asks a server.
 
-    All ranks call this in the same order. The answer is pickled by rank 0 of the same run.
+    All ranks must call this in the same order. The answer is pickled, by rank 0 of the same run.
 
     Raises:
-        InputError: On all ranks, if the question raised one on rank 0, or anything else there.
+        InputError: On the other ranks, if ``question`` raised any exception on rank 0, which raises that itself.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return question()
@@ -38,7 +38,7 @@ def ask_once(question: Callable[[], Answer]) -> Answer:
 
 
 def tell_all(value: Any) -> list[Any]:
-    """Gather the argument of every rank, in order of rank. All ranks call it in the same order."""
+    """Return the arguments of all ranks, in the order of ranks. All ranks must call this in the same order."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -48,5 +48,5 @@ def tell_all(value: Any) -> list[Any]:
 
 @lru_cache(maxsize=1)
 def _group(world: Any) -> Any:
-    """A group on the CPU, whatever device the ranks compute on."""
+    """Return a process group on the CPU, whatever device the ranks compute on."""
     return dist.new_group(backend="gloo")

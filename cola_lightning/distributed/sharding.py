@@ -1,4 +1,4 @@
-"""Building a network in pieces, where no process may hold it whole."""
+"""Shard a network while it is built, so that no rank holds all of it."""
 
 from typing import Any
 
@@ -14,20 +14,20 @@ from cola_lightning.models.block import Block
 
 
 def builds_lazily(strategy: Strategy | None) -> bool:
-    """Whether the network is to be built without memory, for ``shard`` to fill it in piece by piece.
+    """Whether the network is built on the meta device, and :func:`shard` gives it memory layer by layer.
 
-    So that no rank ever holds it whole. ZeRO-3 does the same by a way of its own: it shards each module as it is built.
+    No rank then holds all of it at any time. ZeRO-3 does the same itself: it shards each module as it is built.
     """
     if isinstance(strategy, FSDPStrategy):
-        return "auto_wrap_policy" not in strategy.kwargs  # with a policy of the user's, torch wraps what is whole
+        return "auto_wrap_policy" not in strategy.kwargs  # by a user's policy, torch wraps a network with memory
     return isinstance(strategy, ModelParallelStrategy)
 
 
 def shard(network: Llama, strategy: Strategy | None) -> None:
-    """Shard a network, a decoder layer as the unit, where that has to happen within ``configure_model``.
+    """Shard a network within ``configure_model``, with each decoder layer as a unit.
 
-    A network that was built on the meta device gets its first values here: those that it would have had whole, from the
-    same seed. DDP wraps the module later, by itself.
+    A network on the meta device gets its first values here: those that it would have without sharding, from the same
+    seed. Other strategies shard the network later, or not at all.
     """
     if isinstance(strategy, ModelParallelStrategy):
         mesh = strategy.device_mesh["data_parallel"]
@@ -47,13 +47,13 @@ def shard(network: Llama, strategy: Strategy | None) -> None:
         materialize(network.model.norm, strategy.root_device)
         materialize(network.lm_head, strategy.root_device)
     elif isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-        from deepspeed.utils import set_z3_leaf_modules  # takes seconds, and is there on Linux only
+        from deepspeed.utils import set_z3_leaf_modules  # slow to import, and installed on Linux only
 
         set_z3_leaf_modules(network, [Block])
 
 
 def materialize(module: nn.Module, device: torch.device) -> None:
-    """Give a module that was built on the meta device its memory and its first values."""
+    """Give a module on the meta device memory and its first values."""
     module.to_empty(device=device)
     for part in module.modules():
         fill(part, device)
@@ -62,17 +62,19 @@ def materialize(module: nn.Module, device: torch.device) -> None:
 def fill(module: nn.Module, device: torch.device) -> None:
     """Set the first values of the parameters and buffers that a module owns directly.
 
-    Of a sharded parameter, the whole is drawn on every rank, each keeps its part, and the rest is forgotten.
+    Every rank draws the whole of a sharded parameter, and keeps its own part.
     """
     own = dict(module.named_parameters(recurse=False))
     if not own and not any(True for _ in module.buffers(recurse=False)):
         return
+    # Put a whole parameter in the place of each sharded one, for reset_parameters to fill.
     sharded = {name: parameter for name, parameter in own.items() if isinstance(parameter, DTensor)}
     for name, parameter in sharded.items():
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         module.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))
     reset: Any = module.reset_parameters  # nn.Module knows no such method, and each module here has one
     reset()
+    # Put the sharded ones back, and copy this rank's part of the values into them.
     for name, parameter in sharded.items():
         whole = module.get_parameter(name).detach()
         module.register_parameter(name, parameter)
@@ -82,7 +84,7 @@ def fill(module: nn.Module, device: torch.device) -> None:
 
 
 def same_randomness(strategy: Strategy) -> None:
-    """Let every rank draw what rank 0 draws, whatever seed it was started with."""
+    """Give every rank the random state of rank 0, whatever its own seed was."""
     on_gpu = strategy.root_device.type == "cuda"
     state = torch.cuda.get_rng_state(strategy.root_device) if on_gpu else torch.get_rng_state()
     state = strategy.broadcast(state.cpu())

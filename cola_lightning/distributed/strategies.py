@@ -1,4 +1,4 @@
-"""Strategies as they have to be for these networks, under the names that ``--trainer.strategy`` takes."""
+"""FSDP2 and DeepSpeed strategies, registered for ``--trainer.strategy``, and checks of strategies."""
 
 import os
 from collections.abc import Callable
@@ -27,15 +27,15 @@ from cola_lightning.errors import InputError, did_you_mean
 from cola_lightning.optim.parameter_groups import needs_whole_matrices
 from cola_lightning.private_apis import guard_engine_writers, set_data_parallel_size
 
-if not torch.accelerator.is_available():  # else DeepSpeed says on stdout that it found none, amid what is printed there
+if not torch.accelerator.is_available():  # else DeepSpeed prints to stdout that it found none
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Fully sharded data parallel, second generation, over all devices; see ``sharding`` for what a unit is.
+    """FSDP2 over all devices. The units are those of :func:`~cola_lightning.distributed.sharding.shard`.
 
     Args:
-        save_distributed_checkpoint: Each rank writes its shard, into a folder; else rank 0 writes one file.
+        save_distributed_checkpoint: Each rank writes its shard into a folder. Otherwise rank 0 writes one file.
     """
 
     def __init__(self, save_distributed_checkpoint: bool = False) -> None:
@@ -52,27 +52,26 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 class ZeROStrategy(DeepSpeedStrategy):
-    """DeepSpeed, with any optimizer also where its states are kept on the CPU.
-
-    What keeps this rank from writing its part of a checkpoint is kept in ``problem``: raised, it would leave the others
-    waiting, which hear of nothing.
+    """DeepSpeed, with any optimizer, also if the optimizer's states are on the CPU.
 
     Arguments are those of Lightning's DeepSpeedStrategy.
+
+    Attributes:
+        problem: Why this rank could not write its part of the last checkpoint; None if it could. It is not raised,
+            because the other ranks would not know and would wait.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         assert self.config is not None  # Lightning's constructor fills it
-        # Else DeepSpeed insists on an Adam of its own for offloading; --model.optimizer may still name that one.
+        # By default DeepSpeed requires its own Adam for offloading. --model.optimizer may still name that one.
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         self.problem: str | None = None
 
     def setup_environment(self) -> None:
         if not isinstance(self.accelerator, CUDAAccelerator):
             name = f"deepspeed_stage_{zero_stage(self)}"
-            raise InputError(
-                f"--trainer.strategy {name} needs GPUs, for Lightning has it so; on CPUs choose ddp or fsdp2"
-            )
+            raise InputError(f"--trainer.strategy {name} needs GPUs; on CPUs choose ddp or fsdp2")
         super().setup_environment()
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -110,10 +109,10 @@ def zero_stage(strategy: DeepSpeedStrategy) -> int:
 
 
 def check_strategy(strategy: object) -> None:
-    """Refuse a name that is none of Lightning's, nor of those below.
+    """Refuse a name of a strategy that is not registered.
 
     Raises:
-        InputError: Names the nearest.
+        InputError: If the name is unknown. The message suggests a similar one.
     """
     known = StrategyRegistry.available_strategies()
     if isinstance(strategy, str) and strategy not in ("auto", *known):
@@ -152,32 +151,37 @@ def check_optimizer(strategy: Strategy, optimizer: Optimizer) -> None:
 
 
 def clip_gradients(strategy: Strategy, parameters: list[nn.Parameter], limit: float | None) -> Tensor | None:
-    """Clip by the global norm over all ranks' shards, and return the norm as it was before.
+    """Clip gradients by their global norm over all ranks' shards.
 
-    No limit, or one that is not above 0, clips nothing, as in Lightning. DeepSpeed clips by itself in its own step,
-    from ``gradient_clip_val``; its norm is known only after that.
+    Args:
+        strategy: Strategy of the run.
+        parameters: Parameters with gradients.
+        limit: Largest norm. None, or a limit of at most 0, clips nothing, as in Lightning.
+
+    Returns:
+        The norm before clipping; None under DeepSpeed, which clips in its own step by ``gradient_clip_val``.
     """
     if isinstance(strategy, DeepSpeedStrategy):
         return None
     maximum = limit if limit is not None and limit > 0 else float("inf")
     root: Any = strategy.model
     if isinstance(root, FullyShardedDataParallel):
-        return root.clip_grad_norm_(maximum)  # Lightning refuses clip-by-norm here, FSDP itself does not
+        return root.clip_grad_norm_(maximum)  # FSDP's own method; Lightning refuses clip-by-norm here
     norm = torch.nn.utils.clip_grad_norm_(parameters, maximum)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-# -- going on ---------------------------------------------------------------------------------------------------------
+# -- resuming ---------------------------------------------------------------------------------------------------------
 
 
 def check_world_size(strategy: Strategy, path: Path, world_size: int) -> None:
-    """Say before anything is built whether a strategy can go on from a checkpoint.
+    """Check before anything is built that a strategy can resume from a checkpoint.
 
-    One file goes with one device, DDP, FSDP and FSDP2 alike, whichever wrote it, on any number of devices. Shards go
-    with FSDP and FSDP2. DeepSpeed's folder goes with the stage and the number of devices that wrote it.
+    One file can be resumed on one device and under DDP, FSDP and FSDP2, on any number of devices. Shards need FSDP or
+    FSDP2. A folder of DeepSpeed needs the stage and the number of devices that wrote it.
 
     Raises:
-        InputError: If it cannot.
+        InputError: If the strategy cannot resume from it.
     """
     written, name = format_of(path), type(strategy).__name__
     hint = "go on under the strategy that wrote it, or take its weights by 'cola_lightning export'"

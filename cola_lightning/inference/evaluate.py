@@ -215,7 +215,7 @@ def _windows(
 
 @torch.no_grad()
 def _loss(network: Llama, windows: tuple[Window, ...]) -> tuple[float, int]:
-    """Summed loss in nats, and how many tokens were predicted."""
+    """Return the summed loss in nats, and the number of predicted tokens."""
     longest = max(len(shown) for shown, _ in windows)
     device = network.lm_head.weight.device
     # Padded on the right, where by causality it changes nothing.

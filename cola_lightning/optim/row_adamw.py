@@ -1,4 +1,4 @@
-"""AdamW that counts the steps of every row of a parameter for itself."""
+"""AdamW with a step counter for each row of a parameter."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,18 +13,18 @@ from cola_lightning.private_apis import foreach
 
 
 class RowAdamW(Optimizer):
-    """AdamW (arXiv 1711.05101) in which each row, an entry along a parameter's first dimension, has a step counter of
-    its own, so that a row can be started afresh and held for some steps; SwitchLoRA needs both.
+    """AdamW (arXiv 1711.05101) with a step counter for each row, an entry along a parameter's first dimension.
 
-    As long as :meth:`restart` is not called it does what ``torch.optim.AdamW`` does. Counters live on the parameters'
-    device and are read there alone: no step waits for the device.
+    A row can be restarted and held for some steps. SwitchLoRA needs both. Without :meth:`restart` the optimizer does
+    what ``torch.optim.AdamW`` does. The counters are on the parameters' device and are read only there, so that no step
+    waits for the device.
 
     Args:
         params: Parameters, or groups of them.
         lr: Learning rate.
-        betas: Decay of the first and second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled; the parameter loses lr * weight_decay of itself at each step.
+        betas: Decay rates of the first and second moment.
+        eps: Number that is added to the root of the second moment.
+        weight_decay: Decoupled weight decay: each step subtracts lr * weight_decay times the parameter.
 
     Raises:
         InputError: If an argument is negative or a beta is not below 1.
@@ -43,21 +43,21 @@ class RowAdamW(Optimizer):
                 f"RowAdamW: lr {lr}, betas {betas}, eps {eps} and weight_decay {weight_decay} must not be negative, "
                 f"and the betas must be below 1"
             )
-        # With "capturable", load_state_dict leaves "step" in float32 and takes it to the parameter's device.
+        # With "capturable", load_state_dict keeps "step" in float32 and moves it to the parameter's device.
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "capturable": True}
         super().__init__(params, settings)
 
     @torch.no_grad()
     def restart(self, parameter: Tensor, rows: Tensor, hold: int = 0) -> None:
-        """Set moments and counters of some rows to zero, and leave these rows as they are for the next ``hold`` steps.
+        """Set moments and counters of some rows to zero, and do not change these rows for the next ``hold`` steps.
 
-        While a row is held its counter goes on, as in SwitchLoRA's reference implementation: its first steps
-        afterwards are shorter than those of a new row.
+        The counter of a held row advances, as in SwitchLoRA's reference implementation. Its first steps afterwards are
+        therefore shorter than those of a new row.
 
         Args:
-            parameter: One of the parameters.
-            rows: Which rows, int64, on the parameter's device.
-            hold: Steps.
+            parameter: One of the parameters (rows x …).
+            rows: Indices of the rows, int64, on the parameter's device.
+            hold: Number of steps.
         """
         for value in self._state(parameter).values():
             value[rows] = 0
@@ -90,6 +90,7 @@ class RowAdamW(Optimizer):
         beta1, beta2 = group["betas"]
         states = [self._state(parameter) for parameter in parameters]
         steps, held, first, second = ([state[k] for state in states] for k in ("step", "held", "exp_avg", "exp_avg_sq"))
+        # 0 for a held row and 1 for another: held rows get a gradient of 0 and no weight decay.
         moving = [(h == 0).to(p.dtype) for h, p in zip(held, parameters, strict=True)]
         grads = [gradient_of(parameter) * m for parameter, m in zip(parameters, moving, strict=True)]
         foreach.add_(steps, 1)
@@ -103,6 +104,6 @@ class RowAdamW(Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"] * m)
         roots = foreach.sqrt(second)
         for parameter, step, m, root in zip(parameters, steps, first, roots, strict=True):
-            # A held row has moments of zero and moves by nothing.
+            # A held row has moments of 0, so that its update is 0.
             root = root.div((1 - beta2**step).sqrt()).add_(group["eps"])
             parameter.addcdiv_(m / (1 - beta1**step), root, value=-group["lr"])

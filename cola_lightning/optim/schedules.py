@@ -1,7 +1,7 @@
-"""Learning rate as a function of the step.
+"""Learning-rate schedules.
 
-A schedule is anything that makes an ``LRScheduler`` from an optimizer: a class of torch, one of these, one of your own.
-It is stepped once after each optimizer step. Some need the length of the run; it is bound by the argument's name.
+A schedule is any callable that makes an ``LRScheduler`` of an optimizer: a class of torch, of this file, or your own.
+It is stepped once after each optimizer step. If it has an argument of a name in ``LENGTHS``, it gets the run's length.
 """
 
 import inspect
@@ -23,17 +23,17 @@ from torch.optim.lr_scheduler import (
 from cola_lightning.errors import InputError
 
 MakeSchedule = Callable[[Optimizer], LRScheduler]
-"""``f(optimizer)`` makes the schedule. Where it has one of the arguments below, that is the length of the run."""
+"""``f(optimizer)`` makes the schedule. It may have one of the arguments below."""
 LENGTHS = ("total_steps", "T_max", "total_iters")
-"""Names of arguments that mean the number of steps after which a schedule has reached its end. One that is not given,
-or is None, is the number of optimizer steps of the run."""
+"""Names of arguments that mean the number of steps until a schedule's end. If such an argument is not given or is None,
+it becomes the number of optimizer steps of the run."""
 
 
 def make_schedule(make: MakeSchedule, optimizer: Optimizer, total_steps: int) -> LRScheduler:
     """Make the schedule of a run of ``total_steps`` optimizer steps.
 
     Raises:
-        InputError: If the schedule refuses its arguments, or ends before the run does and cannot be stepped on.
+        InputError: If the schedule refuses its arguments, or ends before the run and cannot be stepped further.
     """
     target, given = _unwrap(make)
     name = getattr(target, "__name__", type(target).__name__)
@@ -47,16 +47,16 @@ def make_schedule(make: MakeSchedule, optimizer: Optimizer, total_steps: int) ->
     if isinstance(schedule, OneCycleLR) and schedule.total_steps < total_steps:
         raise InputError(
             f"--model.schedule {name} ends after {schedule.total_steps} steps, but the run has {total_steps}; leave "
-            "its length away, or lower --trainer.max_steps"
+            "its length out, or lower --trainer.max_steps"
         )
     return schedule
 
 
 def open_lengths(target: Any, given: dict[str, Any]) -> list[str]:
-    """Names of the arguments of ``target`` that mean the run's length and have no value in ``given``."""
+    """List the arguments of ``target`` that mean the run's length and have no value in ``given``."""
     given = {name: value for name, value in given.items() if value is not None}
     if {"epochs", "steps_per_epoch"} <= given.keys():
-        return []  # OneCycleLR's other way of saying its length
+        return []  # OneCycleLR computes its length from these
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):  # written in C
@@ -65,7 +65,7 @@ def open_lengths(target: Any, given: dict[str, Any]) -> list[str]:
 
 
 def check_schedule(make: MakeSchedule) -> None:
-    """Refuse classes of torch that are no function of the step alone.
+    """Refuse schedules of torch that do not depend on the step alone.
 
     Raises:
         InputError: If ``make`` is one of them.
@@ -86,8 +86,11 @@ def check_schedule(make: MakeSchedule) -> None:
 
 
 def _unwrap(make: Any) -> tuple[Any, dict[str, Any]]:
-    """What is called in the end, and the arguments that are bound by name. The command line hands over
-    ``partial(instantiate, WarmupCosine, warmup_steps=10)``."""
+    """Return the callable within partials, and the arguments that they bind by name.
+
+    The command line makes ``partial(instantiate, WarmupCosine, warmup_steps=10)``, which gives ``WarmupCosine`` and
+    ``{"warmup_steps": 10}``.
+    """
     given: dict[str, Any] = {}
     while isinstance(make, partial):
         given = {**make.keywords, **given}
@@ -97,10 +100,10 @@ def _unwrap(make: Any) -> tuple[Any, dict[str, Any]]:
 
 
 class WarmupCosine(LambdaLR):
-    """Linear warm-up from 0, then half a cosine down to ``min_ratio`` of the peak, which holds from ``total_steps`` on.
+    """Warm up linearly from 0, then follow half a cosine down to ``min_ratio`` of the peak at ``total_steps``.
 
-    The benchmark's schedule (GaLore, CoLA), but for its wrap-around: the reference counts its position modulo the cycle
-    and returns to the start of the warm-up at the last step.
+    The rate stays there afterwards. This is the schedule of the published scripts (GaLore, CoLA), with one difference:
+    they count the step modulo the cycle, so that their last step returns to the start of the warmup.
 
     Args:
         optimizer: Its groups' learning rates are the peaks.
@@ -120,17 +123,17 @@ class WarmupCosine(LambdaLR):
 
 
 class WarmupCosineRestarts(LambdaLR):
-    """:class:`WarmupCosine` that goes back to 0 at every multiple of ``cycle_steps``, and within
-    ``restart_warmup_steps`` rises linearly to where it would then be: ReLoRA's schedule (arXiv 2307.05695), and what
-    SST needs too.
+    """:class:`WarmupCosine` that restarts at 0 at every multiple of ``cycle_steps``.
 
-    The reference implementation asks for a run of whole cycles; here the last one may be cut short.
+    After a restart the rate rises linearly, within ``restart_warmup_steps``, to the value that :class:`WarmupCosine`
+    has by then. It is the schedule of ReLoRA (arXiv 2307.05695); SST needs it too. The reference implementation
+    requires a run of whole cycles. Here the last one may be shorter.
 
     Args:
         optimizer: Its groups' learning rates are the peaks.
         total_steps: Optimizer steps of the whole run; the trainer's ``max_steps``.
         cycle_steps: Optimizer steps from one restart to the next.
-        warmup_steps: Steps of the first rise; ReLoRA's is no longer than a cycle. One that is longer has restarts too.
+        warmup_steps: Steps of the first rise. If it is longer than a cycle, the restarts interrupt it; ReLoRA's is not.
         restart_warmup_steps: Steps of the rise after a restart, fewer than ``cycle_steps``.
         min_ratio: Last learning rate as a share of the peak, between 0 and 1.
 
@@ -160,9 +163,10 @@ class WarmupCosineRestarts(LambdaLR):
         self.cycle_steps = cycle_steps
 
         def ratio(step: int) -> float:
-            since = step % cycle_steps
+            since = step % cycle_steps  # steps after the last restart
             if step < cycle_steps or since >= restart_warmup_steps:
                 return _ratio(step, total_steps, warmup_steps, min_ratio)
+            # Example: cycles of 1000 with 100 steps of rise. At step 2030 the rate is 30 / 100 of that at step 2100.
             end = step - since + restart_warmup_steps
             return since / restart_warmup_steps * _ratio(end, total_steps, warmup_steps, min_ratio)
 
@@ -183,11 +187,11 @@ class WarmupStableDecay(LambdaLR):
         total_steps: Optimizer steps of the whole run; the trainer's ``max_steps``.
         warmup_steps: Steps of the linear rise.
         decay_share: Share of ``total_steps`` in which the rate decays, between 0 (never) and 1.
-        shape: Of the decay: ``linear``, or ``1-sqrt``, which falls faster at first.
+        shape: Shape of the decay: ``linear``, or ``1-sqrt``, which falls faster at first.
         min_ratio: Last learning rate as a share of the peak, between 0 and 1.
 
     Raises:
-        InputError: If a value is out of range, or the warm-up does not end before the decay begins.
+        InputError: If a value is out of range, or the warmup does not end before the decay begins.
     """
 
     def __init__(
@@ -239,7 +243,7 @@ def _check(warmup_steps: int, min_ratio: float) -> None:
 
 
 def _ratio(step: int, total_steps: int, warmup_steps: int, min_ratio: float) -> float:
-    """The learning rate of :class:`WarmupCosine` as a share of the peak."""
+    """Return the learning rate of :class:`WarmupCosine` at a step, as a share of the peak."""
     if step < warmup_steps:
         return step / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))

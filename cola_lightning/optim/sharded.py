@@ -159,7 +159,7 @@ def _rows(count: int, ranks: int, rank: int) -> slice:
 
 
 def _local(x: Tensor) -> Tensor:
-    """This rank's part of a DTensor."""
+    """Return this rank's part of a DTensor."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 

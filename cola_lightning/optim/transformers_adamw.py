@@ -19,12 +19,12 @@ def advance_moments(state: dict[str, Any], grad: Tensor, group: dict[str, Any]) 
     much larger than eps.
 
     Args:
-        state: Of one parameter, with ``step``; the moments are added at the first step.
-        grad: Gradient, or its image; any shape.
-        group: Has ``lr``, ``betas`` and ``eps``.
+        state: State of one parameter, with ``step``. The moments are added at the first step.
+        grad: Gradient, or its projection, of any shape.
+        group: Options of the parameter's group: ``lr``, ``betas`` and ``eps``.
 
     Returns:
-        N, of the gradient's shape, and the step size.
+        N, in the gradient's shape, and the step size.
     """
     if "exp_avg" not in state:
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
@@ -50,7 +50,7 @@ class StepEachParameter(Optimizer):
         raise NotImplementedError
 
     def before_step(self) -> None:
-        """Do what concerns several parameters, before any of them is updated."""
+        """Prepare a step, before any parameter is updated."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -70,14 +70,14 @@ class TransformersAdamW(StepEachParameter):
     """AdamW with eps added before the bias correction, and weight decay after the update.
 
     The authors' optimizers of GaLore, Fira and APOLLO use it for the parameters that they do not project: embedding,
-    head and norms. transformers 5 has it no longer.
+    head and norms. transformers 5 no longer has it.
 
     Args:
         params: Parameters of any shape.
         lr: Learning rate.
-        betas: Decay of the two moments.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled.
+        betas: Decay rates of the two moments.
+        eps: Number that is added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
     """
 
     def __init__(

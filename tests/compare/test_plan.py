@@ -125,7 +125,7 @@ def test_several_budgets_need_a_schedule_with_a_constant_part():
         InputError, match=r"a has the schedule cola_lightning\.optim\.WarmupCosine, but several budgets"
     ):
         make({"a": cosine}, budgets=[25600, 51200]).trunk_steps("a", 25600)
-    with pytest.raises(InputError, match="the decay of a at 2,560 tokens begins after 8 steps, within the warm-up"):
+    with pytest.raises(InputError, match="the decay of a at 2,560 tokens begins after 8 steps, within the warmup"):
         make(budgets=[2560, 51200]).trunk_steps("a", 2560)
 
 
