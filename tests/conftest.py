@@ -48,7 +48,7 @@ def loader(batches: list) -> DataLoader:
 
 
 def tiny_trainer(*callbacks, steps: int, vocab_size: int = 50, **trainer) -> tuple:
-    """A trainer on the CPU, a module and six batches (3, 8), some of whose labels are ignored."""
+    """Make a trainer on the CPU, a module and six batches (3, 8) with some labels that are ignored."""
     torch.manual_seed(0)
     model = LanguageModel(vocab_size, 16, 24, 1, 2, projection=partial(CoLA, rank=4))
     batches = []
@@ -72,10 +72,9 @@ def tiny_trainer(*callbacks, steps: int, vocab_size: int = 50, **trainer) -> tup
 def _nothing_stays_behind():
     """Fail a test that leaves a process group, a thread or a process behind, after ending it.
 
-    A process group in this process would make the next run believe that it is one of several. Threads that end with
-    the process (daemons) may stay, and so may what pytest's and multiprocessing's own servers are. Remove the variables
-    by which a launcher tells a process its rank: with LOCAL_RANK left there by Lightning, the next run would wait for
-    other ranks.
+    With a process group in this process, the next run would take itself for one of several ranks. Threads that end with
+    the process (daemons) may stay, and so may the servers of pytest and multiprocessing. Environment variables of the
+    test are removed: with Lightning's LOCAL_RANK, the next run would wait for other ranks.
     """
     variables, threads, children = dict(os.environ), set(threading.enumerate()), child_processes()
     yield
@@ -91,7 +90,7 @@ def _nothing_stays_behind():
 
 
 def _ends(thread: threading.Thread) -> bool:
-    """Wait a little for a thread that nobody refers to any more, or that works for a pool of its library."""
+    """Wait a little for a thread to end. Threads of a library's pool may stay."""
     if thread.name.startswith(("asyncio_", "ThreadPoolExecutor", "QueueFeederThread")):
         return True
     thread.join(5)
@@ -115,7 +114,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Forty little documents of the same few words."""
+    """Make forty short documents of the same few words."""
     words = [
         "the",
         "of",
@@ -140,7 +139,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def corpus(texts, tmp_path_factory) -> Path:
-    """A folder with one .txt file per document."""
+    """Write each document into a .txt file, and return their folder."""
     folder = tmp_path_factory.mktemp("corpus")
     for index, text in enumerate(texts):
         (folder / f"{index:02}.txt").write_text(text, encoding="utf-8")
@@ -149,7 +148,7 @@ def corpus(texts, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(corpus, tmp_path_factory) -> list[str]:
-    """Flags of a training run that takes a second, but for its directory."""
+    """Return the flags of a training run that takes a second, without its directory."""
     cache = tmp_path_factory.mktemp("cache")
     flags = {
         "trainer.accelerator": "cpu",
@@ -180,7 +179,7 @@ def tiny_run(corpus, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def trained_run(tiny_run, tmp_path_factory) -> Path:
-    """The directory of such a run when it is over."""
+    """Train such a run, and return its directory."""
     folder = tmp_path_factory.mktemp("runs") / "trained"
     main(["fit", *tiny_run, f"--run_dir={folder}"])
     return folder

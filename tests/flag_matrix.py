@@ -2,7 +2,7 @@
 
 ``python -m tests.flag_matrix`` runs ``fit`` for 4 steps once per case, each in a process of its own. It prints whether
 the case works, is refused in one line, ends in a traceback, or hangs. ``python -m tests.flag_matrix WORD`` runs the
-cases whose name holds the word. ``tests/test_flag_matrix.py`` runs a sample.
+cases with the word in their name. ``tests/test_flag_matrix.py`` runs a sample.
 """
 
 import inspect
@@ -119,7 +119,7 @@ def all_cases() -> dict[str, list[str]]:
 
 
 def base_flags(folder: Path) -> list[str]:
-    """Flags of a run of 4 steps of a tiny network on text of its own."""
+    """Write a text, and return the flags of a run of 4 steps of a tiny network on it."""
     text = folder / "text.jsonl"
     text.write_text("".join(f'{{"text": "number {n} and the one after it, {n + 1}, and so on"}}\n' for n in range(300)))
     sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -134,7 +134,7 @@ def base_flags(folder: Path) -> list[str]:
 
 
 def _case(flags: list[str], folder: Path) -> None:
-    """Run in a process of its own, whose output goes to a file."""
+    """Run a case in this process, with its output in a file."""
     output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1), os.dup2(output, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))  # not pytest's

@@ -1,4 +1,4 @@
-"""Start the ranks of a run as real processes, quickly: a server imports everything once and forks for each.
+"""Start the ranks of a run as real processes. A server imports everything once, and forks a process for each rank.
 
 What needs a fresh interpreter (a command line, an import) uses subprocess.
 """
@@ -24,16 +24,16 @@ _RUNS: list["Run"] = []
 
 
 def preload(*modules: str) -> None:
-    """Have the server import these too. It has to be called before the first run."""
+    """Let the server import these modules, too. Call it before the first run."""
     _SERVER.set_forkserver_preload([*_PRELOADED, *modules])
 
 
 allowed = True
-"""Whether the test that runs now may start ranks: whether it is marked ``distributed`` or ``slow``."""
+"""Whether the present test may start ranks, because it is marked ``distributed`` or ``slow``."""
 
 
 def end_all() -> list[str]:
-    """End what a failed test has left, and name it."""
+    """End the ranks that a failed test has left, and name them."""
     left = []
     while _RUNS:
         run = _RUNS.pop()
@@ -42,12 +42,12 @@ def end_all() -> list[str]:
     return left
 
 
-# After multiprocessing.util registered, so called before that waits for every child: nobody would end them.
+# Registered after multiprocessing.util and therefore called before it, which would wait for these children.
 atexit.register(end_all)
 
 
 def child_processes() -> set[int]:
-    """The children of this process, but for multiprocessing's servers; empty where there is no /proc."""
+    """List the children of this process without multiprocessing's servers; empty without /proc."""
     servers = {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
     children: set[int] = set()
     for tasks in Path("/proc/self/task").glob("*/children"):
@@ -57,7 +57,7 @@ def child_processes() -> set[int]:
 
 
 class Run:
-    """``target(*arguments)`` on so many ranks, in processes of their own, with what torchrun would tell them."""
+    """Run ``target(*arguments)`` on several ranks, each a process with the environment that torchrun gives."""
 
     def __init__(self, target: Callable, *arguments: Any, ranks: int, folder: Path, **environment: str) -> None:
         assert allowed, "a test that starts ranks is marked: @pytest.mark.distributed"
@@ -80,7 +80,7 @@ class Run:
             process.start()
 
     def wait(self, timeout: float = 240) -> list[int]:
-        """Exit statuses, as a shell would have them negated for signals."""
+        """Wait for the ranks to end, and return their exit statuses; the negative number for a signal."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -90,7 +90,7 @@ class Run:
         return [process.exitcode for process in self.processes]
 
     def done(self) -> None:
-        """Wait for a good end."""
+        """Wait for the ranks, and check that none failed."""
         assert self.wait() == [0] * len(self.processes), self.output()
 
     def kill(self, number: int) -> None:
@@ -110,7 +110,7 @@ def _rank(target: Callable, arguments: tuple, environment: dict[str, str], log: 
     for name in [name for name in os.environ if name.startswith(("PYTEST", "SLURM"))]:
         del os.environ[name]
     os.environ.update(environment)
-    # A process of the server would have it start the workers of its data too. A real run forks them.
+    # By default the server would start the workers of the data, too. A real run forks them.
     multiprocessing.set_start_method("fork", force=True)
     with log.open("a") as stream:
         os.dup2(stream.fileno(), 1)

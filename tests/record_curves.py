@@ -39,12 +39,12 @@ TINY = {
     "max_steps": STEPS, "warmup_steps": 3, "cycle_steps": 4, "restart_warmup_steps": 1, "update_proj_gap": 5,
     "anchor_every": 2, "interval": 4, "hold_steps": 2,
 }  # fmt: skip
-"""Values that settings of these names take, at any depth of a config: a tiny network, and every schedule at work."""
+"""Values of settings, by name and at any depth of a config: a tiny network, with every schedule in use."""
 RANK = 8
-"""Largest rank of a tiny network."""
+"""Largest rank of the tiny network."""
 
 OVER_COLA = ("cola_m", "lax")
-"""Methods that go over a config of CoLA; the others go over one of full rank."""
+"""Methods that are overlays of a CoLA config. The others are overlays of one of full rank."""
 METHODS = sorted(file.stem for file in (REPOSITORY / "configs" / "method").glob("*.yaml"))
 COLA_M = {
     "none": [],
@@ -57,16 +57,16 @@ COLA_M = {
 }
 STRATEGIES = ("auto", "ddp", "fsdp2", "deepspeed_1", "deepspeed_2", "deepspeed_3")
 OF_A_STRATEGY = ["none", "residual_and_latents", "latents", "lora", "sltrain", "lax", "fast"]
-"""What ``parity_run`` trains under each strategy: ways of CoLA-M, methods, and the fast paths."""
+"""Cases that ``parity_run`` trains under each strategy: settings of CoLA-M, methods, and the fast paths."""
 INEXACT = ("method/muon", "strategy/deepspeed")
-"""Curves that no precision makes comparable between machines."""
+"""Curves that are not comparable between machines in any precision."""
 COMPARABLE = {"method/sst@64-true": 16}
-"""Steps that are comparable between machines where that is not all of them: after step 16 SST decomposes matrices whose
-smallest singular values are 0, and any vectors go with these."""
+"""Number of steps that are comparable between machines, if not all. After step 16 SST decomposes matrices with singular
+values of 0, which have no definite singular vectors."""
 
 
 class TinyCLI(CLI):
-    """A config's own callbacks, projection, optimizer and schedule, with :data:`TINY` sizes."""
+    """Command line that keeps a config's callbacks, projection, optimizer and schedule, with :data:`TINY` sizes."""
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         super().parse_arguments(parser, args)
@@ -74,7 +74,7 @@ class TinyCLI(CLI):
 
 
 def shrink(settings: Any) -> None:
-    """Replace every value whose name is in :data:`TINY`, and ranks, wherever they stand."""
+    """Replace the values of :data:`TINY`, and ranks, at any depth."""
     if isinstance(settings, list):
         for each in settings:
             shrink(each)
@@ -89,7 +89,7 @@ def shrink(settings: Any) -> None:
 
 
 def flags_of(name: str) -> list[str]:
-    """The command line of a curve that one process makes."""
+    """Return the flags of a curve that one process makes."""
     kind, _, what = name.partition("/")
     if kind == "base":
         configs, options = ["llama_60m.yaml"], []
@@ -107,7 +107,7 @@ ALONE = ["base/llama", "fast/cola", *(f"method/{name}" for name in METHODS), *(f
 
 
 def record_alone(name: str, precision: str) -> dict[str, list[str]]:
-    """Train on one device, with two micro-batches of four rows in a step."""
+    """Train on one device with two micro-batches of four rows per step."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         flags = {
@@ -125,7 +125,7 @@ def record_alone(name: str, precision: str) -> dict[str, list[str]]:
 
 
 def record_strategies(strategies: Iterable[str]) -> Iterator[tuple[str, dict[str, list[str]]]]:
-    """Train on two real processes under each strategy, on one under ``auto``."""
+    """Train on two real processes under each strategy, and on one under ``auto``."""
     for strategy in strategies:
         with tempfile.TemporaryDirectory() as folder:
             ranks, micro_batch = (1, 8) if strategy == "auto" else (2, 2)
@@ -142,7 +142,7 @@ def in_hex(losses: list[float], norms: list[float]) -> dict[str, list[str]]:
 
 
 def difference(curve: dict[str, list[str]], expected: dict[str, list[str]]) -> float:
-    """The largest relative difference in the steps that ``expected`` has; NaN where a number is NaN."""
+    """Return the largest relative difference in the steps that ``expected`` has; NaN if a number is NaN."""
     distances = [
         abs(float.fromhex(value) - float.fromhex(right)) / abs(float.fromhex(right))
         for part in ("loss", "gradient_norm")
@@ -157,7 +157,7 @@ def is_portable(name: str) -> bool:
 
 
 def portable(curves: dict[str, dict[str, list[str]]]) -> dict[str, dict[str, list[str]]]:
-    """What of these curves can be compared between machines."""
+    """Select the curves, and their steps, that can be compared between machines."""
     return {
         name: {part: values[: COMPARABLE.get(name, STEPS)] for part, values in curve.items()}
         for name, curve in curves.items()
@@ -166,7 +166,7 @@ def portable(curves: dict[str, dict[str, list[str]]]) -> dict[str, dict[str, lis
 
 
 def record(precisions: Iterable[str]) -> dict[str, dict[str, list[str]]]:
-    """All curves by name, each ``CASE@PRECISION``."""
+    """Record all curves. Their names are ``CASE@PRECISION``."""
     curves = {}
     for precision in precisions:
         for name in ALONE:
@@ -181,7 +181,7 @@ def record(precisions: Iterable[str]) -> dict[str, dict[str, list[str]]]:
 
 
 def processor() -> str:
-    """What decides how this machine rounds."""
+    """Describe what decides how this machine rounds: processor and torch."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     told = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in lines if ":" in line}
@@ -190,7 +190,7 @@ def processor() -> str:
 
 
 def write(path: Path, curves: dict[str, dict[str, list[str]]]) -> None:
-    """One line for a list of numbers."""
+    """Write curves as JSON, each list of numbers on one line."""
     head = f'{{\n"processor": {json.dumps(processor())},\n"curves": {{\n'
     lines = (
         f"{json.dumps(name)}: {{\n" + ",\n".join(f'  "{part}": {json.dumps(values)}' for part, values in curve.items())

@@ -1,4 +1,4 @@
-"""Record values of a run for its test: the tests' one recording callback."""
+"""Record values of a run for its test."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,12 +29,12 @@ class Recorder(L.Callback):
         setattr(self, hook, record)
 
     def by_step(self, name: str) -> dict[int, Any]:
-        """The last value at each number of optimizer steps."""
+        """Return the last value at each number of optimizer steps."""
         return dict(zip(self.steps, self.values[name], strict=True))
 
 
 class Curve(L.Callback):
-    """Keep the loss and the gradient norm of every step of this run, which are logged when the step has ended."""
+    """Keep the loss and the gradient norm of every step of this run. They are logged when the step has ended."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -58,10 +58,10 @@ class Curve(L.Callback):
 
 
 def loss(trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> float:
-    """The loss of a micro-batch."""
+    """Return the loss of a micro-batch."""
     return outputs["loss"].item()
 
 
 def metrics(trainer: L.Trainer, *_: Any) -> dict[str, float]:
-    """All metrics logged by now."""
+    """Return all metrics that are logged by now."""
     return {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -1,5 +1,7 @@
-"""The processes of ``tests.signal_run``: each writes down which phase of its run it is in, so that a signal can be sent
-in any of them, and what two checkpoints hold can be compared bit for bit."""
+"""Run the processes of ``tests.signal_run``, and compare checkpoints bit for bit.
+
+Each process writes down the phase of its run, so that a signal can be sent in any phase.
+"""
 
 import os
 import signal
@@ -23,7 +25,7 @@ PHASES = ("start", "restore", "train", "save", "validation", "end")
 
 
 class ZeRO2(DeepSpeedOnCPU):
-    """ZeRO-2, which Lightning admits on GPUs only."""
+    """ZeRO-2 on the CPU. Lightning allows it on GPUs only."""
 
     def __init__(self, stage: int = 2) -> None:
         super().__init__(stage=stage, process_group_backend="gloo", logging_batch_size_per_gpu=2, pin_memory=False)
@@ -34,7 +36,7 @@ def fit(flags: list[str], folder: Path | None = None) -> None:
 
     The process begins a session, so that whatever it starts can be found.
     """
-    for number in signals.STOP:  # a harness in the background of a shell is started with SIGINT ignored
+    for number in signals.STOP:  # a shell starts a background job with SIGINT ignored
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signals.LISTENER.listen()
     os.setsid()
@@ -55,7 +57,7 @@ def _trace_phases(folder: Path) -> None:
 
 
 class Trace:
-    """A file with a line for each change of phase: the system's clock and the phase's name."""
+    """File with a line for each change of phase: the monotonic clock and the phase's name."""
 
     def __init__(self, path: Path) -> None:
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -66,7 +68,7 @@ class Trace:
         os.write(self.file, f"{time.monotonic()} {phase}\n".encode())
 
     def around(self, owner: type, name: str, before: str = "", after: str | None = "") -> None:
-        """Note a phase before and one after a method; None for the phase that there was before, "" for no change."""
+        """Note a phase before a method and one after it; "" notes none, and None the phase from before the method."""
         inner: Callable = getattr(owner, name)
 
         @wraps(inner)
@@ -83,7 +85,7 @@ class Trace:
 
 
 def phases(path: Path) -> list[tuple[float, str]]:
-    """What a process has written down so far."""
+    """Read the phases that a process has written down so far."""
     if not path.exists():
         return []
     lines = [line.split() for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -91,7 +93,7 @@ def phases(path: Path) -> list[tuple[float, str]]:
 
 
 def members(sessions: list[int]) -> dict[int, str]:
-    """The processes, by number, that belong to these sessions and have not ended."""
+    """Return the names of the processes, by number, that belong to these sessions and have not ended."""
     found = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -106,7 +108,7 @@ def members(sessions: list[int]) -> dict[int, str]:
 
 
 def everything(path: Path) -> dict[str, Any]:
-    """All that a checkpoint holds and that decides how the run goes on."""
+    """Read everything in a checkpoint that decides how the run continues."""
     if path.is_file():
         return torch.load(path, weights_only=True)
     if (path / ".metadata").is_file():
@@ -122,7 +124,7 @@ def everything(path: Path) -> dict[str, Any]:
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[tuple[str, str]]:
-    """What is not the same, bit for bit."""
+    """List the values that differ in any bit, each with its place."""
     if isinstance(one, torch.Tensor):
         same = isinstance(other, torch.Tensor) and torch.equal(one, other)
         return [] if same else [(where, "tensors")]

@@ -1,11 +1,10 @@
-"""Signals at random moments, as long as one likes: ``python -m tests.signal_run --seconds 600 --seed 1``.
+"""Send signals at random moments for any length of time: ``python -m tests.signal_run --seconds 600 --seed 1``.
 
-Each trial starts a real run, which goes on from its last checkpoint, and sends a signal of one of five kinds to one of
-its processes or to all, at a random moment of one phase: start-up from the first millisecond on, restoring (in a new
-run the sanity validation), training, saving, validation, the end. All set-ups, phases and signals come equally often.
-However that ends, no process may be left after a minute, each exit status must be one that recipes/cluster lists for
-what happened, and a run that is complete at last must have what an unbroken one has, bit for bit: weights, optimizer,
-schedule, data.
+Each trial starts a real run, which resumes from its last checkpoint, and sends a signal of one of five kinds to one of
+its processes or to all. The moment is random within one phase: start-up from the first millisecond on, restoring (in a
+new run the sanity validation), training, saving, validation, the end. All set-ups, phases and signals are equally
+frequent. After a minute no process may be left, and each exit status must be one that recipes/cluster lists for this
+case. A run that is complete must equal an uninterrupted one bit for bit: weights, optimizer, schedule, data.
 """
 
 import argparse
@@ -31,10 +30,10 @@ from tests.signal_phases import PHASES, differences, everything, fit, members, p
 KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGKILL)
 LENGTH, SAVE_EVERY, VALIDATE_EVERY = 36, 12, 18
 SECONDS_LEFT = 60.0
-"""How long after a signal a process may be left."""
+"""Seconds after a signal within which all processes must have ended."""
 SECONDS_OF_LAUNCHER = {"start": 2.0, "restore": 2.0}
-"""How long after one process failed the others are ended, as a launcher does: at once while they cannot know of it, and
-else ``SECONDS_TO_HEAR``, because they should hear of it themselves."""
+"""Seconds from the failure of one process until the others are ended, as a launcher does: few while they cannot notice
+it, else ``SECONDS_TO_HEAR``, because they should end by themselves."""
 SECONDS_TO_HEAR = 15.0
 
 SETUPS: dict[str, tuple[int, list[str]]] = {
@@ -56,19 +55,19 @@ SETUPS: dict[str, tuple[int, list[str]]] = {
 
 @dataclass
 class Trial:
-    """A signal and what came of it."""
+    """A signal and its outcome."""
 
     setup: str
     signal: str
     targets: list[int]
     phase: str
-    """Of the first target when the signal was sent."""
+    """Phase of the first target when the signal was sent."""
     delay: float
     """Seconds since that phase began."""
     statuses: list[int]
-    """As a shell reports them."""
+    """Exit statuses as a shell reports them."""
     seconds: float
-    """From the signal to the end of the last process."""
+    """Seconds from the signal to the end of the last process."""
     launcher: bool
     """Whether the others had to be ended, as a launcher does."""
     complete: bool
@@ -76,7 +75,7 @@ class Trial:
 
 
 class Attack:
-    """Sends signals to runs in a folder.
+    """Send signals to runs in a folder.
 
     Args:
         flags: Of a run of few steps, without its directory, devices and length.
@@ -90,13 +89,13 @@ class Attack:
         self.seed = seed
         self.documented = documented_statuses()
         self.usual: dict[str, dict[str, float]] = {}
-        """Longest seconds of each phase of an unbroken run."""
+        """Seconds of each phase of an uninterrupted run, the longest."""
         self.names = {setup: (f"run{number}" for number in itertools.count()) for setup in SETUPS}
         self.current: dict[str, str] = {}
         self.compared: Counter[str] = Counter()
 
     def run(self, seconds: float, setups: list[str], signals: int = 10**9) -> list[Trial]:
-        """Send so many signals, but no longer than so many seconds; then finish what was begun."""
+        """Send this many signals, for at most this many seconds. Then finish the runs that were begun."""
         deadline = time.monotonic() + seconds
         trials: list[Trial] = []
         for setup, phase, number in itertools.islice(self._plan(setups), 10 * min(signals, 10**6)):
@@ -119,7 +118,7 @@ class Attack:
         return trials
 
     def _plan(self, setups: list[str]) -> Iterator[tuple[str, str, signal.Signals]]:
-        """Every signal in every phase of every set-up, again and again in another order."""
+        """Yield every signal in every phase of every set-up, again and again in another order."""
         while True:
             rounds = {setup: list(itertools.product(PHASES, KINDS)) for setup in setups}
             for each in rounds.values():
@@ -153,7 +152,7 @@ class Attack:
         self.usual[setup] = usual
 
     def trial(self, setup: str, phase: str, number: signal.Signals) -> Trial | None:
-        """Start the run and send it one signal; None if it ended before that could be done."""
+        """Start the run and send it one signal. Return None if the run ended before."""
         ranks = SETUPS[setup][0]
         if setup not in self.current:
             self.current[setup] = next(self.names[setup])
@@ -202,8 +201,11 @@ class Attack:
         return trial if alive or trial.faults else None
 
     def _wait(self, run: Run, sent: float, patience: float) -> bool:
-        """Wait until no process is left, at most a minute. As a launcher does, end the others where one has failed;
-        whether that was done."""
+        """Wait until no process is left, at most a minute. If one has failed, end the others, as a launcher does.
+
+        Returns:
+            Whether processes were ended.
+        """
         failed, launched = None, False
         sessions = [process.pid for process in run.processes]
         while time.monotonic() < sent + SECONDS_LEFT:
@@ -219,7 +221,7 @@ class Attack:
         return launched
 
     def _compare(self, setup: str) -> list[str]:
-        """What differs from the unbroken run."""
+        """List what differs from the uninterrupted run."""
         one, other = (self._last(setup, name) for name in ("unbroken", self.current[setup]))
         if problem := find_corruption(other):
             return [f"{other} is damaged: {problem}"]
@@ -233,7 +235,7 @@ class Attack:
 
 
 def documented_statuses() -> set[int]:
-    """The exit statuses in recipes/cluster's table."""
+    """Read the exit statuses in the table of recipes/cluster."""
     text = (Path(__file__).parent.parent / "recipes" / "cluster" / "README.md").read_text(encoding="utf-8")
     _, _, table = text.partition("| exit status |")
     rows = itertools.takewhile(lambda line: line.startswith("|"), table.splitlines()[1:])
@@ -241,7 +243,7 @@ def documented_statuses() -> set[int]:
 
 
 def judge(trial: Trial, documented: Iterable[int]) -> list[str]:
-    """What is wrong with the exit statuses, by what recipes/cluster says."""
+    """List the exit statuses that contradict recipes/cluster."""
     number = 128 + signal.Signals[trial.signal]
     gone = any(trial.statuses) and len(trial.statuses) > 1  # so that another may fail, or be ended by its launcher
     faults = []
@@ -261,7 +263,7 @@ def judge(trial: Trial, documented: Iterable[int]) -> list[str]:
 
 
 def flags(folder: Path) -> list[str]:
-    """Of a run on a few words, from texts that are written to a folder."""
+    """Write texts to a folder, and return the flags of a run on them."""
     draw = random.Random(0)
     words = ("the", "of", "and", "nation", "people", "war", "peace", "year", "upon", "great", "law", "land", "sum")
     for index in range(40):

@@ -1,4 +1,4 @@
-"""The worked example of docs/adding_a_method.md, as it is written there."""
+"""Run the worked example of docs/adding_a_method.md as it is written there."""
 
 import importlib
 import re
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    """A folder with the files of the page; it is the working directory."""
+    """Write the files of the page into a folder, and make it the working directory."""
     page = (REPOSITORY / "docs" / "adding_a_method.md").read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL)
     (tmp_path / "gained.py").write_text("\n".join(text for kind, text in blocks if kind == "python"))
@@ -32,7 +32,7 @@ def test_it_trains_and_its_callback_acts(written, tiny_run):
     weights = read(written / "run" / "checkpoints" / "last.ckpt").weights
     gains = [tensor for name, tensor in weights.items() if name.endswith("gain")]
     assert len(gains) == 2 * 7
-    # Merged after step 2, so what is left is the change of one step.
+    # The factors were merged after step 2, so that they hold the change of one step.
     assert all(0 < (gain - 1).abs().max() < 0.02 for gain in gains)
 
 

@@ -1,4 +1,4 @@
-"""The SLURM recipe, run here under stand-ins for ``srun`` and ``scontrol``."""
+"""Run the SLURM recipe with replacements of ``srun`` and ``scontrol``."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from tests.training.test_preemption import slow, steps
 
 pytestmark = pytest.mark.distributed
 
-# Starts the tasks of one node as SLURM would, each with its number; the signal goes to the tasks, as SLURM's does.
+# Start the tasks of one node as SLURM does, each with its number. SLURM sends signals to the tasks.
 SRUN = """#!/bin/bash
 while [[ "$1" == -* ]]; do shift; done
 for task in $(seq 0 $((SLURM_NTASKS - 1))); do
@@ -50,7 +50,7 @@ def environment(tmp_path):
 
 
 def end_group(leader):
-    """A failed test leaves none of its tasks behind."""
+    """End the tasks that a failed test has left."""
     with suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
 

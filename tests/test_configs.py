@@ -1,4 +1,4 @@
-"""Every config, and every combination of them that the README or a recipe names."""
+"""Check every config, and every combination of configs that the README or a recipe names."""
 
 import re
 import shlex
@@ -31,7 +31,7 @@ PREPARATIONS = sorted((REPOSITORY / "configs" / "prepare").iterdir())
 USES = ("export", "generate", "evaluate", "factorize")  # need a model: tests/test_use.py runs them
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "recipes").rglob("*.md"))]
 
-# In millions: embeddings, head and norms at full size, seven projections a layer
+# Parameters in millions: embeddings, head and norms at full size, seven projections in each layer
 PARAMETERS = {
     "llama": {"60m": 58.1, "130m": 134.1, "350m": 368.0, "1b": 1339.1, "7b": 6738.4},
     "cola": {"60m": 42.8, "130m": 94.0, "350m": 185.2, "1b": 609.3, "7b": 2820.9},
@@ -39,7 +39,7 @@ PARAMETERS = {
 
 
 def named_commands() -> list[tuple[str, list[str]]]:
-    """The command lines of this package in the pages' code blocks, each as its command and flags."""
+    """List the command lines in the pages' code blocks, each as its command and flags."""
     commands = []
     for page in PAGES:
         for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
@@ -110,11 +110,11 @@ def test_every_preparation_parses(file, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["folder"]
 
 
-def test_no_file_is_left_out():
+def test_every_config_is_tested():
     assert {*RUN_FILES, *OVERLAYS, *PREPARATIONS} == set((REPOSITORY / "configs").rglob("*.yaml"))
 
 
-# What the reference's scripts and configurations say, by size: peak lr, steps, warm-up, rank, micro-batch, gate SiLU
+# Values of the reference's scripts, by size: peak lr, steps, warmup, rank, micro-batch, gate SiLU
 REFERENCE = {
     "60m": (0.006, 10_000, 2_000, 128, 256, True),
     "130m": (0.003, 20_000, 2_000, 256, 256, True),
@@ -167,7 +167,7 @@ def test_schedules_that_restart_keep_the_config_files_warmup(overlay, restart, s
 
 
 def test_the_methods_of_the_comparison_differ_in_what_they_are_about_alone():
-    """Projection, optimizer of the matrices, and nothing else: not clipping, decay, warm-up, precision, batch."""
+    """Methods may differ in projection and optimizer only, not in clipping, decay, warmup, precision or batch."""
     plan = yaml.safe_load((REPOSITORY / "recipes" / "compare_methods" / "plan.yaml").read_text())
     methods = {name: Method(**method) for name, method in plan["methods"].items()}
     names = ("configs", "flags", "matrix_rates", "other_rates", "seeds", "budgets", "weight_decay", "published")
@@ -189,7 +189,7 @@ BY_SIZE = sorted(file for file in (REPOSITORY / "configs" / "method").glob("*.ya
 
 
 def values_of(config, name):
-    """Every value of a key of that name, at any depth."""
+    """Yield the values of all keys of this name, at any depth."""
     if isinstance(config, list):
         return [value for part in config for value in values_of(part, name)]
     if not isinstance(config, dict):
@@ -199,7 +199,7 @@ def values_of(config, name):
 
 
 def test_overlays_whose_values_depend_on_the_size_have_a_table():
-    """All methods but those over a CoLA file, which brings its size, and Muon, whose values no script has."""
+    """Exceptions are overlays of a CoLA config, which has its size, and Muon, which no script of the authors covers."""
     assert {file.stem for file in OVERLAYS if file.parent.name == "method"} - {file.stem for file in BY_SIZE} == {
         "cola", "cola_m", "lax", "muon", "cr_net_recompute",
     }  # fmt: skip
@@ -207,7 +207,7 @@ def test_overlays_whose_values_depend_on_the_size_have_a_table():
 
 @pytest.mark.parametrize("file", BY_SIZE, ids=lambda file: file.stem)
 def test_a_table_by_size_begins_with_the_values_of_the_overlay(file):
-    """An overlay holds the values of 60M. Those of other sizes are in its comment, which must keep to it."""
+    """An overlay has the values of 60M. The table in its comment must agree with them."""
     rows = [
         [cell.strip() for cell in line.strip("# \n|").split("|")]
         for line in file.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Twenty steps give the losses and gradient norms that tests/assets/curves.json records."""
+"""Compare losses and gradient norms of twenty steps with tests/assets/curves.json."""
 
 import json
 

@@ -36,7 +36,7 @@ def test_a_password_in_the_address_of_data_is_not_printed(tmp_path):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         corpus = TextCorpus(Source("json", data_files=address), None, Retry(3, 0.001))
-        with pytest.raises(InputError, match="line 2 is not JSON") as error:
+        with pytest.raises(InputError, match="line at byte 14 is not JSON") as error:
             list(corpus.read(0))
     server.close()
     assert "***@127.0.0.1" in str(error.value)

@@ -1,4 +1,4 @@
-"""``pytest -n 0 -m "not slow and not distributed"`` has something of every package."""
+"""Check that ``pytest -n 0 -m "not slow and not distributed"`` has tests of every package."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +18,7 @@ def packages() -> set[str]:
 
 
 def names(code: CodeType) -> Iterator[str]:
-    """The names that a function and the functions within it refer to."""
+    """Yield the names that a function and the functions within it refer to."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -26,7 +26,7 @@ def names(code: CodeType) -> Iterator[str]:
 
 
 def modules_used(function: Callable, seen: set[int]) -> Iterator[str]:
-    """The modules of what a test refers to, also by way of other functions of the tests."""
+    """Yield the modules that a test refers to, also through other functions of the tests."""
     if id(function) in seen or not isinstance(function, FunctionType):
         return
     seen.add(id(function))

@@ -1,6 +1,8 @@
-"""What goes wrong at night, done to real processes under the real command line: memory that runs out, a disk that is
-full, a checkpoint that is damaged. No more is lost than the steps since the last checkpoint, and nothing of the result.
-Signals and ranks that are gone: ``test_preemption``; crashes while writing: ``callbacks/test_checkpoints``."""
+"""Cause faults in real processes of the real command line: no memory, a full disk, a damaged checkpoint.
+
+At most the steps since the last checkpoint are lost, and the result stays the same. Other tests cover signals and lost
+ranks (``training/test_preemption``) and crashes while writing (``callbacks/test_checkpoints``).
+"""
 
 import json
 import os
@@ -30,7 +32,7 @@ LENGTH = 12
 
 
 class Greedy(L.Callback):
-    """From the sixth step on this process may have 500 MB more than it has, and its rows would want 60 GB."""
+    """Limit memory from the sixth step on to 500 MB more than in use, with rows that need 60 GB."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 5:
@@ -42,7 +44,7 @@ class Greedy(L.Callback):
 
 
 class Filling(L.Callback):
-    """Fills a disk after the third step, to the last byte, and makes room again after the ninth."""
+    """Fill a disk after the third step to the last byte, and free it again after the ninth."""
 
     def __init__(self, disk: str) -> None:
         self.filler = Path(disk) / "filler"
@@ -58,12 +60,12 @@ class Filling(L.Callback):
         elif trainer.global_step == 9:
             self.filler.unlink()
         trainer.logger.experiment.add_text("long", "as a picture is " * 1000, trainer.global_step)
-        trainer.logger.experiment.flush()  # in two minutes it would be done anyway
+        trainer.logger.experiment.flush()  # TensorBoard does it every two minutes
 
 
 @pytest.fixture
 def start(tiny_run, tmp_path):
-    """Starts a run in a directory, which goes on from its last checkpoint, if there is one."""
+    """Return a function that starts a run in a directory, from its last checkpoint if there is one."""
 
     def started(folder: Path, *flags: str) -> Run:
         flags = (*tiny_run, f"--run_dir={folder}", "--ckpt_path=last", f"--trainer.max_steps={LENGTH}", *flags)
@@ -74,7 +76,7 @@ def start(tiny_run, tmp_path):
 
 @pytest.fixture
 def assert_nothing_lost(start, tmp_path):
-    """That a run has the weights of one that nothing happened to."""
+    """Return a function that checks that a run has the weights of one without faults."""
 
     def same(folder: Path) -> None:
         start(tmp_path / "unbroken").done()
@@ -126,7 +128,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(start, asse
 
 @pytest.fixture
 def disk(tmp_path):
-    """Makes a small disk, of so many bytes."""
+    """Return a function that makes a small disk with a number of bytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -142,7 +144,7 @@ def disk(tmp_path):
 
 
 def test_a_full_disk_is_reported_and_the_run_goes_on(start, assert_nothing_lost, tmp_path, disk):
-    """With all that a run writes on it, not the checkpoints alone; some events are lost, the later ones are not."""
+    """All files of the run are on the disk. Some events are lost, but not the later ones."""
     place = disk(3 * 2**20)
     folder = place / "run"
     run = start(folder, f"--trainer.callbacks+={__name__}.Filling", f"--trainer.callbacks.disk={place}")
@@ -161,7 +163,7 @@ def test_a_full_disk_is_reported_and_the_run_goes_on(start, assert_nothing_lost,
 
 @pytest.mark.parametrize("strategy", ["fsdp2_sharded", "deepspeed_2", "deepspeed_3"])
 def test_no_rank_waits_for_one_that_could_not_write_its_part(tmp_path, disk, strategy):
-    """There is room for the checkpoint of step 10 on the disk, and not for that of step 20 beside it."""
+    """The disk has room for the checkpoint of step 10, but not for that of step 20 beside it."""
     Run(train, strategy, 2, str(tmp_path / "unbroken"), ranks=2, folder=tmp_path / "logs").done()
     size = sum(file.stat().st_size for file in (tmp_path / "unbroken" / "step_00000010.ckpt").rglob("*"))
     folder = disk(int(1.5 * size) + 2**16) / "run"
@@ -176,7 +178,7 @@ def test_no_rank_waits_for_one_that_could_not_write_its_part(tmp_path, disk, str
 
 @pytest.mark.parametrize("strategy", ["fsdp2_sharded", "deepspeed_2"])
 def test_a_checkpoint_is_whole_whoever_asks_for_it(tmp_path, strategy):
-    """A data module whose data failed, a ModelCheckpoint: Lightning's way would leave out the manifest."""
+    """A data module and a ModelCheckpoint also ask for checkpoints. Lightning's own would have no manifest."""
     Run(train, strategy, 2, str(tmp_path / "run"), ranks=2, folder=tmp_path).done()
     asked = tmp_path / "run" / "asked-for.ckpt"
     assert find_corruption(asked) is None
@@ -184,7 +186,7 @@ def test_a_checkpoint_is_whole_whoever_asks_for_it(tmp_path, strategy):
 
 
 def test_where_there_is_room_for_two_the_oldest_goes_first(start, tmp_path, disk):
-    """Three never fit; no step goes unsaved, and never is there none."""
+    """Three checkpoints never fit. Every step is saved, and there is always at least one checkpoint."""
     start(tmp_path / "unbroken").done()
     size = (tmp_path / "unbroken" / "checkpoints" / "last.ckpt").stat().st_size
     folder = tmp_path / "run"
@@ -215,7 +217,7 @@ def fit_on_disks(places: list[str], log: str) -> None:
 
 
 def test_a_run_without_its_last_step_on_disk_fails_on_every_file_system(tmp_path):
-    """Twenty sizes, in KiB (a checkpoint has about 50), few inodes, and one that may not be written to."""
+    """Disks of twenty sizes in KiB (a checkpoint has about 50), one with few inodes, and one that is read-only."""
     options = [f"size={size}k" for size in SIZES[1:]] + ["size=4k,nr_inodes=1"]
     options += [f"nr_inodes={count}" for count in (2, 3, 4, 5, 6, 7)] + ["ro"]
     places = []

@@ -1,4 +1,4 @@
-"""Run a sample of ``tests/flag_matrix.py``: what Lightning's documentation offers works, or is refused in one line."""
+"""Run a sample of ``tests/flag_matrix.py``: each flag of Lightning works or is refused in one line."""
 
 import pytest
 

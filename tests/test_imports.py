@@ -1,4 +1,4 @@
-"""Which package imports which, by the source; and what an import loads, in a fresh interpreter."""
+"""Check which package imports which, by the source, and what an import loads, in a new interpreter."""
 
 import ast
 import json
@@ -15,7 +15,7 @@ HEAVY = ["torch", "lightning", "transformers", "datasets", "deepspeed"]
 
 
 def imports(folder: str) -> Iterator[tuple[str, str]]:
-    """Each module that a file in the folder imports, within functions too: file and module."""
+    """Yield each file in the folder with each module that it imports, also within functions."""
     for file in sorted((PACKAGE / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -45,7 +45,7 @@ LAYERS = [
     {"hub", "inference", "benchmark", "compare"},
     {"cli"},
 ]
-"""Packages from the lowest: a package imports those of its own layer and of those below it."""
+"""Layers of packages, the lowest first. A package imports those of its own layer and of lower ones."""
 
 
 def test_imports_run_one_way():

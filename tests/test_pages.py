@@ -1,4 +1,4 @@
-"""The pages of docs and recipes: the code, files and headings that they name exist."""
+"""Check that the code, files and headings exist that pages of docs and recipes name."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ PAGES = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md"), *(REPOSI
 
 
 def names(file):
-    """Functions and classes at the top of a file, and the methods of its classes as ``Class.method``."""
+    """List the functions and classes at the top of a file, and methods as ``Class.method``."""
     found = set()
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -32,7 +32,7 @@ def test_every_step_of_the_architecture_page_names_code_that_exists():
 
 
 def anchors(page):
-    """The anchors that GitHub makes of a page's headings."""
+    """List the anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,4 +1,4 @@
-"""Places that cannot be written to, full disks, and numbers out of range: one line each, from every command."""
+"""Check that commands report places without access, full disks and numbers out of range in one line."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_fit_says_in_one_line_what_cannot_be(flag, tiny_run, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_other_commands_do_so_too(tiny_run, trained_run, corpus, capsys):
-    """/dev/full takes nothing, as a full disk."""
+    """/dev/full refuses every write, as a full disk does."""
     checkpoint = f"--ckpt_path={trained_run / 'checkpoints' / 'last.ckpt'}"
     assert "/proc/none" in one_line(["predict", *tiny_run, checkpoint, "--run_dir=/proc/none"], capsys)
     for place, said in (("/dev/full", "No space left on device"), ("/proc/none/a.json", "/proc/none")):

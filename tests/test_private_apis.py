@@ -1,4 +1,4 @@
-"""Private APIs of other libraries are used in one file, which finds out when one of them has changed."""
+"""Check that one file uses private APIs of libraries, and that it reports those that have changed."""
 
 import ast
 import importlib
@@ -23,7 +23,7 @@ PRIVATE = re.compile(r"_[a-z]\w*")
 DOCUMENTED = {"_exit", "_fields", "_replace"}
 """Names with an underscore that Python documents: ``os._exit``, and attributes of named tuples."""
 TEXTS = {"_local", "_get_layout", "_functorch", "_aot_autograd"}
-"""Parts of names within a pickle, and of names of loggers, which are compared and not looked up."""
+"""Parts of names in a pickle and of loggers' names, which are compared but not looked up."""
 LANGUAGE = {"_abc_impl", "_backward_cls"}
 """Attributes that Python's and torch's metaclasses set on every subclass."""
 
@@ -35,7 +35,7 @@ def trees() -> list[tuple[Path, ast.Module]]:
 
 
 def own_names(tree: ast.Module) -> set[str]:
-    """Names that a file defines: functions, classes, and attributes that their own methods set."""
+    """List the names that a file defines: functions, classes, and attributes that their own methods set."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -52,7 +52,7 @@ def is_self(node: ast.expr) -> bool:
 
 
 def private_uses(tree: ast.Module, own: set[str]) -> list[str]:
-    """Uses of private names that this package does not define: by attribute, by text, by import."""
+    """List uses of private names that this package does not define: by attribute, by text, by import."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
@@ -94,21 +94,21 @@ def test_a_private_use_is_found(source):
 
 
 def test_no_subclass_overrides_or_reads_a_private_attribute_of_its_base():
-    """A subclass may define a name that its base uses for itself, knowingly or not."""
+    """A subclass can override a private name of its base by accident."""
     found = {}
     for info in pkgutil.walk_packages(cola_lightning.__path__, "cola_lightning."):
         if info.name.endswith("__main__") or info.name == private_apis.__name__:
             continue
         module = importlib.import_module(info.name)
         written = {node.name for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)}
-        for name, cls in vars(module).items():  # libraries put classes of their own beside those of the source
+        for name, cls in vars(module).items():  # libraries add classes to modules
             if name in written and cls.__module__ == info.name and (names := shared_names(cls)):
                 found[f"{info.name}.{name}"] = names
     assert found == {}
 
 
 def shared_names(cls: type) -> set[str]:
-    """Private names that both a class of this package and the code of a library's class above it use."""
+    """List private names that both a class of this package and a library's base class of it use."""
     above: set[str] = set()
     for base in cls.__mro__:
         if base.__module__.startswith("cola_lightning") or base.__module__ in ("builtins", "abc", "typing", "enum"):
@@ -119,7 +119,7 @@ def shared_names(cls: type) -> set[str]:
             if code := getattr(function, "__code__", None):
                 above.update(code.co_names)
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls))) if above else ast.Module([], [])
-    # By the source, because libraries write attributes of their own into classes while a program runs.
+    # Read the source, because libraries add attributes to classes while a program runs.
     body = tree.body[0].body if tree.body else []
     own = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
     own |= {node.id for part in body for node in ast.walk(part) if isinstance(node, ast.Name) and is_stored(part, node)}
@@ -132,7 +132,7 @@ def shared_names(cls: type) -> set[str]:
 
 
 def is_stored(part: ast.stmt, name: ast.Name) -> bool:
-    """Whether a class's own statement, not one within a method, binds the name."""
+    """Whether a statement of the class itself, not of a method, binds the name."""
     return isinstance(part, ast.Assign | ast.AnnAssign) and isinstance(name.ctx, ast.Store)
 
 
@@ -144,7 +144,7 @@ def test_the_installed_libraries_are_as_expected():
 
 
 def test_the_check_at_the_start_of_a_run_takes_a_moment():
-    check_private_apis(only_imported=True)  # reads what is compiled once
+    check_private_apis(only_imported=True)  # the first call compiles the patterns
     began = time.process_time()
     check_private_apis(only_imported=True)
     assert time.process_time() - began < 0.5
@@ -164,7 +164,7 @@ def test_an_api_that_is_renamed_is_named_with_its_version(expected, monkeypatch)
     owner, name = owner_of(expected.path)
     version = importlib.metadata.version(expected.library)
     try:
-        monkeypatch.delattr(owner, name)  # where a base class has another of the same name, that one is found wanting
+        monkeypatch.delattr(owner, name)  # a base class may have another of the same name, which then differs
     except (AttributeError, TypeError):
         pytest.skip("it belongs to a class written in C")
     with pytest.raises(PrivateAPIError, match=f"{expected.library} {re.escape(version)}: {re.escape(expected.path)} "):
@@ -179,7 +179,7 @@ def test_changed_arguments_are_named(monkeypatch):
 
 
 def test_an_attribute_that_is_set_no_more_is_named(monkeypatch):
-    """The kind that failed silently: what is written to is still there, because this package writes it."""
+    """Such a change would pass unnoticed: the attribute exists, because this package sets it."""
     owner, name = owner_of("lightning.pytorch.loops.training_epoch_loop:_TrainingEpochLoop.advance")
     monkeypatch.setattr(owner, name, lambda self, data_fetcher: None)
     with pytest.raises(PrivateAPIError, match="advance has no _broadcast_sigterm_tensor"):

@@ -1,4 +1,4 @@
-"""The README's two commands, run as they are written, in a copy of the repository."""
+"""Run the README's two commands as they are written, in a copy of the repository."""
 
 import os
 import re
@@ -14,14 +14,14 @@ from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.slow
 
-# What a test run sets and a user's shell does not; Lightning limits threads there after a run in parallel.
+# Variables that a test run sets and a user's shell does not. Lightning limits threads after a parallel run.
 FOREIGN = ("PYTEST", "PYTHONPATH", "COV", "OMP_", "PL_")
 COMMANDS = re.findall(r"^python3 -m venv .*$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """What a clone would hold, and an environment that finds this one's packages, so that pip has little to fetch."""
+    """Copy the files of a clone, with an environment that finds this one's packages, so that pip fetches little."""
     folder = tmp_path_factory.mktemp("clone")
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     files = subprocess.run(listed, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split("\0")
@@ -36,7 +36,7 @@ def clone(tmp_path_factory):
 
 
 def run(command, folder, **environment):
-    # The first python3 on the path is the one that runs the tests, and the cache is a new user's.
+    # The first python3 on the path is the tests' own, and the cache is empty, as a new user's.
     binaries = folder / "bin"
     binaries.mkdir(exist_ok=True)
     if not (binaries / "python3").exists():

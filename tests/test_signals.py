@@ -1,4 +1,4 @@
-"""Signals from the first moment on. With several processes, in the middle of training: ``test_preemption``."""
+"""Send signals from the first moment of a command on. ``training/test_preemption`` sends them to several ranks."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.distributed
 
 
 def test_random_signals_change_nothing_and_leave_nothing(tmp_path):
-    """A sample of what ``python -m tests.signal_run`` does for as long as one likes."""
+    """Run a sample of the trials of ``python -m tests.signal_run``."""
     attack = Attack(flags(tmp_path), tmp_path, seed=5)
     trials = attack.run(30, ["ddp", "fsdp2"])
     wrong = faults(trials, attack.seed)
@@ -44,7 +44,7 @@ def test_random_signals_change_nothing_and_leave_nothing(tmp_path):
 
 
 def test_a_fault_is_reported_in_full():
-    """A fault names its trial and seed, and its text is not cut, so that it can be explained afterwards."""
+    """A fault must name its trial and seed in full, so that it can be explained later."""
     trial = Trial("ddp", "SIGHUP", [0, 1], "end", 0.1, [0, 0], 1.0, False, True)
     trial.faults.append("/loops/total/ready differs: " + 1000 * "2 and 4 ")
     text = faults([trial], seed=7)
@@ -70,7 +70,7 @@ def catches(process: int, number: int) -> bool:
 
 
 def in_group(group: int) -> list[str]:
-    """The processes of a group that have not ended."""
+    """List the processes of a group that have not ended."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # of one that has ended meanwhile
@@ -142,7 +142,7 @@ def test_ctrl_c_while_the_command_line_is_imported_is_one_line(monkeypatch, caps
 
 
 class Sleep(L.Callback):
-    """Sleeps where it is told to, and says so by a file."""
+    """Sleep at a named hook, and write a file when it begins."""
 
     def __init__(self, where: str, sign: str, seconds: float = 60.0) -> None:
         self.where, self.sign, self.seconds = where, Path(sign), seconds
@@ -164,7 +164,7 @@ class Sleep(L.Callback):
 
 
 def start(folder, tiny_run, where, *more, seconds=60.0) -> Run:
-    """Start a run that sleeps somewhere, and return when it does."""
+    """Start a run that sleeps at a hook, and return when it sleeps."""
     sign = folder / "sign"
     callback = {"where": where, "sign": sign, "seconds": seconds}
     more = [*more, "--trainer.callbacks+=tests.test_signals.Sleep"]
@@ -184,7 +184,7 @@ def wait_for(sign, run):
 
 @pytest.mark.parametrize(("where", "number"), [("setup", signal.SIGTERM), ("sanity", signal.SIGINT)])
 def test_before_training_a_signal_ends_the_process_at_once(tiny_run, tmp_path, where, number):
-    """Between Lightning's handlers and ours SIGTERM ended with 0, and SIGUSR1 wrote into the working directory."""
+    """With Lightning's handlers, SIGTERM ended with status 0, and SIGUSR1 wrote into the working directory."""
     run = start(tmp_path, tiny_run, where, "--trainer.num_sanity_val_steps=1")
     run.kill(number)
     assert run.wait(10) == [128 + number], run.output()
@@ -212,7 +212,7 @@ def test_a_second_ctrl_c_ends_at_once(tiny_run, tmp_path):
 
 
 def test_a_rank_that_waits_for_one_that_is_gone_can_be_stopped(tiny_run, tmp_path):
-    """It waits in a library, where Python runs no handler."""
+    """The rank waits in a library, where Python runs no handler."""
     run = Run(
         fit, ["fit", *tiny_run, f"--run_dir={tmp_path / 'run'}", "--trainer.devices=2", "--trainer.strategy=ddp"],
         ranks=2, folder=tmp_path,
@@ -259,7 +259,7 @@ def test_an_event_file_that_cannot_be_closed_does_not_keep_a_run_from_ending(tmp
 
 
 class Unsendable(Dataset):
-    """Its item cannot be handed to another process."""
+    """Data set with an item that cannot be sent to another process."""
 
     def __len__(self):
         return 1
@@ -279,7 +279,7 @@ def test_a_batch_that_cannot_be_sent_ends_the_worker_at_once(capfd):
 
 
 def test_the_installed_script_begins_where_python_m_does():
-    """It imported for seconds before it listened."""
+    """Earlier, the script imported for seconds before it listened."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     assert project["scripts"]["cola_lightning"] == "cola_lightning.__main__:main"
 
@@ -318,7 +318,7 @@ def test_a_rank_dies_with_a_launcher_that_is_killed():
 
 
 def is_running(process: int) -> bool:
-    """Whether a process has not ended; one that nobody has waited for has."""
+    """Whether a process has not ended. A zombie has ended."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:

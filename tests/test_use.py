@@ -1,4 +1,4 @@
-"""The commands of the README's section on using a model, in its order, as they are written."""
+"""Run the commands of the README's section on using a model, as they are written and in its order."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ COMMANDS = re.findall(r"^python -m cola_lightning (.*)$", SECTION, re.MULTILINE)
 
 @pytest.fixture
 def place(trained_run, texts, tmp_path, monkeypatch):
-    """A directory with what the commands name: a run, a dense model, text, a task."""
+    """Make a directory with what the commands name: a run, a dense model, text, a task."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -44,7 +44,7 @@ def test_the_commands_of_the_readme_do_what_they_say(place, tiny_run, capsys):
     for command in COMMANDS:
         words = shlex.split(command)
         if "--tasks" in words and importlib.util.find_spec("lm_eval") is None:
-            shown.append('"acc":')  # tests/inference/test_evaluate.py skips for the same reason, and says so
+            shown.append('"acc":')  # tests/inference/test_evaluate.py reports the skip
             continue
         if words[0] == "fit":  # a short one, on the tiny run's text
             words += [flag for flag in tiny_run if flag.startswith(("--trainer", "--checkpoint", "--data."))

@@ -32,7 +32,7 @@ class SweepRunner:
     """Run the trials of a plan in a folder, and read their results.
 
     A trial has a folder: FOLDER/METHOD/mRATE-oRATE-seed-SEED. In it are ``trial.yaml``, its whole configuration; a run
-    ``tokens-N`` for each budget, with ``result.json``; and, if the plan has several budgets, the run ``trunk``, with the
+    ``tokens-N`` for each budget, with ``result.json``; and, if there are several budgets, the run ``trunk``, with the
     checkpoints from which the others begin.
 
     Args:
@@ -210,7 +210,7 @@ class SweepRunner:
         (folder / FAILED).write_text(text, encoding="utf-8")
 
     def _prune(self, method: str, finished: Any) -> None:
-        """Remove the checkpoints of trunks that no other trial needs: of rates that are not the best, of finished seeds.
+        """Remove the checkpoints of trunks that no other trial needs: of all but the best rates, of finished seeds.
 
         Args:
             finished: Rates and seed whose every budget is trained, if any.

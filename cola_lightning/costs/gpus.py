@@ -11,7 +11,7 @@ class Gpu:
 
     Args:
         name: Value of ``--gpu``.
-        memory: Memory in GiB. The number of GB in datasheets is what the driver shows in GiB, within one or two per cent.
+        memory: Memory in GiB. Datasheets give GB; the driver shows the same number of GiB, within two per cent.
         peak: Dense bf16 matrix products with float32 accumulation, in TFLOP/s. Datasheets often print twice as much,
             which holds for matrices of which half is zero.
         reported: Words that all occur in the name that PyTorch reports.
