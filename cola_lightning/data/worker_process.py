@@ -62,26 +62,32 @@ def end_on_unsendable_batch() -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent is gone, even by SIGKILL.
+    """Let this process end when its parent is gone, even by SIGKILL.
 
     PyTorch's own watchdog looks only between two batches, and not while a worker waits for a server.
 
     Args:
-        parent: Number of the process that started this one. Under the start method "forkserver" the kernel has the
-            server for the parent, which ends with that process.
+        parent: Number of the process that started this one.
     """
-    if sys.platform == "linux":
+    if multiprocessing.get_start_method(allow_none=True) == "forkserver":
+        # The kernel has the server for the parent, which may live on.
+        threading.Thread(target=_wait_for_parent, args=(parent,), daemon=True, name="parent").start()
+    elif sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
-        # Look whether it was gone before the kernel was told.
-        if multiprocessing.get_start_method(allow_none=True) == "forkserver":
-            process = multiprocessing.parent_process()
-            gone = process is not None and not process.is_alive()
-        else:
-            gone = os.getppid() != parent
-        if gone:
-            _tell(f"process {parent}, which started this worker of the data, has ended; so does the worker")
-            os._exit(1)
+        if os.getppid() != parent:  # it was gone before the kernel was told
+            _end_without_parent(parent)
+
+
+def _wait_for_parent(parent: int) -> None:
+    if process := multiprocessing.parent_process():
+        process.join()
+        _end_without_parent(parent)
+
+
+def _end_without_parent(parent: int) -> None:
+    _tell(f"process {parent}, which started this worker of the data, has ended; so does the worker")
+    os._exit(1)
 
 
 def end_on_sigterm_of(parent: int) -> None:

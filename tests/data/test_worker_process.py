@@ -3,20 +3,24 @@
 import errno
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from multiprocessing.synchronize import SemLock
 
 import pytest
+import torch
 
 from cola_lightning.data.row_loader import TrainLoader
 from cola_lightning.data.stream_loader import StreamError, StreamLoader, Verdict
 from cola_lightning.data.worker_process import begin_worker, end_with_parent
 from cola_lightning.errors import InputError
 from tests.data.simulate import Numbers, make_logical_shards
+from tests.data.test_stream_loader import alive
 from tests.processes import Run
 from tests.signal_phases import fit
 
@@ -63,6 +67,50 @@ def test_a_worker_ends_with_0_where_its_output_cannot_be_written():
 def test_a_worker_of_a_fork_server_does_not_take_its_parent_for_gone():
     """Its parent is the server for the kernel, and "forkserver" is what Python 3.14 starts processes by."""
     assert end_of(begin_worker, os.getpid(), 0, method="forkserver") == 0
+
+
+def start_and_die(number: Connection) -> None:
+    """Start a worker by the fork server, and die."""
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    worker = multiprocessing.get_context("forkserver").Process(target=begin_and_report, args=(os.getpid(), writer))
+    worker.start()
+    reader.recv()
+    number.send(worker.pid)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def begin_and_report(parent: int, ready: Connection) -> None:
+    begin_worker(parent, 0)
+    ready.send(True)
+    time.sleep(60)
+
+
+@pytest.mark.distributed
+def test_a_worker_of_a_fork_server_ends_with_its_parent():
+    """The server, which the kernel and PyTorch take for its parent, lives on."""
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    assert end_of(start_and_die, writer, method="forkserver") == -signal.SIGKILL
+    worker = reader.recv()
+    deadline = time.monotonic() + 10
+    while alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not alive(worker)
+
+
+@pytest.mark.distributed
+def test_loaders_have_workers_under_a_fork_server():
+    """As a trial of ``compare`` has, and every run under Python 3.14."""
+    rows = [{"input_ids": torch.tensor([row]), "labels": torch.tensor([row])} for row in range(8)]
+    read = {}
+    before = multiprocessing.get_start_method()
+    try:
+        for method in ("fork", "forkserver"):
+            multiprocessing.set_start_method(method, force=True)
+            loaders = [TrainLoader(rows, 2, 4, seed=0, workers=1), StreamLoader(**STREAM)]
+            read[method] = [next(iter(loader))["input_ids"].tolist() for loader in loaders]
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert read["forkserver"] == read["fork"]
 
 
 def test_a_worker_without_its_parent_says_so_before_it_ends(capfd):
