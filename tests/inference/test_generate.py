@@ -100,7 +100,7 @@ def test_from_run_and_folder_alike(trained_run, tmp_path, capsys):
         (["--prompt=a", "--stop=\udcff"], r"--stop '\udcff' is not UTF-8"),
         (["--prompt=a", "--stop="], "--stop is empty"),
         (["--prompt=a", "--max_new_tokens=x"], "argument --max_new_tokens: invalid int value: 'x'; cola_lightning gen"),
-        (["--prompt=a", "--topk=3"], "--topk is no option (did you mean --top_k"),
+        (["--prompt=a", "--topk=3"], "--topk is not an option (did you mean --top_k"),
         (["--prompt=a", "--device=abacus"], "--device abacus cannot be used"),
     ],
 )
