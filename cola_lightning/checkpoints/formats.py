@@ -219,7 +219,7 @@ def _shards_in_parts(path: Path) -> Iterator[dict[str, Tensor]]:
 def _read_deepspeed(path: Path) -> dict[str, Tensor]:
     check_no_code(path)
     with plain_data_only(), _deepspeed(path):
-        from deepspeed.utils.zero_to_fp32 import (  # type: ignore[import-untyped]
+        from deepspeed.utils.zero_to_fp32 import (
             get_fp32_state_dict_from_zero_checkpoint,
         )
 

@@ -1,4 +1,4 @@
-"""Out of the house: folders that ``transformers`` and all that builds on it can load."""
+"""Export models as folders that ``transformers``, and programs that build on it, can load."""
 
 from cola_lightning.hub.folder import write_folder
 

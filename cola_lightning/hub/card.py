@@ -1,4 +1,4 @@
-"""The model card: what a run knows of itself, for those who are given its model."""
+"""Make the model card of an exported model from what its run has recorded."""
 
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,18 @@ from cola_lightning.provenance import libraries, read_provenance
 from cola_lightning.stored_data import Count, is_stored_as
 
 NOT_KNOWN = "not recorded"
+"""Text for a fact that the run has not recorded."""
 
 
 def model_card(trained: LoadedModel, name: str, config: dict[str, Any]) -> str:
-    """``README.md`` of a folder, in the Hugging Face hub's layout.
+    """Make the ``README.md`` of a folder, in the Hugging Face hub's layout.
 
     Args:
         trained: The model.
-        name: Title.
-        config: What stands in ``config.json``.
+        name: Title of the card.
+        config: Content of ``config.json``.
     """
-    low_rank = "auto_map" in config  # loading it takes the modelling file
+    low_rank = "auto_map" in config  # such a model needs a modelling file
     if trained.checkpoint is not None:
         origin = "pre-trained with cola_lightning"
         tokens = (
@@ -30,10 +31,10 @@ def model_card(trained: LoadedModel, name: str, config: dict[str, Any]) -> str:
         )
     else:
         origin = f"converted by cola_lightning from {trained.path.name}"
-        tokens = f"Tokenizer and generation settings are those of {trained.path.name}, unless another was named."
+        tokens = f"Tokenizer and generation settings are those of {trained.path.name}, unless others were named."
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts(trained).items())
     remote = ", trust_remote_code=True" if low_rank else ""
-    reason = "\nThe small modelling file in this folder is why `trust_remote_code` is asked for.\n" if low_rank else ""
+    reason = "\n`trust_remote_code` allows the small modelling file in this folder to run.\n" if low_rank else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -62,8 +63,9 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=60)[0]))
 
 
 def facts(trained: LoadedModel) -> dict[str, str]:
-    """What is known of the model, by name."""
-    projection = trained.network.model.layers[-1].self_attn.q_proj  # in the first layer another may stand in its place
+    """Collect what is known of a model, as texts by name."""
+    # Some methods have another projection in the first layer, so take the last.
+    projection = [*trained.network.blocks()][-1].self_attn.q_proj
     dtype = str(trained.network.lm_head.weight.dtype).removeprefix("torch.")
     rank = "" if projection.rank is None else f", rank {projection.rank}"
     found = {
@@ -91,6 +93,8 @@ def facts(trained: LoadedModel) -> dict[str, str]:
 
 
 class _Source(TypedDict, total=False):
+    """Arguments of a data source that a card names."""
+
     path: str | None
     name: str | None
     revision: str | None
@@ -98,16 +102,21 @@ class _Source(TypedDict, total=False):
 
 
 class _Arguments(_Source, total=False):
-    """Arguments of this package's data modules that a card tells."""
+    """Arguments of this package's data modules that a card names."""
 
     sources: list[_Source] | None
     sequence_length: Count
 
 
 def _data(data: dict[str, Any], identity: dict[str, Any]) -> str:
-    """Name the sources: as the run found them where that is known, with their commits; else as they were named."""
+    """Name the sources of the data, with their commits if the run has recorded them.
+
+    Args:
+        data: The data module in the run's config.
+        identity: The identity of the data in ``run.json``.
+    """
     arguments = data.get("init_args") or {}
-    if not is_stored_as(arguments, _Arguments):  # of a data module of the user's
+    if not is_stored_as(arguments, _Arguments):  # arguments of a user's own data module
         return NOT_KNOWN
     sources = arguments.get("sources") or [arguments]
     found = identity.get("sources") or []
@@ -120,7 +129,7 @@ def _data(data: dict[str, Any], identity: dict[str, Any]) -> str:
         " ".join(filter(None, (source.get("path"), source.get("name"), source.get("revision")))) or source.get("paths")
         for source in sources
     ]
-    # Of files on somebody's machine only the name: the card is for others.
+    # Of a file on this machine only the name is given, because a card is read by others.
     flat = [Path(str(part)).name if str(part).startswith(("/", "~", ".")) else str(part)
             for entry in names for part in (entry if isinstance(entry, list) else [entry]) if part]  # fmt: skip
     rows = f", rows of {arguments['sequence_length']} tokens" if "sequence_length" in arguments else ""
@@ -128,6 +137,7 @@ def _data(data: dict[str, Any], identity: dict[str, Any]) -> str:
 
 
 def _tokens(state: dict[str, Any]) -> str:
+    """Read the count of tokens from the state of the Throughput callback in a checkpoint."""
     callbacks = state.get("callbacks")
     for name, kept in callbacks.items() if isinstance(callbacks, dict) else ():
         if str(name).startswith("Throughput") and isinstance(kept, dict) and type(kept.get("tokens")) is int:
@@ -136,11 +146,12 @@ def _tokens(state: dict[str, Any]) -> str:
 
 
 def _perplexities(run_dir: Path) -> dict[int, float]:
-    """The validation perplexities of a training run by the optimizer steps made; of a step validated twice, the later.
+    """Read the validation perplexities of a run, by the number of optimizer steps.
 
-    Lightning numbers steps from 0.
+    Of a step that was validated twice, the later value counts.
     """
     events = EventAccumulator(str(run_dir), {"scalars": 0}).Reload()
     if "val/perplexity" not in events.Tags()["scalars"]:
         return {}
+    # Lightning logs with the index of the last step, which begins at 0.
     return {event.step + 1: event.value for event in events.Scalars("val/perplexity")}

@@ -1,4 +1,4 @@
-"""Export a model: weights, tokenizer and model card in one folder that transformers loads."""
+"""Export a model as one folder of weights, tokenizer and model card that transformers loads."""
 
 from functools import partial
 from pathlib import Path
@@ -18,20 +18,20 @@ def export(
 ) -> None:
     """Write a model as a folder that transformers loads, with tokenizer and model card.
 
-    Full rank comes out as a plain LlamaForCausalLM, and so do LoRA, ReLoRA, SLTrain, SwitchLoRA and SST, as one matrix
-    each. CoLA, low rank, CR-Net and LaX bring a small modelling file of their own, for which transformers asks for
-    trust_remote_code=True. What was written is read back before it counts.
+    Full rank is written as a plain LlamaForCausalLM. So are LoRA, ReLoRA, SLTrain, SwitchLoRA and SST, with their
+    factors multiplied out. CoLA, low rank, CR-Net and LaX are written with a small modelling file, for which
+    transformers needs trust_remote_code=True. The folder is read back and compared before it appears.
 
     Args:
-        model: Checkpoint of any strategy, directory of a run, or folder that is to be converted.
-        folder: Where to; must not exist, or be empty.
-        tokenizer: Folder, tokenizer.json or repository on the hub; that of the run if not given.
-        merge: Multiply low-rank factors out, so that a plain LlamaForCausalLM comes out. CoLA's cannot be.
-        max_shard_size: Weights above this size are written in several files.
-        trust: Classes, or packages, of which a checkpoint may name code besides this package's.
+        model: Checkpoint of any strategy, directory of a run, or folder to convert.
+        folder: Folder to write. It must not exist yet, or be empty.
+        tokenizer: Folder, tokenizer.json or repository on the hub; the run's own if not given.
+        merge: Multiply low-rank factors out, to write a plain LlamaForCausalLM. This is not possible with CoLA.
+        max_shard_size: Largest size of a file of weights. Larger weights are written in several files.
+        trust: Classes or packages that a checkpoint may name, in addition to this package's.
 
     Raises:
-        InputError: If the model, its tokenizer or the place cannot be had.
+        InputError: If the model or its tokenizer cannot be loaded, or the folder cannot be written.
     """
     target = Path(folder).expanduser()
     check_target(target, max_shard_size)

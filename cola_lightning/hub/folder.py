@@ -1,4 +1,4 @@
-"""A network as a folder in Hugging Face's layout, which ``load_model`` reads back bit for bit."""
+"""Write a network as a folder in Hugging Face's layout; ``load_model`` reads the same weights from it."""
 
 import json
 import os
@@ -31,22 +31,25 @@ def write_folder(
     merge: bool = False,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write ``config.json``, ``model.safetensors`` (in parts, with an index, above ``max_shard_size``), tokenizer,
-    ``generation_config.json`` and ``README.md``; for low-rank projections the modelling file too.
+    """Write weights, tokenizer and model card as one folder. Weights keep their dtype.
 
-    The folder appears when it is whole. Weights keep their dtype.
+    The files are ``config.json``, ``model.safetensors`` (above ``max_shard_size`` several files and an index), the
+    tokenizer, ``generation_config.json`` and ``README.md``, and for low-rank projections a modelling file. They are
+    written into a folder beside the target, and compared with the network. Then that folder is renamed, so that the
+    target appears only when it is complete.
 
     Args:
-        network: What to write.
-        folder: Where to; must not exist, or be empty.
-        tokenizer: Of the text that the network was trained on. A :class:`FolderTokenizer`'s files are copied as they
-            are, chat template and generation settings included.
-        card: Makes the content of ``README.md`` from that of ``config.json``.
-        merge: Multiply low-rank factors out, so that a plain ``LlamaForCausalLM`` comes out.
-        max_shard_size: Such as ``5GB``.
+        network: The network to write.
+        folder: Target. It must not exist yet, or be empty.
+        tokenizer: Tokenizer of the network's training data. The files of a :class:`FolderTokenizer` are copied as they
+            are, with its chat template and generation settings.
+        card: Makes the content of ``README.md`` from the content of ``config.json``.
+        merge: Multiply low-rank factors out, to write a plain ``LlamaForCausalLM``.
+        max_shard_size: Largest size of a file of weights, such as ``5GB``.
 
     Raises:
-        InputError: If the folder holds something, or the network has parts that this layout cannot express.
+        InputError: If the folder is not empty or cannot be written, or the network has parts that this layout cannot
+            express.
     """
     check_target(folder, max_shard_size)
     weights, layout = _weights(network, merge)
@@ -84,15 +87,15 @@ def write_folder(
 
 
 def check_target(folder: Path, max_shard_size: str = "5GB") -> None:
-    """Refuse a folder that could not be written at the end of the work.
+    """Refuse a folder that cannot be written, before the work.
 
     Raises:
-        InputError: If it holds something, its place is no folder or not to be written to, or the size is none.
+        InputError: If it is not empty, cannot be made, or ``max_shard_size`` is not a size.
     """
     try:
         split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
     except ValueError as error:
-        raise InputError(f"--max_shard_size {max_shard_size} is no size; write it as 5GB or 200MB") from error
+        raise InputError(f"--max_shard_size {max_shard_size} is not a size; write it as 5GB or 200MB") from error
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} holds something already; choose another folder")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
@@ -101,11 +104,15 @@ def check_target(folder: Path, max_shard_size: str = "5GB") -> None:
 
 
 def _weights(network: Llama, merge: bool) -> tuple[dict[str, Tensor], Layout | None]:
-    """Weights by Hugging Face's names, and how the projections are written that are no dense matrices, if any are."""
+    """Collect the weights by Hugging Face's names.
+
+    Returns:
+        The weights, and the layout of the projections; None if they are written as dense matrices.
+    """
     if type(network) is not Llama:
-        raise InputError(f"a {type(network).__name__} is not LLaMA, and cannot be written as a Hugging Face folder")
+        raise InputError(f"a {type(network).__name__} is not LLaMA, so it cannot be written as a Hugging Face folder")
     weights = dict(network.state_dict())
-    example = network.model.layers[-1].self_attn.q_proj  # in the first layer another may stand in its place
+    example = _example(network)
     layout = layout_of(example)
     if layout is not None and merge:
         if _dense(example) is None:
@@ -113,44 +120,54 @@ def _weights(network: Llama, merge: bool) -> tuple[dict[str, Tensor], Layout | N
                 f"{type(example).__name__} cannot be merged into dense matrices, because it is not linear in its input"
             )
         layout = None
-    for index, block in enumerate(network.model.layers):
-        for part, module in (("self_attn", block.self_attn), ("mlp", block.mlp)):
-            for name, projection in module.named_children():
-                place = f"model.layers.{index}.{part}.{name}"
-                if layout is not None:
-                    if not _is_like(projection, example, layout, index):
-                        raise InputError(
-                            f"{place} is {_kind(projection)}, and the last layer's q_proj {_kind(example)}; in such a "
-                            "folder all projections are of one kind"
-                        )
-                    continue
-                dense = _dense(projection)
-                if dense is None:
-                    known = ", ".join(layout.projection.__name__ for layout in LAYOUTS)
+    for index, block in enumerate(network.blocks()):
+        for name, projection in block.projections():
+            place = f"model.layers.{index}.{'self_attn' if hasattr(block.self_attn, name) else 'mlp'}.{name}"
+            if layout is not None:
+                if not _is_like(projection, example, layout, index):
                     raise InputError(
-                        f"{place} is {_kind(projection)}, which can be written neither as a dense matrix nor by a "
-                        f"modelling file; those that can are {known}"
+                        f"{place} is {_kind(projection)}, and the last layer's q_proj {_kind(example)}; in such a "
+                        "folder all projections are of one kind"
                     )
-                for key in [key for key in weights if key.startswith(f"{place}.")]:
-                    del weights[key]
-                weights[f"{place}.weight"] = dense
+                continue
+            dense = _dense(projection)
+            if dense is None:
+                known = ", ".join(layout.projection.__name__ for layout in LAYOUTS)
+                raise InputError(
+                    f"{place} is {_kind(projection)}, which can be written neither as a dense matrix nor by a "
+                    f"modelling file; those that can are {known}"
+                )
+            # Replace the projection's own parameters, such as A and B, by the matrix.
+            for key in [key for key in weights if key.startswith(f"{place}.")]:
+                del weights[key]
+            weights[f"{place}.weight"] = dense
     dtype = network.lm_head.weight.dtype
     return {name: tensor.detach().to(dtype).contiguous() for name, tensor in weights.items()}, layout
 
 
+def _example(network: Llama) -> Projection:
+    """Return a projection of the last layer. Some methods have another kind in the first layer."""
+    return [*network.blocks()][-1].self_attn.q_proj
+
+
 def _is_like(projection: Projection, example: Projection, layout: Layout, index: int) -> bool:
+    """Say whether a projection of layer ``index`` is described by the same keys of ``config.json`` as the example."""
     if index == 0 and type(projection) is layout.first:
         return True
     return type(projection) is layout.projection and layout.describe(projection) == layout.describe(example)
 
 
 def _kind(projection: Projection) -> str:
+    """Name the class and the rank of a projection, for a message."""
     return type(projection).__name__ + ("" if projection.rank is None else f" of rank {projection.rank}")
 
 
 @torch.no_grad()
 def _dense(projection: Projection) -> Tensor | None:
-    """The matrix of a projection that is linear in its input, formed in float32 at least and rounded once."""
+    """Compute the matrix (out_features, in_features) of a projection; None if it is not linear in its input.
+
+    The product is computed in float32 at least, and rounded once.
+    """
     if isinstance(projection, FullRank):
         return projection.dense()
     dtype = torch.promote_types(next(projection.parameters()).dtype, torch.float32)
@@ -158,6 +175,7 @@ def _dense(projection: Projection) -> Tensor | None:
 
 
 def _config(network: Llama, weights: dict[str, Tensor], layout: Layout | None, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Make the content of ``config.json``."""
     sizes = network.config
     dtype = str(network.lm_head.weight.dtype).removeprefix("torch.")
     config: dict[str, Any] = {
@@ -180,13 +198,13 @@ def _config(network: Llama, weights: dict[str, Tensor], layout: Layout | None, t
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": sizes.pad_token_id,
         "dtype": dtype,
-        "torch_dtype": dtype,  # where transformers 4 looks for it
+        "torch_dtype": dtype,  # transformers 4 reads this key
     }
     if isinstance(tokenizer, FolderTokenizer):
         config |= tokenizer.ids
     if layout is not None:
         module = layout.modelling_file.removesuffix(".py")
-        config |= layout.describe(network.model.layers[-1].self_attn.q_proj) | {
+        config |= layout.describe(_example(network)) | {
             "architectures": [f"{layout.name}ForCausalLM"],
             "model_type": layout.model_type,
             "auto_map": {
@@ -198,14 +216,17 @@ def _config(network: Llama, weights: dict[str, Tensor], layout: Layout | None, t
 
 
 def _tied(network: Llama) -> bool:
+    """Say whether embedding and head are one parameter, or share their memory."""
     embedding, head = network.model.embed_tokens.weight, network.lm_head.weight
     return embedding is head or (head.data_ptr() == embedding.data_ptr() and head.shape == embedding.shape)
 
 
 @torch.no_grad()
 def _read_back(network: Llama, weights: dict[str, Tensor], folder: Path, name: str) -> None:
-    """Read what was written, and compare it with what was to be written: every weight bit for bit, and the logits of a
-    few ids, which tell whether ``config.json`` says all that the network does.
+    """Read a folder back and compare it with the network.
+
+    Every weight must be equal bit for bit. The logits of a few ids must be equal up to rounding, which shows whether
+    ``config.json`` describes the whole network.
 
     Raises:
         InputError: If something differs.
@@ -216,11 +237,12 @@ def _read_back(network: Llama, weights: dict[str, Tensor], folder: Path, name: s
         if not torch.equal(found[key], tensor.cpu()):
             raise InputError(f"{name} was not written: read back, {key} has other values")
     length = min(16, network.config.max_position_embeddings)
+    # Multiples of a prime, so that the ids (1, T) differ and are spread over the vocabulary.
     ids = torch.arange(length)[None] * 7919 % network.config.vocab_size
     was_training = network.training
     wanted = network.eval()(ids.to(network.lm_head.weight.device)).float().cpu()
     network.train(was_training)
-    # Matrices that were multiplied out, and other devices, round otherwise; another formula differs by far more.
+    # Factors that are multiplied out, and other devices, round differently. A wrong formula differs by far more.
     allowed = 1e-4 if network.lm_head.weight.dtype.itemsize > 2 else 0.05
     if not (off := float((again(ids).float() - wanted).norm() / wanted.norm().clamp(min=1e-30))) <= allowed:
         raise InputError(
@@ -230,8 +252,16 @@ def _read_back(network: Llama, weights: dict[str, Tensor], folder: Path, name: s
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
-    """As it was used in training: no id is put before or after a text, so that a prompt can be continued, and special
-    ids above all others (T5's sentinels), which may have no row in the embedding, are gone."""
+    """Write the tokenizer as training has used it.
+
+    It adds no id before or after a text, so that a prompt can be continued. Special ids beyond the vocabulary (T5's
+    sentinels) are removed, because the embedding may have no row for them.
+
+    Args:
+        tokenizer: The tokenizer.
+        folder: Folder to write into.
+        longest: Tokens of the longest text that the network takes.
+    """
     vocab_size = tokenizer.vocab_size
     tokenizer.save(folder)
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -253,4 +283,5 @@ def _pad_id(tokenizer: Tokenizer) -> int:
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file. No rename is needed, because the whole folder is renamed."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

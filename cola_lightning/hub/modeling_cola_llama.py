@@ -1,10 +1,10 @@
-"""CoLA-LLaMA for ``transformers``: a LLaMA each of whose projections is ``B σ(A x)`` (CoLA, arXiv 2502.10940).
+"""CoLA-LLaMA for ``transformers``: a LLaMA with projections ``B σ(A x)`` (CoLA, arXiv 2502.10940).
 
-This file stands alone. It lies in the folder of a model, from where it is loaded by
+This file needs nothing else but transformers. It is in the folder of a model, and is loaded by
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-Everything else, attention, the key-value cache and generation included, is LLaMA's own.
+All other parts, such as attention, the KV cache and generation, are LLaMA's own.
 """
 
 from torch import Tensor, nn
@@ -13,18 +13,18 @@ from transformers.activations import ACT2FN
 
 
 class CoLALlamaConfig(LlamaConfig):
-    """LLaMA's configuration, and of the projections:
+    """LLaMA's configuration with further arguments for the projections.
 
     Args:
         rank: Width of the bottleneck (R).
-        latent_act: σ, ``silu`` for CoLA and ``linear`` for plain low rank.
+        latent_act: The function σ: ``silu`` for CoLA, ``linear`` for plain low rank.
 
-    The SiLU on the MLP's gate, which the paper leaves out from 350M up, is LLaMA's ``hidden_act``: ``silu`` with it,
-    ``linear`` without.
+    LLaMA's ``hidden_act`` is ``silu`` with the SiLU on the MLP's gate, and ``linear`` without it. The paper leaves it
+    out from 350M up.
     """
 
     model_type = "cola_llama"
-    base_model_tp_plan = None
+    base_model_tp_plan = None  # type: ignore[assignment]  # LLaMA's plan for tensor parallelism does not fit
 
     rank: int = 128
     latent_act: str = "silu"
@@ -44,6 +44,8 @@ class LowRankLinear(nn.Module):
 
 
 class CoLALlamaForCausalLM(LlamaForCausalLM):
+    """LLaMA with CoLA's projections."""
+
     config_class = CoLALlamaConfig
 
     def __init__(self, config: CoLALlamaConfig) -> None:

@@ -1,13 +1,13 @@
 """CR-Net-LLaMA for ``transformers`` (CR-Net, arXiv 2509.18993).
 
-Every projection adds something of low rank to the output of the same projection in the layer before,
-``Y_l = s Y_{l-1} + B A x``; in the first layer it is one dense matrix.
+Every projection adds a low-rank product to the output of the same projection in the layer before:
+``Y_l = s Y_{l-1} + B A x``. In the first layer it is one dense matrix.
 
-This file stands alone. It lies in the folder of a model, from where it is loaded by
+This file needs nothing else but transformers. It is in the folder of a model, and is loaded by
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-Everything else, attention, the key-value cache and generation included, is LLaMA's own.
+All other parts, such as attention, the KV cache and generation, are LLaMA's own.
 """
 
 import torch
@@ -18,20 +18,20 @@ EPSILON = 1e-6
 
 
 class CRNetLlamaConfig(LlamaConfig):
-    """LLaMA's configuration, and of the projections:
+    """LLaMA's configuration with further arguments for the projections.
 
     Args:
         rank: Width of the bottleneck (R).
     """
 
     model_type = "cr_net_llama"
-    base_model_tp_plan = None
+    base_model_tp_plan = None  # type: ignore[assignment]  # LLaMA's plan for tensor parallelism does not fit
 
     rank: int = 128
 
 
 class FirstLinear(nn.Linear):
-    """The dense matrix of the first layer. It remembers its output, for the next layer to take."""
+    """The dense matrix of the first layer, (…, in) -> (…, out). It keeps its output for the next layer."""
 
     output: Tensor | None = None
 
@@ -52,39 +52,49 @@ class Scalar(nn.Module):
 
 
 class CrossLayerLinear(nn.Module):
-    """``s y + B A x``, y the output of the same projection in the layer before, for the same tokens."""
+    """``s y + B A x``, (…, in) -> (…, out); y is the output of the same projection in the layer before, for the same
+    tokens. The module keeps its output for the next layer.
+    """
 
     output: Tensor | None = None
 
-    def __init__(self, in_features: int, out_features: int, rank: int, before: nn.Module) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, before: "FirstLinear | CrossLayerLinear"
+    ) -> None:
         super().__init__()
         self.A = nn.Linear(in_features, rank, bias=False)
         self.B = nn.Linear(rank, out_features, bias=False)
         self.beta = Scalar()
-        self.before = (before,)  # in a tuple, so that it is not taken for a part of this module
+        self.before = (before,)  # in a tuple, so that it is not registered as a submodule
 
     def forward(self, x: Tensor) -> Tensor:
+        before = self.before[0].output
+        assert before is not None, "the layer before has not run"
         beta = self.beta.weight
         scale = torch.where(beta < 0, beta - EPSILON, beta + EPSILON)
         added = self.B(self.A(x))
-        self.output = scale * self.before[0].output.to(added.device) + added
-        return self.output.to(added.dtype)
+        output = scale * before.to(added.device) + added
+        self.output = output
+        return output.to(added.dtype)
 
 
 def forget(model: nn.Module, *_) -> None:
-    """Let go of the outputs when a forward pass is over."""
+    """Drop the outputs after a forward pass."""
     for module in model.modules():
         if isinstance(module, FirstLinear | CrossLayerLinear):
             module.output = None
 
 
 class CRNetLlamaForCausalLM(LlamaForCausalLM):
+    """LLaMA with CR-Net's projections."""
+
     config_class = CRNetLlamaConfig
-    supports_gradient_checkpointing = False  # a layer that is run again would find the outputs of another gone
+    supports_gradient_checkpointing = False  # a layer that runs again would not find the outputs
 
     def __init__(self, config: CRNetLlamaConfig) -> None:
         super().__init__(config)
-        before: dict[str, nn.Module] = {}
+        before: dict[str, FirstLinear | CrossLayerLinear] = {}
+        module: FirstLinear | CrossLayerLinear
         for layer in self.model.layers:
             for part in (layer.self_attn, layer.mlp):
                 for name, dense in list(part.named_children()):

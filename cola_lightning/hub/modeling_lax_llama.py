@@ -1,13 +1,13 @@
 """LaX-LLaMA for ``transformers`` (LaX, arXiv 2505.21732).
 
-Every projection adds the latent of the same projection in the layer before,
-``h_l = silu(LayerNorm(A x + gate(h_{l-1})))``, ``y = B h_l``; in the first layer ``h_0 = silu(A x)``.
+Every projection adds the latent of the same projection in the layer before:
+``h_l = silu(LayerNorm(A x + gate(h_{l-1})))``, ``y = B h_l``. In the first layer ``h_0 = silu(A x)``.
 
-This file stands alone. It lies in the folder of a model, from where it is loaded by
+This file needs nothing else but transformers. It is in the folder of a model, and is loaded by
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-Everything else, attention, the key-value cache and generation included, is LLaMA's own.
+All other parts, such as attention, the KV cache and generation, are LLaMA's own.
 """
 
 import torch
@@ -17,26 +17,30 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 class LaXLlamaConfig(LlamaConfig):
-    """LLaMA's configuration, and of the projections:
+    """LLaMA's configuration with further arguments for the projections.
 
     Args:
         rank: Width of the bottleneck (R).
-        gate: What the latent of the layer before goes through: ``kronecker``, the Kronecker product of two trained
-            matrices, or ``identity``.
+        gate: Map that is applied to the latent of the layer before: ``kronecker``, the Kronecker product of two
+            trained matrices, or ``identity``.
 
-    The SiLU on the MLP's gate, which CoLA leaves out from 350M up, is LLaMA's ``hidden_act``: ``silu`` with it,
-    ``linear`` without.
+    LLaMA's ``hidden_act`` is ``silu`` with the SiLU on the MLP's gate, and ``linear`` without it. CoLA leaves it out
+    from 350M up.
     """
 
     model_type = "lax_llama"
-    base_model_tp_plan = None
+    base_model_tp_plan = None  # type: ignore[assignment]  # LLaMA's plan for tensor parallelism does not fit
 
     rank: int = 128
     gate: str = "kronecker"
 
 
 class KroneckerGate(nn.Module):
-    """Multiply a latent, as b rows of a numbers with R = b a, by ``left`` within rows and by ``right`` across them."""
+    """The Kronecker gate, (…, R) -> (…, R).
+
+    A latent is taken as b rows of a numbers, with R = b a. It is multiplied by ``left`` (a, a) within rows and by
+    ``right`` (b, b) across rows.
+    """
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -52,8 +56,11 @@ class KroneckerGate(nn.Module):
 
 
 class LatentLinear(nn.Module):
-    """``B silu(LayerNorm(A x + gate(h)))``, h the latent of the same projection in the layer before, for the same
-    tokens; without norm and gate in the first layer. It remembers its own latent, for the next layer to take."""
+    """``B silu(LayerNorm(A x + gate(h)))``, (…, in) -> (…, out), without norm and gate in the first layer.
+
+    h is the latent of the same projection in the layer before, for the same tokens. The module keeps its own latent
+    for the next layer.
+    """
 
     latent: Tensor | None = None
 
@@ -63,29 +70,33 @@ class LatentLinear(nn.Module):
         super().__init__()
         self.A = nn.Linear(in_features, rank, bias=False)
         self.B = nn.Linear(rank, out_features, bias=False)
-        self.before = (before,)  # in a tuple, so that it is not taken for a part of this module
+        self.before = (before,)  # in a tuple, so that it is not registered as a submodule
         if before is not None:
             self.latent_gate = KroneckerGate(rank) if gate == "kronecker" else nn.Identity()
             self.latent_norm = nn.LayerNorm(rank, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.A(x)
-        if self.before[0] is not None:
-            z = self.latent_norm(z + self.latent_gate(self.before[0].latent.to(z.device))).to(z.dtype)
+        before = self.before[0]
+        if before is not None:
+            assert before.latent is not None, "the layer before has not run"
+            z = self.latent_norm(z + self.latent_gate(before.latent.to(z.device))).to(z.dtype)
         self.latent = silu(z)
         return self.B(self.latent)
 
 
 def forget(model: nn.Module, *_) -> None:
-    """Let go of the latents when a forward pass is over."""
+    """Drop the latents after a forward pass."""
     for module in model.modules():
         if isinstance(module, LatentLinear):
             module.latent = None
 
 
 class LaXLlamaForCausalLM(LlamaForCausalLM):
+    """LLaMA with LaX's projections."""
+
     config_class = LaXLlamaConfig
-    supports_gradient_checkpointing = False  # a layer that is run again would find the latents of another gone
+    supports_gradient_checkpointing = False  # a layer that runs again would not find the latents
 
     def __init__(self, config: LaXLlamaConfig) -> None:
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""Models that others made, as transformers writes them: the same logits there and here, in float32 to 1e-5."""
+"""Load folders that transformers has written: the logits equal those of transformers, in float32 to 1e-5."""
 
 import copy
 import json
@@ -27,14 +27,14 @@ def tokenizer(texts):
 
 
 def foreign(folder, **settings):
-    """A folder as transformers writes it, of a model whose logits differ from token to token."""
+    """Write a folder by transformers, of a model with logits that differ from token to token."""
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**(SIZES | {"initializer_range": 0.2} | settings))).save_pretrained(folder)
     return folder
 
 
 def edit(folder, remove=(), **changes):
-    """Write other keys into the folder's config.json."""
+    """Change keys of a folder's config.json."""
     file = folder / "config.json"
     config = {key: value for key, value in json.loads(file.read_text()).items() if key not in remove} | changes
     file.write_text(json.dumps(config))
@@ -105,10 +105,10 @@ def test_stretched_rotary_positions_are_those_of_transformers(name, theta, token
     scaling = {"rope_type": name} | SCALINGS[name]
     kind = scaling["rope_type"]
     folder = foreign(tmp_path / "new", rope_parameters=scaling | {"rope_theta": theta})
-    ids = IDS.repeat(1, 3) if kind == "dynamic" else IDS  # beyond max_position_embeddings, where it begins to stretch
+    ids = IDS.repeat(1, 3) if kind == "dynamic" else IDS  # longer than max_position_embeddings, so that it stretches
     plain = theirs(foreign(tmp_path / "plain", rope_theta=theta), ids)
     new = theirs(folder, ids)
-    assert (new - plain).abs().max() > 0.01  # else the test could not tell
+    assert (new - plain).abs().max() > 0.01  # otherwise the test would show nothing
     assert_same_logits(folder, ids)
 
     older = {"type": kind} | {key: value for key, value in scaling.items() if key != "rope_type"}
@@ -132,7 +132,7 @@ def test_stretched_rotary_positions_are_those_of_transformers(name, theta, token
     assert torch.equal(generate(load_model(folder), prompt, 12, temperature=0), made)
 
 
-def test_the_original_length_beside_the_dictionary_counts(tmp_path):
+def test_the_original_length_outside_of_the_rotary_settings_counts(tmp_path):
     scaling = {"rope_type": "llama3"} | SCALINGS["llama3"]
     folder = foreign(tmp_path / "llama", rope_parameters=scaling | {"rope_theta": 500.0})
     before = theirs(folder)
@@ -157,7 +157,7 @@ def test_the_original_length_beside_the_dictionary_counts(tmp_path):
         ({"partial_rotary_factor": 0.5}, "sets partial_rotary_factor to 0.5, which is not supported"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_stretched_is_refused(keys, message, tmp_path):
+def test_a_rotary_scaling_that_is_not_supported_is_refused(keys, message, tmp_path):
     folder = edit(foreign(tmp_path / "llama"), ["rope_parameters"], **keys)
     with pytest.raises(InputError) as refused:
         load_model(folder)
@@ -167,7 +167,7 @@ def test_what_cannot_be_stretched_is_refused(keys, message, tmp_path):
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_single_file_counts_before_the_index_of_several(tmp_path):
+def test_a_single_file_is_preferred_to_an_index_of_several(tmp_path):
     folder = foreign(tmp_path / "llama")
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "older", max_shard_size="30KB")
     for file in (tmp_path / "older").glob("model*"):
@@ -176,7 +176,7 @@ def test_a_single_file_counts_before_the_index_of_several(tmp_path):
     assert_same_logits(folder)
 
 
-def test_rotary_frequencies_of_older_files_are_left_aside(tmp_path):
+def test_rotary_frequencies_of_older_files_are_ignored(tmp_path):
     folder = foreign(tmp_path / "llama")
     weights = load_file(folder / "model.safetensors")
     weights |= {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
@@ -244,13 +244,13 @@ ROPE_KEYS = ["type", "rope_type", "factor", "low_freq_factor", "high_freq_factor
 
 
 def odd_configs(config):
-    """A config.json with one value changed to something odd, at the top or among the rotary settings."""
+    """Yield copies of a config.json, each with one odd value at the top level or in the rotary settings."""
     for value in ODD:
         for path in [*((key,) for key in config), *((top, key) for top in ("rope_scaling", "rope_parameters")
                                                     for key in ROPE_KEYS)]:  # fmt: skip
             changed = copy.deepcopy(config)
             if path[0] == "rope_parameters":
-                del changed["rope_scaling"]  # else it would not be looked at
+                del changed["rope_scaling"]  # otherwise rope_parameters would not be read
             *above, key = path
             inner = changed[above[0]] if above else changed
             inner[key] = value
@@ -260,7 +260,7 @@ def odd_configs(config):
 
 
 @pytest.mark.slow
-def test_no_odd_value_ends_in_a_traceback_or_in_other_logits_than_transformers(tmp_path):
+def test_an_odd_value_is_refused_or_gives_the_logits_of_transformers(tmp_path):
     sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 1000.0}
     folder = foreign(tmp_path / "llama", num_attention_heads=2, num_key_value_heads=2, rope_parameters=yarn, **sizes)
@@ -278,8 +278,8 @@ def test_no_odd_value_ends_in_a_traceback_or_in_other_logits_than_transformers(t
             continue
         try:
             wanted = theirs(folder, ids)
-        except Exception:  # stricter than we are
-            outcomes["theirs refuses"] += 1
+        except Exception:  # transformers is stricter
+            outcomes["refused by transformers"] += 1
             continue
         torch.testing.assert_close(
             found, wanted, atol=1e-5, rtol=1e-4, msg=lambda text, at=(path, value): f"{at}: {text}"

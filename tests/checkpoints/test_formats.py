@@ -1,3 +1,5 @@
+"""Read the checkpoint of a run, and refuse files that are none."""
+
 import pytest
 import torch
 
@@ -6,7 +8,7 @@ from cola_lightning.errors import InputError
 from tests.conftest import loader, tiny_trainer
 
 
-def test_a_file_gives_the_network_and_what_it_was_made_of(tmp_path):
+def test_a_file_gives_the_weights_and_the_hyper_parameters(tmp_path):
     trainer, model, batches = tiny_trainer(steps=2)
     trainer.fit(model, loader(batches))
     trainer.save_checkpoint(tmp_path / "a.ckpt")

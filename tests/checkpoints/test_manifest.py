@@ -1,3 +1,5 @@
+"""Find damaged checkpoints by their checksums, and the newest valid one."""
+
 import errno
 import json
 import os
@@ -35,7 +37,7 @@ def flip(path, offset):
     path.write_bytes(data)
 
 
-def test_a_whole_file_and_a_whole_folder(file, folder):
+def test_a_whole_file_and_a_whole_folder_are_valid(file, folder):
     assert find_corruption(file) is None
     assert find_corruption(folder) is None
     assert set(json.loads((folder / MANIFEST).read_text())) == {"latest", "checkpoint/shard"}
@@ -43,7 +45,7 @@ def test_a_whole_file_and_a_whole_folder(file, folder):
 
 def test_one_flipped_bit_of_a_tensor_is_found(file):
     flip(file, file.read_bytes().index(torch.tensor([500.0, 501.0]).numpy().tobytes()))
-    assert torch.load(file, weights_only=True)["weights"][500] != 500  # torch itself does not notice
+    assert torch.load(file, weights_only=True)["weights"][500] != 500  # torch does not check it
     assert "checksum of" in find_corruption(file)
 
 
@@ -66,7 +68,7 @@ def test_damage_to_a_folder_is_found(folder):
 
 
 def test_the_newest_valid_checkpoint_is_found_and_corruption_is_reported(file, folder, tmp_path):
-    os.utime(file, ns=(2**62, 2**62))  # times say nothing in a copy
+    os.utime(file, ns=(2**62, 2**62))  # a copy does not keep times
     assert written(tmp_path) == [folder, file]
     assert latest_valid(tmp_path) == folder
     (folder / "latest").unlink()
@@ -77,23 +79,23 @@ def test_the_newest_valid_checkpoint_is_found_and_corruption_is_reported(file, f
         assert latest_valid(tmp_path) is None
 
 
-def test_what_lies_beyond_the_link_is_of_a_branch_that_was_left(file, folder, tmp_path):
+def test_a_checkpoint_beyond_the_link_comes_last(file, folder, tmp_path):
     (tmp_path / LINK).symlink_to(file.name)
     assert written(tmp_path) == [file, folder]
 
 
-def test_files_of_others_are_no_checkpoints_of_the_run(file, tmp_path):
+def test_files_of_other_callbacks_are_not_listed(file, tmp_path):
     for name in ("epoch=0-step=9.ckpt", "best.ckpt", "data-failed-step=9.ckpt", "step_9.ckpt.partial"):
         shutil.copy(file, tmp_path / name)
     assert written(tmp_path) == [file]
 
 
-def test_a_copy_of_the_newest_in_place_of_the_link_counts_by_its_step(file, tmp_path):
+def test_a_checkpoint_in_place_of_the_link_is_ordered_by_its_step(file, tmp_path):
     torch.save({"global_step": 5, "state_dict": {}, "loops": {}, "hyper_parameters": {}}, tmp_path / LINK)
     assert written(tmp_path) == [tmp_path / LINK, file]
 
 
-def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     def fail(path):
         raise OSError(errno.EIO, "Input/output error")
 
@@ -102,7 +104,7 @@ def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, mo
         latest_valid(tmp_path, patience=0)
 
 
-def test_damage_that_defeats_the_checker_is_damage(file, folder):
+def test_damage_that_fails_the_check_itself_is_reported(file, folder):
     content = bytearray(file.read_bytes())
     at = content.index(b"PK\x01\x02") + 8  # flags of the first entry of the zip's directory: now "encrypted"
     content[at] |= 1

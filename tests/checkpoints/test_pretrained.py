@@ -1,3 +1,5 @@
+"""Load folders of the reference's CoLA and CoLA-M and of Hugging Face's LLaMA."""
+
 import json
 import re
 import shutil
@@ -21,7 +23,7 @@ def loss_of(network, ids, labels):
 
 
 def as_cola_m(name, layers=3):
-    """The name that the reference's CoLA-M gives a parameter of its CoLA."""
+    """Translate the name of a parameter of the reference's CoLA into that of its CoLA-M."""
     match = re.fullmatch(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.cola_([ab])", name)
     if not match:
         return name
@@ -69,7 +71,7 @@ def test_training_reproduces_the_references_losses_and_gradient_norms():
     torch.testing.assert_close(torch.tensor(seen), EXPECTED["train.loss_and_grad_norm"], atol=1e-4, rtol=0)
 
 
-def test_the_references_cola_m_goes_into_the_same_network(tmp_path):
+def test_the_references_cola_m_gives_the_same_network_as_its_cola(tmp_path):
     weights = load_file(GOLDEN / "model.safetensors")
     renamed = {as_cola_m(name): tensor for name, tensor in weights.items()}
     assert "model.layers.1.last_layer_post_mlp.post_down_proj.cola_b" in renamed
@@ -82,7 +84,7 @@ def test_the_references_cola_m_goes_into_the_same_network(tmp_path):
 
 
 @pytest.mark.parametrize("shard_size", ["50GB", "50KB"])
-def test_hugging_face_llama_goes_into_the_full_rank_network(shard_size, tmp_path):
+def test_a_llama_of_hugging_face_has_the_same_logits(shard_size, tmp_path):
     theirs = hugging_face(key_value_heads=2)
     theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
     assert (tmp_path / "model.safetensors").exists() == (shard_size == "50GB")

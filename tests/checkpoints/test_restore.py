@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, and yet not enough for a run to go on from."""
+"""Refuse whole checkpoints that a run cannot resume from."""
 
 import shutil
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def altered(trained_run, tmp_path):
-    """The last checkpoint of a run, of which a function makes another."""
+    """Make a changed copy of a run's last checkpoint; the function that is passed changes its content."""
 
     def made(change) -> str:
         state = torch.load(trained_run / "checkpoints" / "last.ckpt", weights_only=True)
@@ -51,14 +51,14 @@ LACKING = {
 
 
 @pytest.mark.parametrize("part", LACKING)
-def test_a_run_does_not_go_on_without(part, altered, tiny_run, tmp_path, capsys):
+def test_a_run_does_not_resume_without(part, altered, tiny_run, tmp_path, capsys):
     path = altered(lambda state: state.pop(part))
     line = refused(["fit", *tiny_run, f"--ckpt_path={path}", f"--run_dir={tmp_path / 'out'}"], capsys)
     assert f"altered.ckpt holds no {LACKING[part]}" in line
     assert "--weights_only_start true" in line
 
 
-def test_a_new_run_begins_with_the_weights_where_a_flag_says_so(altered, tiny_run, tmp_path):
+def test_a_flag_begins_a_new_run_with_the_weights(altered, tiny_run, tmp_path):
     path = altered(lambda state: [state.pop(part) for part in LACKING])
     flags = [flag for flag in tiny_run if not flag.startswith("--trainer.max_steps")]
     flags += [
@@ -75,9 +75,7 @@ def test_a_new_run_begins_with_the_weights_where_a_flag_says_so(altered, tiny_ru
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "predict"])
-def test_weights_that_are_no_numbers_are_refused_unless_a_flag_allows_them(
-    command, altered, tiny_run, tmp_path, capsys
-):
+def test_weights_with_nan_are_refused_unless_a_flag_allows_them(command, altered, tiny_run, tmp_path, capsys):
     path = altered(lambda state: next(iter(state["state_dict"].values())).view(-1)[:1].fill_(float("nan")))
     flags = [command, *tiny_run, f"--ckpt_path={path}", f"--run_dir={tmp_path / 'out'}"]
     assert "holds NaN or infinity; take an earlier checkpoint, or add --allow_nan true" in refused(flags, capsys)
@@ -86,13 +84,13 @@ def test_weights_that_are_no_numbers_are_refused_unless_a_flag_allows_them(
 
 
 def as_shards(state, folder, place):
-    """As FSDP2 writes it in shards, with the weights in several parts."""
+    """Write a state in shards, as FSDP2 does."""
     sharded.save({"state_dict": state.pop("state_dict")}, checkpoint_id=folder, no_dist=True)
     torch.save(state, folder / "meta.pt")
 
 
 def as_deepspeed(state, folder, place):
-    """As ZeRO writes it: weights in a file of the model, and float32 masters in flat pieces, by rank."""
+    """Write a state as ZeRO does: a file of the weights, and flat float32 masters for each rank."""
     (folder / "checkpoint").mkdir(parents=True)
     (folder / "latest").write_text("checkpoint")
     module = state.pop("state_dict")
@@ -113,10 +111,8 @@ FOLDERS = [
 
 
 @pytest.mark.parametrize(("write", "place"), FOLDERS, ids=lambda value: getattr(value, "__name__", value))
-def test_weights_of_a_folder_that_are_no_numbers_are_refused(
-    write, place, trained_run, tiny_run, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr("cola_lightning.checkpoints.formats.PART", 1000)  # bytes, so that there are several parts
+def test_weights_with_nan_in_a_folder_are_refused(write, place, trained_run, tiny_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cola_lightning.checkpoints.formats.PART", 1000)  # bytes, to read several parts
     folder, lines = tmp_path / "folder.ckpt", []
     for value in (0.0, float("nan")):
         state = torch.load(trained_run / "checkpoints" / "last.ckpt", weights_only=True)
@@ -126,14 +122,14 @@ def test_weights_of_a_folder_that_are_no_numbers_are_refused(
         assert len(list(weights_in_parts(folder))) == (2 if "fp32" in place else 1) or write is as_shards
         lines.append(refused(["validate", *tiny_run, f"--ckpt_path={folder}", f"--run_dir={tmp_path / 'out'}"], capsys))
         shutil.rmtree(folder)
-    assert "NaN" not in lines[0], "what is refused there is the strategy"
+    assert "NaN" not in lines[0], "the strategy should be refused, not the weights"
     assert lines[1].endswith("holds NaN or infinity; take an earlier checkpoint, or add --allow_nan true")
     assert f"{place}" in lines[1]
 
 
 WRONG = {
     "a weight of another shape": lambda state: state["state_dict"].update({"network.lm_head.weight": torch.ones(2, 2)}),
-    "a weight that is none": lambda state: state["state_dict"].update({"network.model.norm.weight": None}),
+    "a weight that is None": lambda state: state["state_dict"].update({"network.model.norm.weight": None}),
     "an optimizer of another": lambda state: state["optimizer_states"][0]["param_groups"].pop(),
     "a schedule of text": lambda state: state.update(lr_schedulers=["x"]),
     "loops of another": lambda state: state.update(loops={"fit_loop": {"x": 1}}),
@@ -141,17 +137,17 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_cannot_be_restored_is_one_line(kind, altered, tiny_run, tmp_path, capsys):
+def test_a_state_that_cannot_be_restored_is_reported_in_one_line(kind, altered, tiny_run, tmp_path, capsys):
     path = altered(WRONG[kind])
     line = refused(["fit", *tiny_run, f"--ckpt_path={path}", f"--run_dir={tmp_path / 'out'}"], capsys)
     assert "altered.ckpt" in line
 
 
 GONE = "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:17541: Connection reset by peer"
-"""What Gloo says on one rank where the other was killed by SIGKILL while both restored (seen with torch 2.13)."""
+"""Gloo's error on one rank after SIGKILL of the other, while both restored a checkpoint (seen with torch 2.13)."""
 
 
-def test_a_rank_that_is_gone_is_not_taken_for_a_damaged_checkpoint(altered, tiny_run, tmp_path, capsys, monkeypatch):
+def test_the_end_of_another_rank_is_not_reported_as_damage(altered, tiny_run, tmp_path, capsys, monkeypatch):
     path = altered(lambda state: None)
 
     def gone(*_):
@@ -165,7 +161,7 @@ def test_a_rank_that_is_gone_is_not_taken_for_a_damaged_checkpoint(altered, tiny
     assert f"error: another process of this run ended while {path} was restored" in shown
 
 
-def test_what_lightning_says_of_settings_is_one_line():
+def test_an_error_of_lightning_about_settings_is_one_line():
     with pytest.raises(InputError, match=r"^a b$"), explain_settings():
         raise MisconfigurationException("a\n  b")
     with pytest.raises(InputError, match="`gradient_clip_algorithm` no such is invalid"), explain_settings():
@@ -174,6 +170,6 @@ def test_what_lightning_says_of_settings_is_one_line():
         raise ValueError("a user's own")
 
 
-def test_measuring_an_untrained_network_is_said(tiny_run, tmp_path):
+def test_a_warning_says_that_the_validated_network_is_untrained(tiny_run, tmp_path):
     with pytest.warns(UserWarning, match="validate without --ckpt_path .* the network is untrained"):
         main(["validate", *tiny_run, f"--run_dir={tmp_path / 'out'}"])

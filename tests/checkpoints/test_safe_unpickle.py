@@ -1,3 +1,5 @@
+"""Refuse files, shards and indexes that would run code."""
+
 import pickle
 from argparse import Namespace
 
@@ -10,7 +12,7 @@ from cola_lightning.errors import InputError
 
 
 class Evil:
-    """Leaves a trace where it is unpickled."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, trace):
         self.trace = trace
@@ -21,7 +23,7 @@ class Evil:
 
 @pytest.fixture
 def shards(tmp_path):
-    """A sharded checkpoint, as FSDP2 writes it."""
+    """Write a sharded checkpoint as FSDP2 does."""
     folder = tmp_path / "shards.ckpt"
     state = {"state_dict": {"network.w": torch.arange(6.0)}, "optimizer_0": {"param_groups": [{"lr": 0.1}]}}
     sharded.save(state, checkpoint_id=folder, no_dist=True)
@@ -37,7 +39,7 @@ def test_a_file_that_would_run_code_is_refused_unopened(tmp_path):
     assert not (tmp_path / "trace").exists()
 
 
-def test_harmless_classes_that_are_not_data_are_named_too(tmp_path):
+def test_a_harmless_class_is_refused_too(tmp_path):
     torch.save({"arguments": Namespace(lr=0.1)}, tmp_path / "old.ckpt")
     with pytest.raises(InputError, match=r"argparse\.Namespace"):
         check_no_code(tmp_path / "old.ckpt")
@@ -59,7 +61,7 @@ def test_an_index_that_would_run_code_is_refused_unopened(shards, tmp_path):
 
 
 def test_a_shard_that_would_run_code_is_refused_unopened(tmp_path):
-    """What is no tensor lies pickled inside the shards."""
+    """Shards hold pickles of data other than tensors."""
     folder = tmp_path / "shards.ckpt"
     sharded.save({"state_dict": {"network.w": torch.ones(2)}, "x": Evil(tmp_path / "trace")}, checkpoint_id=folder,
                  no_dist=True)  # fmt: skip

@@ -1,1 +1,1 @@
-"""Files that try to run code, to leave their folder, or to grow without bound; and a fuzzer. See docs/security.md."""
+"""Test files that try to run code, leave their folder, or grow without bound, and a fuzzer. See docs/security.md."""

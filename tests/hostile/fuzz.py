@@ -1,9 +1,9 @@
-"""Run the command line on inputs that were altered at random, and report what ends in anything but a result or a line.
+"""Run the command line on randomly altered inputs, and report each run without a result or a one-line error.
 
     python -m tests.hostile.fuzz --runs 1000 --seed 0
 
-Each case is drawn from the seed and its own number, so ``--only 17`` does case 17 again, and shows what it printed. A
-case runs in a fork of this process, which has imported everything, with limits on time and memory.
+Each case is drawn from the seed and its number, so ``--only 17`` repeats case 17, and shows its output. A case runs in
+a fork of this process, which has imported everything, with limits on time and memory.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from cola_lightning.cli.app import main
 from cola_lightning.cli.lightning_cli import resolve
 
 SECONDS, WAITED, MEMORY = 60, 300, 6 * 2**30
-"""What a case may take: seconds of a processor, which do not depend on what else the machine does; seconds in all,
-for what waits for ever; and bytes."""
+"""Limits of a case: CPU seconds, which do not depend on other load of the machine; seconds of wall-clock time, for
+a case that waits for ever; and bytes of memory."""
 NUMBERS = [-1, 0, 1, 2, 3, 7, 0.5, -0.0, 1e-30, 1e30, 2**31, 2**63, 10**30, float("nan"), float("inf")]
 WORDS = [
     "",
@@ -69,7 +69,7 @@ CODE = [{"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "TRAC
 
 @dataclass
 class Prepared:
-    """What cases are made of, made once: a corpus, a run on it, and a folder that was exported from it."""
+    """The inputs that cases alter: a corpus, a run on it, and a folder that was exported from the run."""
 
     folder: Path
     flags: list[str]
@@ -85,6 +85,7 @@ class Prepared:
 
 
 def prepare(folder: Path) -> Prepared:
+    """Make the inputs in a folder."""
     draw, words = random.Random(0), ["the", "law", "of", "land", "and", "peace", "upon", "people"]
     (folder / "corpus").mkdir()
     for index in range(12):
@@ -120,7 +121,7 @@ def places(tree: Any, path: tuple = ()) -> list[tuple]:
 
 
 def alter_tree(tree: Any, draw: random.Random) -> Any:
-    """Set, remove, or copy elsewhere one to three values of nested dicts and lists."""
+    """Set, remove or add one to three values in nested dicts and lists."""
     for _ in range(draw.randint(1, 3)):
         found = places(tree)
         if not found:
@@ -140,7 +141,7 @@ def alter_tree(tree: Any, draw: random.Random) -> Any:
 
 
 def alter_bytes(file: Path, draw: random.Random) -> None:
-    """Cut, flip, repeat, insert, or empty."""
+    """Cut a file, flip bits, repeat or insert bytes, or empty it."""
     content = bytearray(file.read_bytes())
     at = draw.randrange(len(content) + 1)
     match draw.randrange(5):
@@ -160,12 +161,12 @@ def alter_bytes(file: Path, draw: random.Random) -> None:
 
 
 def alter_file(file: Path, draw: random.Random) -> None:
-    """A text of settings as the tree that it is, or any file as bytes."""
+    """Alter a JSON or YAML file as a tree, or any file as bytes."""
     if file.suffix in (".json", ".yaml") and draw.random() < 0.7:
         load, dump = (json.loads, json.dumps) if file.suffix == ".json" else (yaml.safe_load, yaml.safe_dump)
         try:
             content = load(file.read_text())
-        except (ValueError, yaml.YAMLError):  # altered before, so that it is no tree any more
+        except (ValueError, yaml.YAMLError):  # an earlier change has made it invalid
             alter_bytes(file, draw)
         else:
             file.write_text(dump(alter_tree(content, draw)))
@@ -181,7 +182,7 @@ def any_file(folder: Path, draw: random.Random) -> Path:
 
 
 def use(path: Path, draw: random.Random, prepared: Prepared) -> list[str]:
-    """A command that opens a checkpoint, the directory of a run, or an exported folder."""
+    """Draw a command that opens a checkpoint, the directory of a run, or an exported folder."""
     corpus = f"{prepared.folder}/corpus/00.txt"
     return draw.choice(
         [
@@ -310,12 +311,12 @@ CASES: list[Case] = [
 
 
 def child(case: Case, draw: random.Random, prepared: Prepared, place: Path) -> None:
-    """Make a case and run it; ends this process."""
+    """Make a case, run it, and end this process."""
     os.setsid()
     log = os.open(place / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
-    # Under pytest these are not the streams of the process.
+    # pytest replaces these streams, so open those of the process.
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
     os.chdir(place)
     Path("evil_module.py").write_text("open('TRACE', 'w')\nclass Evil: pass\n")
@@ -339,7 +340,7 @@ def child(case: Case, draw: random.Random, prepared: Prepared, place: Path) -> N
 
 
 def judge(place: Path, status: int | None) -> str:
-    """``right``, ``line``, or what is wrong."""
+    """Return ``right``, ``line`` (a one-line error), or the kind of failure."""
     shown = (place / "log").read_text(errors="replace")
     command, _, after = shown.partition("COMMAND ")[2].partition("\n")
     if (place / "TRACE").exists():
@@ -361,9 +362,9 @@ def judge(place: Path, status: int | None) -> str:
 
 
 def run(case: Case, draw: random.Random, prepared: Prepared) -> tuple[str, str]:
-    """What became of a case, and what it printed."""
+    """Run a case in a fork, and return its outcome and its output."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        place = Path(folder, "of", "a", "case")  # away from other files, as a run's directory is looked for above
+        place = Path(folder, "of", "a", "case")  # deep, because commands look for a run in the parents
         place.mkdir(parents=True)
         (place / "log").touch()
         pid = os.fork()
@@ -377,7 +378,7 @@ def run(case: Case, draw: random.Random, prepared: Prepared) -> tuple[str, str]:
                 break
             time.sleep(0.02)
         else:
-            with suppress(ProcessLookupError):  # it has no group of its own yet
+            with suppress(ProcessLookupError):  # the child may not have its own process group yet
                 os.killpg(pid, signal.SIGKILL)
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -387,7 +388,7 @@ def run(case: Case, draw: random.Random, prepared: Prepared) -> tuple[str, str]:
 def fuzz(
     numbers: range | list[int], seed: int, prepared: Prepared, seconds: float = 1e9
 ) -> dict[int, tuple[str, str, str]]:
-    """Run cases until the time is over; by number: the kind of case, what became of it, what it printed."""
+    """Run cases until the time is over. Return by number: the kind of case, its outcome and its output."""
     ends, found = time.monotonic() + seconds, {}
     for number in numbers:
         if time.monotonic() > ends:
@@ -402,9 +403,9 @@ def cli() -> None:
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--begin", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after so long")
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of cases to run, with what they print")
-    parser.add_argument("--keep", help="folder for what is used by all cases; made where it is not there")
+    parser.add_argument("--seconds", type=float, default=1e9, help="seconds after which no further case begins")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of cases to run, with their output")
+    parser.add_argument("--keep", help="folder for the inputs of all cases; it is made if it does not exist")
     options = parser.parse_args()
     folder = Path(options.keep or tempfile.mkdtemp(prefix="fuzz-base-"))
     folder.mkdir(exist_ok=True)

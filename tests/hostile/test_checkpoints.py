@@ -1,5 +1,7 @@
-"""Checkpoints that name code in their plain data, leave their folder, or claim to be larger than they are; under every
-command that opens one. What is hostile leaves a trace where it runs."""
+"""Refuse checkpoints that name code in their plain data, leave their folder, or claim more data than they hold.
+
+Every command that opens a checkpoint is tested. Hostile code would make a file, the trace.
+"""
 
 import os
 import pickle
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def trace(tmp_path, monkeypatch) -> Path:
-    """What hostile code leaves behind. The working directory holds a module that leaves it when it is imported."""
+    """Return the file that hostile code makes. The working directory has a module that makes it when imported."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.syspath_prepend(str(tmp_path / "here"))
@@ -48,7 +50,7 @@ def in_optimizer(argument):
 
 
 def nested(depth: int, leaf):
-    """Optimizers within optimizers, as HybridOptimizer takes them."""
+    """Nest optimizers in optimizers, as HybridOptimizer takes them."""
     for _ in range(depth):
         leaf = {"class_path": "cola_lightning.optim.HybridOptimizer", "init_args": {"matrix": leaf, "other": leaf}}
     return leaf
@@ -98,9 +100,9 @@ CODE = {
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("code", CODE)
-def test_no_settings_of_a_checkpoint_name_code(place, code, trace):
+def test_settings_of_a_checkpoint_that_name_code_are_refused(place, code, trace):
     settings = PLACES[place](CODE[code](trace))
-    # A text is harmless where only a text or a number can be meant.
+    # A text is harmless where only a text or a number is expected.
     text = isinstance(CODE[code](trace), str)
     plain = text and place in ("a number", "a text", "a value of plain types", "an argument that may be anything")
     if plain:
@@ -140,7 +142,7 @@ COMMANDS = {
 
 
 def refused(command, path, flags, capsys) -> str:
-    """The one line by which a command refuses a file, before it has written anything."""
+    """Return the one line with which a command refuses a file, before it writes anything."""
     with pytest.raises(SystemExit) as stop:
         main(COMMANDS[command](path, flags))
     shown = capsys.readouterr().err
@@ -154,7 +156,7 @@ def refused(command, path, flags, capsys) -> str:
 
 @pytest.fixture
 def altered(trained_run, tmp_path):
-    """A whole checkpoint with other hyper-parameters."""
+    """Make a valid checkpoint with changed hyper-parameters."""
 
     def made(**settings) -> Path:
         state = torch.load(trained_run / "checkpoints" / "last.ckpt", weights_only=True)
@@ -166,7 +168,7 @@ def altered(trained_run, tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_command_runs_what_a_checkpoint_names(command, altered, tiny_run, trace, capsys):
+def test_no_command_runs_code_that_a_checkpoint_names(command, altered, tiny_run, trace, capsys):
     silent = [flag for flag in tiny_run if not flag.startswith(("--model.projection", "--model.optimizer"))]
     for code in ({"class_path": "evil_module.Evil"}, popen(trace)):
         line = refused(command, altered(projection=code), silent, capsys)
@@ -177,7 +179,7 @@ def test_no_command_runs_what_a_checkpoint_names(command, altered, tiny_run, tra
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_command_builds_what_a_checkpoint_has_no_weights_for(command, altered, tiny_run, trace, capsys):
+def test_no_command_builds_more_layers_than_a_checkpoint_has(command, altered, tiny_run, trace, capsys):
     silent = [flag for flag in tiny_run if not flag.startswith("--model.num_hidden_layers")]
     line = refused(command, altered(num_hidden_layers=10**9), silent, capsys)
     assert "num_hidden_layers is 1000000000 in them, 2 in the weights" in line
@@ -209,7 +211,7 @@ LOADERS = {
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_no_loader_of_a_library_unpickles(loader, trace, tmp_path, monkeypatch):
-    """Even where nothing looked at the file before, or it was replaced after that."""
+    """The loaders are safe without an earlier check, because a file could be replaced after the check."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     path = evil_file(tmp_path, trace)
     with plain_data_only(), pytest.raises(pickle.UnpicklingError, match="mkdir"):
@@ -227,18 +229,18 @@ def shards(tmp_path):
     return folder
 
 
-def test_torch_reads_the_index_that_was_checked(shards, trace):
+def test_torch_reads_the_index_without_pickle(shards, trace):
     (shards / ".metadata").write_bytes(pickle.dumps(Evil(trace)))
     with plain_data_only(), pytest.raises(CheckpointException) as stop:
         sharded.load({"state_dict": {"network.w": torch.zeros(6)}}, checkpoint_id=shards, no_dist=True)
     assert ".metadata asks to load posix.mkdir" in str(stop.value.failures[0][0])
 
 
-def test_torch_does_not_unpickle_what_is_no_tensor(tmp_path, trace):
+def test_torch_does_not_unpickle_data_other_than_tensors(tmp_path, trace):
     folder = tmp_path / "bytes.ckpt"
     sharded.save({"x": Evil(trace)}, checkpoint_id=folder, no_dist=True)
     if trace.exists():
-        trace.rmdir()  # saving makes a copy, by the same way
+        trace.rmdir()  # saving copies the object, which runs its code
     with plain_data_only(), pytest.raises(CheckpointException) as stop:
         sharded.load({"x": None}, checkpoint_id=folder, no_dist=True)
     assert "GLOBAL posix.mkdir" in str(stop.value.failures[0][0])
@@ -261,14 +263,14 @@ def test_a_link_that_leaves_the_folder_is_refused(shards, tmp_path, trace, kind)
         check_no_code(shards)
 
 
-def test_a_link_to_a_folder_within_is_refused_too(shards):
+def test_a_link_to_a_folder_in_the_checkpoint_is_refused(shards):
     (shards / "inner").mkdir()
     (shards / "checkpoint").symlink_to("inner")
     with pytest.raises(InputError, match="is a link to a folder, which no strategy writes"):
         check_no_code(shards)
 
 
-def test_links_within_are_followed(shards):
+def test_a_link_to_a_file_in_the_checkpoint_is_followed(shards):
     (shards / "kept.pt").symlink_to("meta.pt")
     check_no_code(shards)
 
@@ -283,7 +285,7 @@ def test_an_index_that_points_outside_is_refused(shards, place):
         check_no_code(shards)
 
 
-def test_an_index_of_more_than_there_is_is_refused(shards):
+def test_an_index_that_claims_too_much_data_is_refused(shards):
     metadata = pickle.loads((shards / ".metadata").read_bytes())
     metadata.state_dict_metadata["state_dict.network.w"].size = torch.Size([10**15])
     (shards / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -293,7 +295,7 @@ def test_an_index_of_more_than_there_is_is_refused(shards):
 
 
 @pytest.mark.parametrize("kind", ["packed", "twice"])
-def test_an_archive_that_is_none_of_torchs_is_refused(tmp_path, kind):
+def test_an_archive_that_torch_would_not_write_is_refused(tmp_path, kind):
     path = tmp_path / "a.ckpt"
     torch.save({"w": torch.zeros(10)}, tmp_path / "whole.ckpt")
     with ZipFile(tmp_path / "whole.ckpt") as whole, ZipFile(path, "w") as archive:
@@ -307,7 +309,7 @@ def test_an_archive_that_is_none_of_torchs_is_refused(tmp_path, kind):
         check_no_code(path)
 
 
-def test_deepspeeds_folder_by_a_link_is_refused_under_validate(shards, tmp_path, trace, tiny_run, capsys):
+def test_a_linked_folder_of_deepspeed_is_refused_under_validate(shards, tmp_path, trace, tiny_run, capsys):
     folder = tmp_path / "deepspeed.ckpt"
     (folder / "real").mkdir(parents=True)
     evil_file(folder / "real", trace).rename(folder / "real" / "mp_rank_00_model_states.pt")

@@ -1,4 +1,7 @@
-"""A sample of the fuzzer's cases; thousands more by ``python -m tests.hostile.fuzz``. And what it found, by kind."""
+"""Run a sample of the fuzzer's cases, and the kinds of faults that it has found.
+
+``python -m tests.hostile.fuzz`` runs as many cases as wanted.
+"""
 
 import random
 import threading
@@ -16,8 +19,8 @@ def prepared(tmp_path_factory):
     return prepare(tmp_path_factory.mktemp("fuzz"))
 
 
-def test_what_is_altered_at_random_ends_in_a_result_or_a_line(prepared):
-    """Three of each kind; the same ones every time."""
+def test_randomly_altered_inputs_end_in_a_result_or_a_line(prepared):
+    """Three cases of each kind run, the same ones every time."""
     found = fuzz(range(3 * len(CASES)), 1, prepared)
     wrong = {number: (kind, what) for number, (kind, what, _) in found.items() if what not in ("right", "line")}
     assert not wrong, "\n".join(f"{number}: {found[number][2][-2000:]}" for number in wrong)
@@ -35,13 +38,13 @@ def waits(draw, prepared):
 
 
 def names_code(draw, prepared):
-    import evil_module  # noqa: F401  lies in the working directory, and leaves a trace
+    import evil_module  # noqa: F401  a module in the working directory that makes the trace
 
     return ["nothing"]
 
 
 @pytest.mark.parametrize(("case", "what"), [(spins, "HANG"), (waits, "HANG"), (names_code, "CODE RUN")])
-def test_the_harness_tells_what_does_not_end_and_what_runs_code(prepared, case, what, monkeypatch):
+def test_the_harness_detects_a_hang_and_code_that_runs(prepared, case, what, monkeypatch):
     monkeypatch.setattr("tests.hostile.fuzz.SECONDS", 2)
     monkeypatch.setattr("tests.hostile.fuzz.WAITED", 2 if case is waits else 300)
     assert run(case, random.Random(0), prepared)[0] == what
@@ -65,8 +68,8 @@ ALTERED = [
 
 
 @pytest.mark.parametrize(("command", "path", "value", "said"), ALTERED, ids=lambda value: "")
-def test_a_value_of_another_kind_in_a_checkpoint_is_one_line(prepared, command, path, value, said):
-    """Lightning and torch take these over as they are, and stumble over them later, or for ever."""
+def test_a_value_of_another_type_in_a_checkpoint_is_reported_in_one_line(prepared, command, path, value, said):
+    """Lightning and torch accept these values, and fail with them later, or do not end."""
 
     def case(draw, prepared):
         state = torch.load(prepared.run / "checkpoints" / "last.ckpt", weights_only=True)

@@ -1,4 +1,4 @@
-"""The index of a sharded checkpoint: each opcode that pickle knows, put to the use that would harm."""
+"""Refuse indexes of sharded checkpoints with foreign opcodes, or with known opcodes in a harmful use."""
 
 import pickle
 import pickletools
@@ -19,7 +19,7 @@ USED = set(USED_OPCODES) | {b"."}
 
 @pytest.fixture(scope="module")
 def genuine(tmp_path_factory) -> bytes:
-    """As torch writes it, with tensors of several kinds and plain data."""
+    """Return an index that torch has written, of tensors of several kinds and plain data."""
     folder = tmp_path_factory.mktemp("genuine")
     state = {
         "state_dict": {f"w{dtype}": torch.ones(2, 3, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)},
@@ -31,7 +31,7 @@ def genuine(tmp_path_factory) -> bytes:
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_what_torch_writes_is_read_as_pickle_reads_it(genuine, protocol):
+def test_an_index_of_torch_is_read_as_by_pickle(genuine, protocol):
     expected = pickle.loads(genuine)
     again = pickle.dumps(expected, protocol)
     assert parse_index(again) == expected
@@ -40,8 +40,8 @@ def test_what_torch_writes_is_read_as_pickle_reads_it(genuine, protocol):
     }
 
 
-def test_an_index_of_many_ranks_is_read_in_little_time(genuine):
-    """100,000 entries, as of a 7B model with Adam on 64 ranks, take seconds."""
+def test_an_index_of_many_ranks_is_read(genuine):
+    """A 7B model with Adam on 64 ranks has 100,000 entries, which take seconds; 20,000 are tested."""
     metadata = pickle.loads(genuine)
     info = next(iter(metadata.storage_data.values()))
     metadata.storage_data = {MetadataIndex(f"w{i}", torch.Size([i]), i): info for i in range(20_000)}
@@ -94,7 +94,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_what_an_index_has_no_use_for_is_refused(kind, tmp_path, monkeypatch):
+def test_harmful_uses_of_known_opcodes_are_refused(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = {attribute: getattr(MetadataIndex, attribute) for attribute in ("__eq__", "__hash__", "__init__")}
     with pytest.raises((ForeignError, ValueError)):
@@ -103,8 +103,8 @@ def test_what_an_index_has_no_use_for_is_refused(kind, tmp_path, monkeypatch):
     assert {attribute: getattr(MetadataIndex, attribute) for attribute in before} == before
 
 
-def test_what_is_changed_after_it_was_looked_at_is_looked_at_again(genuine):
-    """The dict of a record's state is in the memo, and could be filled after the record was made of it."""
+def test_a_record_that_changes_after_its_check_is_checked_again(genuine):
+    """The memo holds the dict of a record's state, so the file can fill it after the record was made."""
     metadata = pickle.loads(genuine)
     metadata.state_dict_metadata = {}
     whole = pickle.dumps(metadata, 2)
@@ -113,19 +113,19 @@ def test_what_is_changed_after_it_was_looked_at_is_looked_at_again(genuine):
     late = whole[:-1] + b"h" + bytes([place]) + b"X\x01\x00\x00\x00aK\x01s0."
     assert pickle.loads(late).state_dict_metadata == {"a": 1}
     with pytest.raises(ForeignError):
-        parse_index(late.replace(b"0.", b"."))  # POP is no opcode of an index either
+        parse_index(late.replace(b"0.", b"."))  # an index does not have the opcode POP either
     with pytest.raises((ForeignError, ValueError)):
         parse_index(late)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
-def test_an_index_cut_short_is_said(genuine, share):
+def test_a_truncated_index_is_refused(genuine, share):
     with pytest.raises((ValueError, ForeignError)):
         parse_index(genuine[: int(len(genuine) * share)])
 
 
 def test_an_altered_byte_is_an_error_or_a_value(genuine):
-    """Never another exception, and never an object of another class."""
+    """There is no other exception and no object of another class."""
     for at in range(0, len(genuine), 7):
         altered = bytearray(genuine)
         altered[at] ^= 0x15

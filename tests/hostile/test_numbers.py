@@ -1,4 +1,4 @@
-"""Numbers that no run can have: NaN, a network's settings out of range, and sizes beyond any memory."""
+"""Refuse numbers that no run can have: NaN, settings of a network out of range, and sizes beyond any memory."""
 
 import re
 from functools import partial
@@ -27,8 +27,8 @@ NAN, INFINITY = float("nan"), float("inf")
         *((size, 10**11, "1,000,000,000 is the most") for size in ("vocab_size", "hidden_size", "num_hidden_layers")),
     ],
 )
-def test_a_network_is_not_built_of_settings_out_of_range(name, value, wanted):
-    """These trained: on positions that all look alike, or on NaN."""
+def test_settings_of_a_network_out_of_range_are_refused(name, value, wanted):
+    """Such a network would train, with equal rotary positions or with NaN."""
     with pytest.raises(InputError, match=re.escape(f"{name} is {value}; {wanted}")):
         network(**{name: value})
 
@@ -55,7 +55,7 @@ def test_the_nearest_divisor_of_a_large_size_is_found_at_once():
         ({"trainer": {"max_steps": 10**30}}, f"--trainer.max_steps is {10**30}; it must be below 2^63"),
     ],
 )
-def test_no_command_takes_a_setting_that_is_no_number(settings, said):
+def test_settings_that_are_not_finite_numbers_are_refused(settings, said):
     with pytest.raises(InputError, match=re.escape(said)):
         check_numbers(settings)
 
@@ -64,7 +64,7 @@ def test_a_limit_may_be_infinite():
     check_numbers({"trainer": {"callbacks": [{"init_args": {"stopping_threshold": INFINITY}}]}})
 
 
-def test_a_whole_number_of_more_than_64_bits_is_no_option():
+def test_an_option_of_more_than_64_bits_is_refused():
     parser = OptionParser("generate")
     parser.add_argument("--max_new_tokens", type=int)
     with pytest.raises(InputError, match=rf"--max_new_tokens: {10**30} is too large; it must be below 2\^63"):
@@ -91,7 +91,7 @@ TOO_LARGE = [
 
 
 @pytest.mark.parametrize(("module", "options", "said"), TOO_LARGE)
-def test_data_that_no_memory_holds_is_refused_before_any_is_read(module, options, said, monkeypatch):
+def test_data_that_does_not_fit_into_memory_is_refused_before_reading(module, options, said, monkeypatch):
     monkeypatch.setattr(host_memory, "memory_of_machine", lambda: 2.0**40)
     with pytest.raises(
         InputError, match=rf"{re.escape(said)} .*would take [\d,]+ GiB of memory; this machine has 1,024 GiB"
@@ -106,7 +106,7 @@ def test_micro_batches_of_a_step_are_counted_together(tiny_run, tmp_path, capsys
     assert "times --trainer.accumulate_grad_batches 10000000000 would take" in capsys.readouterr().err
 
 
-def test_a_network_that_no_memory_holds_is_refused(tiny_run, tmp_path, capsys):
+def test_a_network_that_does_not_fit_into_memory_is_refused(tiny_run, tmp_path, capsys):
     command = ["fit", *tiny_run, "--model.vocab_size=1000000000", "--model.hidden_size=1024", f"--run_dir={tmp_path}"]
     with pytest.raises(SystemExit):
         main(command)

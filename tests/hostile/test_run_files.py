@@ -1,4 +1,4 @@
-"""Configs of strangers: what needs no code of one's own is kept away, and nothing grows without bound."""
+"""Refuse configs that name commands of the standard library, or scripts in the working directory."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ POPEN = "subprocess.Popen"
 
 @pytest.fixture(autouse=True)
 def trace(tmp_path, monkeypatch):
-    """A script in the working directory leaves a trace when it is imported; so does the command in a config."""
+    """Return the file that the script in the working directory, and the command in a config, would make."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     trace = tmp_path / "trace"
@@ -67,7 +67,7 @@ CODE = {
 
 @pytest.mark.parametrize("command", ["fit", "estimate"])
 @pytest.mark.parametrize("place", PLACES)
-def test_no_config_file_runs_a_command_or_a_script(place, command, tiny_run, trace, capsys):
+def test_a_config_does_not_run_a_command_or_a_script(place, command, tiny_run, trace, capsys):
     flags = [flag for flag in tiny_run if not flag.startswith(("--model.projection", "--model.schedule", "--data"))]
     for code in CODE.values():
         Path("evil.yaml").write_text(yaml.safe_dump(PLACES[place](code(trace))))
@@ -83,6 +83,6 @@ def test_no_config_file_runs_a_command_or_a_script(place, command, tiny_run, tra
         shown = capsys.readouterr()
         if stop.value.code:
             assert shown.err.splitlines()[-1].startswith("error: "), shown.err
-        else:  # where anything may stand, it stays what it is
+        else:  # a parameter of any type keeps the mapping as it is
             assert "state" in place or "argument" in place or place in ("a strategy", "a profiler")
         assert "evil_script" not in sys.modules

@@ -1,4 +1,4 @@
-"""Files that unpack, or claim, to be more than a machine holds."""
+"""Refuse files that unpack to more than memory holds, or are too large."""
 
 import gzip
 import time
@@ -13,7 +13,7 @@ from cola_lightning.errors import InputError
 
 @pytest.mark.slow
 def test_a_compressed_line_without_end_is_refused(tmp_path):
-    """A file of a fifth of a megabyte holds 200 MB of zeros and no end of line."""
+    """A file of 0.2 MB unpacks to 200 MB of zeros without an end of line."""
     file = tmp_path / "bomb.jsonl.gz"
     with gzip.open(file, "wb") as archive:
         archive.write(bytes(LONGEST + LONGEST // 2))
@@ -29,9 +29,9 @@ def test_a_compressed_line_without_end_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_tokenizer_larger_than_any_is_refused_unread(tmp_path, texts, name):
+def test_a_file_of_a_tokenizer_that_is_too_large_is_not_read(tmp_path, texts, name):
     Tokenizer.train(texts, 300).save(tmp_path)
     with (tmp_path / name).open("r+b") as file:
-        file.truncate(2**40)  # sparse: takes no room
+        file.truncate(2**40)  # sparse, so it takes no space
     with pytest.raises(InputError, match="has 1,099,511,627,776 bytes; a file of a tokenizer has"):
         Tokenizer.load(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Data that was read back from a file, and has another shape than it was written in, is refused in one line."""
+"""Refuse in one line data that was read from a file and has another type than it was written in."""
 
 import json
 import re
@@ -53,17 +53,17 @@ GOOD = {"inner": {"name": None, "steps": [1, 2]}, "rate": 1, "more": object()}
         (None, "FILE holds None, which should be a valid dictionary; REMEDY"),
     ],
 )
-def test_the_first_value_of_another_shape_is_named_with_its_place(content, said):
+def test_the_first_value_of_another_type_is_named_with_its_place(content, said):
     with pytest.raises(StoredDataError, match=re.escape(said)) as caught:
         check_stored(content, Outer, "FILE", "REMEDY")
     assert "\n" not in str(caught.value)
 
 
-def test_data_of_the_shape_is_accepted_with_what_else_it_holds():
+def test_data_of_the_type_is_accepted_with_further_keys():
     check_stored(GOOD, Outer, "FILE", "REMEDY")
 
 
-def test_an_example_states_a_shape():
+def test_the_type_of_an_example_accepts_it_and_refuses_others():
     example = {"a.b": {"done": 3, "best": None, "list": [1]}, "on": True, "rate": 0.5}
     check_stored(example, shape_of(example), "FILE", "REMEDY")
     for change in ({"on": 1}, {"a.b": {"done": "x", "best": None, "list": []}}, {"rate": "x"}):
@@ -75,7 +75,7 @@ def test_an_example_states_a_shape():
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"subjects": []}', '{"subjects": ["x"]}'])
-def test_a_damaged_file_of_a_comparison_is_one_line(tmp_path, content):
+def test_a_damaged_file_of_a_comparison_is_reported_in_one_line(tmp_path, content):
     (tmp_path / "costs.json").write_text(content)
     with pytest.raises(InputError, match=r"costs.json .*; delete the file, and it is made again$"):
         outcome.read(tmp_path / "costs.json", outcome.StoredCosts)
@@ -85,7 +85,7 @@ def test_a_damaged_file_of_a_comparison_is_one_line(tmp_path, content):
     "content",
     ["{", "[]", '{"libraries": {"torch": 2}}', '{"data": []}', '{"data": {"sources": [{"title": "x"}]}}'],
 )
-def test_a_damaged_file_of_a_run_is_one_line(tmp_path, content):
+def test_a_damaged_file_of_a_run_is_reported_in_one_line(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(InputError, match=r"run.json .*remove"):
         read_provenance(tmp_path)
@@ -94,12 +94,12 @@ def test_a_damaged_file_of_a_run_is_one_line(tmp_path, content):
 @pytest.mark.parametrize(
     "arguments", [3, {"sources": ["x"]}, {"sources": {"a": 1}}, {"sequence_length": "x"}, {"path": {"a": 1}}]
 )
-def test_a_card_does_without_the_arguments_of_a_data_module_of_the_users(arguments):
+def test_a_card_ignores_the_arguments_of_a_users_data_module(arguments):
     assert card._data({"class_path": "mine.Data", "init_args": arguments}, {}) == card.NOT_KNOWN
 
 
 @pytest.mark.parametrize("callbacks", [None, [], {"Throughput": 3}, {"Throughput": {"tokens": "x"}}, {3: 4}])
-def test_a_card_does_without_counts_that_are_none(callbacks):
+def test_a_card_ignores_invalid_counts(callbacks):
     assert card._tokens({"callbacks": callbacks}) == card.NOT_KNOWN
 
 
@@ -144,7 +144,7 @@ def places(tree, path=()):
 
 
 def changed(tree, path, value):
-    """A copy with another value at a place; without it if the value is ``...``."""
+    """Return a copy with another value at a place, or without the key if the value is ``...``."""
     key, *below = path
     copy = dict(tree) if isinstance(tree, dict) else list(tree)
     if below:
@@ -163,8 +163,8 @@ def data_module(kind, folder):
 
 
 @pytest.mark.parametrize("kind", STATES, ids=lambda kind: kind.__name__)
-def test_no_state_of_a_data_module_is_used_whose_shape_was_altered(kind, tmp_path):
-    """Each value in turn is replaced by one that none of them can be, and each key that is always there is left out."""
+def test_an_altered_state_of_a_data_module_is_refused(kind, tmp_path):
+    """Each value in turn is replaced by a set, which is never valid, and each required key is left out."""
     module, state = data_module(kind, tmp_path), STATES[kind]
     for place in places(state):
         name = ".".join(map(str, place))

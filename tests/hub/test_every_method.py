@@ -1,5 +1,7 @@
-"""Every method of the README's table through every command that uses a model, against transformers in a process that
-knows nothing of this package."""
+"""Run every command that uses a model on every method of the README's table, and compare with transformers alone.
+
+transformers runs in a process that does not import this package.
+"""
 
 import json
 import math
@@ -40,7 +42,7 @@ for folder in sys.argv[3:]:
             losses = cross_entropy(model(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="none")
             logits = model(torch.tensor([ids[1:]])).logits[0, :-1]
             inside = cross_entropy(logits, torch.tensor(ids[2:]), reduction="sum")
-        rolling += losses[:-1].sum().item()  # from the end of the text before to the last token
+        rolling += losses[:-1].sum().item()  # the first token is predicted from the end of the text before
         nats, tokens = nats + inside.item(), tokens + len(ids) - 2
     made = model.generate(tokenizer(prompt, return_tensors="pt").input_ids, max_new_tokens=12, do_sample=False)
     found[Path(folder).name] = {
@@ -65,7 +67,7 @@ metric_list: [{{metric: byte_perplexity}}]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, texts):
-    """Held-out text, and a task that asks for its likelihood."""
+    """Make held-out text, and a task of lm-eval that computes its likelihood."""
     folder = tmp_path_factory.mktemp("methods")
     some = [text[:150] for text in texts[:3]]
     (folder / "texts.json").write_text(json.dumps(some))
@@ -77,12 +79,12 @@ def place(tmp_path_factory, texts):
 
 @pytest.fixture(scope="module")
 def exported(place, tiny_run):
-    """A run of each method, exported: the method's own config over a network in which its rank has room."""
+    """Train and export each method with its own config, in a network that is wide enough for its rank."""
     flags = [flag for flag in tiny_run if not flag.startswith("--model.projection")]
     flags += ["--model.hidden_size=128", "--model.intermediate_size=136", "--trainer.max_steps=3"]
     flags += ["--trainer.limit_val_batches=0", "--model.schedule.warmup_steps=1", "--checkpoint.every_n_train_steps=3"]
     for method in METHODS:
-        # CoLA-M and LaX go over CoLA.
+        # The configs of CoLA-M and LaX change that of CoLA.
         files = {"full_rank": [], "cola_m": ["cola", "cola_m"], "lax": ["cola", "lax"]}.get(method, [method])
         overlays = [f"--config={REPOSITORY / 'configs' / 'method' / name}.yaml" for name in files]
         main(["fit", *overlays, *flags, f"--run_dir={place / 'runs' / method}"])
@@ -92,7 +94,7 @@ def exported(place, tiny_run):
 
 @pytest.fixture(scope="module")
 def alone(place, exported):
-    """What transformers makes of all of them, in a process without this package."""
+    """Compute losses and texts of all folders with transformers, in a process without this package."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTEST_CURRENT_TEST")}
     environment |= {"HF_HOME": str(place / "home"), "HF_HUB_OFFLINE": "1"}
     command = [
@@ -108,7 +110,7 @@ def alone(place, exported):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_each_method_of_the_readme_is_among_them():
+def test_each_method_of_the_readme_is_tested():
     table = (REPOSITORY / "README.md").read_text().split("## Other methods")[1].split("\n## ")[0]
     rows = [row.split("|")[2] for row in table.splitlines() if row.startswith("| ") and "configs/method" not in row]
     named = {name for row in rows for name in row.split("`")[1::2]}
@@ -117,7 +119,7 @@ def test_each_method_of_the_readme_is_among_them():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_transformers_alone_has_the_loss_and_the_text_that_the_commands_have(method, place, exported, alone, capsys):
+def test_transformers_alone_gives_the_loss_and_text_of_the_commands(method, place, exported, alone, capsys):
     here, there = str(place / "runs" / method), alone[method]
     for model in (here, str(exported / method)):
         main(["generate", model, f"--prompt={PROMPT}", "--temperature=0", "--max_new_tokens=12"])
@@ -134,7 +136,7 @@ def test_transformers_alone_has_the_loss_and_the_text_that_the_commands_have(met
 
 @needs_lm_eval
 @pytest.mark.parametrize("method", METHODS)
-def test_lm_eval_has_the_likelihood_that_transformers_alone_has(method, place, alone, monkeypatch, capsys):
+def test_lm_eval_gives_the_likelihood_of_transformers_alone(method, place, alone, monkeypatch, capsys):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     main(["evaluate", str(place / "runs" / method), "--tasks=rolling", f"--include_path={place / 'tasks'}",

@@ -1,4 +1,4 @@
-"""The command, from a real run to a process that knows transformers alone."""
+"""Export a real run, and use the folder in a process that imports transformers but not this package."""
 
 import os
 import shutil
@@ -39,14 +39,14 @@ def exported(trained_run, tmp_path_factory):
     return folder
 
 
-def test_the_checkpoint_comes_out_bit_for_bit(exported, trained_run):
+def test_exported_weights_equal_those_of_the_checkpoint(exported, trained_run):
     stored = torch.load(trained_run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     written = load_model(exported).state_dict()
     assert written.keys() == {name.removeprefix("network.") for name in stored}
     assert all(torch.equal(written[name.removeprefix("network.")], tensor) for name, tensor in stored.items())
 
 
-def test_the_card_tells_what_the_run_knows(exported):
+def test_the_card_has_the_facts_of_the_run(exported):
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     for row in (
@@ -58,13 +58,13 @@ def test_the_card_tells_what_the_run_knows(exported):
     ):
         assert row in card
     assert " per token |" in card
-    assert f"torch {version('torch')}" in card  # a wheel for GPUs calls itself otherwise from within
+    assert f"torch {version('torch')}" in card  # torch.__version__ of a wheel for GPUs differs from its metadata
     assert "/tmp" not in card
 
 
 @pytest.fixture
 def model(request, exported, tiny_run, tmp_path):
-    """A folder of that kind."""
+    """Export a folder of the kind in the parameter."""
     if request.param == "a run of CoLA":
         return exported
     source, folder = str(GOLDEN), tmp_path / "exported"
@@ -86,7 +86,7 @@ def model(request, exported, tiny_run, tmp_path):
     ],
     indirect=["model"],
 )
-def test_a_process_without_this_package_continues_the_same_text_and_gives_the_weights_back(model, kind, tmp_path):
+def test_transformers_alone_generates_the_same_text_and_saves_the_same_weights(model, kind, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTEST_CURRENT_TEST")}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", FOREIGN, str(model), str(tmp_path / "saved")]
@@ -119,13 +119,16 @@ def test_the_references_folder_is_converted(exported, tmp_path, capsys):
         (["{tmp}/gone", "{tmp}/out"], "gone does not exist; name a checkpoint"),
         (["{run}", "{run}"], "holds something already; choose another folder"),
         (["{run}", "{tmp}/out", "--merge=true"], "CoLA cannot be merged"),
-        (["{run}", "{tmp}/out", "--max_shard_size=big"], "--max_shard_size big is no size; write it as 5GB or 200MB"),
+        (
+            ["{run}", "{tmp}/out", "--max_shard_size=big"],
+            "--max_shard_size big is not a size; write it as 5GB",
+        ),
         (["{run}", "{run}/config.yaml/out"], "config.yaml is a file"),
         (["{run}", "/proc/gone/out"], "/proc/gone/out cannot be made"),
         (["{run}", "{tmp}/out", "--tokenizer={tmp}"], r"holds no tokenizer.json"),
     ],
 )
-def test_bad_input_gets_one_line(arguments, message, trained_run, tmp_path, capsys):
+def test_bad_input_is_reported_in_one_line(arguments, message, trained_run, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["export", *[text.format(run=trained_run, tmp=tmp_path) for text in arguments]])
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -146,7 +149,7 @@ def test_unreadable_run_metadata_is_reported(file, content, trained_run, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_disk_that_is_full_leaves_nothing_behind(trained_run, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_leaves_no_folder(trained_run, tmp_path, monkeypatch, capsys):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
@@ -159,7 +162,7 @@ def test_a_disk_that_is_full_leaves_nothing_behind(trained_run, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_the_card_names_data_of_the_hub_with_the_commit_that_the_run_found():
+def test_the_card_names_data_of_the_hub_with_its_commit():
     settings = {"init_args": {"path": "allenai/c4", "name": None, "sequence_length": 256}}
     found = {"sources": [{"title": "allenai/c4/en", "commit": "1" * 40}]}
     assert _data(settings, found) == f"allenai/c4/en at commit {'1' * 40}, rows of 256 tokens"

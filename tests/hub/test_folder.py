@@ -1,4 +1,4 @@
-"""Folders for transformers: bit for bit, and the same logits and texts there as here."""
+"""Write folders for transformers: the same weights bit for bit, and the same logits and texts."""
 
 import json
 from copy import deepcopy
@@ -51,14 +51,14 @@ KINDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_comes_back_bit_for_bit_and_transformers_agrees(kind, tokenizer, tmp_path):
+def test_weights_come_back_bit_for_bit_and_transformers_has_the_same_logits(kind, tokenizer, tmp_path):
     projection, sizes = KINDS[kind]
     network = tiny_llama(projection, **sizes).eval()
     folder = write(network, tmp_path / "model", tokenizer)
     again, other = load_model(folder), theirs(folder)
     assert again.state_dict().keys() == network.state_dict().keys()
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in network.state_dict().items())
-    ids = torch.randint(2, 300, (2, 12))  # transformers would take 0 for padding
+    ids = torch.randint(2, 300, (2, 12))  # transformers would treat 0 as padding
     assert torch.equal(again(ids), network(ids))
     torch.testing.assert_close(other(ids).logits, network(ids), atol=1e-5, rtol=1e-5)
     plain = projection is FullRank
@@ -67,13 +67,13 @@ def test_comes_back_bit_for_bit_and_transformers_agrees(kind, tokenizer, tmp_pat
     assert torch.equal(made, generate(network, ids, 10, temperature=0))
 
 
-def test_transformers_reads_each_token_once_and_is_the_same_without(tokenizer, tmp_path):
+def test_transformers_generates_the_same_with_and_without_a_kv_cache(tokenizer, tmp_path):
     other = theirs(write(tiny_llama(COLA), tmp_path / "model", tokenizer))
     ids, widths = torch.randint(2, 300, (1, 7)), []
     other.lm_head.register_forward_hook(lambda module, args, out: widths.append(out.shape[1]))
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     cached = other.generate(ids, **options)
-    assert sum(widths) == 5  # of each step the last token's logits alone
+    assert sum(widths) == 5  # only the logits of the last token, at each step
     hidden = []
     other.model.layers[0].register_forward_hook(lambda module, args, out: hidden.append(args[0].shape[1]))
     assert torch.equal(other.generate(ids, **options), cached)
@@ -90,7 +90,7 @@ def test_left_padding_makes_no_difference_in_transformers(tokenizer, tmp_path):
     assert torch.equal(other.generate(padded, attention_mask=mask, **options)[:, 3:], alone)
 
 
-def test_bf16_stays_and_large_weights_are_cut(tokenizer, tmp_path):
+def test_bf16_is_kept_and_large_weights_are_split(tokenizer, tmp_path):
     network = tiny_llama(COLA).bfloat16().eval()
     folder = write(network, tmp_path / "model", tokenizer, max_shard_size="20KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 2
@@ -111,7 +111,7 @@ def test_merged_low_rank_is_a_plain_llama(tokenizer, tmp_path):
 
 
 class Linear(Projection):
-    """A linear method that this layout has no factors for."""
+    """A linear method without a modelling file."""
 
     def __init__(self, in_features, out_features):
         super().__init__()
@@ -129,7 +129,7 @@ class Strange(Linear):
         return None
 
 
-def test_other_linear_methods_come_out_dense(tokenizer, tmp_path):
+def test_other_linear_methods_are_written_as_dense_matrices(tokenizer, tmp_path):
     network = tiny_llama(Linear).eval()
     ids = torch.randint(300, (1, 9))
     other = theirs(write(network, tmp_path / "model", tokenizer))
@@ -148,15 +148,15 @@ def mixed(in_features, out_features):
         (mixed, False, r"mlp\.gate_proj is FullRank, and the last layer's q_proj LowRank of rank 8"),
     ],
 )
-def test_what_cannot_be_written_is_named(projection, merge, message, tokenizer, tmp_path):
+def test_a_projection_that_cannot_be_written_is_named(projection, merge, message, tokenizer, tmp_path):
     with pytest.raises(InputError, match=message):
         write(tiny_llama(projection), tmp_path / "model", tokenizer, merge=merge)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_reads_back_otherwise_was_not_written(tokenizer, tmp_path, monkeypatch):
+def test_a_folder_that_reads_back_differently_is_not_written(tokenizer, tmp_path, monkeypatch):
     network = tiny_llama(FullRank)
-    network.model.layers[1].mlp.gate_silu = False  # one layer is another, which config.json cannot say
+    network.model.layers[1].mlp.gate_silu = False  # config.json cannot describe one layer that differs
     with pytest.raises(InputError, match=r"model was not written: read back, its logits are off by"):
         write(network, tmp_path / "model", tokenizer)
     write_weights = save_torch_state_dict
@@ -171,7 +171,7 @@ def test_what_reads_back_otherwise_was_not_written(tokenizer, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_that_are_no_numbers_are_not_written(tokenizer, tmp_path):
+def test_weights_with_nan_are_not_written(tokenizer, tmp_path):
     network = tiny_llama()
     with torch.no_grad():
         network.model.norm.weight[3] = float("nan")
@@ -217,7 +217,7 @@ def test_the_tokenizer_makes_the_ids_of_training(tokenizer, tmp_path):
     assert again.model_max_length == 2048
 
 
-def test_a_tokenizer_that_ends_each_text_does_so_no_longer_and_loses_its_sentinels(tmp_path):
+def test_the_written_tokenizer_adds_no_end_and_has_no_sentinels(tmp_path):
     folder = t5_like(tmp_path / "t5")
     content = json.loads((folder / "tokenizer.json").read_text())
     content["post_processor"] = {

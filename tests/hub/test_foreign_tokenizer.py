@@ -1,4 +1,4 @@
-"""Models with a tokenizer of their own: ids that begin texts, special tokens, several ends, a chat template."""
+"""Use models with their own tokenizer: a beginning id, special tokens, several end ids, and a chat template."""
 
 import json
 import math
@@ -24,7 +24,7 @@ CHAT = "{% for message in messages %}<|user|>{{ message.content }}<|turn|>{% end
 
 @pytest.fixture(scope="module")
 def llama(texts, tmp_path_factory):
-    """A model with such a tokenizer, as transformers writes both."""
+    """Write a model with such a tokenizer, as transformers does."""
     folder = tmp_path_factory.mktemp("models") / "chatty"
     fast = Tokenizer.train(iter(texts), 290).fast
     fast.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
@@ -38,7 +38,7 @@ def llama(texts, tmp_path_factory):
     model = LlamaForCausalLM(LlamaConfig(bos_token_id=begin, eos_token_id=[1, turn], **sizes))
     model.generation_config.eos_token_id = [1, turn]
     with torch.no_grad():
-        model.lm_head.weight[turn] *= 4  # comes up soon
+        model.lm_head.weight[turn] *= 4  # so that it is generated soon
     model.save_pretrained(folder)
     fast.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "</s>"}
@@ -66,7 +66,7 @@ def test_ids_are_those_of_transformers(settings, llama, tmp_path):
 
 @pytest.mark.parametrize("legacy", [None, False, True])
 @pytest.mark.parametrize("kind", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
-def test_llama_2s_kind_is_cut_as_transformers_cuts_it(kind, legacy, texts, tmp_path):
+def test_a_tokenizer_like_llama_2s_gives_the_ids_of_transformers(kind, legacy, texts, tmp_path):
     fast = FastTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     fast.decoder = decoders.Sequence(
@@ -92,7 +92,7 @@ def test_llama_2s_kind_is_cut_as_transformers_cuts_it(kind, legacy, texts, tmp_p
         assert ours.decode(ids) == other.decode(ids, skip_special_tokens=True)
 
 
-def test_the_loss_is_that_of_transformers_with_the_first_token_predicted(llama, texts, tmp_path, capsys):
+def test_the_loss_is_that_of_transformers_including_the_first_token(llama, texts, tmp_path, capsys):
     some = [texts[0][:100], "<|user|>the war<|turn|> of peace", texts[1][:50]]
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
@@ -111,7 +111,7 @@ def test_the_loss_is_that_of_transformers_with_the_first_token_predicted(llama, 
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)  # every token is predicted
 
 
-def test_a_prompt_is_continued_as_by_transformers_up_to_any_of_its_ends(llama, capsys):
+def test_generation_is_that_of_transformers_and_stops_at_any_end_id(llama, capsys):
     model, tokenizer = theirs(llama)
     ended = set()
     for prompt in ("the people", "<|user|>war", "law", "of peace", "treaty"):
@@ -122,10 +122,10 @@ def test_a_prompt_is_continued_as_by_transformers_up_to_any_of_its_ends(llama, c
         continued = tokenizer.decode(made, skip_special_tokens=True)[len(tokenizer.decode(ids[0], True)) :]
         assert capsys.readouterr().out == prompt + continued + "\n"
     assert model.generation_config.eos_token_id == [1, 292]
-    assert 292 in ended  # else the test could not tell
+    assert 292 in ended  # otherwise the test would show nothing
 
 
-def test_export_brings_all_of_it_along_and_says_where_it_comes_from(llama, tmp_path):
+def test_export_keeps_tokenizer_and_settings_and_names_the_source(llama, tmp_path):
     main(["export", str(llama), str(tmp_path / "out")])
     model, tokenizer = theirs(llama)
     again, copied = theirs(tmp_path / "out")
@@ -144,7 +144,7 @@ def test_export_brings_all_of_it_along_and_says_where_it_comes_from(llama, tmp_p
 
 @pytest.mark.slow
 @needs_lm_eval
-def test_tasks_are_scored_as_by_lm_eval_on_the_folder_itself(llama, tmp_path, monkeypatch):
+def test_task_scores_are_those_of_lm_eval_on_the_same_folder(llama, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from lm_eval import simple_evaluate
@@ -176,7 +176,7 @@ metric_list: [{{metric: byte_perplexity}}]
     assert found["which_word"]["acc"] == right["which_word"]["acc,none"]
 
 
-def test_a_named_tokenizer_that_begins_texts_does_so_for_a_folder_and_not_for_a_run(llama, trained_run):
+def test_a_named_tokenizer_adds_its_beginning_id_for_a_folder_but_not_for_a_run(llama, trained_run):
     assert load_model_for_inference(llama).tokenizer(str(llama)).prefix == [290]
     assert load_model_for_inference(trained_run).tokenizer(str(llama)).prefix == []
 
@@ -192,7 +192,7 @@ def test_ids_beyond_the_network_are_refused(llama):
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"])
-def test_a_file_that_is_cut_short_gets_one_line(file, llama, tmp_path, capsys):
+def test_a_truncated_file_is_reported_in_one_line(file, llama, tmp_path, capsys):
     for source in llama.iterdir():
         (tmp_path / source.name).write_bytes(source.read_bytes())
     (tmp_path / file).write_bytes((llama / file).read_bytes()[:40])
