@@ -24,7 +24,7 @@ WORDS = ("the", "of", "and", "nation", "people", "congress", "war", "peace", "ye
 
 
 def write_shard(file: Path, texts: list[str]) -> Path:
-    """One shard in the layout of C4."""
+    """Write one shard in the layout of C4."""
     with gzip.open(file, "wt", encoding="utf-8") as lines:
         for text in texts:
             lines.write(json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "http://x"}) + "\n")
@@ -32,13 +32,13 @@ def write_shard(file: Path, texts: list[str]) -> Path:
 
 
 def sentences(name: str, number: int) -> list[str]:
-    """Documents of a few to two hundred words, each beginning with a number of its own."""
+    """Make documents of 3 to 60 words, each with a different first word."""
     draw = random.Random(name)
     return [f"{name}{index} " + " ".join(draw.choices(WORDS, k=draw.randint(3, 60))) for index in range(number)]
 
 
 def fake_trainer(**settings) -> SimpleNamespace:
-    """What a data module asks of its trainer."""
+    """Make an object with the attributes that a data module reads from its trainer."""
     asked = {"max_steps": 9, "accumulate_grad_batches": 1, "overfit_batches": 0.0, "distributed_sampler_kwargs": None}
     return SimpleNamespace(**asked | settings)
 
@@ -52,7 +52,7 @@ def _runs_end_with_their_test():
 
 @pytest.fixture(scope="session")
 def c4(tmp_path_factory) -> Path:
-    """A folder with C4's layout: five shards of unequal size to train on, one to validate on, and a tokenizer."""
+    """Make a folder in C4's layout: five training shards of unequal size, one validation shard, and a tokenizer."""
     folder = tmp_path_factory.mktemp("c4")
     texts = {number: sentences(chr(ord("a") + number), 20 + 7 * number) for number in range(5)}
     texts[2][3:5] = ["", "  \n"]
@@ -64,7 +64,7 @@ def c4(tmp_path_factory) -> Path:
 
 
 def arguments(c4: Path, **others) -> dict:
-    """Of a C4DataModule that streams the folder."""
+    """Return arguments of a C4DataModule that streams the folder."""
     return {
         "path": "json",
         "name": None,
@@ -83,7 +83,7 @@ def arguments(c4: Path, **others) -> dict:
 
 @pytest.fixture(scope="session")
 def prepared(c4, tmp_path_factory) -> Path:
-    """The same folder, tokenized."""
+    """Tokenize that folder."""
     folder = tmp_path_factory.mktemp("prepared") / "c4"
     source = Source("json", data_files=arguments(c4)["data_files"])
     prepare(source, str(folder), ["train", "validation"], f"{c4}/tokenizer", num_workers=1)

@@ -1,4 +1,4 @@
-"""A web server on this machine that answers as the Hugging Face hub does, from a folder of repositories."""
+"""Serve a folder of repositories by the protocol of the Hugging Face hub."""
 
 import json
 import threading
@@ -14,8 +14,8 @@ PAGE = 50  # entries of a folder that are listed in one answer
 class Hub:
     """Serves ``FOLDER/datasets/OWNER/NAME`` and ``FOLDER/models/OWNER/NAME``, each with the one branch ``main``.
 
-    ``busy[path]`` are the statuses that the next requests for a path end with, before it is answered. ``newer[name]``
-    are folders that later commits of a repository hold; the last of them is ``main``.
+    ``busy[path]`` lists the statuses that answer the next requests for a path. ``newer[name]`` lists the folders of
+    later commits of a repository; the last of them is ``main``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -25,7 +25,7 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def commits(self, kind: str, name: str) -> dict[str, Path]:
-        """The folder that each commit of a repository holds, the newest last."""
+        """List the folder of each commit of a repository, the newest last."""
         folders = [self.folder / kind / name, *self.newer.get(name, [])]
         return {sha1(f"{name}@{number}".encode()).hexdigest(): folder for number, folder in enumerate(folders)}
 

@@ -1,10 +1,10 @@
-"""Runs that stream from the hub, each in a fork of this process, because one import then serves them all.
+"""Run jobs that stream from the hub, each in a fork of this process, so that the packages are imported once.
 
-test_hub.py starts it, with the hub's address in the environment, where the hub's client reads it at import. Standard
-input names the jobs, one JSON object a line; the answer to each is one JSON line, a list with an object for each rank:
+test_hub.py starts it with the hub's address in the environment, because the hub's client reads it at import. Each line
+of standard input is a job, a JSON object. The answer to each job is one line of JSON, a list with an object per rank:
 
-* ``arguments``, ``ranks``, ``batches``: make a data module, and say what each rank saw, or the error it ended with;
-* ``command``: run the command line with these arguments, and say its exit status and what it wrote.
+* ``arguments``, ``ranks``, ``batches``: make a data module; answer with the rows of each rank, or its error;
+* ``command``: run the command line with these arguments; answer with its exit status and its output.
 
 ``cold`` empties the hub's cache before, and ``offline`` is HF_HUB_OFFLINE.
 """
@@ -31,10 +31,10 @@ from tests.data.test_streaming import ready, take
 
 
 class KillAt(L.Callback):
-    """Kill the process after an optimizer step, once its checkpoint is written.
+    """Kill the process after an optimizer step, when its checkpoint is written.
 
     Args:
-        step: Which.
+        step: Number of the step.
     """
 
     def __init__(self, step: int) -> None:
@@ -54,7 +54,7 @@ def stream(arguments: dict, ranks: int, rank: int, batches: int) -> dict:
         validation=validation and Source(**validation),
     )
     if rank:
-        data.prepare_data = lambda: None  # as Lightning, which leaves it to the first rank of a node
+        data.prepare_data = lambda: None  # Lightning calls it on the first rank of a node only
     ready(data, ranks, rank)
     seen = [batch["input_ids"].tolist() for batch in take(data, batches)]
     texts = [data.tokenizer.decode(row) for batch in seen for row in batch]
@@ -74,7 +74,7 @@ def stream_on_rank(job: dict, rank: int, port: int) -> dict:
 
 
 def run(job: dict, folder: Path) -> list[dict]:
-    """Fork for each rank, and collect what they say."""
+    """Fork for each rank, and collect the answers."""
     if job.get("cold"):
         shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
     with socket.socket() as free:
@@ -85,13 +85,13 @@ def run(job: dict, folder: Path) -> list[dict]:
         if child := os.fork():
             children.append(child)
             continue
-        # Standard output is the answer's.
+        # Standard output is reserved for the answers.
         output = os.open(folder / f"said.{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         os.dup2(output, 1)
         os.dup2(output, 2)
         status = 1
         try:
-            if job.get("offline"):  # which both clients read at import
+            if job.get("offline"):  # both clients read the variable at import
                 huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
             if "command" in job:
                 command_line(job["command"])

@@ -1,7 +1,7 @@
-"""Training runs in processes of their own, some killed; started by test_resume.py, for one import serves them all.
+"""Train tiny models, each in a fork of this process, so that the packages are imported once.
 
-Standard input names the runs, one JSON object a line. Each of its ranks is a fork that trains a tiny model and writes
-what it saw of each batch, and the loss, to ``log.RANK``.
+test_resume.py starts it. Each line of standard input is a run, a JSON object. Each rank of a run is a fork. It writes a
+hash of each batch, and the loss, to ``log.RANK``. Some runs are killed.
 """
 
 import json
@@ -25,7 +25,7 @@ STEPS, ACCUMULATE, SAVE_EVERY = 10, 2, 3
 
 
 class Witness(L.Callback):
-    """Writes down each batch and its loss, and kills the process after optimizer step ``kill_at``."""
+    """Logs a hash of each batch and its loss, and kills the process after optimizer step ``kill_at``."""
 
     def __init__(self, file: Path, kill_at: int | None) -> None:
         self.file, self.kill_at = file, kill_at
@@ -68,7 +68,7 @@ def train(run: dict, rank: int) -> None:
     model = LanguageModel(vocab_size=300, **sizes)
     trainer.fit(model, data, ckpt_path=run.get("from"), weights_only=True)
     (folder / f"logged.{rank}").write_text(json.dumps({k: float(v) for k, v in trainer.callback_metrics.items()}))
-    (folder / f"ledger.{rank}").write_text(json.dumps(data.source_counts()))
+    (folder / f"counts.{rank}").write_text(json.dumps(data.source_counts()))
 
 
 def start(run: dict, rank: int, port: int) -> int:

@@ -1,4 +1,4 @@
-"""A web server on this machine that misbehaves on purpose."""
+"""Serve files with faults: dropped connections, busy answers, and silence."""
 
 import socket
 import threading
@@ -9,13 +9,16 @@ from pathlib import Path
 
 
 class Server:
-    """Serves the files of a folder. ``faults[name]`` are used up one by each GET of that file: a number below 1 drops
-    the connection after that share of the file, a number above is the status to answer with, None is no fault. An event
-    is waited for before the answer.
+    """Serves the files of a folder.
 
-    Clients that hear of no ``ranges`` read a file as one stream; others fetch blocks of some megabytes. Where
-    ``ranges`` is ``bytes``, the header Range is ignored all the same, as some servers do; ``served`` honours it.
-    ``sent`` counts the bytes of all answers to GET. ``head_faults[name]`` are the statuses of the next HEADs."""
+    Each GET of a file takes one entry of ``faults[name]``. A number below 1 drops the connection after that share of
+    the file. A number above 1 is the status of the answer. None is no fault. With an event, the answer waits for it.
+    ``head_faults[name]`` lists the statuses of the next HEADs.
+
+    ``ranges`` is ``none``, ``bytes`` or ``served``. With ``none``, clients read a file as one stream; else they request
+    blocks of some megabytes. With ``bytes``, the header Range is ignored, as some servers do; ``served`` honours it.
+    ``sent`` counts the bytes of all answers to GET.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.faults: dict[str, list[float | threading.Event | None]] = defaultdict(list)
@@ -24,7 +27,7 @@ class Server:
         self.ranges = "none"
         self.sent = 0
         self.lock = threading.Lock()
-        self.tags: dict[str, str] = {}  # the ETag of a file, where the server knows one
+        self.tags: dict[str, str] = {}  # ETag of a file; none if not listed
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self, directory=str(folder)))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
@@ -94,7 +97,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 class SilentServer:
-    """A server that accepts connections and never answers. ``requests`` counts them."""
+    """Accepts connections and never answers. ``requests`` counts the connections."""
 
     def __init__(self) -> None:
         self.socket = socket.create_server(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Ranks and workers in one process: the loaders of a run on threads, and corpora of numbers."""
+"""Simulate ranks and workers by threads of one process, on corpora of numbers."""
 
 import json
 import threading
@@ -18,8 +18,11 @@ EOS, PAD = 1, 0
 
 
 class Numbers:
-    """Document ``row`` of shard ``s`` begins with the id ``first + 2 (1000 s + row)``, goes on with the id after it a
-    number of times, and ends with EOS. What is encoded is counted."""
+    """Corpus of numbers. ``encoded`` lists the first id of each document that was encoded.
+
+    Document ``row`` of shard ``s`` is the id ``i = first + 2 (1000 s + row)``, then ``i + 1`` up to ``longest - 1``
+    times, then EOS.
+    """
 
     def __init__(self, sizes: list[int], longest: int = 9, first: int = 10, title: str = "numbers") -> None:
         self.sizes, self.longest, self.first, self.title = sizes, longest, first, title
@@ -39,7 +42,7 @@ class Numbers:
         ]
 
     def everything(self) -> set[int]:
-        """The first ids of all documents."""
+        """List the first ids of all documents."""
         return {begin for shard in range(len(self.shards)) for _, [begin] in self.read(shard)}
 
 
@@ -51,7 +54,7 @@ def make_logical_shards(*corpora, num_logical_shards=1, block=5, weights=None, *
 
 
 class Threads:
-    """Ranks that agree on threads of one process."""
+    """Exchange of values between ranks that are threads of one process."""
 
     def __init__(self, number: int) -> None:
         self.barrier = threading.Barrier(number, timeout=60)
@@ -77,7 +80,7 @@ class _OfThreads(OneRank):
 
 
 class InProcess(StreamLoader):
-    """A loader whose workers are here, and take turns as PyTorch's do."""
+    """Loader with its workers in this process. They take turns as PyTorch's do."""
 
     def _items(self) -> Iterator[Any]:
         streams = [iter(stream) for stream in self._streams()]
@@ -87,11 +90,11 @@ class InProcess(StreamLoader):
 
 
 RUNS: list["Run"] = []
-"""The runs of a test, which a fixture closes at its end."""
+"""Runs of the current test; a fixture closes them at its end."""
 
 
 class Run:
-    """A run on simulated ranks and workers, from a state or from the beginning."""
+    """Run on simulated ranks and workers, from a state or from the beginning."""
 
     def __init__(self, make, ranks=1, workers=0, state=None, batch_size=2, batches_per_step=1, kind=InProcess) -> None:
         self.batches_per_step = batches_per_step
@@ -112,18 +115,18 @@ class Run:
             for rank in range(ranks)
         ]
         self.iterators = [iter(loader) for loader in self.loaders]
-        # Each rank keeps its thread, because workers end with the thread that started them.
+        # One thread per rank for the whole run, because workers end with the thread that started them.
         self.threads = [ThreadPoolExecutor(1) for _ in self.loaders]
         RUNS.append(self)
 
     def close(self) -> None:
-        """End the workers in the threads that started them: from elsewhere each rank but one takes five seconds."""
+        """End the workers in the threads that started them; from another thread each rank takes five seconds."""
         ended = [thread.submit(iterator.close) for thread, iterator in zip(self.threads, self.iterators, strict=True)]
         for future in ended:
             future.result()
 
     def take(self, micro_batches: int) -> list[list[list[int]]]:
-        """The ids of that many micro-batches of the run, over all ranks, in its order."""
+        """Return the ids of the next micro-batches of all ranks, in the order of the run."""
         count = micro_batches // len(self.loaders)
 
         def of_rank(iterator):

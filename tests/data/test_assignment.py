@@ -1,4 +1,4 @@
-"""Which process makes which micro-batch, against a simulation that gives them out one by one."""
+"""Assignment of micro-batches to processes, against a simulation that assigns them one by one."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from cola_lightning.data.assignment import Shares
 
 
 def draw(num_logical_shards, replicas, workers, at, micro_batches):
-    """For each micro-batch from position ``at`` on: rank, worker and logical shard."""
+    """List rank, worker and logical shard of each micro-batch from position ``at`` on."""
     return [
         (turn % replicas, turn // replicas % workers, (at + turn) % num_logical_shards) for turn in range(micro_batches)
     ]
@@ -14,7 +14,7 @@ def draw(num_logical_shards, replicas, workers, at, micro_batches):
 
 @pytest.mark.parametrize(("num_logical_shards", "replicas", "workers"), [(8, 2, 2), (12, 3, 2), (6, 1, 3), (5, 5, 1)])
 @pytest.mark.parametrize("at", [0, 3, 20])
-def test_processes_started_anywhere_continue_the_rotation(num_logical_shards, replicas, workers, at):
+def test_processes_that_start_at_any_position_continue_the_rotation(num_logical_shards, replicas, workers, at):
     drawn = draw(num_logical_shards, replicas, workers, at, 200)
     assignment = {"at": at, "replicas": replicas, "workers": workers}
     owners = {}

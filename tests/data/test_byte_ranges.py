@@ -22,7 +22,7 @@ from tests.data.server import Server
 
 
 class OneId:
-    """Tokenizes nothing, because only what is read matters."""
+    """Encodes each document as one id, because these tests count what is read."""
 
     def encode(self, texts):
         return [[1]] * len(texts)
@@ -38,7 +38,7 @@ def server(tmp_path):
 
 
 def rows_of(number: int) -> list[bytes]:
-    """Lines of very unlike length, empty ones among them, the last without a newline."""
+    """Make lines of very different length, some empty, the last without a newline."""
     draw = random.Random(number)
     lengths = [draw.choice([0, 1, 9, draw.randint(0, 300)]) for _ in range(draw.randint(1, 60))]
     made = [json.dumps({"text": "x" * length}).encode() + b"\n" if length else b"\n" for length in lengths]
@@ -46,7 +46,7 @@ def rows_of(number: int) -> list[bytes]:
 
 
 def write_shards(folder, count: int, documents: int) -> int:
-    """Files of documents of 100 to 200 bytes; the bytes of all."""
+    """Write files of documents of 100 to 200 bytes; return the bytes of all."""
     draw = random.Random(count)
     for shard in range(count):
         texts = [f"{shard}-{number} " + "y" * draw.randint(80, 180) for number in range(documents)]
@@ -70,7 +70,7 @@ def test_ranges_end_to_end_have_each_line_once_wherever_they_are_cut(number, tmp
 
 
 @pytest.mark.parametrize("ranges", ["served", "bytes", "none"])
-def test_a_server_gives_the_same_rows_in_each_share_and_from_each_row(server, tmp_path, ranges, monkeypatch):
+def test_rows_from_a_server_are_the_same_for_each_share_and_start(server, tmp_path, ranges, monkeypatch):
     monkeypatch.setattr(remote, "PIECE", 3000)
     monkeypatch.setattr(remote, "TAIL", 100)
     write_shards(tmp_path, 1, 100)
@@ -91,7 +91,10 @@ def test_a_server_gives_the_same_rows_in_each_share_and_from_each_row(server, tm
 
 @pytest.mark.parametrize("count", [1, 15])
 def test_a_pass_of_sixteen_logical_shards_reads_each_file_about_once(server, tmp_path, count):
-    """It was 16 times with one file, and twice with 15. Past its end a range needs the rest of one line."""
+    """Without byte ranges one file was read 16 times, and 15 files twice.
+
+    After its end a range reads the rest of one line.
+    """
     size = write_shards(tmp_path, count, 16_000 // count)
     files = [f"{server.url}/train-{shard:02}.jsonl" for shard in range(count)]
     corpus = TextCorpus(Source("json", data_files={"train": files}), OneId(), Retry(0, 0))
@@ -120,12 +123,12 @@ def test_a_file_on_a_disk_is_read_from_the_middle(tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "open_file", counted)
     for part in range(16):
         list(read_file(f"{tmp_path}/train-00.jsonl", "text", 0, Share(part, part + 1, 16), size))
-    # One line more for each range but the first: the one that is cut at its beginning.
+    # Each range but the first also reads the line that is cut at its beginning.
     assert size < sum(map(len, read)) <= size + 15 * 220
 
 
 @pytest.mark.parametrize(("count", "logical_shards"), [(1, 16), (15, 16), (20, 16), (32, 16), (100, 16)])
-def test_how_often_compressed_files_are_read_is_said(count, logical_shards):
+def test_the_run_reports_how_often_compressed_files_are_read(count, logical_shards):
     names = [f"{number}.jsonl.gz" for number in range(count)]
     times = sum(len(divide(names, number, logical_shards)) for number in range(logical_shards)) / count
     said = describe_repeated_reads("text", names, logical_shards)
@@ -144,7 +147,7 @@ def test_a_broken_line_within_a_range_is_named(server, tmp_path, at):
 
 
 @pytest.mark.parametrize(("kind", "name"), [("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE")])
-def test_utf_16_is_named_rightly_within_a_range(tmp_path, kind, name):
+def test_utf_16_is_recognized_within_a_range(tmp_path, kind, name):
     (tmp_path / "a.jsonl").write_bytes(('{"text": "fine"}\n' * 50).encode(kind))
     with pytest.raises(InputError, match=rf"line \d+ is not UTF-8, but {name};"):
         list(read_file(f"{tmp_path}/a.jsonl", "text", 0, Share(1, 2, 2), os.path.getsize(tmp_path / "a.jsonl")))

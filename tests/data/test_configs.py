@@ -28,7 +28,7 @@ def test_overlay_is_a_config_file(overlay, capsys):
         assert given.items() <= source.items()
 
 
-def test_prepare_takes_its_file(capsys):
+def test_prepare_reads_its_config(capsys):
     with pytest.raises(SystemExit) as end:
         main(["prepare", "--config", f"{CONFIGS}/prepare/c4.yaml", "--print_config"])
     assert end.value.code == 0

@@ -13,7 +13,7 @@ def write_jsonl(file, rows):
     return file
 
 
-def test_finds_files_folders_patterns_and_packages(tmp_path):
+def test_files_folders_patterns_and_packages_are_found(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in ("b.txt", "a.jsonl", "deep/c.parquet", "notes.md"):
         (tmp_path / name).write_text("x")
@@ -31,7 +31,7 @@ def test_finds_files_folders_patterns_and_packages(tmp_path):
         ("package:no_such_package/texts", r"'no_such_package', which is not installed; run: pip install"),
     ],
 )
-def test_names_what_it_cannot_find(entry, message):
+def test_paths_that_match_nothing_are_named(entry, message):
     with pytest.raises(InputError, match=message):
         find_files([entry])
     with pytest.raises(InputError, match="no text is named"):
@@ -44,7 +44,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         find_files([str(tmp_path / "a.csv")])
 
 
-def test_reads_each_kind(tmp_path):
+def test_each_kind_of_file_is_read(tmp_path):
     (tmp_path / "a.txt").write_text("one\n---\ntwo\n---\n  \n", encoding="utf-8")
     write_jsonl(tmp_path / "b.jsonl", [{"body": "three"}, {"body": ""}, {"body": "four é"}])
     pq.write_table(pa.table({"body": ["five", "six"]}), tmp_path / "c.parquet")
@@ -52,7 +52,7 @@ def test_reads_each_kind(tmp_path):
     assert list(documents) == ["one", "two", "three", "four é", "five", "six"]
 
 
-def test_bad_files_are_named_with_the_place(tmp_path):
+def test_errors_name_file_and_place(tmp_path):
     cases = {
         "latin.txt": ("café".encode("latin1"), r"latin\.txt is not UTF-8: byte 0xe9 at offset 3"),
         "broken.jsonl": (b'{"text": "a"}\n{"text": ', r"broken\.jsonl line 2 is not JSON"),

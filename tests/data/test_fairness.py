@@ -1,6 +1,6 @@
-"""Each document once before any comes twice, for random numbers of shards, ranks, workers and sources.
+"""No document is repeated before all were seen, for random numbers of shards, ranks, workers and sources.
 
-The counts are taken from the batches alone: the first id of a document tells it from all others.
+The counts come from the batches alone, because the first id of each document is unique.
 """
 
 from collections import Counter
@@ -18,12 +18,12 @@ NUM_LOGICAL_SHARDS = 12
 
 @pytest.fixture(autouse=True)
 def short_passes(monkeypatch):
-    """Let logical shards part again after a pass of a few batches, so that both ways to read are tried."""
+    """Let logical shards divide the documents again after a short pass, so that both ways to read are tested."""
     monkeypatch.setattr(stream, "LONG_PASS", 2)
 
 
 class Layout:
-    """Sources with random shards, random ranks and workers, and where the run is killed."""
+    """Random shards of random sources, random numbers of ranks and workers, and the steps of the kills."""
 
     def __init__(self, number: int) -> None:
         draw = Random(number)
@@ -57,14 +57,14 @@ class Layout:
         )
 
     def micro_batches(self, passes: float) -> int:
-        """So many that a run has rows for ``passes`` times the documents of all sources."""
+        """Count the micro-batches that hold ``passes`` times the documents of all sources."""
         lengths = [2 + begin // 2 % corpus.longest for corpus in self.corpora for begin in corpus.everything()]
         rows = sum(lengths) / 16 if self.packed else len(lengths)
         return min(1500, max(60, int(passes * rows / 2)))
 
 
 def counts(layout: Layout, batches) -> list[Counter]:
-    """How often each document has begun, by source."""
+    """Count how often each document has begun, by source."""
     seen = Counter(token for batch in batches for row in batch for token in row)
     return [Counter({begin: seen[begin] for begin in corpus.everything()}) for corpus in layout.corpora]
 
@@ -75,14 +75,14 @@ def check_fair(layout: Layout, batches) -> None:
 
 
 def group(layout: Layout, ranks: int, micro_batches: int) -> int:
-    """The next multiple of what all ranks take in an optimizer step."""
+    """Round up to a multiple of the micro-batches of all ranks in an optimizer step."""
     step = ranks * layout.batches_per_step
     return -(-micro_batches // step) * step
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(24))
-def test_each_document_once_before_any_comes_twice_at_every_moment_and_after_every_break(number):
+def test_no_document_is_repeated_before_all_were_seen_at_any_point_or_after_a_kill(number):
     layout = Layout(number)
     total = group(layout, layout.ranks, layout.micro_batches(2.3))
     whole = layout.run().take(total)
@@ -117,8 +117,7 @@ def test_sequence_is_the_same_for_ranks_and_workers_that_divide_the_logical_shar
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(90, 98))
 def test_every_source_has_its_share_of_the_tokens(number):
-    """On one rank, because the test above shows that the sequence is the same on several, each of which makes all of
-    it."""
+    """One rank is enough, because the test above shows that several ranks give the same sequence."""
     layout = Layout(number)
     run = layout.run(ranks=1, workers=0, batch_size=8)
     run.take(group(layout, 1, 800))
@@ -131,9 +130,10 @@ def test_every_source_has_its_share_of_the_tokens(number):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_source_of_little_weight_has_its_share_from_the_first_batches_on(packed):
-    """With each logical shard beginning with a document of every source, 16 logical shards gave a weight of 1e-6 an
-    eighth of the first 16 batches. 8,000 documents of equal length at a weight of 1/100 are due 80, at 1e-6 none."""
+def test_a_source_of_small_weight_has_its_share_from_the_first_batches(packed):
+    """When each logical shard began with a document of every source, a source of weight 1e-6 gave an eighth of the
+    first 16 batches. Of 8,000 documents of equal length, 80 are due at a weight of 1/100, and none at 1e-6.
+    """
     for weight, due in ((1e-2, 80), (1e-6, 0)):
         corpora = [Numbers([500] * 20, longest=1), Numbers([500] * 20, longest=1, first=500_000)]
         make = make_logical_shards(
@@ -145,8 +145,8 @@ def test_a_source_of_little_weight_has_its_share_from_the_first_batches_on(packe
             assert begun == pytest.approx(due * share, abs=2)
 
 
-def test_documents_of_very_unlike_length_are_fair_too():
-    """Shards of documents of 2 tokens beside shards of documents of up to 400, packed."""
+def test_documents_of_very_different_length_are_drawn_fairly():
+    """Some shards have documents of 2 tokens, others of up to 400; rows are packed."""
     short, long = Numbers([40] * 10, longest=1), Numbers([40] * 3, longest=400, first=100_000)
 
     class Both(Numbers):

@@ -1,4 +1,4 @@
-"""Text that is held out for validation is not trained on, and a run says what it found and what it left out."""
+"""Held-out text is not trained on, and a run reports the files that it found and left out."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from tests.data.test_streaming import ready, take
 
 
 def rows(batches) -> set[tuple[int, ...]]:
-    """Rows of one document each, without their padding."""
+    """Return the rows, of one document each, without padding."""
     return {
         tuple(ids[labels != IGNORE].tolist())
         for batch in batches
@@ -43,8 +43,8 @@ def make_folder(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["streamed", "prepared"])
-def test_a_split_that_is_trained_on_too_is_divided_by_a_hash(c4, tmp_path, folder, kind):
-    """FineWeb has no split but train."""
+def test_validation_on_the_training_split_holds_out_documents_by_hash(c4, tmp_path, folder, kind):
+    """FineWeb, for example, has only the split train."""
     path = str(folder)
     if kind == "prepared":
         path = str(tmp_path / "made")
@@ -58,7 +58,7 @@ def test_a_split_that_is_trained_on_too_is_divided_by_a_hash(c4, tmp_path, folde
     assert len(held_out) == due == pytest.approx(600 / ONE_IN, abs=12)
     assert len(trained) == 600 - due
     assert not held_out & trained
-    # 1,200 rows are more than two passes, in each of which those documents are left out.
+    # 1,200 rows are more than two passes. Each pass leaves those documents out.
     left_out = data.source_counts()[data.sources[0].title]["held_out"]
     assert 2 * due <= left_out <= 3 * due
 
@@ -70,7 +70,7 @@ def test_copies_of_validation_documents_are_not_trained_on_and_counted(c4, tmp_p
     data = ready(streamed(c4, path=str(folder), data_files=None, validation=held_out, validation_tokens=10**6))
     validation = rows(data.val_dataloader())
     assert len(validation) == 40
-    trained = rows(take(data, 315))  # the 630 that are left, once each
+    trained = rows(take(data, 315))  # each of the 630 other documents once
     assert len(trained) == 630
     assert not validation & trained
     assert data.source_counts()[str(folder)] == data.source_counts()[str(folder)] | {"documents": 630, "held_out": 20}
@@ -104,7 +104,7 @@ def test_text_files_that_are_validated_on_too_and_copies_of_them_are_left_out(tm
     assert len(data.validation_rows.documents.offsets) - 1 == 1
 
 
-def test_a_run_says_what_it_found_and_left_out(c4, tmp_path, folder, caplog):
+def test_a_run_reports_the_files_that_it_found_and_left_out(c4, tmp_path, folder, caplog):
     (folder / "train-9.json.gz.part").write_text("x")
     (folder / "notes.bak").write_text("x")
     (folder / ".git").mkdir()
@@ -127,7 +127,7 @@ def test_a_run_says_what_it_found_and_left_out(c4, tmp_path, folder, caplog):
     assert found[4] == f"validate on {len(documents)} documents, {len(ids)} tokens of json"
 
 
-def test_a_run_says_what_patterns_name_twice_and_what_they_match_that_is_not_read(c4, tmp_path, folder, caplog):
+def test_a_run_reports_files_that_patterns_match_twice_and_files_that_are_not_read(c4, tmp_path, folder, caplog):
     (folder / "train-9.json.gz.part").write_text("x")
     files = {"train": [f"{folder}/*", f"{folder}/train-[01]*"], "validation": f"{c4}/c4-validation*"}
     with caplog.at_level(logging.INFO):
@@ -137,7 +137,7 @@ def test_a_run_says_what_patterns_name_twice_and_what_they_match_that_is_not_rea
     assert "train on json: left out: 1 other file (train-9.json.gz.part)" in caplog.messages
 
 
-def test_text_files_are_counted_and_what_is_left_out_is_said(tmp_path, folder, caplog):
+def test_text_files_are_counted_and_left_out_files_are_reported(tmp_path, folder, caplog):
     (folder / "notes.bak").write_text("x")
     (folder / "more").mkdir()
     (folder / "more" / "one.txt").write_text("one more text")

@@ -1,4 +1,4 @@
-"""Streaming from the Hugging Face hub, played by a server of this machine, in the layouts of the overlays."""
+"""Streaming from a server with the protocol of the Hugging Face hub, in the layouts of the overlays."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def card(folder: Path, name: str, files: dict[str, str]) -> None:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """The documents of each data set begin with its name."""
+    """Serve data sets in which each document begins with the name of its data set."""
     folder = tmp_path_factory.mktemp("hub")
     data = folder / "datasets"
     c4 = data / "allenai/c4"
@@ -104,7 +104,7 @@ def arguments(name: str, cache: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def run(hub, tmp_path_factory):
-    """A function that runs a job of hub_runs.py, and returns what each of its ranks answered."""
+    """Return a function that runs a job of hub_runs.py, and returns the answer of each rank."""
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
@@ -132,7 +132,7 @@ def run(hub, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seen(hub, run, tmp_path_factory) -> dict[str, dict]:
-    """What a run over each of the layouts saw; of C4 while the hub is busy."""
+    """Run over each layout, over C4 while the hub is busy; return the answers."""
     shard = "datasets/allenai/c4/resolve/{}/en/c4-validation.00000-of-00001.json.gz"
     [commit] = hub.commits("datasets", "allenai/c4")
     hub.busy = {"datasets/allenai/c4/resolve/main/README.md": [503], shard.format(commit): [429, 503]}
@@ -163,17 +163,17 @@ def test_each_layout_is_streamed_and_validated_on(seen, name):
     shards = {"c4": 96, "mixture": 96, "fineweb_edu": 3, "dclm": 4, "slimpajama": 4, "the_pile": 4, "redpajama": 3}
     assert found["shards"] == shards[name]
     assert found["held_out"]
-    if name in ("fineweb_edu", "dclm", "redpajama"):  # which have no split but train
+    if name in ("fineweb_edu", "dclm", "redpajama"):  # these have only the split train
         assert all(text.strip().startswith(begins) for text in found["held_out"])
         assert not set(found["held_out"]) & set(found["texts"])
     else:
         assert all(text.strip().startswith("held") for text in found["held_out"])
-    # Forty rows of a document each, of sixty documents at least.
+    # 40 rows of one document each, out of 60 documents or more.
     assert len(set(found["texts"])) == len(found["texts"]) == 40
 
 
-def test_one_rank_asks_the_hub_for_all(hub, run, tmp_path):
-    """Everything but the shards is asked for once, by two ranks with a worker each as by one."""
+def test_one_rank_sends_the_requests_for_all_ranks(hub, run, tmp_path):
+    """All requests except those for shards are sent once, by two ranks with a worker each as by one rank."""
     asked = []
     for ranks in (1, 2):
         hub.requests.clear()
@@ -188,7 +188,7 @@ def test_one_rank_asks_the_hub_for_all(hub, run, tmp_path):
     assert sum("/revision/" in request for request in asked[0]) <= 1
 
 
-def test_offline_is_said_at_once(hub, run, tmp_path):
+def test_offline_mode_is_an_error_at_once(hub, run, tmp_path):
     settings = arguments("c4", tmp_path) | {"retry_wait": 600.0, "tokenizer": str(hub.folder / "models/someone/words")}
     hub.requests.clear()
     [found] = run(arguments=settings, ranks=1, batches=1, offline=True, cold=True)
@@ -196,8 +196,8 @@ def test_offline_is_said_at_once(hub, run, tmp_path):
     assert not hub.requests
 
 
-def test_a_run_keeps_to_the_commit_of_the_hub_that_it_began_with(hub, run, tmp_path):
-    """Killed, and gone on with when the hub's main has moved on, it ends with the weights of one left alone."""
+def test_a_run_stays_at_the_commit_of_the_hub_that_it_began_with(hub, run, tmp_path):
+    """A run that was killed and resumed after main changed on the hub ends with the weights of an uninterrupted run."""
     newer = tmp_path / "newer"
     shutil.copytree(hub.folder / "datasets/allenai/c4", newer)
     for number, shard in enumerate(sorted(newer.glob("en/c4-train.*"))):
@@ -234,7 +234,7 @@ def test_a_run_keeps_to_the_commit_of_the_hub_that_it_began_with(hub, run, tmp_p
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
 
 
-def test_prepare_keeps_to_the_commit_of_the_hub_that_it_began_with(hub, run, tmp_path):
+def test_prepare_stays_at_the_commit_of_the_hub_that_it_began_with(hub, run, tmp_path):
     name, last = "HuggingFaceFW/fineweb-edu", "sample/10BT/002_00000.parquet"
     newer = tmp_path / "newer"
     shutil.copytree(hub.folder / "datasets" / name, newer)
@@ -256,7 +256,7 @@ def test_prepare_keeps_to_the_commit_of_the_hub_that_it_began_with(hub, run, tmp
     assert PreparedCorpus(Source(f"{tmp_path}/made")).index["documents"] == 3 * 60
 
 
-def test_a_package_that_is_missing_for_a_bucket_is_named(monkeypatch):
+def test_a_missing_package_for_a_bucket_is_an_error_that_names_the_extra(monkeypatch):
     def missing(protocol):
         raise ImportError(f"Install it to access {protocol}")
 
@@ -267,7 +267,7 @@ def test_a_package_that_is_missing_for_a_bucket_is_named(monkeypatch):
             find(Source("json", data_files=address), Retry(0, 0))
 
 
-def test_files_behind_fsspec_are_read_by_their_addresses(c4):
+def test_files_of_any_fsspec_protocol_are_read(c4):
     filesystem = fsspec.filesystem("memory")
     write_parquet(c4.parent / "bucket/one.parquet", sentences("bucket", 30))
     filesystem.pipe("/bucket/one.parquet", (c4.parent / "bucket/one.parquet").read_bytes())

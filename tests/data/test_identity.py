@@ -1,4 +1,4 @@
-"""Whatever changes in the data under a checkpoint is refused in one line, or taken up and said; nothing is silent."""
+"""Changes of the data under a checkpoint: each is refused in one line, or accepted with a message."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from tests.data.conftest import fake_trainer, sentences, write_shard
 
 
 class Streamed:
-    """Two folders of shards, which a mixture is streamed from."""
+    """Mixture that is streamed from two folders of shards."""
 
     module = C4DataModule
 
@@ -43,7 +43,7 @@ class Streamed:
         }
 
     def begin(self, state=None, stage="fit", run_tokenizer=None, checkpoint=None):
-        """Set up as the command line and Lightning do it."""
+        """Set the data module up as the command line and Lightning do."""
         data = self.module(**self.options)
         data.trainer = fake_trainer()
         if state or checkpoint:
@@ -56,7 +56,7 @@ class Streamed:
             next(iter(data.train_dataloader()))
         return data
 
-    # What may happen to it. Each is named in CHANGES with what must be said.
+    # Changes of the data. CHANGES lists each with the expected message.
 
     def change(self, options):
         self.options |= options
@@ -112,7 +112,7 @@ class Streamed:
 
 
 class Prepared(Streamed):
-    """The same, tokenized beforehand."""
+    """Prepared folders of the same text."""
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -140,7 +140,7 @@ class Prepared(Streamed):
 
     def replace_files(self):
         super().replace_files()
-        self.make()  # takes up what changed
+        self.make()  # tokenizes the changed shards again
 
     def cut_file(self):
         file = self.folder / "prepared" / "a" / "train" / "00001.ids.bin"
@@ -175,7 +175,7 @@ class Prepared(Streamed):
 
 
 class Texts(Streamed):
-    """A folder of text files, and a BPE that is trained on them."""
+    """Folder of text files, with a BPE that is trained on them."""
 
     module = TextDataModule
 
@@ -220,7 +220,7 @@ class Texts(Streamed):
 
 
 class NamedTokenizer(Texts):
-    """The same, with a tokenizer that is named and a validation set of its own."""
+    """Folder of text files, with a named tokenizer and separate validation files."""
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -301,7 +301,7 @@ CASES = [(kind, *case) for kind, cases in CHANGES.items() for case in cases]
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """Each kind of data once, with the state of a run on it."""
+    """Make each kind of data once, with the state of a run on it."""
     made = {}
     for kind in CHANGES:
         data = kind(tmp_path_factory.mktemp(kind.__name__))
@@ -311,7 +311,7 @@ def begun(tmp_path_factory):
 
 @pytest.fixture
 def case(begun, tmp_path, request):
-    """A copy of one kind of data, at the same place as when its run began, and the state."""
+    """Yield one kind of data at its original paths, and the state of its run; restore the data after the test."""
     kind = request.param
     data, state = begun[kind]
     shutil.copytree(data.folder, tmp_path / "kept", copy_function=shutil.copy2)
@@ -347,15 +347,15 @@ def test_a_change_under_a_checkpoint(case, change, outcome, message):
 
 
 @pytest.mark.parametrize("case", CHANGES, indirect=True, ids=lambda kind: kind.__name__)
-def test_nothing_is_said_where_nothing_changed(case, recwarn):
+def test_no_change_gives_no_message(case, recwarn):
     data, state = case
     data.begin(state)
     assert not [warning for warning in recwarn if "since the run began" in str(warning.message)]
 
 
 @pytest.mark.parametrize("case", [Texts], indirect=True, ids=lambda kind: kind.__name__)
-def test_the_same_files_that_give_other_rows_are_refused(case):
-    """As another release of a library may make of them."""
+def test_other_rows_from_the_same_files_are_refused(case):
+    """Another release of a library may give other rows."""
     data, state = case
     state = json.loads(json.dumps(state))
     state["identity"]["ids"] = "0" * 32
@@ -364,7 +364,7 @@ def test_the_same_files_that_give_other_rows_are_refused(case):
 
 
 @pytest.mark.parametrize("case", [Streamed, Texts], indirect=True, ids=lambda kind: kind.__name__)
-def test_a_run_does_not_go_on_in_another_kind_of_data_module(case):
+def test_a_run_does_not_resume_with_another_data_module(case):
     data, state = case
     name = "TextDataModule" if data.module is C4DataModule else "C4DataModule"
     with pytest.raises(InputError, match=rf"--data is {data.module.__name__}, but the run began with {name}"):
@@ -374,11 +374,11 @@ def test_a_run_does_not_go_on_in_another_kind_of_data_module(case):
 @pytest.mark.parametrize("case", [Streamed], indirect=True, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(("began", "now"), [(C4DataModule, StreamingDataModule), (StreamingDataModule, C4DataModule)])
 def test_c4_and_other_streams_share_their_state(case, began, now):
-    """As a run does that begins on C4 and resumes on the same text prepared."""
+    """For example, a run begins on C4 and resumes on the same text prepared."""
     data, state = case
     data.module = now
     module = data.begin(checkpoint={began.__name__: state})
-    after = module.state_dict()  # of one more batch, from the next logical shard
+    after = module.state_dict()  # the state after one more batch, from the next logical shard
     assert after["batches"] == state["batches"] + 1
     assert after["logical_shards"]["0"] == state["logical_shards"]["0"]
     data.add_file()
@@ -387,7 +387,7 @@ def test_c4_and_other_streams_share_their_state(case, began, now):
 
 
 @pytest.mark.parametrize("case", CHANGES, indirect=True, ids=lambda kind: kind.__name__)
-def test_from_python_where_the_state_comes_after_setup_a_change_is_refused_too(case):
+def test_a_change_is_refused_if_the_state_is_loaded_after_setup(case):
     data, state = case
     data.add_file()
     module = data.begin()
@@ -396,7 +396,7 @@ def test_from_python_where_the_state_comes_after_setup_a_change_is_refused_too(c
 
 
 @pytest.mark.parametrize("case", [Streamed, NamedTokenizer], indirect=True, ids=lambda kind: kind.__name__)
-def test_the_tokenizer_that_the_run_keeps_wins(case, tmp_path):
+def test_the_tokenizer_saved_with_the_run_takes_precedence(case, tmp_path):
     data, state = case
     shutil.copytree(data.folder / "tokenizer", tmp_path / "kept_by_run")
     own = Tokenizer.load(str(tmp_path / "kept_by_run"))
@@ -410,7 +410,7 @@ def test_the_tokenizer_that_the_run_keeps_wins(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", [Streamed, Texts], indirect=True, ids=lambda kind: kind.__name__)
-def test_other_text_may_be_evaluated_on_but_with_the_tokenizer_of_the_run(case, tmp_path):
+def test_evaluation_on_other_text_needs_the_tokenizer_of_the_run(case, tmp_path):
     data, state = case
     data.begin(state).tokenizer.save(tmp_path / "kept_by_run")
     own = Tokenizer.load(str(tmp_path / "kept_by_run"))
@@ -423,11 +423,11 @@ def test_other_text_may_be_evaluated_on_but_with_the_tokenizer_of_the_run(case, 
 @pytest.mark.parametrize(
     ("named", "expected"), [(None, ["1" * 40, None, "2" * 40]), ("main", ["main", None, "main"])], ids=["same", "other"]
 )
-def test_a_run_keeps_to_the_commit_of_the_hub_that_it_began_with(case, named, expected):
-    """Unless another revision is named than at its beginning."""
+def test_a_run_stays_at_the_commit_of_the_hub_that_it_began_with(case, named, expected):
+    """Another revision on the command line takes precedence."""
     data, state = case
     began = json.loads(json.dumps(state))
-    began["identity"]["sources"][0]["commit"] = "1" * 40  # of the second source there is none: it is a folder
+    began["identity"]["sources"][0]["commit"] = "1" * 40  # the second source is a folder and has no commit
     began["identity"]["validation"]["commit"] = "2" * 40
     data.options["sources"][0].revision = named
     module = data.module(**data.options)
@@ -486,7 +486,7 @@ def test_a_model_is_evaluated_on_data_of_another_kind_with_its_own_tokenizer(cas
 
 
 @pytest.mark.parametrize("case", [Streamed, Texts], indirect=True, ids=lambda kind: kind.__name__)
-def test_ranks_whose_nodes_hold_other_files_do_not_begin(case, monkeypatch):
+def test_ranks_on_nodes_with_different_files_do_not_start(case, monkeypatch):
     data, _ = case
     first = []
 
@@ -502,7 +502,7 @@ def test_ranks_whose_nodes_hold_other_files_do_not_begin(case, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command_line_refuses_text_that_was_added_and_leaves_the_run_as_it_is(corpus, tiny_run, tmp_path, capsys):
+def test_the_command_line_refuses_added_text_and_does_not_change_the_run(corpus, tiny_run, tmp_path, capsys):
     shutil.copytree(corpus, tmp_path / "text")
     flags = [*tiny_run, f"--data.paths=['{tmp_path}/text']", f"--run_dir={tmp_path}/run", "--trainer.max_steps=3"]
     main(["fit", *flags])
@@ -517,7 +517,7 @@ def test_the_command_line_refuses_text_that_was_added_and_leaves_the_run_as_it_i
     assert {file: file.read_bytes() for file in kept} == kept
 
 
-def test_large_files_are_looked_at_in_samples_that_see_their_ends(tmp_path, monkeypatch):
+def test_large_files_are_hashed_in_samples_that_include_their_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(identities, "READ_WHOLE", 1000)
     file = tmp_path / "a.bin"
     content = bytearray(1_000_000)

@@ -21,7 +21,7 @@ def reader(corpus, index=0, num_logical_shards=1, block=5, state=None) -> Reader
 
 
 def numbers_of(reader: Reader, count: int) -> list[int]:
-    """The first ids of the next documents, pass after pass."""
+    """Return the first ids of the next documents, pass after pass."""
     numbers = []
     while len(numbers) < count:
         document = reader.next()
@@ -55,7 +55,7 @@ def test_fewer_files_than_logical_shards_make_equal_logical_shards():
 
 @pytest.mark.parametrize("block", [0, 1, 5, 1000])
 @pytest.mark.parametrize("after", [0, 1, 4, 5, 24, 25, 26, 130])
-def test_reader_goes_on_at_the_next_document(block, after):
+def test_reader_resumes_at_the_next_document(block, after):
     whole = reader(Numbers([13, 12]), block=block)
     numbers_of(whole, after)
     state = dict(whole.state)
@@ -76,7 +76,7 @@ def test_resuming_encodes_no_document_again():
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("longest", [9, 60])
 def test_a_logical_shard_resumes_at_the_next_token_after_any_batch(packed, longest):
-    """With documents of up to 60 tokens in rows of 8, most of these places are in the middle of a document."""
+    """Documents have up to 60 tokens and rows have 8, so most of these positions are inside a document."""
     whole = logical_shard(Numbers([30, 31], longest), packed=packed)
     for _ in range(40):
         state = whole.state()
@@ -142,7 +142,7 @@ def test_blocks_shuffle_and_block_of_one_does_not():
 
 
 def test_long_documents_cost_no_more_for_each_batch_and_the_state_stays_small():
-    """A document of 600,000 ids is cut into 75,000 rows. What is left of it rode along with each batch, as a list."""
+    """A document of 600,000 ids is cut into 75,000 rows. Its remaining ids were once part of each state, as a list."""
     corpus = Numbers([3], longest=600_000, first=2 * 599_000)
     rows = logical_shard(corpus)
     for _ in range(3):

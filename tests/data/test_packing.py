@@ -22,15 +22,15 @@ def test_a_slice_of_a_column_is_read_as_such():
     assert np.array_equal(documents.offsets, [0, 2])
 
 
-def test_padded_rows_hold_a_document_each():
+def test_a_padded_row_holds_one_document():
     assert lists(Rows(Documents(COLUMN), RowShape(4, packed=False, pad_id=0))) == [
         ([5, 6, 1, 0], [5, 6, 1, -100]),
         ([7, 1, 0, 0], [7, 1, -100, -100]),
-        ([8, 9, 10, 1], [8, 9, 10, 1]),  # cut, and ended all the same
+        ([8, 9, 10, 1], [8, 9, 10, 1]),  # cut, and ended with the end-of-document id
     ]
 
 
-def test_packed_rows_lose_nothing():
+def test_packed_rows_hold_all_tokens():
     assert lists(Rows(Documents(COLUMN), RowShape(4, packed=True, pad_id=0))) == [
         ([5, 6, 1, 7], [5, 6, 1, 7]),
         ([1, 8, 9, 10], [1, 8, 9, 10]),

@@ -80,7 +80,7 @@ def test_corrupted_shard_is_named(run, name):
     PreparedCorpus(Source(str(run().parent))).verify()
 
 
-def test_shard_that_is_short_or_missing_is_named_without_hashing(run):
+def test_a_truncated_or_missing_shard_is_named_without_hashing(run):
     folder = run()
     (folder / "00001.ids.bin").write_bytes(b"12")
     with pytest.raises(InputError, match=r"00001\.ids\.bin has 2 bytes, not"):
@@ -90,7 +90,7 @@ def test_shard_that_is_short_or_missing_is_named_without_hashing(run):
         PreparedCorpus(Source(str(folder.parent)))
 
 
-def test_broken_shard_stops_it_and_a_second_run_makes_only_what_is_missing(source, run, tmp_path):
+def test_a_broken_shard_stops_prepare_and_a_second_call_makes_only_missing_shards(source, run, tmp_path):
     file = tmp_path / "text" / "train-2.json.gz"
     whole = file.read_bytes()
     file.write_bytes(whole[:200])
@@ -109,7 +109,7 @@ def test_broken_shard_stops_it_and_a_second_run_makes_only_what_is_missing(sourc
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_a_shard_whose_source_changed_is_made_anew_also_after_a_break(source, run, tmp_path, interrupted, c4):
+def test_a_changed_shard_is_made_again_also_after_an_interruption(source, run, tmp_path, interrupted, c4):
     last = tmp_path / "text" / "train-2.json.gz"
     whole = last.read_bytes()
     if interrupted:
@@ -137,7 +137,7 @@ def test_a_shard_whose_source_changed_is_made_anew_also_after_a_break(source, ru
     assert (folder / "00001.ids.bin").stat().st_mtime_ns > before["00001.ids.bin"]
 
 
-def test_a_folder_whose_shards_are_being_made_anew_is_not_taken_for_whole(source, run, tmp_path):
+def test_a_folder_with_missing_shards_has_no_index(source, run, tmp_path):
     folder = run()
     (tmp_path / "text" / "train-1.json.gz").write_bytes(b"no gzip at all")
     with pytest.warns(UserWarning, match="1 of 3 shards changed"), pytest.raises(InputError, match="not compressed"):
@@ -146,7 +146,7 @@ def test_a_folder_whose_shards_are_being_made_anew_is_not_taken_for_whole(source
         PreparedCorpus(Source(str(folder.parent)))
 
 
-def test_another_preparation_in_the_folder_is_refused(source, c4, run, tmp_path):
+def test_a_folder_of_another_preparation_is_refused(source, c4, run, tmp_path):
     run()
     other = Tokenizer.train(["a few other words"], 260)
     other.save(tmp_path / "other")
@@ -175,13 +175,13 @@ def test_source_without_a_document(run, tmp_path, source):
 
 
 @pytest.mark.slow
-def test_command_reads_its_file_and_is_killed_and_run_again(c4, tmp_path):
-    """SIGKILL while its processes wait for a server; what was finished stays, and its processes go with it."""
+def test_the_command_is_killed_and_run_again(c4, tmp_path):
+    """SIGKILL comes while the workers wait for a server. Finished shards stay, and the workers end too."""
     names = [f"train-{number}.json.gz" for number in range(6)]
     for name in names:
         write_shard(tmp_path / name, sentences(name, 30))
     server, answers = Server(tmp_path), threading.Event()
-    server.faults |= {name: [None, answers] for name in names[3:]}  # the first is asked whether it is there
+    server.faults |= {name: [None, answers] for name in names[3:]}  # the first GET is a check
     settings = {
         "source": {"path": "json", "data_files": [f"{server.url}/{name}" for name in names]},
         "folder": f"{tmp_path}/made",
@@ -216,10 +216,10 @@ def test_command_reads_its_file_and_is_killed_and_run_again(c4, tmp_path):
 
 
 def children_of(process: int) -> list[int]:
-    """The processes that a process has started."""
+    """List the child processes of a process."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # one that ends at this moment
+        with suppress(FileNotFoundError, ProcessLookupError):  # a process may end at this moment
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
     return [child for child, parent in parents.items() if parent == process]
 

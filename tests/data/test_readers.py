@@ -1,4 +1,4 @@
-"""Input as people have it, through both ways of reading: whole files, and the shards of a stream."""
+"""Compressed, damaged and unusual input, read as whole files and as the shards of a stream."""
 
 import bz2
 import gzip
@@ -39,7 +39,7 @@ def test_compressed_lines_of_one_or_several_frames(read, end, tmp_path):
 
 
 @both
-def test_names_of_files_may_hold_what_ends_the_path_of_an_address(read, tmp_path):
+def test_names_of_files_may_contain_question_marks_and_hashes(read, tmp_path):
     for name in ("a#1.jsonl.gz", "b?c.jsonl.gz", "d 100%.jsonl.gz"):
         (tmp_path / name).write_bytes(gzip.compress(LINES[0]))
         assert read(tmp_path / name) == ["document 0"]
@@ -57,13 +57,13 @@ def test_a_folder_of_zstd_shards_is_a_data_set(tmp_path):
 @pytest.mark.parametrize(
     ("end", "pack"), [("gz", gzip.compress), ("zst", zstandard.ZstdCompressor().compress)], ids=["gz", "zst"]
 )
-def test_a_compressed_file_that_is_cut_short_or_none_is_said_at_once(read, end, pack, tmp_path):
+def test_a_truncated_or_uncompressed_file_is_an_error_at_once(read, end, pack, tmp_path):
     file = tmp_path / f"a.jsonl.{end}"
     whole = pack(b"".join(LINES))
     file.write_bytes(whole[:-9])
     with pytest.raises(InputError, match=rf"a\.jsonl\.{end} is cut short or damaged"):
         read(file)
-    file.write_bytes(whole + pack(LINES[0])[:6])  # cut within a later frame
+    file.write_bytes(whole + pack(LINES[0])[:6])  # cut inside a later frame
     with pytest.raises(InputError, match=rf"a\.jsonl\.{end} is cut short or damaged"):
         read(file)
     file.write_bytes(b"".join(LINES))
@@ -85,7 +85,7 @@ def test_lines_from_a_server(ranges, end, pack, tmp_path):
 
 
 @pytest.mark.parametrize(("end", "pack"), [("xz", lzma.compress), ("bz2", bz2.compress)])
-def test_damaged_shards_of_rarer_compressions(end, pack, tmp_path):
+def test_damaged_shards_of_xz_and_bz2(end, pack, tmp_path):
     file = tmp_path / f"a.jsonl.{end}"
     for content in (pack(b"".join(LINES))[:-20], b"".join(LINES)):
         file.write_bytes(content)
@@ -93,7 +93,7 @@ def test_damaged_shards_of_rarer_compressions(end, pack, tmp_path):
             READ["shards"](file)
 
 
-def test_a_stream_does_not_wait_for_a_damaged_file_to_mend(tmp_path, monkeypatch):
+def test_a_damaged_local_file_is_not_retried(tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits"))
     (tmp_path / "train.json.gz").write_bytes(LINES[0])
     corpus = TextCorpus(Source(str(tmp_path)), None, Retry())
@@ -111,20 +111,20 @@ def test_zstd_without_a_package_names_the_extra(read, tmp_path, monkeypatch):
 
 
 @both
-def test_half_a_surrogate_pair_becomes_the_replacement_character_and_is_said(read, tmp_path):
+def test_half_of_a_surrogate_pair_becomes_the_replacement_character_with_a_warning(read, tmp_path):
     texts = ["\ud83d is half", "\ude00\ud83d is none", "\U0001f600 is whole"]
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["plain", *texts]))
     text_values._repaired.clear()
     with pytest.warns(UserWarning, match=r"a\.jsonl line 2 holds half of a surrogate pair \('\\ud83d'\)") as said:
         found = read(file)
-    # The same repair as UTF-16's decoder makes.
+    # UTF-16's decoder makes the same repair.
     assert found == ["plain"] + [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
     assert len(said) == 1
 
 
 @both
-def test_a_byte_order_mark_is_no_text(read, tmp_path):
+def test_a_byte_order_mark_is_left_out(read, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + LINES[0])
     with warnings.catch_warnings(action="error"):
         assert read(tmp_path / "a.jsonl") == ["document 0"]
@@ -132,7 +132,7 @@ def test_a_byte_order_mark_is_no_text(read, tmp_path):
 
 @both
 @pytest.mark.parametrize("kind", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_other_encodings_are_called_by_their_name(read, kind, tmp_path):
+def test_other_encodings_are_named(read, kind, tmp_path):
     name = "UTF-16" if "16" in kind else "UTF-32"
     (tmp_path / "a.jsonl").write_bytes(LINES[0].decode().encode(kind))
     with pytest.raises(InputError, match=rf"a\.jsonl line 1 is not UTF-8, but {name}.*; convert it: iconv -f {name}"):
@@ -156,7 +156,7 @@ def test_lines_that_cannot_be_read_are_named(read, line, message, tmp_path):
 
 
 @both
-def test_a_huge_number_beside_the_text_does_not_matter(read, tmp_path):
+def test_a_number_of_thousands_of_digits_beside_the_text_is_ignored(read, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a", "id": ' + b"9" * 6000 + b', "n": 1}\n')
     assert read(tmp_path / "a.jsonl") == ["a"]
 

@@ -1,4 +1,4 @@
-"""Runs that are killed and go on, against runs that were left alone. Real processes, see resume_runs.py."""
+"""Runs that are killed and resumed, against uninterrupted runs, in real processes; see resume_runs.py."""
 
 import gzip
 import json
@@ -43,13 +43,13 @@ def run_all(runs: list[dict]) -> None:
 
 
 def log(folder: Path, rank: int) -> list[str]:
-    """Of each micro-batch on a rank: its number, a hash of its ids and labels, and the loss."""
+    """Read the log of a rank: for each micro-batch its number, a hash of its ids and labels, and the loss."""
     return (folder / f"log.{rank}").read_text().splitlines()
 
 
 @pytest.fixture(scope="module")
 def runs(c4, prepared, tmp_path_factory) -> Path:
-    """Every cell three times: left alone, killed, and taken up again."""
+    """Train three runs for each cell: uninterrupted, killed, and resumed."""
     folder = tmp_path_factory.mktemp("runs")
     planned = []
     for kind, workers, ranks, rows in CELLS:
@@ -68,14 +68,14 @@ def runs(c4, prepared, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "workers", "ranks", "rows"), CELLS)
-def test_killed_run_goes_on_at_the_very_next_token_with_the_same_loss(runs, kind, workers, ranks, rows):
+def test_killed_run_resumes_at_the_next_token_with_the_same_loss(runs, kind, workers, ranks, rows):
     folder = runs / f"{kind}-{workers}-{ranks}-{rows}"
     for rank in range(ranks):
         whole, killed, resumed = (log(folder / name, rank) for name in ("whole", "killed", "resumed"))
         assert len(whole) == len(set(whole)) == STEPS * ACCUMULATE
         assert killed == whole[: KILLED * ACCUMULATE]
         assert resumed == whole[SAVED * ACCUMULATE :]
-    whole, resumed = (total_ledger(folder / name, ranks) for name in ("whole", "resumed"))
+    whole, resumed = (total_counts(folder / name, ranks) for name in ("whole", "resumed"))
     assert whole == resumed
     logged = json.loads((folder / "resumed" / "logged.0").read_text())
     assert {k: v for k, v in logged.items() if k.startswith("data/")} == whole
@@ -84,11 +84,11 @@ def test_killed_run_goes_on_at_the_very_next_token_with_the_same_loss(runs, kind
     assert tokens == slots if rows == "packed" else 0 < tokens < slots
 
 
-def total_ledger(folder: Path, ranks: int) -> dict[str, int]:
-    """As the callback logs it."""
+def total_counts(folder: Path, ranks: int) -> dict[str, int]:
+    """Sum the counts of all ranks, by the names that the callback logs."""
     total = Counter()
     for rank in range(ranks):
-        for source, counts in json.loads((folder / f"ledger.{rank}").read_text()).items():
+        for source, counts in json.loads((folder / f"counts.{rank}").read_text()).items():
             total.update({f"data/{source}/{kind}": count for kind, count in counts.items()})
     return dict(total)
 
@@ -106,8 +106,8 @@ def test_two_ranks_share_the_sequence_that_one_rank_sees(runs, rows):
     assert hashes[0][::2] == hashes[1][: STEPS * ACCUMULATE // 2]
 
 
-def test_a_run_on_two_ranks_goes_on_on_one(runs, c4, tmp_path):
-    """Each step then sees half as many rows, of the same sequence."""
+def test_a_run_on_two_ranks_resumes_on_one(runs, c4, tmp_path):
+    """Each step then has half as many rows of the same sequence."""
     checkpoint = f"{runs}/streamed-2-2-packed/killed/step={SAVED}.ckpt"
     data = arguments(c4, rows="packed", num_workers=2)
     run_all([{"folder": f"{tmp_path}/one", "data": data, "ranks": 1, "from": checkpoint}])
@@ -120,8 +120,8 @@ def test_a_run_on_two_ranks_goes_on_on_one(runs, c4, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_data_that_fails_leaves_a_checkpoint_to_go_on_from(c4, tmp_path, ranks):
-    """Rank 0 alone meets the line that is broken, or in another order rank 1 alone; both stop, after the same step."""
+def test_failing_data_leaves_a_checkpoint_to_resume_from(c4, tmp_path, ranks):
+    """Only one rank reads the broken line; both stop after the same step."""
     broken = tmp_path / "data"
     shutil.copytree(c4, broken)
     shard = broken / "c4-train.00004-of-00005.json.gz"

@@ -1,4 +1,4 @@
-"""Reading through dropped connections, busy servers and damaged shards."""
+"""Reads with dropped connections, busy servers and damaged shards."""
 
 import gzip
 import json
@@ -28,8 +28,10 @@ NAME = "c4-train.00000-of-00001.json.gz"
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    """Three megabytes that do not compress to nothing, for a client may hold back the last hundred kilobytes that it
-    got before a connection broke."""
+    """Make three megabytes that compress little.
+
+    A client may not return the last hundred kilobytes that it received before a connection broke.
+    """
     draw = random.Random(0)
     return [f"{number} {draw.randbytes(500).hex()}" for number in range(3000)]
 
@@ -71,7 +73,7 @@ def test_every_document_is_read_once_and_in_order_despite_transient_errors(
     assert all(re.search(r"; try \d of 3 in \d", message) for message in warned)
 
 
-def test_failures_with_documents_between_them_do_not_add_up():
+def test_only_failures_in_a_row_are_counted():
     def three_at_a_time(start):
         yield from ((number, number) for number in range(start, min(start + 3, 20)))
         if start + 3 < 20:
@@ -88,7 +90,7 @@ class BusyError(ConnectionError):
 
 
 @pytest.mark.parametrize(("value", "least"), [("7", 7), ("0", 0.01), ("nonsense", 0.01), ("a date", 60)])
-def test_a_busy_server_is_left_alone_for_as_long_as_it_asks(monkeypatch, value, least):
+def test_retry_after_of_a_busy_server_is_honoured(monkeypatch, value, least):
     if value == "a date":
         value = format_datetime(datetime.now(UTC) + timedelta(seconds=90))
     pauses = []
@@ -106,7 +108,7 @@ def test_a_busy_server_is_left_alone_for_as_long_as_it_asks(monkeypatch, value, 
     assert least <= pause <= 1.25 * max(least, 90 if least == 60 else 0.01)
 
 
-def test_errors_that_came_from_each_other_are_looked_at_once():
+def test_a_cycle_of_causes_is_followed_once():
     def ask():
         try:
             try:
@@ -120,7 +122,7 @@ def test_errors_that_came_from_each_other_are_looked_at_once():
         Retry(0, wait=0.01).call(ask, "shard")
 
 
-def test_what_a_client_must_not_ask_for_is_an_error_at_once():
+def test_offline_mode_of_a_client_is_an_error_at_once():
     def ask():
         try:
             raise OfflineModeIsEnabled("Cannot reach the hub: offline mode is enabled")
@@ -155,7 +157,7 @@ def test_last_try_is_an_error_that_names_the_shard_and_the_row(server, tokenizer
         list(stream.read(0, 10))
 
 
-def test_what_does_not_exist_is_an_error_at_once(server, tokenizer):
+def test_a_missing_file_is_an_error_at_once(server, tokenizer):
     stream = corpus(server, tokenizer)
     server.faults[NAME] = [404] * 10
     with pytest.raises(InputError, match=f"{NAME} .*cannot be read: .*(FileNotFoundError|404)"):
@@ -163,7 +165,7 @@ def test_what_does_not_exist_is_an_error_at_once(server, tokenizer):
     assert server.requests.count(NAME) <= 2
 
 
-def test_shard_that_is_cut_short_is_an_error_and_no_end(server, tokenizer, tmp_path, texts):
+def test_a_truncated_shard_is_an_error_and_not_its_end(server, tokenizer, tmp_path, texts):
     whole = (tmp_path / NAME).read_bytes()
     (tmp_path / NAME).write_bytes(whole[: len(whole) // 2])
     read = []
@@ -177,11 +179,11 @@ def test_shard_that_is_cut_short_is_an_error_and_no_end(server, tokenizer, tmp_p
         for row, text in stream.read(0):
             assert text == texts[row]
             if row > 1000:
-                (tmp_path / NAME).write_bytes(whole)  # it has been uploaded again
+                (tmp_path / NAME).write_bytes(whole)  # uploaded again
                 break
 
 
-def test_broken_line_is_an_error_with_its_number_and_no_new_try(server, tokenizer, tmp_path):
+def test_a_broken_line_is_an_error_with_its_number_and_is_not_retried(server, tokenizer, tmp_path):
     with gzip.open(tmp_path / NAME, "wt") as lines:
         lines.write(json.dumps({"text": "one"}) + "\n" + '{"text": "two\n' + json.dumps({"text": "three"}) + "\n")
     stream = corpus(server, tokenizer)
@@ -210,11 +212,11 @@ def test_batches_despite_transient_errors_equal_those_of_local_files(c4, workers
     here = arguments(c4, rows="packed", num_workers=workers)
     expected = take(ready(C4DataModule(**here)), 40)
     with warnings.catch_warnings(action="ignore"):
-        server.faults[names[3]] = [503]  # already when it is looked whether the file exists
+        server.faults[names[3]] = [503]  # in the check that the file exists
         data = ready(C4DataModule(**here | {"data_files": files}))
         for name in names:
             server.faults[name] = [503, 429, 0.5]
         batches = take(data, 40)
     server.close()
     assert all((one["input_ids"] == other["input_ids"]).all() for one, other in zip(expected, batches, strict=True))
-    assert sum(not server.faults[name] for name in names) >= 4  # the fifth shard is a logical shard's second
+    assert sum(not server.faults[name] for name in names) >= 4  # a fifth may not be reached

@@ -1,4 +1,4 @@
-"""Padded rows made of tokenized beginnings equal those of whole documents."""
+"""Padded rows from the beginnings of documents equal those from whole documents."""
 
 import random
 
@@ -53,7 +53,7 @@ T5 = normalizers.Sequence(
 
 
 class Texts:
-    """A corpus as far as encoding goes, which counts characters."""
+    """Corpus that only encodes, and counts the characters."""
 
     title, shards = "texts", ["a"]
 

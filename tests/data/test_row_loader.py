@@ -23,7 +23,7 @@ def train(count, batch_size, batches, **settings):
     return loader, [batch["input_ids"][:, 0].tolist() for batch in islice(loader, batches)]
 
 
-def test_each_pass_has_every_row_once_in_an_order_of_its_own():
+def test_each_pass_has_every_row_once_in_a_new_order():
     _, batches = train(10, 2, 10)
     first, second = list(chain(*batches[:5])), list(chain(*batches[5:]))
     assert sorted(first) == sorted(second) == list(range(10))
@@ -42,7 +42,7 @@ def test_resumes_after_the_last_batch_returned(workers):
     assert train(10, 3, 4, position=loader.position, workers=workers)[1] == whole[4:]
 
 
-def test_ranks_share_the_sequence_and_any_number_of_them_goes_on_with_it():
+def test_ranks_share_the_sequence_and_any_number_of_ranks_continues_it():
     _, alone = train(12, 4, 6)
     ranks = [train(12, 2, 6, replicas=2, rank=rank)[1] for rank in range(2)]
     assert [first + second for first, second in zip(*ranks, strict=True)] == alone

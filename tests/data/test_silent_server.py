@@ -1,4 +1,4 @@
-"""A server that accepts connections and never answers: how long a run waits for it, and what it says."""
+"""A server that accepts connections and never answers: the time until the run stops, and its messages."""
 
 import time
 from pathlib import Path
@@ -34,7 +34,7 @@ def server():
 
 @pytest.fixture
 def pauses(monkeypatch) -> list[float]:
-    """The pauses between tries, in seconds. They are recorded and not slept, so that the real settings are measured."""
+    """Record the pauses between tries, in seconds, instead of sleeping, so that the default settings are measured."""
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     monkeypatch.setattr(remote, "ANSWER", TIMEOUT)
@@ -43,7 +43,7 @@ def pauses(monkeypatch) -> list[float]:
 
 @pytest.fixture
 def silent_hub(server, monkeypatch, tmp_path):
-    """The same server as the Hugging Face hub, with the timeouts of its client scaled down."""
+    """Make the client of the Hugging Face hub ask the silent server, with short timeouts."""
     for name, value in {
         "ENDPOINT": server.url,
         "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",

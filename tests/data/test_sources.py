@@ -35,7 +35,7 @@ def open_corpus(tokenizer):
 
 
 def write(folder: Path, kind: str) -> Path:
-    """Two shards, the first of 400 documents."""
+    """Write two shards, the first of 400 documents."""
     for number, texts in enumerate((TEXTS[:400], TEXTS[400:])):
         stem = folder / f"train-{number}"
         rows = [{"text": text, "url": "http://x"} for text in texts]
@@ -54,7 +54,7 @@ def write(folder: Path, kind: str) -> Path:
 def test_folder_of_any_format_is_read_from_any_row_in_any_part(tmp_path, open_corpus, kind):
     corpus = open_corpus(write(tmp_path, kind))
     assert [Path(shard).name.split(".")[0] for shard in corpus.shards] == ["train-0", "train-1"]
-    if kind == "jsonl":  # its rows have the bytes as numbers at which they begin
+    if kind == "jsonl":  # the number of a row is the byte at which it begins
         made = (tmp_path / "train-0.jsonl").read_text().splitlines(keepends=True)
         begins = [sum(map(len, made[:row])) for row in range(400)]
         for row in (0, 1, 149, 399):
@@ -115,7 +115,7 @@ def test_parquet_file_that_is_cut_short_is_named(tmp_path, open_corpus):
         list(corpus.read(1))
 
 
-def test_what_is_not_there_is_said(tmp_path, open_corpus):
+def test_a_missing_data_set_or_split_is_an_error(tmp_path, open_corpus):
     with pytest.raises(InputError, match="has no split 'test'; it has train"):
         open_corpus(write(tmp_path, "jsonl"), split="test")
     with pytest.raises(InputError, match=r"json .*(has no file|cannot be opened)"):
@@ -124,7 +124,7 @@ def test_what_is_not_there_is_said(tmp_path, open_corpus):
         open_corpus(tmp_path / "nowhere")
 
 
-def test_a_configuration_that_is_not_there_or_not_named_is_said_with_those_that_are(tmp_path, open_corpus):
+def test_a_missing_or_unnamed_configuration_is_an_error_that_lists_the_configurations(tmp_path, open_corpus):
     folder = write(tmp_path, "jsonl")
     with pytest.raises(InputError, match=r"it has no configuration 'en'; name one of \['default'\] or null"):
         open_corpus(folder, name="en")
@@ -144,7 +144,7 @@ def test_the_home_folder_is_found_in_paths_and_files(tmp_path, open_corpus, monk
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Knows the data set ``someone/text``, and of its revisions ``main`` alone."""
+    """Serves the data set ``someone/text`` with the one revision ``main``."""
 
     def do_GET(self) -> None:
         body, status = b"{}", 404
@@ -168,7 +168,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.mark.slow
 def test_revision_that_does_not_exist(tmp_path):
-    """In a process of its own, for the hub's address is read when its client is imported."""
+    """This needs a new process, because the client reads the hub's address at import."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     code = (

@@ -19,7 +19,7 @@ MAKE = make_logical_shards(Numbers([90] * 3, longest=5), num_logical_shards=12, 
 
 
 def run(ranks, workers, state=None, **others) -> Run:
-    """On real workers; the ranks are threads."""
+    """Begin a run with real workers; the ranks are threads."""
     return Run(MAKE, ranks, workers, state, kind=StreamLoader, **others)
 
 
@@ -35,7 +35,7 @@ def test_any_ranks_and_workers_that_divide_the_logical_shards_give_one_sequence(
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [(1, 0), (2, 2), (4, 0)])
 @pytest.mark.parametrize("second", [(1, 2), (2, 0), (3, 0), (6, 0)])
-def test_another_number_of_ranks_and_workers_goes_on_with_the_same_sequence(first, second):
+def test_another_number_of_ranks_and_workers_continues_the_same_sequence(first, second):
     begun = run(*first)
     before = begun.take(20)
     after = run(*second, state=begun.state()).take(24)
@@ -79,7 +79,7 @@ def test_ranks_and_workers_that_do_not_divide_the_logical_shards_lose_and_repeat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_real_workers_go_on_through_the_ends_of_passes_as_one_process_does(ranks, monkeypatch):
+def test_real_workers_give_the_sequence_of_one_process_across_passes(ranks, monkeypatch):
     """Of 270 documents in 300 micro-batches of two; logical shards part again after each pass, with new workers."""
     monkeypatch.setattr(stream, "LONG_PASS", 2)
     assert run(ranks, 2).take(300) == run(1, 0).take(300)
@@ -107,7 +107,7 @@ class Breaks(Numbers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_failure_comes_between_two_optimizer_steps_with_its_one_line(workers):
+def test_a_failure_is_raised_between_two_optimizer_steps_in_one_line(workers):
     make = make_logical_shards(Breaks([90]), num_logical_shards=4, block=3, packed=False)
     loader = StreamLoader(make, 4, 1, 100, workers=workers, batches_per_step=8)
     seen = []
@@ -117,7 +117,7 @@ def test_failure_comes_between_two_optimizer_steps_with_its_one_line(workers):
     assert len(seen) == loader.position == 8
 
 
-def test_a_rank_stops_when_another_cannot_go_on():
+def test_a_rank_stops_when_another_fails():
     class Other(OneRank):
         answers = iter([Verdict.READ, Verdict.FAILED])
 
@@ -159,7 +159,7 @@ def test_workers_die_with_the_main_process_even_while_they_wait_for_a_server():
 
 
 def alive(process: int) -> bool:
-    """Whether it runs; one that is dead and not yet waited for does not."""
+    """Whether a process runs. A zombie does not."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -168,7 +168,7 @@ def alive(process: int) -> bool:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_overfitting_begins_again_where_the_first_iteration_did(workers):
-    """``overfit_batches: 2`` iterates anew after every two batches; without it an epoch is a part of the run."""
+    """``overfit_batches: 2`` iterates again after every two batches; without it an epoch is a part of the run."""
 
     def batches(overfit):
         loader = StreamLoader(MAKE, 12, 2, batches=2, workers=workers, overfit=overfit)

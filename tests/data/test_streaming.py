@@ -17,7 +17,7 @@ from tests.data.server import Server
 
 
 def ready(data: C4DataModule, ranks: int = 1, rank: int = 0, stage: str = "fit") -> C4DataModule:
-    """Set up as a trainer does it."""
+    """Set the data module up as a trainer does."""
     share = {"num_replicas": ranks, "rank": rank} if ranks > 1 else None
     data.trainer = fake_trainer(max_steps=1000, distributed_sampler_kwargs=share)
     data.prepare_data()
@@ -75,7 +75,7 @@ def test_validation_set_is_made_once(c4, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ids.npy", "offsets.npy"])
-def test_a_damaged_validation_set_is_made_anew_and_said(c4, tmp_path, name):
+def test_a_damaged_validation_set_is_made_again_with_a_warning(c4, tmp_path, name):
     first = ready(C4DataModule(**arguments(c4, cache_dir=str(tmp_path))))
     [folder] = tmp_path.iterdir()
     content = (folder / name).read_bytes()
@@ -86,7 +86,7 @@ def test_a_damaged_validation_set_is_made_anew_and_said(c4, tmp_path, name):
     assert (again.validation_rows.documents.ids == first.validation_rows.documents.ids).all()
 
 
-def test_validation_set_at_an_address_is_made_anew_when_the_file_there_changes(c4, tmp_path):
+def test_validation_set_at_an_address_is_made_again_when_the_file_changes(c4, tmp_path):
     write_shard(tmp_path / "validation.json.gz", sentences("v", 30))
     server = Server(tmp_path)
     server.ranges = "bytes"
@@ -124,11 +124,11 @@ def test_sources_are_mixed_and_counted_by_name(c4, tmp_path):
     held_out = Source("json", split="validation", data_files=arguments(c4)["data_files"])
     data = ready(C4DataModule(**arguments(c4, sources=sources, validation=held_out)))
     take(data, 200)
-    ledger = data.source_counts()
-    assert list(ledger) == ["json", str(tmp_path)]
-    tokens = [counts["tokens"] for counts in ledger.values()]
+    counts_by_source = data.source_counts()
+    assert list(counts_by_source) == ["json", str(tmp_path)]
+    tokens = [counts["tokens"] for counts in counts_by_source.values()]
     assert tokens[0] / sum(tokens) == pytest.approx(0.75, abs=0.01)
-    assert sum(counts["documents"] for counts in ledger.values()) == 400
+    assert sum(counts["documents"] for counts in counts_by_source.values()) == 400
 
 
 @pytest.mark.parametrize(
@@ -143,12 +143,12 @@ def test_sources_are_mixed_and_counted_by_name(c4, tmp_path):
         ({"mask_documents": True}, "for packed rows"),
     ],
 )
-def test_values_that_cannot_work(c4, others, message):
+def test_invalid_arguments_are_refused(c4, others, message):
     with pytest.raises(InputError, match=message):
         C4DataModule(**arguments(c4, **others))
 
 
-def test_data_that_cannot_work(c4, tmp_path):
+def test_missing_and_empty_data_is_refused(c4, tmp_path):
     with pytest.raises(InputError, match="has no split 'validation'; it has train"):
         ready(C4DataModule(**arguments(c4, data_files=f"{c4}/c4-train*")))
     with pytest.raises(InputError, match=r"c4-validation.* has no 'content'"):
@@ -168,7 +168,7 @@ def resumed(c4, state, **others) -> C4DataModule:
     return ready(data)
 
 
-def test_a_run_may_go_on_from_the_prepared_data_and_back(c4, prepared):
+def test_a_run_may_switch_between_stream_and_prepared_data(c4, prepared):
     whole = take(ready(C4DataModule(**arguments(c4, rows="packed"))), 30)
     state, batches = None, []
     for path in ("json", str(prepared), "json"):
@@ -221,8 +221,8 @@ def test_prepared_with_another_tokenizer_is_refused(c4, prepared, tmp_path):
         ready(C4DataModule(**arguments(c4, path=str(prepared), data_files=None, tokenizer=str(tmp_path))))
 
 
-def test_attention_that_keeps_to_its_document_gives_each_document_the_loss_it_has_alone(c4):
-    """Packed rows of whole documents against the same documents each in a row of its own."""
+def test_with_a_document_mask_each_packed_document_has_the_loss_that_it_has_alone(c4):
+    """Packed rows of whole documents are compared with rows of one document each."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LanguageModel(vocab_size=300, **sizes)
@@ -239,7 +239,7 @@ def test_attention_that_keeps_to_its_document_gives_each_document_the_loss_it_ha
                     continue
                 document = ids[own].unsqueeze(0)
                 alone, _ = next_token_losses(model.network, {"input_ids": document, "labels": document})
-                of_own = own.roll(-1)  # where the token that follows is one of the document's
+                of_own = own.roll(-1)  # positions where the next token belongs to the same document
                 of_own[-1] = False
                 assert (losses[row][of_own][1:] - alone[0, :-1]).abs().max() < 1e-5
                 assert kept[row][of_own].tolist() == [False] + [True] * (document.shape[1] - 1)

@@ -56,7 +56,7 @@ def test_the_loader_is_as_long_as_the_run_and_its_position_is_saved(corpus, tmp_
     assert following["input_ids"].tolist() != batches[0]["input_ids"].tolist()
 
 
-def test_is_tokenised_once_and_again_when_the_text_changes(texts, tmp_path):
+def test_text_is_tokenized_once_and_again_after_it_changed(texts, tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     first = module([file], tmp_path)
@@ -92,7 +92,7 @@ def test_another_end_of_document_beside_the_same_tokenizer_is_noticed(corpus, tm
 
 
 @pytest.mark.parametrize("name", ["train/data-00000-of-00001.arrow", "tokenizer/tokenizer.json", "ids.json"])
-def test_a_damaged_cache_is_made_anew_and_said(corpus, tmp_path, name):
+def test_a_damaged_cache_is_made_again_with_a_warning(corpus, tmp_path, name):
     first = module([corpus], tmp_path)
     [folder] = (tmp_path / "cache").iterdir()
     content = (folder / name).read_bytes()
@@ -146,6 +146,6 @@ def test_a_bad_file_behind_a_good_one_is_named_too(corpus, tmp_path):
 @pytest.mark.parametrize(
     "settings", [{"sequence_length": 1}, {"batch_size": 0}, {"validation_fraction": 1.0}, {"seed": -1}, {"seed": 2**32}]
 )
-def test_refuses_what_makes_no_sense(settings):
+def test_invalid_settings_are_refused(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         TextDataModule(["x"], **settings)

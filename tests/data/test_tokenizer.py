@@ -10,7 +10,7 @@ from cola_lightning.errors import InputError
 
 
 def t5_like(folder):
-    """A unigram tokenizer with T5's habit of having its sentinels in the vocabulary itself."""
+    """Write a unigram tokenizer that has its sentinels in the vocabulary, as T5's has."""
     pieces = [
         ("<pad>", 0.0),
         ("</s>", 0.0),
@@ -27,7 +27,7 @@ def t5_like(folder):
     return folder
 
 
-def test_trained_bpe_spells_any_text_and_comes_back_from_disk(texts, tmp_path):
+def test_a_trained_bpe_encodes_any_text_and_is_loaded_from_disk(texts, tmp_path):
     tokenizer = Tokenizer.train(iter(texts), 300)
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 300)
     strange = "the naïve 漢字 \x00 😀\n\tend"
@@ -40,7 +40,7 @@ def test_trained_bpe_spells_any_text_and_comes_back_from_disk(texts, tmp_path):
     assert again.encode([strange]) == [ids]
 
 
-def test_sentinels_count_neither_in_the_vocabulary_nor_in_text(tmp_path):
+def test_sentinels_are_neither_in_the_vocabulary_size_nor_in_encoded_text(tmp_path):
     tokenizer = Tokenizer.load(str(t5_like(tmp_path / "t5")))
     sentinel = tokenizer.fast.token_to_id("<extra_id_0>")
     assert tokenizer.vocab_size == sentinel
@@ -51,7 +51,7 @@ def test_sentinels_count_neither_in_the_vocabulary_nor_in_text(tmp_path):
 
 
 def test_text_that_becomes_a_special_token_by_normalization_gives_no_special_id(tmp_path):
-    """t5-base turns full-width letters into plain ones, and has its special tokens in the vocabulary."""
+    """t5-base normalizes full-width letters to ASCII, and has its special tokens in the vocabulary."""
     folder = t5_like(tmp_path / "t5")
     content = json.loads((folder / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "NFKC"}
@@ -63,7 +63,7 @@ def test_text_that_becomes_a_special_token_by_normalization_gives_no_special_id(
     assert wide.count(tokenizer.eos_id) == 1
 
 
-def test_the_unknown_token_counts_in_the_vocabulary_where_it_has_the_highest_id(tmp_path):
+def test_the_vocabulary_size_includes_an_unknown_token_of_the_highest_id(tmp_path):
     fast = FastTokenizer(WordLevel({"</s>": 0, "a": 1, "<unk>": 2}, unk_token="<unk>"))
     fast.add_special_tokens(["</s>", "<unk>"])
     fast.save(str(tmp_path / "tokenizer.json"))
@@ -76,7 +76,7 @@ def test_the_unknown_token_counts_in_the_vocabulary_where_it_has_the_highest_id(
     assert Tokenizer.load(str(tmp_path)).vocab_size == 3
 
 
-def test_half_a_surrogate_pair_is_named(tmp_path):
+def test_half_of_a_surrogate_pair_is_an_error_that_names_it(tmp_path):
     tokenizer = Tokenizer.train(["a b"], 258)
     with pytest.raises(InputError, match=r"not valid Unicode: '\\ud83d' after 'so '"):
         tokenizer.encode(["fine", "so \ud83d"])
@@ -87,7 +87,7 @@ def test_a_vocabulary_too_small_for_bytes_is_refused(texts):
         Tokenizer.train(texts, 100)
 
 
-def test_a_folder_that_is_no_tokenizer_is_named(tmp_path):
+def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
     with pytest.raises(InputError, match=r"holds no tokenizer\.json"):
         Tokenizer.load(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -102,8 +102,8 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["unigram", "byte-level BPE"])
-def test_ids_are_those_of_the_library_for_each_document_whole_however_long(kind, texts, tmp_path):
-    """The library's own ``encode`` of one whole text says what is right."""
+def test_ids_of_long_and_short_documents_equal_those_of_the_library(kind, texts, tmp_path):
+    """The expected ids come from the library's own ``encode`` of each whole text."""
     trained = kind == "byte-level BPE"
     tokenizer = Tokenizer.train(iter(texts), 300) if trained else Tokenizer.load(str(t5_like(tmp_path / "t5")))
     documents = ["", "a", "ab  ba \n\n é 漢字 😀\t c " * 9_000, "abc" * 50_000]

@@ -1,4 +1,4 @@
-"""A tokenizer is read in one way, whatever brings its files: a folder, or a server that speaks the hub's protocol."""
+"""A tokenizer is the same from a folder and from a server with the hub's protocol."""
 
 import json
 import threading
@@ -23,7 +23,7 @@ DECODER = {"0": {"content": "<pad>", "special": True}}
 
 
 class Hub:
-    """Serves the folder that ``files`` names as the repository ``someone/tokenizer``; ``faults`` are used up first."""
+    """Serves the folder ``files`` as the repository ``someone/tokenizer``. ``faults`` are answered first."""
 
     def __init__(self):
         self.files, self.faults, self.requests = None, {}, Counter()
@@ -79,7 +79,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def write(folder, **settings):
-    """A tokenizer.json of six words, and beside it the settings files that are named (by their first letters)."""
+    """Write a tokenizer.json of six words, and the settings files that are named."""
     folder.mkdir(exist_ok=True)
     fast = FastTokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     fast.add_special_tokens(["<pad>", "</s>", "<end>", "<unk>"])
@@ -115,7 +115,7 @@ def test_folder_and_hub_give_the_ids_that_transformers_gives(settings, hub, tmp_
     ("model", "eos_id", "pad_id"),
     [({"eos_token_id": 2, "pad_token_id": 4}, 2, 4), ({"eos_token_id": [2, 1]}, 2, 0), ({"model_type": "t5"}, 1, 0)],
 )
-def test_the_model_says_the_end_where_no_settings_do(model, eos_id, pad_id, hub, tmp_path):
+def test_the_config_of_the_model_names_the_end_if_no_settings_do(model, eos_id, pad_id, hub, tmp_path):
     hub.files = write(tmp_path / "tokenizer", model=model)  # t5-base on the hub has no tokenizer_config.json
     for name in (str(hub.files), "someone/tokenizer"):
         found = Tokenizer.load(name)
@@ -127,7 +127,7 @@ def test_requests_to_a_busy_hub_are_retried(file, hub, tmp_path, monkeypatch):
     hub.files = write(tmp_path / "tokenizer", tokenizer={"eos_token": "</s>"}, special={"eos_token": "<end>"})
     no_wait = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
     monkeypatch.setattr("huggingface_hub.utils._http.time", no_wait)
-    # The client itself asks seven times; each of our tries is one of its seven.
+    # The client sends seven requests in each try of ours.
     hub.faults[file] = [(503, "")] * 14
     with pytest.warns(UserWarning, match=rf"tokenizer someone/tokenizer \({file}\): .*try 2 of 3"):
         assert Tokenizer.load("someone/tokenizer", Retry(3, 0.001)).eos_id == 2
@@ -140,7 +140,7 @@ def test_requests_to_a_busy_hub_are_retried(file, hub, tmp_path, monkeypatch):
         Tokenizer.load("someone/tokenizer", Retry(1, 0.001))
 
 
-def test_what_the_hub_refuses_is_said_at_once(hub, tmp_path):
+def test_a_refusal_of_the_hub_is_an_error_at_once(hub, tmp_path):
     hub.files = tmp_path / "empty"
     hub.files.mkdir()
     hub.faults["tokenizer.json"] = [(403, "GatedRepo")]
@@ -155,7 +155,7 @@ def test_what_the_hub_refuses_is_said_at_once(hub, tmp_path):
     assert max(hub.requests.values()) == 3
 
 
-def test_without_a_network_the_cache_is_read_or_its_lack_said(hub, tmp_path, monkeypatch):
+def test_without_a_network_the_cache_is_read_or_an_error_says_that_it_is_empty(hub, tmp_path, monkeypatch):
     hub.files = write(tmp_path / "tokenizer", model={"eos_token_id": 2})
     with monkeypatch.context() as offline:
         offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -179,12 +179,12 @@ def test_without_a_network_the_cache_is_read_or_its_lack_said(hub, tmp_path, mon
         ({"tokenizer": ["</s>"]}, "tokenizer_config\\.json holds a list, not a JSON object"),
     ],
 )
-def test_settings_that_cannot_be_right_are_refused_not_guessed_around(settings, message, tmp_path):
+def test_wrong_settings_are_refused(settings, message, tmp_path):
     with pytest.raises(InputError, match=message):
         Tokenizer.load(str(write(tmp_path / "tokenizer", **settings)))
 
 
-def test_a_home_folder_is_found(tmp_path, monkeypatch):
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "tokenizer")
     assert Tokenizer.load("~/tokenizer").eos_id == 1

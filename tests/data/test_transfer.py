@@ -1,4 +1,4 @@
-"""Batches between processes."""
+"""Batches that are sent between processes."""
 
 import pickle
 from multiprocessing.reduction import ForkingPickler
@@ -21,19 +21,19 @@ class Two(IterableDataset):
         yield ValueError("no batch")
 
 
-def test_a_worker_hands_over_the_same_tensors_and_states():
+def test_a_worker_sends_the_same_tensors_and_states():
     sent, error = DataLoader(Two(), batch_size=None, num_workers=1)
     assert sent.states == {"3": {"tokens": [7], "rest": None}}
     assert sent.batch.keys() == BATCH.keys()
     for name, tensor in BATCH.items():
         assert sent.batch[name].dtype == torch.int64
         assert torch.equal(sent.batch[name], tensor)
-        sent.batch[name][0, 0] = 9  # may be written to, as any batch may
+        sent.batch[name][0, 0] = 9  # a received batch must be writable
     assert error.args == ("no batch",)
 
 
-def test_a_batch_travels_as_bytes_of_int32_and_needs_no_shared_memory():
-    """A tensor travels as the name of an open file in shared memory, of which nothing is left in the bytes."""
+def test_a_batch_is_sent_as_int32_bytes_without_shared_memory():
+    """PyTorch pickles a tensor as the name of an open file in shared memory; the bytes must contain none."""
     batch = {name: torch.arange(32 * 256).reshape(32, 256) for name in ("input_ids", "labels")}
     message = bytes(ForkingPickler.dumps(SentBatch(batch)))
     assert 0 <= len(message) - 2 * 32 * 256 * 4 < 1000
