@@ -20,11 +20,15 @@ from enum import Enum
 from typing import Any
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that ask a command to stop."""
+
 SECONDS_TO_END = 45.0
 """Seconds that a process which was told to stop may take from its last step to its end."""
 
 
 class Phase(Enum):
+    """The part of a command that runs now. It decides what a signal does."""
+
     STARTING = "starting"
     TRAINING = "training"
     ENDING = "ending"
@@ -60,7 +64,7 @@ class Listener:
         return True
 
     def unlisten(self) -> None:
-        """Put the handlers back that there were before."""
+        """Stop listening, and restore the handlers of before."""
         if not self._handlers:
             return
         for number, handler in self._handlers.items():
@@ -73,6 +77,7 @@ class Listener:
 
     @property
     def listening(self) -> bool:
+        """Whether this listens."""
         return bool(self._handlers)
 
     def end_soon(self, number: int) -> None:
@@ -83,12 +88,14 @@ class Listener:
         timer.start()
 
     def _watch(self, reader: int) -> None:
+        """Read the numbers of signals from the pipe, in a thread, until :meth:`unlisten` writes a 0."""
         while number := os.read(reader, 1)[0]:
             if number in STOP:
                 self._receive(number)
         os.close(reader)
 
     def _receive(self, number: int) -> None:
+        """Act on a signal, according to the phase."""
         again = number == signal.SIGINT == self.noted
         self.noted = self.noted or number
         name = signal.Signals(number).name
@@ -110,16 +117,17 @@ LISTENER = Listener()
 
 
 def die_with_launcher() -> None:
-    """Have the kernel kill this rank when the process that launched it is gone, even by SIGKILL (on Linux)."""
+    """Ask the kernel to kill this rank when the process that launched it ends, even by SIGKILL (Linux only)."""
     if sys.platform == "linux" and ("LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ):
         set_parent_death_signal = 1
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def leave_signals_to_parent() -> None:
-    """Let a worker process ignore a signal that is sent to all processes of a run, which needs its data until it stops.
+    """Ignore signals in a worker process, because the run needs its data until it stops.
 
-    SIGTERM ends a worker 20 seconds later, because a pool ends workers by it that do not answer.
+    A signal may be sent to all processes of a run. SIGTERM ends a worker after 20 seconds, because a pool ends workers
+    by it that do not answer.
     """
     for number in STOP:
         signal.signal(number, signal.SIG_IGN)
@@ -131,8 +139,9 @@ def _do_nothing(*_: Any) -> None:
 
 
 def _tell(text: str) -> None:
-    with suppress(OSError):  # of a terminal that was closed
-        os.write(2, f"\n{text}\n".encode())  # not by print: the main thread may hold its lock
+    """Write a line to stderr. ``print`` is not used, because the main thread may hold its lock."""
+    with suppress(OSError):  # the terminal may be closed
+        os.write(2, f"\n{text}\n".encode())
 
 
 _FORKING = False

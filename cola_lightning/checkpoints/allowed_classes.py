@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from cola_lightning.errors import InputError
 
 ACCEPTED = ("cola_lightning", "torch.optim", "torch.nn")
-"""Packages whose classes a checkpoint may name."""
+"""Packages of the classes that a checkpoint may name."""
 TRUST = "--trust"
 """The option that adds packages or classes to them."""
 

@@ -138,7 +138,7 @@ def check_record(record: object) -> None:
         if field not in values and field not in _OPTIONAL:
             raise ValueError(f"a {type(record).__name__} has no {field}")
         if not accepts(values.get(field)):
-            raise ForeignError(f"a {type(record).__name__} whose {field} is {values.get(field)!r}"[:200])
+            raise ForeignError(f"a {type(record).__name__} with {field} {values.get(field)!r}"[:200])
 
 
 def _tensor_properties(state: Any) -> dict[str, Any]:

@@ -76,9 +76,10 @@ def write_folder(
         if layout is not None:
             shutil.copy(Path(__file__).parent / layout.modelling_file, scratch)
         (scratch / "README.md").write_text(card(config), encoding="utf-8")
-        scratch.chmod(0o755)
+        # Not data.cache.new_folder: that accepts a folder that another run has made meanwhile, this must not.
+        scratch.chmod(0o755)  # mkdtemp makes a folder that only its owner can read
         if folder.exists():
-            folder.rmdir()
+            folder.rmdir()  # fails if it is not empty any more
         scratch.rename(folder)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} could not be written: {error}; nothing is left of it") from error

@@ -52,8 +52,10 @@ class Scalar(nn.Module):
 
 
 class CrossLayerLinear(nn.Module):
-    """``s y + B A x``, (…, in) -> (…, out); y is the output of the same projection in the layer before, for the same
-    tokens. The module keeps its output for the next layer.
+    """``s y + B A x``, (…, in) -> (…, out).
+
+    y is the output of the same projection in the layer before, for the same tokens. The module keeps its own output
+    for the next layer.
     """
 
     output: Tensor | None = None
