@@ -92,6 +92,7 @@ def explain(
         commands: The same for a command.
         classes: The same for a class.
     """
+    # A misspelt option or command.
     if found := re.search(r"unrecognized arguments: ([^\s=]+)", message):
         return _no_option(found[1], options)
     if found := re.search(r"(?:Group '(\S+)'|Subcommand '\S+') does not accept option '(\S+)'", message):
@@ -100,24 +101,29 @@ def explain(
         return f"{found[1]} is not a command{did_you_mean(found[1], commands)}; --help lists them"
     if 'expected "subcommand"' in message:
         return "no command is given; --help lists them"
+    # What is left is about a value, and names its place: Parser key "model.projection".
     if 'Parser key "' not in message:
         return " ".join(message.split())
     # The classes that a value may belong to are tried one after another; the first is the one that was typed.
     tried = re.search(r"^( *)- (Problem with given class_path .*?)(?=\n\1\S|\n *Given value|\Z)", message, re.S | re.M)
     first = message[: tried.start()] + tried[2] if tried else message
     place = "--" + ".".join(re.findall(r'Parser key "([^"]+)"', first))
+    # An import path that the import policy denies.
     if found := re.search(r"Importing '([\w.]+)' is not allowed(?:: (\S+) holds no (\w+)\.)?", message):
         if found[2]:
             return f"{place} is {found[1]}, but {found[2]} holds no {found[3]}; it is not imported"
         return f"{place} names {found[1]}, which no run needs and which could run any code; it is not imported"
+    # An argument that the class lacks, or needs.
     if found := re.search(r"Option '(\w+)' is not accepted", first):
         return f"{place}.{found[1]}: {_lacks(_class_path(first), found[1])}"
     if found := re.search(r"arguments are required: ([\w, ]+)", first):
         missing, owner = (f"{place}.{name}" for name in found[1].split(", ")), _class_path(first).rpartition(".")[2]
         return f"{' and '.join(missing)} must be given{f', because {owner} needs it' * bool(owner)}"
+    # A class of a package that is not installed.
     absent = re.search(r"No module named '(\w+)", first)
     if absent and find_spec(absent[1]) is None and (value := re.search(r"Got value: ([\w.]+)", first)):
         return f"{place} is {value[1]}, of a package that is not installed; pip install {absent[1]}"
+    # A class that does not exist, or a value of the wrong type.
     given = re.search(r"Given value: (.*?)(?:\. Got value: .*)?$", first, re.M) or re.search(r"Got value: (.*)", first)
     name = re.search(r"dot import path string: ([\w.]+)|has no attribute '\w+'\. Got value: ([\w.]+)", first)
     takes = _types(first)
