@@ -54,9 +54,8 @@ def read_key(config: dict[str, Any], file: Path, key: str, kind: type, default: 
     value = config.get(key)
     if value is None:
         if default is MISSING:
-            raise InputError(
-                f"{file} {'has no' if key not in config else 'sets to null'} {key}; it must be {WORDS[kind]}"
-            )
+            problem = f"sets {key} to null" if key in config else f"has no {key}"
+            raise InputError(f"{file} {problem}; it must be {WORDS[kind]}")
         return default
     fits = isinstance(value, kind)
     if kind in (int, float):

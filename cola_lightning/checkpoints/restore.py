@@ -53,8 +53,7 @@ def check_complete(path: Path) -> None:
 def incomplete(path: Path, missing: str) -> InputError:
     """Make the error for a checkpoint without a part."""
     return InputError(
-        f"{path} holds no {missing}, without which a run cannot go on as it was; begin a new run with its weights by "
-        f"{FLAG} true"
+        f"{path} holds no {missing}, so a run cannot resume from it; begin a new run with its weights by {FLAG} true"
     )
 
 
@@ -129,7 +128,7 @@ def first_step_explained(path: object) -> Iterator[None]:
         if isinstance(error, (InputError, *of_machine)) or lost_connection(error) or not _in_optimizer(error):
             raise
         raise InputError(
-            f"{path} holds a state that the optimizer cannot go on from ({type(error).__name__}: "
+            f"{path} holds a state that the optimizer cannot continue from ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}); {ALTERED}"
         ) from error
 
@@ -176,7 +175,7 @@ def explain_restore(path: Callable[[], object]) -> Iterator[None]:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         reason = reason if len(reason) < 400 else f"{reason[:400]} …"
         raise InputError(
-            f"{path()} does not fit the run, or was altered ({reason}); go on with the settings that it was written "
+            f"{path()} does not fit the run, or was altered ({reason}); resume with the settings that it was written "
             f"under, or begin a new run with its weights by {FLAG} true"
         ) from error
 

@@ -201,7 +201,7 @@ def test_mixed_dtypes_are_read_as_the_widest(tokenizer, tmp_path):
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "has an adapter beside its weights"),
         (lambda folder: edit(folder, quantization_config={"bits": 4}), "sets quantization_config to {'bits': 4}"),
         (lambda folder: edit(folder, ["hidden_size"]), "has no hidden_size; it must be a whole number"),
-        (lambda folder: edit(folder, hidden_size=None), "sets to null hidden_size; it must be a whole number"),
+        (lambda folder: edit(folder, hidden_size=None), "sets hidden_size to null; it must be a whole number"),
         (lambda folder: edit(folder, hidden_size="32"), "sets hidden_size to '32'; it must be a whole number"),
         (lambda folder: edit(folder, num_attention_heads=5), "num_attention_heads to 5, which does not divide"),
         (lambda folder: edit(folder, num_attention_heads=0), "num_attention_heads to 0, which does not"),

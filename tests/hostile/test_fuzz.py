@@ -61,7 +61,7 @@ ALTERED = [
     ("fit", ("train_loss",), ["x", 1.0], "sets train_loss.0 to 'x'"),
     ("fit", ("optimizer_settings",), {"lr": 1}, "sets optimizer_settings to"),
     ("fit", ("optimizer_states", 0, "param_groups", 0, "weight_decay"), "x", "param_groups.0 sets weight_decay to 'x'"),
-    ("fit", ("optimizer_states", 0, "state", 0, "exp_avg_sq"), torch.zeros(3), "the optimizer cannot go on from"),
+    ("fit", ("optimizer_states", 0, "state", 0, "exp_avg_sq"), torch.zeros(3), "the optimizer cannot continue from"),
     ("fit", ("TextDataModule", "identity", "fixed"), None, "in TextDataModule sets identity.fixed to None"),
     ("predict", ("TextDataModule", "position"), "x", "in TextDataModule sets position to 'x'"),
 ]
