@@ -1,4 +1,4 @@
-"""Record what data a run began with, and find what changed when the run goes on from a checkpoint.
+"""Record what data a run began with, and find what changed when the run resumes from a checkpoint.
 
 A position in the data is valid only for the data in which it was recorded. A checkpoint therefore keeps, as plain
 numbers and text, the settings that determine the order of the rows, the tokenizer's fingerprint, and for every source
@@ -213,7 +213,7 @@ def compare_sources(then: Identity, now: Identity, replaced: bool = False) -> tu
     if "column" in differ:
         return f"text_column of {title} is {now['column']!r}; it was {then['column']!r}", None
     if "prepared" in differ:
-        return f"{title} was prepared anew, and holds other ids", None
+        return f"{title} was prepared again, and holds other ids", None
     if "weight" in differ:
         return f"the weight of {title} is {now['weight']}; it was {then['weight']}", None
     known = any(then[key] is not None and then[key] == now[key] for key in ("commit", "contents", "prepared"))

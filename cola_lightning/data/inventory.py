@@ -1,4 +1,4 @@
-"""Say what a source was found to hold, and what of its folders was left out."""
+"""Describe the files of a source, and those of its folders that were left out."""
 
 import os
 from collections import Counter
@@ -22,23 +22,23 @@ def describe(
     repeated: int = 0,
     left_out: Sequence[str] = (),
 ) -> list[str]:
-    """Make the lines that a run says at its start about a source.
+    """Return the lines about a source that a run prints at its start.
 
     Args:
-        title: What it is called.
-        files: Paths or addresses that are read.
-        folders: Folders on a disk that they were looked for in; what else they hold is listed.
-        filesystem: Of the files that are not on a disk, where it is known; asked only for what it knows already.
-        others: Files that belong to other splits.
+        title: Name of the source.
+        files: Paths or addresses of the files that are read.
+        folders: Folders on a disk that were searched; other files in them are listed as left out.
+        filesystem: File system of files that are not on a disk, if known. Only its cached list of files is used.
+        others: Files of other splits, which are not listed as left out.
         repeated: Number of files that several of the user's patterns match.
-        left_out: Files that the user's patterns match, and that are not read.
+        left_out: Files that the user's patterns match but that are not read.
     """
     sizes = _sizes(files, filesystem)
     known = f", {_bytes(sum(size for size in sizes if size is not None))}" if None not in sizes else ""
     lines = [f"{title}: {_count(len(files), 'file')}{known}"]
     if repeated:
         lines.append(f"{title}: {_count(repeated, 'file')} named more than once, read once")
-    in_folders = [Path(folder).expanduser().resolve() for folder in folders]  # whose lines name these too
+    in_folders = [Path(folder).expanduser().resolve() for folder in folders]  # their lines list these files too
     left_out = [name for name in left_out if not any(map(Path(name).resolve().is_relative_to, in_folders))]
     if left_out:
         lines.append(f"{title}: left out: {_count(len(left_out), 'other file')} {_some(left_out)}")
@@ -51,10 +51,11 @@ def describe(
 
 
 def describe_repeated_reads(title: str, files: Sequence[str], num_logical_shards: int) -> list[str]:
-    """Say that a pass reads compressed JSON Lines several times, where it does so for a quarter of the files or more.
+    """Return a line if a pass reads compressed JSON Lines 1.25 times or more on average.
 
-    S files are opened S + L - gcd(S, L) times in a pass of L logical shards. Plain JSON Lines and Parquet are entered
-    in the middle; in a compressed file all that comes before has to be read.
+    S files are opened S + L - gcd(S, L) times in a pass of L logical shards. Example: 15 files and 16 logical shards,
+    15 + 16 - 1 = 30 times, twice each. Plain JSON Lines and Parquet can be read from the middle; a compressed file is
+    decompressed from its beginning each time.
     """
     packed = sum(is_lines(name) and not is_plain_lines(name) for name in files)
     times = (len(files) + num_logical_shards - gcd(len(files), num_logical_shards)) / max(1, len(files))

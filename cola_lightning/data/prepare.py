@@ -181,9 +181,10 @@ def _make(corpus: TextCorpus, folder: Path, missing: list[int], dtype: str, num_
 _job: tuple[TextCorpus, Path, str, Any]
 
 
-def _begin(*job: Any) -> None:
+def _begin(corpus: TextCorpus, folder: Path, dtype: str, documents: Any) -> None:
+    """Set the job of this process. ``documents`` is a number that all processes share."""
     global _job
-    _job = job  # type: ignore[assignment]
+    _job = corpus, folder, dtype, documents
 
 
 def _begin_process(parent: int, *job: Any) -> None:

@@ -93,7 +93,7 @@ class PreparedCorpus:
         if not self.index:
             raise InputError(f"{self.folder / INDEX} is damaged; delete it, and run the same 'prepare' again")
         if self.index.get("format") != FORMAT:
-            raise InputError(f"{self.folder} has format {self.index.get('format')}, not {FORMAT}; prepare it anew")
+            raise InputError(f"{self.folder} has format {self.index.get('format')}, not {FORMAT}; prepare it again")
         check_stored(self.index, _Index, self.folder / INDEX, "delete it, and run the same 'prepare' again")
         self.shards: list[str] = [shard["source"] for shard in self.index["shards"]]
         for shard in self.index["shards"]:

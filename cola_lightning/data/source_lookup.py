@@ -1,4 +1,4 @@
-"""Look up the files of the sources of a run, open them as corpora, and say what was found."""
+"""Look up the files of the sources of a run, open them as corpora, and describe them."""
 
 import json
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ Corpus = TextCorpus | PreparedCorpus
 
 
 class SourceLookup:
-    """Opens sources; each data set is looked up once in a process.
+    """Opens sources. Each data set is looked up once in a process.
 
     Args:
-        retry: How often a failed request is tried again.
+        retry: Retries requests that fail.
 
     Attributes:
-        found: What was looked up, by data set. It can be sent to other ranks, which then ask no server.
+        found: Files that were looked up, by data set. They can be sent to other ranks, which then send no requests.
     """
 
     def __init__(self, retry: Retry) -> None:
@@ -51,16 +51,16 @@ class SourceLookup:
         if corpus.index["tokenizer"] != tokenizer.fingerprint():
             raise InputError(
                 f"{corpus.folder} was prepared with another tokenizer than {tokenizer.name}; leave --data.tokenizer "
-                f"out, or prepare it anew"
+                f"out, or prepare it again"
             )
         return corpus
 
     def load_tokenizer(self, sources: list[Source], name: str | None) -> Tokenizer:
-        """Load the tokenizer of that name. A prepared source brings its own, so that it needs no hub.
+        """Load the tokenizer of a run. A prepared source contains its tokenizer, so that no hub is needed.
 
         Args:
             sources: All sources of the run.
-            name: What the user named; None for the one of the first prepared source, or t5-base.
+            name: Name that the user gave; None for the tokenizer of the first prepared source, or t5-base.
         """
         for source in filter(is_prepared, sources):
             corpus = PreparedCorpus(source)

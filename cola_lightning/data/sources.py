@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import DatasetBuilder, DownloadConfig, load_dataset_builder
+from datasets import DatasetBuilder, DownloadConfig, IterableDataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 from fsspec.core import url_to_fs
 
@@ -191,7 +191,8 @@ class TextCorpus:
         return read_table(table, name, self.column, start, share)
 
     @cached_property
-    def _stream(self):  # type: ignore[no-untyped-def]
+    def _stream(self) -> IterableDataset:
+        """Stream of ``datasets``, for formats that :func:`read_file` does not read."""
         builder = self.retry.call(lambda: _resolve(self.source), self.title)
         stream = builder.as_streaming_dataset(split=self.split)
         if stream.num_shards != len(self.shards):
