@@ -19,6 +19,7 @@ from lightning.pytorch import callbacks, loggers, plugins, profilers
 from torch.optim import lr_scheduler
 
 from cola_lightning.cli.app import main
+from tests import processes  # noqa: F401  sets what the fork server imports
 
 SECONDS = 120.0
 
@@ -150,7 +151,7 @@ def verdict(flags: list[str], folder: Path, seconds: float = SECONDS) -> tuple[s
         ``works``, ``one line``, ``traceback``, ``silent`` (an error without a word) or ``hangs``; and the last lines of
         its output.
     """
-    process = multiprocessing.get_context("fork").Process(target=_case, args=(flags, folder))
+    process = multiprocessing.get_context("forkserver").Process(target=_case, args=(flags, folder))
     process.start()
     process.join(seconds)
     if process.is_alive():

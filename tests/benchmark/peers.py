@@ -10,7 +10,7 @@ from cola_lightning.models import Llama, LlamaConfig
 
 
 def same() -> nn.Module:
-    """The network of ``conftest.tiny_run``."""
+    """Return the network of ``conftest.tiny_run``."""
     return Llama(LlamaConfig(300, 32, 48, 2, 4), partial(CoLA, rank=8))
 
 
@@ -24,7 +24,7 @@ class _Wrapped(nn.Module):
 
 
 def wrapped() -> nn.Module:
-    """The same, with an output like those of transformers."""
+    """Return the same, with an output like those of transformers."""
     return _Wrapped()
 
 

@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 
 @pytest.fixture(scope="module")
 def board(tiny_run, tmp_path_factory):
-    """The events of a run with everything that configs/monitor.yaml switches on."""
+    """Return the events of a run with everything that configs/monitor.yaml switches on."""
     run_dir = tmp_path_factory.mktemp("run")
     flags = [*tiny_run, "--trainer.callbacks+=CoLAM", "--trainer.callbacks+=ActivationSpectrum",
              "--trainer.callbacks.every_n_steps=3"]  # fmt: skip

@@ -29,7 +29,7 @@ STEP = 4 * 32
 
 @pytest.fixture(scope="module")
 def config_file(tiny_run, tmp_path_factory) -> str:
-    """What all methods here build on: a tiny network, and a schedule with a constant part."""
+    """Return what all methods here build on: a tiny network, and a schedule with a constant part."""
     folder = tmp_path_factory.mktemp("plans")
     draw = random.Random(0)
     with (folder / "held_out.jsonl").open("w") as file:

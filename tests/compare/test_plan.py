@@ -34,7 +34,7 @@ def settings(optimizer=ADAMW, **changes) -> dict:
 
 
 def make(configurations: dict | None = None, **changes) -> Plan:
-    """A plan of the methods a and b; ``configurations`` has what their files resolve to."""
+    """Return a plan of the methods a and b; ``configurations`` has what their files resolve to."""
 
     def resolve(flags):
         named = {flag.partition("=")[2] for flag in flags if flag.startswith("--name=")}

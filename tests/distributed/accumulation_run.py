@@ -57,8 +57,10 @@ def gradients(ranks: int, out: str, batch_size: int, **options) -> None:
 
 
 def expected_gradients(micro_batch: int | None = None) -> torch.Tensor:
-    """The gradients of each step by torch's own mean over all its learnt tokens; or, with ``micro_batch`` rows, of the
-    mean of such means over the micro-batches."""
+    """Return the gradients of each step by torch's own mean over all its learnt tokens.
+
+    With ``micro_batch`` rows they are those of the mean of such means over the micro-batches.
+    """
     lm = model()
     with torch.random.fork_rng():
         torch.set_default_dtype(torch.float64)

@@ -90,7 +90,7 @@ def noise(trained):
 
 
 def distance(values: list[float], expected: list[float]) -> float:
-    """The largest relative difference."""
+    """Return the largest relative difference."""
     assert len(values) == len(expected)
     return max(abs(value - right) / abs(right) for value, right in zip(values, expected, strict=True))
 

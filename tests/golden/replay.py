@@ -22,7 +22,7 @@ def golden(method: str, name: str = "steps") -> dict[str, Tensor]:
 
 
 def distance(found: Tensor, official: Tensor) -> float:
-    """The norm of the difference over that of the official tensor, or that norm itself where the official is zero."""
+    """Return the norm of the difference over that of the official tensor; only the norm if the official is zero."""
     return float((found - official).norm() / official.norm().clamp(min=1e-12))
 
 
@@ -49,7 +49,7 @@ class Net(nn.Module):
 
 
 def steps(net: Net, data: dict[str, Tensor], bound: float = 1e-6) -> Iterator[int]:
-    """Number of each step after its backward pass, whose loss must be the official one to a relative ``bound``."""
+    """Yield each step's number after its backward pass; its loss must be the official one to a relative ``bound``."""
     for number, (x, target) in enumerate(zip(data["x"], data["target"], strict=True)):
         net.zero_grad()
         loss = net.loss(x, target)

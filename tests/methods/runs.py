@@ -62,7 +62,7 @@ METHODS = {
 
 
 def copy_weights(trainer: L.Trainer, module: L.LightningModule, *_: Any) -> dict[str, Tensor]:
-    """A copy of the weights, for a ``Recorder``."""
+    """Return a copy of the weights, for a ``Recorder``."""
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 

@@ -63,7 +63,7 @@ def test_at_full_rank_nothing_is_lost_and_the_dense_network_stays_as_it_was():
 
 @pytest.fixture(scope="module")
 def dense_folder(trained_run, tmp_path_factory):
-    """A Hugging Face LLaMA as others write it, beside it the tokenizer of the tiny run."""
+    """Return a Hugging Face LLaMA as others write it, beside it the tokenizer of the tiny run."""
     folder = tmp_path_factory.mktemp("models") / "llama"
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

@@ -30,7 +30,7 @@ SIZES = {
 
 
 def moved(make, *sizes):
-    """A projection in evaluation, away from its start, where factors may be zero."""
+    """Return a projection in evaluation, away from its start, where factors may be zero."""
     torch.manual_seed(1)
     module = make(*sizes).eval()
     with torch.no_grad():

@@ -35,8 +35,11 @@ def _one_thread():
 
 @cache
 def whole(method: str) -> tuple[runs.Result, dict[int, bytes]]:
-    """A run in one process, and its checkpoints just before, at and after the first merge or re-sampling, and of the
-    second, which for SST decomposes."""
+    """Return a run in one process and some of its checkpoints.
+
+    They are of the steps just before, at and after the first merge or re-sampling, and of the second, at which SST
+    decomposes.
+    """
     with TemporaryDirectory() as folder:
         result = train(method, callbacks=[ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)])
         steps = (CYCLE - 1, CYCLE, CYCLE + 1, 2 * CYCLE)
@@ -74,7 +77,7 @@ def in_one_process(method: str) -> runs.Result:
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
-    """What each of two processes, which talk by gloo, had in the end, by method and rank."""
+    """Return what each of two processes, which talk by gloo, had in the end, by method and rank."""
     folder = tmp_path_factory.mktemp("ddp")
     command = [sys.executable, runs.__file__, "ddp", "2", str(folder), *DETERMINISTIC]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}

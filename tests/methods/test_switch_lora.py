@@ -13,7 +13,7 @@ from tests.methods.runs import train
 
 
 def switching(modules, total_steps=100, **settings):
-    """A callback at the start of a run over these projections."""
+    """Return a callback at the start of a run over these projections."""
     callback = SwitchLoRACallback(**settings, seed=0)
     network = nn.ModuleList(modules)
     trainer = SimpleNamespace(

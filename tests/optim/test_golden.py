@@ -15,7 +15,7 @@ from tests.golden.replay import MATRICES, distance, golden
 
 
 def replay(make, data, rates, place=lambda tensor: tensor, whole=lambda tensor: tensor):
-    """The largest relative distance of any matrix from the official one after any step.
+    """Return the largest relative distance of any matrix from the official one after any step.
 
     ``place`` places a matrix or its gradient, for instance on a device mesh; ``whole`` is the inverse.
     """
@@ -35,7 +35,7 @@ def replay(make, data, rates, place=lambda tensor: tensor, whole=lambda tensor: 
 
 
 def with_given_projectors(optimizer_class, data, **options):
-    """The optimizer with the official projectors, because the signs of singular vectors are arbitrary."""
+    """Return the optimizer with the official projectors, because the signs of singular vectors are arbitrary."""
     by_size = {tuple(data[f"initial.{name}"].shape): data[f"projectors.{name}"] for name in MATRICES}
 
     class Given(optimizer_class):

@@ -31,7 +31,7 @@ def test_sharded_matrices_give_the_official_weights(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Runs of one process, and of two ranks that save one file (fsdp2) and shards."""
+    """Return runs of one process, and of two ranks that save one file (fsdp2) and shards."""
     out = tmp_path_factory.mktemp("trained")
     Run(train_each, NAMES, ["auto", "auto32"], 1, str(out), ranks=1, folder=out / "1").done()
     strategies = ["fsdp2", "fsdp2_sharded", "fsdp232"]
@@ -41,7 +41,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed(trained, tmp_path_factory):
-    """The same runs continued from step 10, on one rank and on two."""
+    """Return the same runs continued from step 10, on one rank and on two."""
     out = tmp_path_factory.mktemp("resumed")
     for ranks in (1, 2):
         arguments = NAMES, ["fsdp2", "fsdp2_sharded"], ranks, str(out / str(ranks)), str(trained)

@@ -87,7 +87,7 @@ def test_validation_reports_both_perplexities(precision):
 
 
 def norms() -> tuple[Recorder, Recorder]:
-    """Recorders of the logged norm of each step, and of that of the gradient with which it was made."""
+    """Return recorders of the logged norm of each step, and of that of the gradient with which it was made."""
 
     def clipped(trainer, module, optimizer):
         return torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]).item()
@@ -217,7 +217,7 @@ FAST = {
 
 
 def learn(settings, precision="32-true"):
-    """The losses of twenty steps."""
+    """Return the losses of twenty steps."""
     L.seed_everything(1)
     watch = Curve()
     batches = [rows(torch.randint(1, 50, (4, 12), generator=torch.Generator().manual_seed(n)).tolist()) for n in [0, 1]]

@@ -56,7 +56,7 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.fixture(scope="module")
 def start(tiny_run):
-    """Starts a run of six steps that validates after every third."""
+    """Start a run of six steps that validates after every third."""
 
     def started(folder, *flags, ranks=1) -> Run:
         flags = [

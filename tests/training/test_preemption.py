@@ -32,7 +32,7 @@ class Slow(L.Callback):
 
 @pytest.fixture
 def start(tiny_run, tmp_path):
-    """Starts two ranks of a run in ``tmp_path/NAME``, which goes on from its last checkpoint, if there is one."""
+    """Start two ranks of a run in ``tmp_path/NAME``, which goes on from its last checkpoint, if there is one."""
 
     def started(name: str, *flags: str, ranks: int = 2, **environment: str) -> Run:
         flags = (
@@ -121,7 +121,7 @@ def test_where_one_rank_is_gone_the_other_stops_within_the_stated_time(start, tm
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """A ``scontrol`` that writes down how it was called."""
+    """Return a ``scontrol`` that writes down how it was called."""
     program = tmp_path / "bin" / "scontrol"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "requeued"}\n')
