@@ -51,7 +51,7 @@ def leading(grad, rank):
 
 
 def oriented(p, grads):
-    """Return the matrix and its gradients with the shorter side first. A square counts as tall, as in the references."""
+    """Return the matrix and its gradients with the shorter side first. A square counts as tall, as theirs does."""
     turn = p.shape[0] >= p.shape[1]
     return (p.detach().clone().T if turn else p.detach().clone()), [g.T if turn else g for g in grads], turn
 
