@@ -1,6 +1,5 @@
 """Dispatch a command line to its command, and report in one line what a user can mend."""
 
-import ast
 import errno
 import importlib
 import io
@@ -40,15 +39,10 @@ def own_commands() -> dict[str, tuple[str, str]]:
     """List the files of the folder ``commands``: group and first line of the docstring of each, without importing."""
     found = {}
     for file in sorted(Path(__file__).with_name("commands").glob("[!_]*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        group = next(
-            node.value.value
-            for node in tree.body
-            if isinstance(node, ast.Assign)
-            and ast.unparse(node.targets[0]) == "GROUP"
-            and isinstance(node.value, ast.Constant)
-        )
-        found[file.stem] = (str(group), (ast.get_docstring(tree) or "").splitlines()[0])
+        text = file.read_text(encoding="utf-8")
+        line, group = re.match(r'"""(.+?)(?:"""|\n)', text), re.search(r'^GROUP = "(.+)"$', text, re.MULTILINE)
+        assert line and group, f"{file.name} begins with no docstring, or has no GROUP"
+        found[file.stem] = (group[1], line[1])
     return found
 
 
