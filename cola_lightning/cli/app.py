@@ -41,7 +41,8 @@ def own_commands() -> dict[str, tuple[str, str]]:
     for file in sorted(Path(__file__).with_name("commands").glob("[!_]*.py")):
         text = file.read_text(encoding="utf-8")
         line, group = re.match(r'"""(.+?)(?:"""|\n)', text), re.search(r'^GROUP = "(.+)"$', text, re.MULTILINE)
-        assert line and group, f"{file.name} begins with no docstring, or has no GROUP"
+        assert line, f"{file.name} does not begin with a docstring"
+        assert group, f"{file.name} has no GROUP"
         found[file.stem] = (group[1], line[1])
     return found
 
