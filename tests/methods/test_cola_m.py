@@ -160,6 +160,8 @@ def test_float8_costs_the_accuracy_that_is_documented():
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", list(SETTINGS)[1:])
 def test_compiled_layers_give_the_same(setting):
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT" and setting not in ("none", "latents"):
+        pytest.skip("torch 2.13 compiles checkpointed layers to C++ with at::vec, which no scalar processor has")
     plain, compiled = (Stack(setting, layers=1, rows=1) for _ in range(2))
     for layer in compiled.layers:
         layer.compile()
