@@ -23,9 +23,12 @@ from cola_lightning.training.module import LanguageModel
 from tests import processes
 from tests.processes import child_processes, end_all
 
-# A background job of a script starts with SIGINT ignored, and what it starts inherits that. The tests send SIGINT.
-if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A background job of a script starts with SIGINT ignored, and one of nohup with SIGHUP. What the tests start would
+# inherit that, and they send both.
+if threading.current_thread() is threading.main_thread():
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 GOLDEN = Path(__file__).parent / "golden" / "cola_tiny"
 REPOSITORY = Path(__file__).parent.parent
