@@ -55,6 +55,7 @@ def silent_hub(server, monkeypatch, tmp_path):
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr(huggingface_hub.file_download, "_ETAG_RETRY_TIMEOUT", 0.01)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # was read when datasets was imported
     return server
 
 
