@@ -32,6 +32,10 @@ if threading.current_thread() is threading.main_thread():
 
 GOLDEN = Path(__file__).parent / "golden" / "cola_tiny"
 REPOSITORY = Path(__file__).parent.parent
+needs_vector_units = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="torch 2.13 compiles this to C++ with at::vec, which a processor without vector units does not have",
+)
 
 
 def tiny_llama(projection: MakeProjection | None = None, seed: int = 0, **sizes) -> Llama:

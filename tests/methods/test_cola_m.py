@@ -12,6 +12,7 @@ from cola_lightning.costs.counters import count_flops, kept_bytes
 from cola_lightning.methods import CoLA, CoLAM
 from cola_lightning.models import Llama, LlamaConfig
 from cola_lightning.models.rotary import rotary_table
+from tests.conftest import needs_vector_units
 
 SETTINGS = {
     "none": None,
@@ -158,10 +159,9 @@ def test_float8_costs_the_accuracy_that_is_documented():
 
 
 @pytest.mark.slow
+@needs_vector_units
 @pytest.mark.parametrize("setting", list(SETTINGS)[1:])
 def test_compiled_layers_give_the_same(setting):
-    if torch.backends.cpu.get_cpu_capability() == "DEFAULT" and setting not in ("none", "latents"):
-        pytest.skip("torch 2.13 compiles checkpointed layers to C++ with at::vec, which no scalar processor has")
     plain, compiled = (Stack(setting, layers=1, rows=1) for _ in range(2))
     for layer in compiled.layers:
         layer.compile()
