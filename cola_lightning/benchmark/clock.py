@@ -38,12 +38,23 @@ def peak_of(device: torch.device, precision: str) -> tuple[float, str]:
     known = peak_flops(device)
     if known:
         return known, "the maker's, dense bf16"
-    size = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if "bf16" in precision else torch.float32
+    if device.type == "cuda":
+        size = 8192
+    else:  # smaller where a processor without vector units would take minutes
+        size = 256
+        while size < 2048 and _product_seconds(size, dtype, device, times=2) < 0.05:
+            size *= 2
+    fastest = _product_seconds(size, dtype, device, times=7)
+    return 2 * size**3 / fastest, f"measured, a product of two {size} x {size}"
+
+
+def _product_seconds(size: int, dtype: torch.dtype, device: torch.device, times: int) -> float:
+    """Time the product of two square matrices, and return the shortest of several times, in seconds."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     clock = Clock(device)
     clock.mark("")
-    for _ in range(7):
+    for _ in range(times):
         a @ b
         clock.mark("product")
-    return 2 * size**3 / min(seconds for _, seconds in clock.read()), f"measured, a product of two {size} x {size}"
+    return min(seconds for _, seconds in clock.read())
