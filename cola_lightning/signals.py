@@ -117,8 +117,14 @@ LISTENER = Listener()
 
 
 def die_with_launcher() -> None:
-    """Ask the kernel to kill this rank when the process that launched it ends, even by SIGKILL (Linux only)."""
-    if sys.platform == "linux" and ("LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ):
+    """Let this rank end with the process that launched it (Linux only)."""
+    if "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ:
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends, even by SIGKILL (Linux only)."""
+    if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""Which checkpoints stay in a folder: make room for a new one, link to the newest, delete old ones.
+"""Keep the newest checkpoints of a folder: make room for a new one, link to the newest, delete old ones.
 
 Only files named ``step_….ckpt`` are touched, and never the newest of them. Rank 0 alone calls these functions.
 """

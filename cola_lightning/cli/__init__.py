@@ -1,1 +1,1 @@
-"""What can be typed: Lightning's commands and this package's own."""
+"""The command line: Lightning's commands and this package's own."""

@@ -1,4 +1,4 @@
-"""What a training run came to, read from its events, and the files in which a comparison keeps that."""
+"""Read the outcome of a training run from its events, and keep it in files."""
 
 import json
 import math

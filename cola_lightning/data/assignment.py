@@ -1,4 +1,4 @@
-"""Which logical shards a process reads, and in which order it draws from them."""
+"""Assign logical shards to processes, and order the draws from them."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,6 +1,5 @@
 """How a worker process of a data loader starts, ends with its parent, and reports what it cannot do."""
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from cola_lightning.errors import InputError
 from cola_lightning.private_apis import on_unsendable_item
-from cola_lightning.signals import leave_signals_to_parent
+from cola_lightning.signals import die_with_parent, leave_signals_to_parent
 
 
 def start_workers(loader: DataLoader) -> Iterator[Any]:
@@ -73,8 +72,7 @@ def end_with_parent(parent: int) -> None:
         # The kernel has the server for the parent, which may live on.
         threading.Thread(target=_wait_for_parent, args=(parent,), daemon=True, name="parent").start()
     elif sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+        die_with_parent()
         if os.getppid() != parent:  # it was gone before the kernel was told
             _end_without_parent(parent)
 

@@ -10,7 +10,7 @@ from cola_lightning.models.rope_scaling import Scaling, frequencies
 
 
 class Rotary(NamedTuple):
-    """What attention needs to know of the tokens' positions.
+    """Positions of the tokens, as attention needs them.
 
     Attributes:
         cos: Cosine of the rotary angles (T, E).

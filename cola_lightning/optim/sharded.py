@@ -153,7 +153,7 @@ def _exchange(parts: list[Tensor], whole: Tensor | None, group: ProcessGroup, to
 
 
 def _rows(count: int, ranks: int, rank: int) -> slice:
-    """Which of ``count`` rows a rank has, by the rule of ``torch.chunk``: of 5 rows, 4 ranks have 2, 2, 1 and none."""
+    """Return the rows of a rank by the rule of ``torch.chunk``: of 5 rows, 4 ranks have 2, 2, 1 and none."""
     size = -(-count // ranks)
     return slice(min(rank * size, count), min((rank + 1) * size, count))
 

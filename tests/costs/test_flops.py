@@ -139,7 +139,7 @@ RATIOS = {
 
 @pytest.mark.parametrize("size", SIZES)
 def test_ratio_of_low_rank_to_full_rank_flops(size):
-    """For projections alone, with attention's scores, and with the head; rows of 256 tokens."""
+    """Count projections alone, with attention's scores, and with the head; rows of 256 tokens."""
     d, _, layers, _ = SIZES[size]
     forward = {kind: published(kind, size).forward / 256 for kind in ("full", "cola")}
     attention, head = 4 * 256 * d * layers, 2 * d * 32000
