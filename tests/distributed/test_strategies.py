@@ -46,6 +46,9 @@ KEEPS = ["none", "residual_and_latents", "latents"]
 OTHERS = [*METHODS, "fast"]  # each has a curve of its own
 EVERY = ["ddp", "fsdp2", "deepspeed_1", "deepspeed_2", "deepspeed_3"]
 VARIANTS = ["fsdp2_sharded", "deepspeed_2_offload", "deepspeed_3_offload"]
+# Steps that are compared in float32. LaX doubles the distance that rounding makes about every step: after 20 steps one
+# norm is 1e-2 off, and the comparison would let faults of that size pass.
+FLOAT32_STEPS = {"lax": 8}
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +82,12 @@ def noise(trained):
 
     @cache
     def measured(keep: str) -> tuple[float, float]:
-        whole = curve(trained("auto_32") / keep)
-        cuts = [curve(trained("auto_32", micro_batch) / keep) for micro_batch in (4, 2, 1)]
+        steps = FLOAT32_STEPS.get(keep, STEPS)
+        whole = curve(trained("auto_32") / keep, steps)
+        cuts = [curve(trained("auto_32", micro_batch) / keep, steps) for micro_batch in (4, 2, 1)]
         losses, norms = (max(distance(cut[part], whole[part]) for cut in cuts) for part in (0, 1))
-        assert 0 < losses < 1e-4
-        assert 0 < norms < 1e-2  # LaX amplifies rounding most
+        assert 0 < losses < 1e-5
+        assert 0 < norms < 1e-3
         return losses, norms
 
     return measured
@@ -95,9 +99,10 @@ def distance(values: list[float], expected: list[float]) -> float:
     return max(abs(value - right) / abs(right) for value, right in zip(values, expected, strict=True))
 
 
-def curve(folder: Path) -> tuple[list[float], list[float]]:
-    """Losses, and gradient norms before clipping."""
-    return json.loads((folder / "curve.json").read_text())
+def curve(folder: Path, steps: int = STEPS) -> tuple[list[float], list[float]]:
+    """Return the losses, and the gradient norms before clipping, of the first steps."""
+    losses, norms = json.loads((folder / "curve.json").read_text())
+    return losses[:steps], norms[:steps]
 
 
 @pytest.mark.distributed
@@ -108,11 +113,11 @@ def curve(folder: Path) -> tuple[list[float], list[float]]:
 def test_two_processes_give_the_curve_of_one(trained, noise, strategy, keep):
     """In float64 to 1e-9. DeepSpeed has no float64: there, within ten times of what rounding does to one process."""
     deepspeed = strategy.startswith("deepspeed")
-    losses, norms = curve(trained(strategy) / keep)
-    alone = trained("auto_32" if deepspeed else "auto")
     network = keep if keep in OTHERS else "none"
-    expected_losses, expected_norms = curve(alone / network)
-    assert len(losses) == STEPS
+    steps = FLOAT32_STEPS.get(network, STEPS) if deepspeed else STEPS
+    losses, norms = curve(trained(strategy) / keep, steps)
+    assert len(losses) == steps
+    expected_losses, expected_norms = curve(trained("auto_32" if deepspeed else "auto") / network, steps)
     of_losses, of_norms = (10 * bound for bound in noise(network)) if deepspeed else (1e-9, 1e-9)
     assert distance(losses, expected_losses) <= of_losses
     assert distance(norms, expected_norms) <= of_norms
