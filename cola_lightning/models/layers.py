@@ -1,6 +1,6 @@
 """Linear map, scalar, token embedding and head: modules that own weights and initialize them."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +60,17 @@ class Head(NormalLinear):
     def __init__(self, hidden_size: int, vocab_size: int, loss_chunk_size: int | None = None) -> None:
         super().__init__(hidden_size, vocab_size)
         self.loss_chunk_size = loss_chunk_size
+        self.compiles_chunks = False
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile head and loss by ``torch.compile``; with ``loss_chunk_size``, what is done to a chunk's logits."""
+        if self.loss_chunk_size is None:
+            super().compile(*args, **kwargs)
+        else:
+            self.compiles_chunks = True
 
     def forward(self, x: Tensor, targets: Tensor | None = None, reduction: Literal["none", "sum"] = "none") -> Tensor:
         """Compute logits; or, with ``targets`` (B, T), losses as :func:`~cola_lightning.models.loss.token_losses`."""
         if targets is None:
             return linear(x, self.weight)
-        return token_losses(x, self.weight, targets, reduction, self.loss_chunk_size)
+        return token_losses(x, self.weight, targets, reduction, self.loss_chunk_size, self.compiles_chunks)

@@ -78,7 +78,8 @@ class LanguageModel(L.LightningModule):
             their input. Parameters keep their names. Cross-layer methods, and CoLA-M with ``keep: latents``, ignore it.
         loss_chunk_size: Number of tokens for which logits are in memory at a time in training; null for all. If the
             vocabulary is much larger than the hidden size, logits and their gradients take most of the memory.
-        compile: Compile each decoder layer, and head and loss, with ``torch.compile``.
+        compile: Compile each decoder layer, and head and loss, with ``torch.compile``. With ``loss_chunk_size``, what
+            is done to the logits of a chunk is compiled into one kernel.
         mean_of_micro_batches: Average the mean losses of micro-batches, as the published scripts do. Rows differ in
             length, so the gradient then depends on how the batch is cut into micro-batches and ranks. If false, every
             token of the global batch has the same weight.

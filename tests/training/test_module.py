@@ -213,6 +213,7 @@ FAST = {
     "loss_chunk_size": {"loss_chunk_size": 5},
     "fused optimizer": {"optimizer": partial(torch.optim.AdamW, lr=0.01, fused=True)},
     "compile": {"compile": True, "fused_projections": True},
+    "compiled chunks": {"compile": True, "loss_chunk_size": 5},
 }
 
 
