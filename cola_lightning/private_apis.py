@@ -211,11 +211,9 @@ def has_own_checkpointing(strategy: Strategy) -> bool:
     return isinstance(strategy, FSDPStrategy) and bool(strategy._activation_checkpointing_kwargs)
 
 
-@contextmanager
-def replace_fsdp_loader(load: Callable[[Path], Any]) -> Iterator[None]:
+def replace_fsdp_loader(load: Callable[[Path], Any]) -> AbstractContextManager[None]:
     """Let FSDP (1) read a checkpoint in one file by ``load`` in place of its own unpickler."""
-    with _replaced(fsdp_strategy, "_lazy_load", load):
-        yield
+    return _replaced(fsdp_strategy, "_lazy_load", load)
 
 
 # -- torch ------------------------------------------------------------------------------------------------------------
@@ -263,8 +261,7 @@ def unscales_by_itself(optimizer: Optimizer) -> bool:
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
-@contextmanager
-def replace_index_reader(read: Callable[[FileSystemReader, Path], Any]) -> Iterator[None]:
+def replace_index_reader(read: Callable[[FileSystemReader, Path], Any]) -> AbstractContextManager[None]:
     """Let ``torch.distributed.checkpoint`` read the index of a checkpoint by ``read(reader, file)``, not by pickle.
 
     torch asks for the index of one rank by the argument ``rank``.
@@ -273,8 +270,7 @@ def replace_index_reader(read: Callable[[FileSystemReader, Path], Any]) -> Itera
     def read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Any:
         return read(self, Path(self._get_metadata_path(kwargs.get("rank"))))
 
-    with _replaced(FileSystemReader, "read_metadata", read_metadata):
-        yield
+    return _replaced(FileSystemReader, "read_metadata", read_metadata)
 
 
 def event_writer(experiment: Any) -> Any:
@@ -390,108 +386,86 @@ class Expected(NamedTuple):
     """A private API, and what this file expects of it.
 
     Attributes:
-        library: Its name for ``pip``.
         path: ``module:name`` or ``module:Class.name``.
         parameters: Names of the arguments; None if it is not a function, or its arguments do not matter.
         mentions: Names and texts that the function's code must have: an attribute that it sets or reads, or a method
             that it calls and this file replaces.
     """
 
-    library: str
     path: str
     parameters: str | None = None
     mentions: tuple[str, ...] = ()
 
+    @property
+    def library(self) -> str:
+        """Name of the library for ``pip``."""
+        return self.path.partition(":")[0].partition(".")[0]
 
-_EPOCH_LOOP = "lightning.pytorch.loops.training_epoch_loop:_TrainingEpochLoop"
-_CONNECTORS = "lightning.pytorch.trainer.connectors"
-_MODEL_CHECKPOINT = "lightning.pytorch.callbacks.model_checkpoint:ModelCheckpoint"
-_STRATEGIES = "lightning.pytorch.strategies"
-_FSDP2 = f"{_STRATEGIES}.model_parallel:ModelParallelStrategy"
+
+_LOOPS, _TRAINER = "lightning.pytorch.loops", "lightning.pytorch.trainer"
+_EPOCH_LOOP = f"{_LOOPS}.training_epoch_loop:_TrainingEpochLoop"
+_CHECKPOINTS = f"{_TRAINER}.connectors.checkpoint_connector:_CheckpointConnector"
+_CALLBACKS, _STRATEGIES = "lightning.pytorch.callbacks", "lightning.pytorch.strategies"
 _READER = "torch.distributed.checkpoint.filesystem:FileSystemReader"
-_LOADERS = "jsonargparse._loaders_dumpers"
 _ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 EXPECTED = (
-    Expected("lightning", f"{_EPOCH_LOOP}._should_accumulate", "self"),
-    Expected("lightning", f"{_EPOCH_LOOP}._num_ready_batches_reached", "self"),
-    Expected("lightning", f"{_EPOCH_LOOP}._should_check_val_fx", "self, data_fetcher"),
-    Expected("lightning", f"{_EPOCH_LOOP}.on_advance_end", mentions=("_should_check_val_fx", "_batches_that_stepped")),
+    Expected(f"{_EPOCH_LOOP}._should_accumulate", "self"),
+    Expected(f"{_EPOCH_LOOP}._num_ready_batches_reached", "self"),
+    Expected(f"{_EPOCH_LOOP}._should_check_val_fx", "self, data_fetcher"),
+    Expected(f"{_EPOCH_LOOP}._broadcast_sigterm_tensor", "self"),
     Expected(
-        "lightning",
-        "lightning.pytorch.loops.evaluation_loop:_EvaluationLoop.increment_progress_to_evaluation_end",
-        "self",
+        f"{_EPOCH_LOOP}.advance",
+        mentions=("_broadcast_sigterm_tensor", "increment_progress_to_evaluation_end", "update_train_step_metrics"),
     ),
-    Expected("lightning", f"{_EPOCH_LOOP}.advance", mentions=("increment_progress_to_evaluation_end",)),
-    Expected("lightning", f"{_EPOCH_LOOP}._broadcast_sigterm_tensor", "self"),
-    Expected("lightning", f"{_EPOCH_LOOP}.advance", mentions=("_broadcast_sigterm_tensor",)),
-    Expected("lightning", f"{_EPOCH_LOOP}._on_before_fetch", mentions=("].train_dataloader_next",)),
-    Expected("lightning", f"{_EPOCH_LOOP}._on_after_fetch", mentions=("].train_dataloader_next",)),
-    Expected("lightning", "lightning.pytorch.loops.fit_loop:_FitLoop.advance", mentions=("_data_fetcher",)),
+    Expected(f"{_EPOCH_LOOP}.on_advance_end", mentions=("_should_check_val_fx", "_batches_that_stepped")),
+    Expected(f"{_EPOCH_LOOP}._on_before_fetch", mentions=("].train_dataloader_next",)),
+    Expected(f"{_EPOCH_LOOP}._on_after_fetch", mentions=("].train_dataloader_next",)),
+    Expected(f"{_LOOPS}.evaluation_loop:_EvaluationLoop.increment_progress_to_evaluation_end", "self"),
+    Expected(f"{_LOOPS}.fit_loop:_FitLoop.advance", mentions=("_data_fetcher",)),
     Expected(
-        "lightning",
-        "lightning.pytorch.trainer.trainer:Trainer.__init__",
+        f"{_TRAINER}.trainer:Trainer.__init__",
         mentions=("_signal_connector", "_checkpoint_connector", "_logger_connector"),
     ),
     Expected(
-        "lightning",
-        "lightning.pytorch.trainer.setup:_init_debugging_flags",
-        mentions=("_val_check_time_interval",),
+        f"{_TRAINER}.trainer:Trainer._run",
+        mentions=("register_signal_handlers", "_restore_modules_and_callbacks", "restore_training_state"),
     ),
-    Expected("lightning", f"{_CONNECTORS}.signal_connector:_SignalConnector.register_signal_handlers", "self"),
-    Expected("lightning", "lightning.pytorch.trainer.trainer:Trainer._run", mentions=("register_signal_handlers",)),
-    Expected("lightning", f"{_CONNECTORS}.checkpoint_connector:_CheckpointConnector._hpc_resume_path"),
+    Expected(f"{_TRAINER}.setup:_init_debugging_flags", mentions=("_val_check_time_interval",)),
+    Expected(f"{_TRAINER}.connectors.signal_connector:_SignalConnector.register_signal_handlers", "self"),
+    Expected(f"{_CHECKPOINTS}._hpc_resume_path"),
+    Expected(f"{_CHECKPOINTS}._parse_ckpt_path", mentions=("_hpc_resume_path", "_find_last_checkpoints")),
     Expected(
-        "lightning",
-        f"{_CONNECTORS}.checkpoint_connector:_CheckpointConnector._parse_ckpt_path",
-        mentions=("_hpc_resume_path", "_find_last_checkpoints"),
-    ),
-    Expected(
-        "lightning",
-        "lightning.pytorch.trainer.trainer:Trainer._run",
-        mentions=("_restore_modules_and_callbacks", "restore_training_state"),
-    ),
-    Expected(
-        "lightning",
-        f"{_CONNECTORS}.logger_connector:_LoggerConnector.update_train_step_metrics",
+        f"{_TRAINER}.connectors.logger_connector:_LoggerConnector.update_train_step_metrics",
         "self",
         mentions=("_first_loop_iter",),
     ),
-    Expected("lightning", f"{_EPOCH_LOOP}.advance", mentions=("update_train_step_metrics",)),
-    Expected("lightning", f"{_MODEL_CHECKPOINT}._find_last_checkpoints", "self, trainer"),
-    Expected(
-        "lightning",
-        "lightning.pytorch.callbacks.progress.rich_progress:RichProgressBar._get_train_description",
-        "self, current_epoch",
-    ),
-    Expected("lightning", f"{_MODEL_CHECKPOINT}.__init__", mentions=("_last_global_step_saved",)),
-    Expected("lightning", "lightning.fabric.utilities.seed:seed_everything", mentions=("PL_GLOBAL_SEED",)),
-    Expected("lightning", f"{_FSDP2}.__init__", mentions=("_data_parallel_size",)),
-    Expected("lightning", f"{_STRATEGIES}.ddp:DDPStrategy.__init__", mentions=("_ddp_kwargs",)),
-    Expected("lightning", f"{_STRATEGIES}.fsdp:FSDPStrategy.__init__", mentions=("_activation_checkpointing_kwargs",)),
-    Expected("lightning", f"{_STRATEGIES}.fsdp:FSDPStrategy.load_checkpoint", mentions=("_lazy_load",)),
-    Expected("torch", "torch.amp.grad_scaler:GradScaler.step", mentions=("_step_supports_amp_scaling",)),
-    Expected("torch", "torch.optim.adam:Adam.__init__", mentions=("_step_supports_amp_scaling",)),
-    Expected("torch", "torch.fx.traceback:annotate", "annotation_dict"),
-    Expected("torch", "torch._subclasses.fake_tensor:FakeTensorMode"),
-    Expected("torch", "torch:UntypedStorage._cdata"),
-    Expected("torch", f"{_READER}._get_metadata_path", "self, rank"),
-    Expected(
-        "torch",
-        f"{_READER}.read_metadata",
-        mentions=("_get_metadata_path",),
-    ),
-    Expected("torch", "torch.utils.tensorboard:SummaryWriter._get_file_writer", "self"),
-    Expected("torch", "torch.nn:Module._apply", "self, fn, recurse"),
-    Expected("torchmetrics", "torchmetrics:Metric._apply", "self, fn, exclude_state"),
-    Expected("jsonargparse", "jsonargparse._core:ArgumentParser.add_subcommands", mentions=("_subcommands_action",)),
-    Expected("jsonargparse", f"{_LOADERS}:get_yaml_default_loader", mentions=("yaml_default_loader",)),
-    Expected("jsonargparse", "jsonargparse._common:check_import_path", "path"),
-    Expected("jsonargparse", "jsonargparse._util:import_object", mentions=("check_import_path",)),
-    Expected("jsonargparse", "jsonargparse._typehints:adapt_typehints", mentions=("adapt_classes_any",)),
-    Expected("jsonargparse", "jsonargparse._completions:get_all_subclass_paths"),
-    Expected("jsonargparse", "jsonargparse._completions_jsonschema:get_all_subclass_paths"),
-    Expected("deepspeed", f"{_ENGINE}._copy_recovery_script", "self, save_path"),
-    Expected("deepspeed", f"{_ENGINE}._save_zero_checkpoint", mentions=("checkpoint_engine", "_copy_recovery_script")),
+    Expected(f"{_CALLBACKS}.model_checkpoint:ModelCheckpoint.__init__", mentions=("_last_global_step_saved",)),
+    Expected(f"{_CALLBACKS}.model_checkpoint:ModelCheckpoint._find_last_checkpoints", "self, trainer"),
+    Expected(f"{_CALLBACKS}.progress.rich_progress:RichProgressBar._get_train_description", "self, current_epoch"),
+    Expected("lightning.fabric.utilities.seed:seed_everything", mentions=("PL_GLOBAL_SEED",)),
+    Expected(f"{_STRATEGIES}.model_parallel:ModelParallelStrategy.__init__", mentions=("_data_parallel_size",)),
+    Expected(f"{_STRATEGIES}.ddp:DDPStrategy.__init__", mentions=("_ddp_kwargs",)),
+    Expected(f"{_STRATEGIES}.fsdp:FSDPStrategy.__init__", mentions=("_activation_checkpointing_kwargs",)),
+    Expected(f"{_STRATEGIES}.fsdp:FSDPStrategy.load_checkpoint", mentions=("_lazy_load",)),
+    Expected("torch.amp.grad_scaler:GradScaler.step", mentions=("_step_supports_amp_scaling",)),
+    Expected("torch.optim.adam:Adam.__init__", mentions=("_step_supports_amp_scaling",)),
+    Expected("torch.fx.traceback:annotate", "annotation_dict"),
+    Expected("torch._subclasses.fake_tensor:FakeTensorMode"),
+    Expected("torch:UntypedStorage._cdata"),
+    Expected(f"{_READER}._get_metadata_path", "self, rank"),
+    Expected(f"{_READER}.read_metadata", mentions=("_get_metadata_path",)),
+    Expected("torch.utils.tensorboard:SummaryWriter._get_file_writer", "self"),
+    Expected("torch.nn:Module._apply", "self, fn, recurse"),
+    Expected("torchmetrics:Metric._apply", "self, fn, exclude_state"),
+    Expected("jsonargparse._core:ArgumentParser.add_subcommands", mentions=("_subcommands_action",)),
+    Expected("jsonargparse._loaders_dumpers:get_yaml_default_loader", mentions=("yaml_default_loader",)),
+    Expected("jsonargparse._common:check_import_path", "path"),
+    Expected("jsonargparse._util:import_object", mentions=("check_import_path",)),
+    Expected("jsonargparse._typehints:adapt_typehints", mentions=("adapt_classes_any",)),
+    Expected("jsonargparse._completions:get_all_subclass_paths"),
+    Expected("jsonargparse._completions_jsonschema:get_all_subclass_paths"),
+    Expected(f"{_ENGINE}._copy_recovery_script", "self, save_path"),
+    Expected(f"{_ENGINE}._save_zero_checkpoint", mentions=("checkpoint_engine", "_copy_recovery_script")),
 )
 
 
@@ -506,30 +480,28 @@ def check_private_apis(only_imported: bool = False) -> None:
     """
     problems = []
     for expected in EXPECTED:
-        module = expected.path.partition(":")[0]
-        if (only_imported and module not in sys.modules) or not _installed(expected.library):
+        if only_imported and expected.path.partition(":")[0] not in sys.modules:
             continue
-        if problem := _problem(expected):
-            problems.append(f"{expected.library} {importlib.metadata.version(expected.library)}: {problem}")
-    if not problems and not _marks_are_seen():
-        problems.append(f"torch {torch.__version__}: torch.fx.traceback.annotate does not show in current_meta")
+        version = _version(expected.library)
+        if version and (problem := _problem(expected)):
+            problems.append(f"{expected.library} {version}: {problem}")
+    if not problems:
+        with mark_operations({"probe": True}):
+            if operation_marks().get("probe") is not True:
+                problems.append(f"torch {torch.__version__}: torch.fx.traceback.annotate does not show in current_meta")
     if problems:
         raise PrivateAPIError(
             f"{'; '.join(problems)}. Install the versions that pyproject.toml allows, or mend {__name__}"
         )
 
 
-def _marks_are_seen() -> bool:
-    with mark_operations({"probe": True}):
-        return operation_marks().get("probe") is True
-
-
-def _installed(library: str) -> bool:
+@functools.cache
+def _version(library: str) -> str | None:
+    """Look up the installed version of a library, once, because each look-up parses a file; None without one."""
     try:
-        importlib.metadata.version(library)
+        return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def _problem(expected: Expected) -> str | None:

@@ -1,8 +1,10 @@
+import ast
+import gc
 import os
 import random
 import signal
 import threading
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 # Tests run in two processes (see pyproject.toml): each has one core, and compiles into a folder of its own.
@@ -36,6 +38,12 @@ needs_vector_units = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() == "DEFAULT",
     reason="torch 2.13 compiles this to C++ with at::vec, which a processor without vector units does not have",
 )
+
+
+@cache
+def source_tree(file: Path) -> ast.Module:
+    """Parse a file of the package; several tests read all of them."""
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def tiny_llama(projection: MakeProjection | None = None, seed: int = 0, **sizes) -> Llama:
@@ -110,6 +118,11 @@ def process_group():
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from looking through all that was imported, in each test that collects garbage."""
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

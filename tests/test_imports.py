@@ -4,20 +4,22 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, source_tree
 
 PACKAGE = REPOSITORY / "cola_lightning"
 HEAVY = ["torch", "lightning", "transformers", "datasets", "deepspeed"]
 
 
-def imports(folder: str) -> Iterator[tuple[str, str]]:
-    """Yield each file in the folder with each module that it imports, also within functions."""
+@cache
+def imports(folder: str) -> list[tuple[str, str]]:
+    """List each file in the folder with each module that it imports, also within functions."""
+    found = []
     for file in sorted((PACKAGE / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(source_tree(file)):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -25,7 +27,8 @@ def imports(folder: str) -> Iterator[tuple[str, str]]:
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             else:
                 continue
-            yield from ((str(file.relative_to(PACKAGE)), name) for name in names)
+            found += [(str(file.relative_to(PACKAGE)), name) for name in names]
+    return found
 
 
 def test_only_the_entry_point_imports_the_command_line():
@@ -65,7 +68,11 @@ def test_models_import_no_lightning():
 
 
 @pytest.mark.parametrize(
-    ("statement", "loads"), [("import cola_lightning", []), ("import cola_lightning.models", ["torch"])]
+    ("statement", "loads"),
+    [
+        ("import cola_lightning", []),
+        pytest.param("import cola_lightning.models", ["torch"], marks=pytest.mark.slow),
+    ],
 )
 def test_an_import_loads_no_more_than_it_needs(statement, loads):
     code = f"{statement}, sys, json; print(json.dumps([name for name in {HEAVY} if name in sys.modules]))"

@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 import cola_lightning
 from cola_lightning import private_apis
 from cola_lightning.private_apis import EXPECTED, PrivateAPIError, check_private_apis
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, source_tree
 
 PACKAGE = REPOSITORY / "cola_lightning"
 OWN_FILE = "private_apis.py"
@@ -28,10 +29,11 @@ LANGUAGE = {"_abc_impl", "_backward_cls"}
 """Attributes that Python's and torch's metaclasses set on every subclass."""
 
 
+@cache
 def trees() -> list[tuple[Path, ast.Module]]:
     files = [file for file in PACKAGE.rglob("*.py") if file.name != OWN_FILE]
     assert len(files) > 100
-    return [(file, ast.parse(file.read_text(encoding="utf-8"))) for file in files]
+    return [(file, source_tree(file)) for file in files]
 
 
 def own_names(tree: ast.Module) -> set[str]:
@@ -100,7 +102,7 @@ def test_no_subclass_overrides_or_reads_a_private_attribute_of_its_base():
         if info.name.endswith("__main__") or info.name == private_apis.__name__:
             continue
         module = importlib.import_module(info.name)
-        written = {node.name for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)}
+        written = {node.name for node in source_tree(Path(module.__file__)).body if isinstance(node, ast.ClassDef)}
         for name, cls in vars(module).items():  # libraries add classes to modules
             if name in written and cls.__module__ == info.name and (names := shared_names(cls)):
                 found[f"{info.name}.{name}"] = names

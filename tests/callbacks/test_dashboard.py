@@ -13,6 +13,8 @@ from cola_lightning.callbacks.hyper_parameters import METRICS
 from cola_lightning.cli.app import main
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def board(tiny_run, tmp_path_factory):
@@ -24,7 +26,6 @@ def board(tiny_run, tmp_path_factory):
     return EventAccumulator(str(run_dir)).Reload()
 
 
-@pytest.mark.slow
 def test_the_layout_names_tags_that_a_run_has(board):
     (event,) = board.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
@@ -42,7 +43,6 @@ def hparams_data(board, tag):
     return plugin_data_pb2.HParamsPluginData.FromString(content)
 
 
-@pytest.mark.slow
 def test_the_hparams_tab_lists_the_run_under_readable_names(board):
     values = dict(hparams_data(board, "_hparams_/session_start_info").session_start_info.hparams)
     numbers = {

@@ -3,7 +3,9 @@
 import pytest
 
 from cola_lightning.cli.app import main
+from cola_lightning.cli.lightning_cli import CLI, training_parser
 from cola_lightning.cli.parser import explain
+from cola_lightning.private_apis import commands_of
 from tests.conftest import REPOSITORY
 
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
@@ -92,6 +94,18 @@ def test_commands(typed, line, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(typed)
     assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_a_command_makes_no_parser_but_its_own(tiny_run, capsys, monkeypatch):
+    made = []
+    init = CLI.init_parser
+    monkeypatch.setattr(
+        CLI, "init_parser", lambda self, **settings: made.append(settings.get("usage")) or init(self, **settings)
+    )
+    with pytest.raises(SystemExit):
+        main(["fit", *tiny_run, "--print_config"])
+    assert [usage.split()[1] for usage in made if usage] == ["fit"]
+    assert sorted(commands_of(training_parser())) == ["fit", "predict", "test", "validate"]
 
 
 def test_of_unknown_kinds_nothing_is_left_out():

@@ -137,7 +137,7 @@ RATIOS = {
 }
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["60m", *(pytest.param(size, marks=pytest.mark.slow) for size in list(SIZES)[1:])])
 def test_ratio_of_low_rank_to_full_rank_flops(size):
     """Count projections alone, with attention's scores, and with the head; rows of 256 tokens."""
     d, _, layers, _ = SIZES[size]

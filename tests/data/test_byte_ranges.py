@@ -89,7 +89,7 @@ def test_rows_from_a_server_are_the_same_for_each_share_and_start(server, tmp_pa
     assert len(said) == (ranges != "served")
 
 
-@pytest.mark.parametrize("count", [1, 15])
+@pytest.mark.parametrize("count", [1, pytest.param(15, marks=pytest.mark.slow)])
 def test_a_pass_of_sixteen_logical_shards_reads_each_file_about_once(server, tmp_path, count):
     """Without byte ranges one file was read 16 times, and 15 files twice.
 

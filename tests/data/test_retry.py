@@ -201,7 +201,7 @@ def test_damaged_bytes_are_an_error(server, tokenizer, tmp_path):
         list(corpus(server, tokenizer).read(0))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_batches_despite_transient_errors_equal_those_of_local_files(c4, workers):
     server = Server(c4)
     names = [f"c4-train.{number:05}-of-00005.json.gz" for number in range(5)]

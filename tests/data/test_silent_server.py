@@ -20,7 +20,7 @@ from tests.data.test_streaming import ready
 PAGE = Path(__file__).parents[2] / "recipes/data_loading/README.md"
 pytestmark = pytest.mark.filterwarnings("ignore:.*; try .* of")
 
-TIMEOUT = 0.05  # seconds, in place of the 30 of ``remote.ANSWER``
+TIMEOUT = 0.02  # seconds, in place of the 30 of ``remote.ANSWER``
 TRIES = Retry().times + 1
 PAUSES = sum(Retry().wait * 2**number for number in range(Retry().times))
 

@@ -27,7 +27,9 @@ def documents(batches):
     return [row[0] for batch in batches for row in batch]
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (3, 2), (4, 0), (12, 0)])
+@pytest.mark.parametrize(
+    ("ranks", "workers"), [(1, 2), (2, 0), pytest.param(3, 2, marks=pytest.mark.slow), (4, 0), (12, 0)]
+)
 def test_any_ranks_and_workers_that_divide_the_logical_shards_give_one_sequence(ranks, workers):
     assert run(ranks, workers).take(36) == run(1, 0).take(36)
 
@@ -58,7 +60,13 @@ def test_the_same_ranks_and_workers_resume_exactly_even_if_they_do_not_divide_th
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(
-    "changes", [[(5, 0), (1, 0)], [(1, 0), (5, 0)], [(2, 0), (7, 0), (5, 0), (3, 0)], [(1, 5), (5, 1)]]
+    "changes",
+    [
+        [(5, 0), (1, 0)],
+        [(1, 0), (5, 0)],
+        [(2, 0), (7, 0), (5, 0), (3, 0)],
+        pytest.param([(1, 5), (5, 1)], marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_and_workers_that_do_not_divide_the_logical_shards_lose_and_repeat_no_document(changes):
     """270 documents, two a batch: what is seen before any logical shard's second pass is seen once, and by then each
@@ -166,7 +174,7 @@ def alive(process: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_overfitting_begins_again_where_the_first_iteration_did(workers):
     """``overfit_batches: 2`` iterates again after every two batches; without it an epoch is a part of the run."""
 

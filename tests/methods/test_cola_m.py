@@ -63,9 +63,9 @@ def flops(setting: str) -> int:
 @cache
 def kept(setting: str, layers: int) -> float:
     """In bf16 hidden states per token."""
-    stack = Stack(setting, torch.bfloat16, layers)
+    stack = Stack(setting, torch.bfloat16, layers, rows=1)
     size = kept_bytes(stack.forward, [stack.x, *stack.parameters, *stack.rotary[:2]])
-    return size / (4 * 256 * 512 * 2)
+    return size / (256 * 512 * 2)
 
 
 def distance(gradient: Tensor, reference: Tensor) -> float:

@@ -90,11 +90,19 @@ def test_where_nothing_is_trained_no_matrices_are_copied():
     assert calls.count == expected.count
 
 
-@pytest.mark.parametrize("settings", [{}, {"keep_attention": True}, {"keep": "latents"}, {"keep": "block_input"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param({"keep_attention": True}, marks=pytest.mark.slow),
+        {"keep": "latents"},
+        pytest.param({"keep": "block_input"}, marks=pytest.mark.slow),
+    ],
+)
 def test_cola_m_keeps_and_computes_as_much_and_gives_the_same(settings):
     seen = []
     for fused in (False, True):
-        network = tiny_llama(fused_projections=fused)
+        network = tiny_llama(num_hidden_layers=2, fused_projections=fused)
         CoLAM(**settings).apply(network)
         hidden = network.model.embed_tokens(IDS).detach().requires_grad_()
         rotary = rotary_table(20, 8, 10000.0, like=hidden)

@@ -56,19 +56,21 @@ def test_recompute_keeps_names_and_may_be_set_twice(keep):
     assert all(type(layer) is RecomputedBlock for layer in network.model.layers)
 
 
+PATHS = [
+    (partial(CoLA, rank=8), {}, "residual_and_latents"),
+    (FullRank, {}, None),
+    (FullRank, FUSED, None),
+    (partial(CoLA, rank=8), FUSED, None),
+    (partial(CoLA, rank=8), FUSED, "block_input"),
+    (partial(LaX, rank=8), {}, None),
+    (partial(LaX, rank=8), {}, "residual_and_latents"),
+    (partial(CRNet, rank=8), {}, None),
+    (partial(CRNet, rank=8), {}, "block_input"),
+]
+
+
 @pytest.mark.parametrize(
-    ("projection", "sizes", "keep"),
-    [
-        (FullRank, {}, None),
-        (FullRank, FUSED, None),
-        (partial(CoLA, rank=8), FUSED, None),
-        (partial(CoLA, rank=8), {}, "residual_and_latents"),
-        (partial(CoLA, rank=8), FUSED, "block_input"),
-        (partial(LaX, rank=8), {}, None),
-        (partial(LaX, rank=8), {}, "residual_and_latents"),
-        (partial(CRNet, rank=8), {}, None),
-        (partial(CRNet, rank=8), {}, "block_input"),
-    ],
+    ("projection", "sizes", "keep"), [PATHS[0], *(pytest.param(*path, marks=pytest.mark.slow) for path in PATHS[1:])]
 )
 def test_a_layer_is_one_graph(projection, sizes, keep):
     """Counted by torch: no way beside the plain path breaks the graph that ``torch.compile`` makes of a layer."""
