@@ -9,6 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
+from cola_lightning.cli.help_pages import asked_for, common_page
+from cola_lightning.columns import in_columns, wrap_paragraph
 from cola_lightning.errors import InputError, did_you_mean
 
 TRAINER_COMMANDS = {
@@ -27,12 +29,11 @@ FILE_ERRORS = {
     errno.EFBIG, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO, errno.ENODEV, errno.ENXIO,
 }  # fmt: skip
 """Errors of the operating system that are about a file or a disk, and no fault of this program."""
-EXAMPLES = """\
-Examples:
-  cola_lightning fit --config configs/quickstart.yaml          a small model in minutes
-  cola_lightning estimate --config configs/cola_1b.yaml        what a run will cost
-  cola_lightning generate runs/quickstart --prompt 'We'        let a model continue a text
-"""
+EXAMPLES = {
+    "cola_lightning fit --config configs/quickstart.yaml": "a small model in minutes",
+    "cola_lightning estimate --config configs/cola_1b.yaml": "what a run will cost",
+    "cola_lightning generate runs/quickstart --prompt 'We'": "let a model continue a text",
+}
 
 
 def own_commands() -> dict[str, tuple[str, str]]:
@@ -51,12 +52,13 @@ def help_text() -> str:
     """Describe the program: its commands by group, with a line each, and examples."""
     commands = TRAINER_COMMANDS | own_commands()
     width = max(map(len, commands))
-    lines = ["usage: cola_lightning COMMAND [OPTION ...]", "", "Pre-train LLaMA-style language models with low-rank"]
-    lines[-1] += " projections (CoLA and others)."
+    about = "Pre-train LLaMA-style language models with low-rank projections (CoLA and others)."
+    lines = ["usage: cola_lightning COMMAND [OPTION ...]", "", *wrap_paragraph(about)]
     for group in GROUPS:
-        lines += ["", f"{group}:"]
-        lines += [f"  {name:<{width}}  {line}" for name, (its, line) in commands.items() if its == group]
-    return "\n".join([*lines, "", EXAMPLES + "\ncola_lightning COMMAND --help shows the options of a command."])
+        entries = [(f"{name:<{width}}", line) for name, (its, line) in commands.items() if its == group]
+        lines += ["", f"{group}:", *in_columns(entries, indent="  ")]
+    lines += ["", "Examples:", *in_columns(EXAMPLES.items(), indent="  ")]
+    return "\n".join([*lines, "", *wrap_paragraph("cola_lightning COMMAND --help shows the options of a command.")])
 
 
 def dispatch(args: list[str]) -> None:
@@ -77,6 +79,12 @@ def dispatch(args: list[str]) -> None:
         case [name, *_] if not (name in TRAINER_COMMANDS or name.startswith("-")):
             hint = did_you_mean(name, [*TRAINER_COMMANDS, *own_commands()])
             raise InputError(f"{name} is not a command{hint}; --help lists them")
+        case [name, *rest] if name in TRAINER_COMMANDS and (topic := asked_for(rest)):
+            if topic == "common":
+                print(common_page(name, TRAINER_COMMANDS[name][1]))
+                return
+            command = importlib.import_module("cola_lightning.cli.lightning_cli")
+            options = [name, "--help"]
         case _:  # options before the name of one of Lightning's commands are its too
             command = importlib.import_module("cola_lightning.cli.lightning_cli")
             options = args
@@ -97,7 +105,7 @@ def main(args: list[str] | None = None) -> None:
         if sys.stdout is not None:
             sys.stdout.flush()  # a failure to write is noticed here, where it can be reported
     except BrokenPipeError:
-        if args and args[0] in TRAINER_COMMANDS:
+        if args and args[0] in TRAINER_COMMANDS and not asked_for(args[1:]):
             raise
         print("error: standard output was closed before all was written, as by '| head'", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing more is written to the pipe

@@ -31,7 +31,7 @@ from cola_lightning.cli.checkpoint_choice import check_weights, class_paths, fin
 from cola_lightning.cli.config_files import ConfigFile
 from cola_lightning.cli.merge_settings import differences, merge_settings, stand_ins
 from cola_lightning.cli.parser import reason_of
-from cola_lightning.cli.run_parser import RunParser, SaveRunConfig, common_help
+from cola_lightning.cli.run_parser import RunParser, SaveRunConfig
 from cola_lightning.cli.trainer_flags import (
     check_numbers,
     check_settings,
@@ -92,8 +92,7 @@ class CLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = RunParser(**kwargs)
-        command = (kwargs.get("usage") or "").split()[1:2]
-        parser.help_begin = common_help(command[0]) if command else ""
+        parser.command = "".join((kwargs.get("usage") or "").split()[1:2])
         parser.add_argument(
             "-c", "--config", action=ConfigFile, help="YAML file; may be given several times, later ones win."
         )

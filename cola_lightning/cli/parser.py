@@ -70,15 +70,23 @@ def parse_function(
     Returns:
         The arguments by name.
     """
+    parser = function_parser(function, command, example, as_positional, skip)
+    options = parser.instantiate_classes(parser.parse_args(args))
+    del options["config"]
+    return options.as_dict()
+
+
+def function_parser(
+    function: Callable, command: str, example: str, as_positional: bool = True, skip: Collection[str] = ()
+) -> Parser:
+    """Make the parser of :func:`parse_function`, which describes its arguments."""
     parser = Parser(prog=f"cola_lightning {command}", description=(function.__doc__ or "").partition("\n")[0])
     parser.example = f"{parser.prog} {example}"
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with these arguments")
     parser.add_function_arguments(
         function, as_group=False, as_positional=as_positional, skip=set(skip), sub_configs=True
     )
-    options = parser.instantiate_classes(parser.parse_args(args))
-    del options["config"]
-    return options.as_dict()
+    return parser
 
 
 def explain(

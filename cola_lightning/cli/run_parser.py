@@ -11,47 +11,11 @@ from lightning_utilities.core.enums import StrEnum
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from cola_lightning.cli.help_pages import common_help
 from cola_lightning.cli.parser import Parser
 from cola_lightning.models import Projection
 from cola_lightning.optim.schedules import open_lengths
 from cola_lightning.provenance import run_folder, write_provenance
-
-COMMON_OPTIONS = {
-    "--config FILE": "YAML file of settings; may be given several times, later ones win",
-    "--run_dir FOLDER": "where the run's events, checkpoints and configuration go",
-    "--ckpt_path FILE|last": "go on from a checkpoint, or from the newest of --run_dir",
-    "--trainer.max_steps N": "optimizer steps of the run",
-    "--trainer.devices N": "GPUs or processes on this machine",
-    "--trainer.num_nodes N": "machines",
-    "--trainer.strategy NAME": "auto, ddp, fsdp, deepspeed_stage_2 or a class",
-    "--trainer.precision NAME": "32-true, bf16-mixed, bf16-true, …",
-    "--trainer.val_check_interval N": "batches between two validations",
-    "--trainer.callbacks+ NAME": "add a callback, such as CoLAM; --trainer.callbacks.NAME sets its arguments",
-    "--model.hidden_size N": "width of the network; all sizes are --model.NAME",
-    "--model.num_hidden_layers N": "layers",
-    "--model.projection NAME": "CoLA, FullRank, LoRA, …; --model.projection.rank sets its rank",
-    "--model.optimizer NAME": "a class of torch.optim or of this package; --model.optimizer.lr its learning rate",
-    "--model.schedule NAME": "of the learning rate; --model.schedule.warmup_steps its warmup",
-    "--model.compile BOOL": "compile the network",
-    "--data NAME": "C4DataModule, TextDataModule or a class; --data.paths names text of your own",
-    "--data.batch_size N": "rows of a micro-batch",
-    "--checkpoint.every_n_train_steps N": "optimizer steps between two checkpoints",
-    "--print_config": "print the whole configuration and stop",
-}
-"""The options that ``fit --help`` begins with."""
-
-
-def common_help(command: str) -> str:
-    """Make the beginning of a command's help: an example, the common options, and where the rest is."""
-    width = max(map(len, COMMON_OPTIONS))
-    lines = [f"  {name:<{width}}  {text}" for name, text in COMMON_OPTIONS.items()]
-    example = f"cola_lightning {command} --config configs/quickstart.yaml"
-    example += (
-        " --run_dir runs/quickstart" if command == "fit" else " --ckpt_path runs/quickstart/checkpoints/last.ckpt"
-    )
-    rest = "All options follow. A class's own: --NAME.help CLASS, as in --model.optimizer.help AdamW."
-    return "\n".join([f"Example: {example}", "", "Options that are used most:", *lines, "", rest, "", ""])
-
 
 # Timer has an enum among its defaults, which YAML could not write; then Timer could not be named.
 yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
@@ -75,12 +39,15 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class RunParser(Parser, LightningArgumentParser):
-    """Parser of one of Lightning's commands. Its help begins with the options that are used most."""
+    """Parser of one of Lightning's commands. Its help, ``--help=all``, begins with the options that are used most."""
 
-    help_begin = ""
+    command = ""
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
-        return self.help_begin + super().format_help(formatter)
+        if not self.command:
+            return super().format_help(formatter)
+        rest = "All options follow. A class's own: --NAME.help CLASS, as in --model.optimizer.help AdamW."
+        return f"{common_help(self.command)}{rest}\n\n{super().format_help(formatter)}"
 
     bases = (L.Callback, L.LightningDataModule, Logger, Optimizer, LRScheduler, Projection)
 

@@ -3,18 +3,32 @@
 import shlex
 from typing import Any
 
-from cola_lightning.cli.parser import parse_function
+from cola_lightning.cli.help_pages import FunctionHelp
 
 GROUP = "Compare"
+EXAMPLE = "--config recipes/compare_methods/plan.yaml --folder runs/compare"
+NOT_TYPED = ("resolve", "command", "command_line")
+"""Arguments of :func:`cola_lightning.compare.sweep.compare` that :func:`run` gives."""
+
+
+def help_page() -> FunctionHelp:
+    """Make the help of the command."""
+    return FunctionHelp(
+        "compare",
+        EXAMPLE,
+        "compare/sweep.py:compare",
+        skip=NOT_TYPED,
+        more="--methods.help shows the settings of a method, --held_out.help those of the groups.",
+    )
 
 
 def parse(args: list[str]) -> dict[str, Any]:
     """Parse the arguments of :func:`cola_lightning.compare.sweep.compare`."""
+    help_page().show_if_asked(args)
+    from cola_lightning.cli.parser import parse_function
     from cola_lightning.compare.sweep import compare
 
-    skip = {"resolve", "command", "command_line"}
-    example = "--config recipes/compare_methods/plan.yaml --folder runs/compare"
-    options = parse_function(compare, "compare", example, args, as_positional=False, skip=skip)
+    options = parse_function(compare, "compare", EXAMPLE, args, as_positional=False, skip=NOT_TYPED)
     return {"command_line": shlex.join(["python", "-m", "cola_lightning", "compare", *args]), **options}
 
 

@@ -2,18 +2,30 @@
 
 from typing import Any
 
-from cola_lightning.cli.parser import parse_function
+from cola_lightning.cli.help_pages import FunctionHelp
 
 GROUP = "Use"
+EXAMPLE = "models/llama models/cola --projection CoLA --projection.rank 16"
+
+
+def help_page() -> FunctionHelp:
+    """Make the help of the command."""
+    return FunctionHelp(
+        "factorize",
+        EXAMPLE,
+        "inference/factorize.py:factorize",
+        as_positional=True,
+        more="--projection.help lists the low-rank methods, --projection.help CoLA the options of one.",
+    )
 
 
 def parse(args: list[str]) -> dict[str, Any]:
     """Parse the arguments of :func:`cola_lightning.inference.factorize.factorize`."""
+    help_page().show_if_asked(args)
+    from cola_lightning.cli.parser import parse_function
     from cola_lightning.inference.factorize import factorize
 
-    return parse_function(
-        factorize, "factorize", "models/llama models/cola --projection CoLA --projection.rank 16", args
-    )
+    return parse_function(factorize, "factorize", EXAMPLE, args)
 
 
 def run(options: dict[str, Any]) -> None:

@@ -2,16 +2,24 @@
 
 from typing import Any
 
-from cola_lightning.cli.parser import parse_function
+from cola_lightning.cli.help_pages import FunctionHelp
 
 GROUP = "Train"
+EXAMPLE = "--config configs/prepare/c4.yaml"
+
+
+def help_page() -> FunctionHelp:
+    """Make the help of the command."""
+    return FunctionHelp("prepare", EXAMPLE, "data/prepare.py:prepare", nested={"source": "data/sources.py:Source"})
 
 
 def parse(args: list[str]) -> dict[str, Any]:
     """Parse the arguments of :func:`cola_lightning.data.prepare.prepare`."""
+    help_page().show_if_asked(args)
+    from cola_lightning.cli.parser import parse_function
     from cola_lightning.data.prepare import prepare
 
-    return parse_function(prepare, "prepare", "--config configs/prepare/c4.yaml", args, as_positional=False)
+    return parse_function(prepare, "prepare", EXAMPLE, args, as_positional=False)
 
 
 def run(options: dict[str, Any]) -> None:

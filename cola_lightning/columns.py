@@ -1,0 +1,47 @@
+"""Lay out names and texts in two columns that fit the terminal."""
+
+import shutil
+import textwrap
+from collections.abc import Iterable
+
+NARROWEST = 30
+"""Fewest characters of the second column. With less, a text is put below its name."""
+
+
+def in_columns(entries: Iterable[tuple[str, str]], width: int | None = None, indent: str = "") -> list[str]:
+    """Put names into a column, and their texts, wrapped, into a second one beside it.
+
+    Commands and paths in a text are not broken, so that they can be copied.
+
+    Args:
+        entries: Pairs of name and text.
+        width: Characters of a line; those of the terminal if not given, and 80 without a terminal. 0 wraps nothing.
+        indent: Beginning of each line.
+
+    Returns:
+        The lines.
+    """
+    entries = list(entries)
+    width = shutil.get_terminal_size().columns if width is None else width
+    first = max((len(name) for name, _ in entries), default=0) + 2
+    if width and width - len(indent) - first < NARROWEST:
+        below = indent + "    "
+        return [
+            line for name, text in entries for line in ((indent + name).rstrip(), *_wrap(text, below, below, width))
+        ]
+    lines = []
+    for name, text in entries:
+        begin = f"{indent}{name:<{first}}"
+        lines += _wrap(text, begin, " " * len(begin), width) if width else [begin + text]
+    return lines
+
+
+def wrap_paragraph(text: str, indent: str = "") -> list[str]:
+    """Wrap a text to the terminal's width."""
+    return _wrap(text, indent, indent, shutil.get_terminal_size().columns)
+
+
+def _wrap(text: str, first: str, following: str, width: int) -> list[str]:
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=following, break_long_words=False, break_on_hyphens=False
+    ) or [first.rstrip()]
