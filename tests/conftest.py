@@ -15,6 +15,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 from cola_lightning.cli.app import main
@@ -203,3 +204,41 @@ def trained_run(tiny_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "trained"
     main(["fit", *tiny_run, f"--run_dir={folder}"])
     return folder
+
+
+@pytest.fixture
+def work_folder(tmp_path, monkeypatch):
+    """Run the test in a folder of its own."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+@pytest.fixture
+def fit(tiny_run, tmp_path):
+    """Return a function that trains in ``run`` of the temporary folder, and returns that directory."""
+
+    def run(*flags: str, folder: str = "run", command: str = "fit") -> Path:
+        main([command, *tiny_run, f"--run_dir={tmp_path / folder}", *flags])
+        return tmp_path / folder
+
+    return run
+
+
+@pytest.fixture
+def refused(fit, capsys):
+    """Return a function that gives the one line by which a run with these flags is refused."""
+
+    def line(*flags: str, **options) -> str:
+        with pytest.raises(SystemExit, match="2"):
+            fit(*flags, **options)
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        return errors[0]
+
+    return line
+
+
+def curve(run_dir: Path, tag: str) -> dict[int, float]:
+    """Read the values that a run logged under a tag, by step."""
+    events = EventAccumulator(str(run_dir)).Reload()
+    return {event.step: event.value for event in events.Scalars(tag)} if tag in events.Tags()["scalars"] else {}

@@ -6,7 +6,6 @@ cases with the word in their name. ``tests/test_flag_matrix.py`` runs a sample.
 """
 
 import inspect
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from lightning.pytorch import callbacks, loggers, plugins, profilers
 from torch.optim import lr_scheduler
 
 from cola_lightning.cli.app import main
-from tests import processes  # noqa: F401  sets what the fork server imports
+from tests.processes import Run
 
 SECONDS = 120.0
 
@@ -135,10 +134,7 @@ def base_flags(folder: Path) -> list[str]:
 
 
 def _case(flags: list[str], folder: Path) -> None:
-    """Run a case in this process, with its output in a file."""
-    output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1), os.dup2(output, 2)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))  # not pytest's
+    """Run a case in this process."""
     os.chdir(folder)
     os.setpgid(0, 0)
     main([*base_flags(folder), *(flag.replace("{folder}", str(folder)) for flag in flags)])
@@ -151,18 +147,16 @@ def verdict(flags: list[str], folder: Path, seconds: float = SECONDS) -> tuple[s
         ``works``, ``one line``, ``traceback``, ``silent`` (an error without a word) or ``hangs``; and the last lines of
         its output.
     """
-    process = multiprocessing.get_context("forkserver").Process(target=_case, args=(flags, folder))
-    process.start()
-    process.join(seconds)
-    if process.is_alive():
-        process.kill()
-        process.join()
+    process = Run(_case, flags, folder, ranks=1, folder=folder)
+    try:
+        [status] = process.wait(seconds)
+    except AssertionError:
         return "hangs", ""
-    said = (folder / "output").read_text(errors="replace").strip()
+    said = process.logs[0].read_text(errors="replace").strip()
     tail = "\n".join(said.splitlines()[-4:])
     if "Traceback (most recent call last)" in said:
         return "traceback", tail
-    if process.exitcode == 0:
+    if status == 0:
         return "works", tail
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     return ("one line", lines[0]) if len(lines) == 1 else ("silent", tail)

@@ -1,13 +1,11 @@
-"""Runs with bad batches, as a program: ``guard_run.py DEVICES FOLDER STRATEGY/SCENARIO...``.
+"""Runs with bad batches.
 
 For each scenario, rank 0 leaves in FOLDER/STRATEGY/SCENARIO what the run left, and ``result.json``: the final weights
 and optimizer states, step, schedule, the data's position, and the error, if there was one.
 """
 
 import json
-import sys
 from functools import partial
-from pathlib import Path
 
 import lightning as L
 import torch
@@ -116,9 +114,8 @@ def run(strategy, devices, folder, scenario):
         (folder / "result.json").write_text(json.dumps(result))
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    devices, folder, *scenarios = sys.argv[1:]
+def run_on_two_ranks(folder, *scenarios):
+    """Run each ``STRATEGY/SCENARIO`` as one of two ranks."""
     for each in scenarios:
         strategy, scenario = each.split("/")
-        run(strategy, int(devices), Path(folder) / each, scenario)
+        run(strategy, 2, folder / each, scenario)

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +17,8 @@ from cola_lightning.callbacks import LossGuard
 from cola_lightning.callbacks.loss_guard import Spikes, TrainingDivergedError
 from cola_lightning.errors import InputError
 from tests.callbacks import guard_run
-from tests.conftest import REPOSITORY, loader, tiny_trainer
+from tests.conftest import loader, tiny_trainer
+from tests.processes import Run
 
 pytestmark = pytest.mark.distributed
 
@@ -39,11 +37,7 @@ def folder(devices: int) -> TemporaryDirectory:
         for scenario in ONE:
             guard_run.run("auto", 1, folder / "auto" / scenario, scenario)
         return made
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, guard_run.__file__, str(devices), str(folder), *TWO]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    Run(guard_run.run_on_two_ranks, folder, *TWO, ranks=devices, folder=folder).done()
     return made
 
 

@@ -1,65 +1,20 @@
 """Type Lightning's own flags: each does what Lightning documents, or is refused in one line."""
 
-import json
-import logging
 import re
 from functools import partial
-from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-import yaml
-from lightning.pytorch.loggers import Logger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader
 
-from cola_lightning.callbacks import LogLines, Predictions, Throughput
+from cola_lightning.callbacks import LogLines, Throughput
 from cola_lightning.callbacks.defaults import defaults_beside
 from cola_lightning.cli.app import main
-from cola_lightning.cli.trainer_flags import next_version
 from cola_lightning.optim import WarmupCosine
-from cola_lightning.quiet import is_wanted
-from tests.conftest import tiny_trainer
-from tests.processes import Run
+from tests.conftest import curve, tiny_trainer
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-
-
-@pytest.fixture
-def fit(tiny_run, tmp_path):
-    """Return a function that trains in ``run`` of the temporary folder, and returns that directory."""
-
-    def run(*flags: str, folder: str = "run", command: str = "fit") -> Path:
-        main([command, *tiny_run, f"--run_dir={tmp_path / folder}", *flags])
-        return tmp_path / folder
-
-    return run
-
-
-@pytest.fixture
-def refused(fit, capsys):
-    """Return a function that gives the one line by which a run with these flags is refused."""
-
-    def line(*flags: str, **options) -> str:
-        with pytest.raises(SystemExit, match="2"):
-            fit(*flags, **options)
-        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1
-        return errors[0]
-
-    return line
-
-
-def curve(run_dir, tag):
-    events = EventAccumulator(str(run_dir)).Reload()
-    return {event.step: event.value for event in events.Scalars(tag)} if tag in events.Tags()["scalars"] else {}
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("work_folder")]
 
 
 class Rows(L.Callback):
@@ -116,11 +71,6 @@ LOG = "--trainer.callbacks+=LearningRateMonitor"
 )  # fmt: skip
 def test_one_line_refuses_it(flags, message, refused):
     assert re.search(message, refused(*flags))
-
-
-def test_a_run_dir_that_is_a_file_is_refused(refused, tmp_path):
-    (tmp_path / "run").touch()
-    assert "is a file; name a directory" in refused()
 
 
 @pytest.mark.parametrize(
@@ -221,207 +171,3 @@ def test_a_loader_that_is_made_anew_each_epoch_goes_on_in_the_data(fit):
     fit("--trainer.limit_train_batches=3", "--trainer.reload_dataloaders_every_n_epochs=1", RECORD)
     assert len(Rows.seen) == len(plain) == 6
     assert all(torch.equal(batch, other) for batch, other in zip(Rows.seen, plain, strict=True))
-
-
-# -- everything of a run goes into its directory ----------------------------------------------------------------------
-
-
-class Elsewhere(Logger):
-    """Logger that writes to the working directory if it is given no other, like WandbLogger."""
-
-    name = version = "elsewhere"
-
-    def __init__(self, save_dir: str = "."):
-        super().__init__()
-        self._save_dir = save_dir
-
-    @property
-    def save_dir(self):
-        return self._save_dir
-
-    def log_metrics(self, metrics, step=None):
-        with Path(self.save_dir, "metrics.txt").open("a") as file:
-            file.write(f"{step} {metrics}\n")
-
-    def log_hyperparams(self, *_, **__):
-        pass
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--trainer.logger=false"],
-        ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=../csv"],
-        [f"--trainer.logger={__name__}.Elsewhere"],
-    ],
-)
-def test_whatever_the_logger_everything_of_a_run_goes_into_run_dir(flags, fit, capsys):
-    Path("config.yaml").write_text("mine")
-    run = fit(*flags)
-    assert [path.name for path in Path().iterdir()] == ["config.yaml"]
-    assert Path("config.yaml").read_text() == "mine"
-    names = {path.name for path in run.iterdir()}
-    assert {"config.yaml", "run.json", "tokenizer", "checkpoints", "train.log"} <= names
-    assert ("metrics.txt" in names) == ("Elsewhere" in flags[0])
-    assert yaml.safe_load((run / "config.yaml").read_text())["run_dir"] == str(run)
-    capsys.readouterr()
-    main(["generate", str(run), "--prompt", "the", "--max_new_tokens", "2"])
-    assert capsys.readouterr().out.startswith("the")
-
-
-def test_a_run_without_name_and_logger_gets_a_directory_of_its_own(tiny_run):
-    for number in (0, 1):
-        main(["fit", *tiny_run, "--trainer.logger=false"])
-        assert (Path("runs") / f"version_{number}" / "checkpoints" / "last.ckpt").is_file()
-    assert [path.name for path in Path().iterdir()] == ["runs"]
-    assert next_version(Path("runs")) == Path("runs/version_2")
-
-
-def test_the_metrics_of_another_run_are_not_deleted(fit, refused):
-    flags = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=csv", "--trainer.logger.version=mine"]
-    fit(*flags)
-    before = next(Path("csv").rglob("metrics.csv")).read_text()
-    assert "CSVLogger would delete" in refused(*flags, folder="other")
-    assert next(Path("csv").rglob("metrics.csv")).read_text() == before
-
-
-# -- measuring --------------------------------------------------------------------------------------------------------
-
-
-def test_measuring_writes_nothing_into_the_run_and_the_card_has_the_value_of_its_step(fit, capsys, tmp_path):
-    run = fit()
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    perplexity = curve(run, "val/perplexity")[5]
-    for command in ("validate", "test"):
-        for flags in ([f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"], []):
-            fit(*flags, command=command)
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    main(["export", str(run), str(tmp_path / "card")])
-    assert f"| validation perplexity | {perplexity:,.2f} per token |" in (tmp_path / "card" / "README.md").read_text()
-    main(["export", str(run / "checkpoints" / "step_00000004.ckpt"), str(tmp_path / "card4")])
-    at_three = f"not recorded at this step; {curve(run, 'val/perplexity')[2]:,.2f} per token at step 3"
-    assert at_three in (tmp_path / "card4" / "README.md").read_text()
-
-
-@pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_an_untrained_network_is_reported(command, fit, recwarn):
-    fit(command=command)
-    assert any(f"The network is untrained: {command} was given no checkpoint" in str(each.message) for each in recwarn)
-
-
-def test_a_trained_network_is_not_called_untrained(fit, recwarn):
-    run = fit()
-    fit(f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}", command="validate")
-    assert not any("untrained" in str(each.message) for each in recwarn)
-
-
-# -- predictions ------------------------------------------------------------------------------------------------------
-
-
-class Numbered(Dataset):
-    """Data set of ten rows. In row i, i // 2 tokens are predicted."""
-
-    def __len__(self):
-        return 10
-
-    def __getitem__(self, index):
-        labels = torch.arange(1, 9)
-        labels[index // 2 + 1 :] = -100
-        return {"input_ids": torch.arange(1, 9), "labels": labels}
-
-
-class Streamed(IterableDataset):
-    def __iter__(self):
-        return (Numbered()[index] for index in range(10))
-
-
-def predict(folder: str, ranks: int, data: str) -> None:
-    flags = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
-    trainer, model, _ = tiny_trainer(Predictions(), steps=1, default_root_dir=folder, **flags)
-    data = {"map": DataLoader(Numbered(), 4), "stream": DataLoader(Streamed(), 4),
-            "two": [DataLoader(Numbered(), 4), DataLoader(Numbered(), 3)]}[data]  # fmt: skip
-    trainer.predict(model, data, return_predictions=False)
-
-
-def read(folder: Path) -> list[dict]:
-    files = sorted(folder.glob("predictions*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
-
-
-@pytest.mark.parametrize("data", ["map", "stream"])
-def test_predictions_have_the_row_numbers_of_the_data(data, tmp_path):
-    predict(str(tmp_path), 1, data)
-    rows = read(tmp_path)
-    assert [(row["row"], row["tokens"]) for row in rows] == [(index, index // 2) for index in range(10)]
-    assert [row["perplexity"] is None for row in rows] == [True, True] + 8 * [False]
-
-
-def test_of_several_loaders_each_row_says_which(tmp_path):
-    predict(str(tmp_path), 1, "two")
-    expected = [(loader, index) for loader in (0, 1) for index in range(10)]
-    assert [(row["dataloader"], row["row"]) for row in read(tmp_path)] == expected
-
-
-def test_on_two_ranks_each_row_is_there_once_under_its_number(tmp_path):
-    Run(predict, str(tmp_path), 2, "map", ranks=2, folder=tmp_path / "logs").done()
-    rows = read(tmp_path)
-    assert sorted((row["row"], row["tokens"]) for row in rows) == [(index, index // 2) for index in range(10)]
-
-
-# -- lines ------------------------------------------------------------------------------------------------------------
-
-
-def test_off_a_terminal_there_is_a_line_for_each_logged_step_validation_and_checkpoint(fit, capsys):
-    run = fit("--trainer.enable_progress_bar=true", "--trainer.log_every_n_steps=2")
-    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
-    kept = [line.split(" ", 1)[1] for line in (run / "train.log").read_text().splitlines()]
-    assert shown == [line for line in kept if line.startswith("step ")]
-    saved = [line for line in shown if "checkpoint" in line]
-    assert saved == [f"step {step}/6 | checkpoint checkpoints/step_{step:08}.ckpt" for step in (2, 4, 6)]
-    shown = [line for line in shown if line not in saved]
-    assert [line.split(" | ")[0] for line in shown] == [f"step {step}/6" for step in (2, 3, 4, 6, 6)]
-    losses, rates = curve(run, "train/loss"), curve(run, "train/learning_rate")
-    steps = [line for line in shown if "validation" not in line]
-    for line, step in zip(steps, (2, 4, 6), strict=True):
-        assert f"| loss {losses[step - 1]:.4f} | learning rate {rates[step - 1]:.3g} | gradient norm " in line
-        assert " | tokens/s " in line
-        assert line.endswith(" left")
-    assert steps[-1].endswith("| 0:00:00 left")
-    assert shown[-1] == f"step 6/6 | validation perplexity {curve(run, 'val/perplexity')[5]:,.4f}"
-
-
-def test_a_run_tells_at_its_start_what_it_is_and_at_its_end_what_it_reached(fit, capsys):
-    run = fit()
-    lines = capsys.readouterr().err.splitlines()
-    told = dict(
-        line.split(None, 1) for line in lines if re.match(r"(model|method|steps|run|reached|checkpoint) ", line)
-    )
-    rows, length = 4, 32
-    assert "2 layers, hidden size 32, 4 heads, vocabulary 300" in told["model"]
-    assert told["method"] == "CoLA of rank 8"
-    assert told["steps"] == f"6, of {rows * length} tokens each: {6 * rows * length} tokens"
-    assert told["run"] == str(run)
-    perplexity = curve(run, "val/perplexity")[5]
-    assert told["reached"].startswith("step 6 of 6 after 0:00:0")
-    assert f"validation perplexity {perplexity:,.2f}" in told["reached"]
-    assert told["checkpoint"] == str(run / "checkpoints" / "step_00000006.ckpt")
-    kept = [line.split(" ", 1)[1] for line in (run / "train.log").read_text().splitlines()]
-    assert [line for line in kept if line.startswith(("model ", "reached "))] == [
-        line for line in lines if line.startswith(("model ", "reached "))
-    ]
-
-
-def test_messages_of_libraries_about_themselves_are_hidden_and_warnings_stay():
-    def wanted(text: str) -> bool:
-        return is_wanted(logging.LogRecord("lightning", logging.INFO, "", 0, text, (), None))
-
-    assert not wanted("TPU available: False, using: 0 TPU cores")
-    assert not wanted("💡 Tip: For seamless cloud logging and experiment tracking, try installing litlogger")
-    assert wanted("GPU available but not used. You can set it by doing `Trainer(accelerator='gpu')`.")
-    assert wanted("Stopping after step 3, because signal 15 was received")
-
-
-def test_lines_can_be_turned_off(fit, capsys):
-    run = fit("--trainer.callbacks+=LogLines", "--trainer.callbacks.terminal=false", "--trainer.callbacks.file=false")
-    assert "step 6/6" not in capsys.readouterr().err
-    assert not (run / "train.log").exists()

@@ -2,6 +2,8 @@ import gzip
 import json
 import os
 import random
+import shutil
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,3 +90,32 @@ def prepared(c4, tmp_path_factory) -> Path:
     source = Source("json", data_files=arguments(c4)["data_files"])
     prepare(source, str(folder), ["train", "validation"], f"{c4}/tokenizer", num_workers=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def begun(tmp_path_factory):
+    """Return a function that makes a kind of data once, with the state of a run on it."""
+
+    @cache
+    def begun(kind):
+        data = kind(tmp_path_factory.mktemp(kind.__name__))
+        return data, json.loads(json.dumps(data.begin().state_dict()))
+
+    return begun
+
+
+@pytest.fixture
+def case(begun, tmp_path, request):
+    """Yield one kind of data at its original paths, and the state of its run; restore the data after the test."""
+    kind = request.param
+    data, state = begun(kind)
+    shutil.copytree(data.folder, tmp_path / "kept", copy_function=shutil.copy2)
+    copy = kind.__new__(kind)
+    copy.folder, copy.text = data.folder, data.text
+    copy.options = {
+        key: [Source(**vars(source)) for source in value] if key == "sources" else value
+        for key, value in data.options.items()
+    }
+    yield copy, state
+    shutil.rmtree(data.folder)
+    (tmp_path / "kept").rename(data.folder)

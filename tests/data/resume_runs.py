@@ -1,20 +1,12 @@
-"""Train tiny models, each in a fork of this process, so that the packages are imported once.
-
-test_resume.py starts it. Each line of standard input is a run, a JSON object. Each rank of a run is a fork. It writes a
-hash of each batch, and the loss, to ``log.RANK``. Some runs are killed.
-"""
+"""Train tiny models. Each rank writes a hash of each batch, and the loss, to ``log.RANK``. Some runs are killed."""
 
 import json
 import os
 import signal
-import socket
-import sys
-import traceback
 from hashlib import sha256
 from pathlib import Path
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cola_lightning.callbacks import SourceTokenCounter
@@ -38,8 +30,9 @@ class Witness(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(run: dict, rank: int) -> None:
-    torch.set_num_threads(1)
+def train(run: dict) -> None:
+    """Train as one of the ranks of a run."""
+    rank = int(os.environ.get("RANK", 0))
     folder = Path(run["folder"])
     world = run["ranks"]
     L.seed_everything(1)
@@ -69,34 +62,3 @@ def train(run: dict, rank: int) -> None:
     trainer.fit(model, data, ckpt_path=run.get("from"), weights_only=True)
     (folder / f"logged.{rank}").write_text(json.dumps({k: float(v) for k, v in trainer.callback_metrics.items()}))
     (folder / f"counts.{rank}").write_text(json.dumps(data.source_counts()))
-
-
-def start(run: dict, rank: int, port: int) -> int:
-    child = os.fork()
-    if child:
-        return child
-    try:
-        if run["ranks"] > 1:
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-            os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(run["ranks"])}
-        train(run, rank)
-    except BaseException:
-        Path(run["folder"], f"error.{rank}").write_text(traceback.format_exc())
-        os._exit(1)
-    os._exit(0)
-
-
-def main() -> None:
-    for line in sys.stdin:
-        run = json.loads(line)
-        Path(run["folder"]).mkdir(parents=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = [start(run, rank, port) for rank in range(run["ranks"])]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        Path(run["folder"], "codes.json").write_text(json.dumps(codes))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,11 +2,8 @@
 
 import gzip
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -14,32 +11,20 @@ from pathlib import Path
 import pytest
 
 from tests.data.conftest import arguments
+from tests.data.resume_runs import train
+from tests.processes import Run
 
 pytestmark = pytest.mark.distributed
 
-REPOSITORY = Path(__file__).parents[2]
 CELLS = list(product(["streamed", "prepared"], [0, 2], [1, 2], ["padded", "packed"]))
 STEPS, ACCUMULATE, SAVED, KILLED = 10, 2, 6, 8
 
 
 def run_all(runs: list[dict]) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
-    subprocess.run(
-        [sys.executable, Path(__file__).with_name("resume_runs.py")],
-        input="\n".join(map(json.dumps, runs)),
-        text=True,
-        check=True,
-        timeout=300,
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-    )
     for run in runs:
-        folder = Path(run["folder"])
+        started = Run(train, run, ranks=run["ranks"], folder=Path(run["folder"]))
         expected = run.get("expect", -signal.SIGKILL if "kill_at" in run else 0)
-        codes = json.loads((folder / "codes.json").read_text())
-        errors = "\n".join(file.read_text() for file in folder.glob("error.*"))
-        assert codes == [expected] * run["ranks"], f"{folder.name}: {codes}\n{errors}"
+        assert started.wait() == [expected] * run["ranks"], started.output()
 
 
 def log(folder: Path, rank: int) -> list[str]:
@@ -130,7 +115,7 @@ def test_failing_data_leaves_a_checkpoint_to_resume_from(c4, tmp_path, ranks):
     data = arguments(broken, num_workers=2, shuffle_buffer=2, num_logical_shards=10)
     cell = {"data": data, "ranks": ranks, "steps": 50 // ranks}
     run_all([cell | {"folder": f"{tmp_path}/failed", "expect": 1}])
-    messages = [(tmp_path / "failed" / f"error.{rank}").read_text().strip().splitlines()[-1] for rank in range(ranks)]
+    messages = [(tmp_path / "failed" / f"rank{rank}.log").read_text().strip().splitlines()[-1] for rank in range(ranks)]
     assert any("c4-train.00004-of-00005.json.gz line 31 is not JSON" in message for message in messages)
     assert all("StreamError" in message for message in messages)
     [checkpoint] = (tmp_path / "failed").glob("data-failed-step=*.ckpt")

@@ -9,7 +9,8 @@ import threading
 import pytest
 import torch
 
-from tests.hostile.fuzz import CASES, fuzz, prepare, run
+from tests.hostile.fuzz import fuzz, run
+from tests.hostile.fuzz_cases import CASES, prepare
 
 pytestmark = pytest.mark.slow
 

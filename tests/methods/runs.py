@@ -1,10 +1,5 @@
-"""Tiny runs of the methods, and as a program: ``runs.py STRATEGY DEVICES FOLDER METHOD...``.
+"""Tiny runs of the methods. Global batch, seed and data are the same whatever the strategy."""
 
-Global batch, seed and data are the same whatever the strategy. Each rank writes a method's losses and final weights to
-FOLDER.
-"""
-
-import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -135,14 +130,10 @@ def train(
     return Result(curve.losses, weights, run, model)
 
 
-def main(strategy: str, devices: str, folder: str, *methods: str) -> None:
-    torch.set_num_threads(1)
+def train_on_two_ranks(folder: Path, *methods: str) -> None:
+    """Train each method as one of two ranks, and write its losses and final weights to the folder."""
     for method in methods:
         steps = METHODS[method].comparable_steps
-        result = train(method, strategy, int(devices), steps=steps, precision="64-true")
-        file = Path(folder) / f"{method}_{result.trainer.global_rank}.pt"
+        result = train(method, "ddp", 2, steps=steps, precision="64-true")
+        file = folder / f"{method}_{result.trainer.global_rank}.pt"
         torch.save({"losses": result.losses, "weights": result.weights}, file)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

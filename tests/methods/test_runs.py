@@ -1,9 +1,6 @@
 """Whole runs of the methods: they learn, go on where they were stopped, and do the same on two processes."""
 
 import math
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +16,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.methods import ReLoRACallback, SSTCallback, SwitchLoRACallback
 from tests.methods import runs
 from tests.methods.runs import CYCLE, METHODS, STEPS, train
+from tests.processes import Run
 
 pytestmark = pytest.mark.slow
 
@@ -79,11 +77,7 @@ def in_one_process(method: str) -> runs.Result:
 def on_two(tmp_path_factory):
     """Return what each of two processes, which talk by gloo, had in the end, by method and rank."""
     folder = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, runs.__file__, "ddp", "2", str(folder), *DETERMINISTIC]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent.parent)
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    Run(runs.train_on_two_ranks, folder, *DETERMINISTIC, ranks=2, folder=folder).done()
     return {
         (m, rank): torch.load(folder / f"{m}_{rank}.pt", weights_only=True) for m in DETERMINISTIC for rank in range(2)
     }
