@@ -5,13 +5,14 @@ from typing import Any, Generic, TypeVar
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from torch import nn
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import TypedDict
 
 from cola_lightning.errors import InputError
 from cola_lightning.models.projection import Projection
+from cola_lightning.optim.rows import local
 from cola_lightning.private_apis import global_seed
 from cola_lightning.stored_data import ALTERED, check_stored
 
@@ -48,6 +49,27 @@ def schedule_cycle(trainer: L.Trainer, argument: str) -> int:
     )
 
 
+ZERO_AT_FIRST = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "momentum_buffer", "held"}
+"""Names of optimizer states that are zero before the first step, in torch's optimizers and in ours."""
+
+
+def restart(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """Set the optimizer state of a parameter back to what it was before the first step.
+
+    It is set to zero if it starts so, because FSDP2 can load a checkpoint only if every trained parameter has a state.
+    Another state is removed.
+    """
+    state = optimizer.state.get(parameter, {})
+    if not state.keys() <= ZERO_AT_FIRST:
+        del optimizer.state[parameter]
+        return
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            local(value).zero_()
+        elif value is not None:
+            state[name] = 0
+
+
 class _State(TypedDict):
     seed: int | None
 
@@ -58,6 +80,9 @@ P = TypeVar("P", bound=Projection)
 class PostStepCallback(L.Callback, Generic[P]):
     """Acts on the network after each optimizer step, once the schedule is updated and before a checkpoint is written.
 
+    Under FSDP2 a rank has some rows of every matrix and of its optimizer state, see
+    :mod:`~cola_lightning.optim.rows`.
+
     A subclass names the projections in ``projection_class`` and acts on ``self.projections`` in ``after_step``. It
     draws random numbers from ``self.draw(step, …)``.
 
@@ -66,7 +91,7 @@ class PostStepCallback(L.Callback, Generic[P]):
             keeps it unless another is given.
 
     Raises:
-        InputError: Before training starts, if the strategy shards or hides weights or optimizer state, or if the
+        InputError: Before training starts, if the strategy flattens weights, as FSDP (1) and DeepSpeed do, or if the
             network has no such projections.
     """
 
@@ -91,11 +116,11 @@ class PostStepCallback(L.Callback, Generic[P]):
         if stage != "fit":
             return
         strategy = trainer.strategy
-        whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
-        if not whole:
+        works = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
+        if not works or isinstance(strategy, DeepSpeedStrategy):  # which is a DDPStrategy
             raise InputError(
-                f"{type(self).__name__} changes weights and optimizer state in place, which {type(strategy).__name__} "
-                f"shards or hides; set --trainer.strategy ddp, or auto"
+                f"{type(self).__name__} changes single matrices and their optimizer state, which "
+                f"{type(strategy).__name__} flattens; set --trainer.strategy fsdp2, ddp or auto"
             )
         self.seed = global_seed() if self.seed is None else self.seed
 

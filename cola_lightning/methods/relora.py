@@ -17,6 +17,9 @@ whose learning rate is zero. Differences from the reference:
 - The reference starts from a network that was trained in full for some thousand steps. The tables of the GaLore paper,
   and this repository, start from scratch.
 
+Under FSDP2 a rank adds its rows of B times A to its rows of W. So a merge sends A (R, in), and a reset by magnitude
+also the moments of A and B. No matrix W is gathered.
+
 A merge rounds once, to the dtype of W. With ``precision: bf16-true``, the part of ``s B A`` below 2⁻⁹ of an entry of W
 is lost.
 """
@@ -32,6 +35,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.methods.arguments import check_at_least_one, check_choice
 from cola_lightning.methods.lora import LoRA
 from cola_lightning.methods.post_step import PostStepCallback, schedule_cycle
+from cola_lightning.optim.rows import local, own_rows, whole
 
 
 class ReLoRA(LoRA):
@@ -57,9 +61,10 @@ class ReLoRA(LoRA):
     @torch.no_grad()
     def merge(self, draw: torch.Generator) -> None:
         """Add the branch to W and restart it, drawing A by ``draw``; the output stays the same."""
-        self.weight.addmm_(self.B * self.scale, self.A)
-        self.A.copy_(self.new_a(draw))
-        self.B.zero_()
+        # Under FSDP2 a rank has the same rows of W and B, so that of each merge only A is sent.
+        local(self.weight).addmm_(local(self.B) * self.scale, whole(self.A))
+        local(self.A).copy_(self.new_a(draw)[own_rows(self.A)])
+        local(self.B).zero_()
 
     def new_a(self, draw: torch.Generator) -> Tensor:
         """Draw a new A (R, in) from U(±1/√in)."""
@@ -84,7 +89,7 @@ class ReLoRACallback(PostStepCallback[ReLoRA]):
         seed: Seed of the random choices; the seed of the run if not given.
 
     Raises:
-        InputError: If an argument is out of range; before training starts, under a strategy that shards weights.
+        InputError: If an argument is out of range; before training starts, under a strategy that flattens weights.
     """
 
     projection_class = ReLoRA
@@ -130,13 +135,18 @@ class ReLoRACallback(PostStepCallback[ReLoRA]):
         for moment in found:
             if kept is None or self.mask == "independent":
                 kept = self.kept(moment, draw)
-            moment.mul_(kept)
+            local(moment).mul_(kept)
 
     def kept(self, moment: Tensor, draw: torch.Generator) -> Tensor:
-        """Choose the entries that stay: a boolean tensor of the moment's shape."""
+        """Choose the entries that stay: a boolean tensor of the shape of this rank's part of the moment.
+
+        All ranks draw, or compare, the entries of the whole moment.
+        """
         if self.reset == "random":
-            return (torch.rand(moment.shape, generator=draw) >= self.prune_ratio).to(moment.device)
-        return kept_by_magnitude(moment, self.prune_ratio)
+            kept = torch.rand(moment.shape, generator=draw) >= self.prune_ratio
+        else:
+            kept = kept_by_magnitude(whole(moment), self.prune_ratio)
+        return kept[own_rows(moment)].to(moment.device)
 
 
 def moments(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:

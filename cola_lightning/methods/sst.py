@@ -15,6 +15,9 @@ resets their optimizer state; the learning rate restarts with a short warm-up
 (:class:`~cola_lightning.optim.WarmupCosineRestarts`). Every round of several iterations it decomposes the matrix again,
 so that the vectors are orthogonal.
 
+Under FSDP2 the rows of U, V, u and v and the entries of σ are sharded. A new iteration sends the vectors of the pairs
+that were and that will be active. A new round gathers each matrix on one rank, which decomposes it.
+
 The authors' code was not available, so this follows the paper's description, and the schedule's constants could not be
 checked against code. These choices are ours. The optimizer is the run's, also for σ. A decomposition changes the order
 of σ, so it resets the optimizer state of σ. σ is float32 even if the rest has 16 bits, because updates of small values
@@ -26,14 +29,18 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import normalize
 
 from cola_lightning.methods.arguments import check_at_least_one, check_rank
-from cola_lightning.methods.post_step import PostStepCallback, schedule_cycle
+from cola_lightning.methods.post_step import PostStepCallback, restart, schedule_cycle
 from cola_lightning.models.projection import Projection
+from cola_lightning.optim.rows import gather_rows, local, mesh_of, own_rows, rows_of, set_rows, whole
+from cola_lightning.optim.sharded import map_whole, replicate, shard_columns
 from cola_lightning.private_apis import ExactParameters, foreach
 
 
@@ -71,7 +78,8 @@ class SST(ExactParameters, Projection):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         shape = self.U.shape[1], self.V.shape[1]
-        self._decompose(torch.empty(shape, device=self.U.device, dtype=self.sigma.dtype).normal_(std=0.02))
+        matrix = torch.empty(shape, device=self.U.device, dtype=self.sigma.dtype).normal_(std=0.02)
+        self.set_decomposition(decomposition(matrix))
         self._activate(self._sample(torch.rand(self.sigma.shape, device=self.U.device, dtype=self.sigma.dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,37 +95,61 @@ class SST(ExactParameters, Projection):
     @torch.no_grad()
     def next_iteration(self, draw: torch.Generator, decompose: bool) -> None:
         """Write the active pairs back, decompose the matrix again if asked to, and sample other pairs by ``draw``."""
+        self.deactivate()
         if decompose:
-            self._decompose(self.dense())
-        else:
-            self.U.index_copy_(0, self.active, self.u)
-            self.V.index_copy_(0, self.active, self.v)
+            self.set_decomposition(decomposition(self.matrix()))
+        self.activate(draw)
+
+    def deactivate(self) -> None:
+        """Write the active pairs back into U and V."""
+        for rest, own in ((self.U, self.u), (self.V, self.v)):
+            set_rows(rows_of(rest), self.active, whole(own))
+
+    def matrix(self) -> Tensor:
+        """Return ``Σ_i σ_i u_i v_iᵀ`` (out, in) in the dtype of σ, if no pair is active.
+
+        Under FSDP2 it is sharded by rows: a rank computes its rows from some columns of U, and from the whole of V.
+        """
+        U, V = (factor.to(self.sigma.dtype) for factor in (self.U, self.V))  # noqa: N806
+        return (shard_columns(U).T * replicate(self.sigma)) @ replicate(V)
+
+    def set_decomposition(self, packed: Tensor) -> None:
+        """Set U, V and σ to a result of :func:`decomposition`, plain or sharded as they are."""
+        left, sigma, right = local(packed).split([self.U.shape[1], 1, self.V.shape[1]], dim=1)
+        local(self.U).copy_(left)
+        local(self.V).copy_(right)
+        local(self.sigma).copy_(sigma.flatten())
+
+    def activate(self, draw: torch.Generator) -> None:
+        """Sample pairs by ``draw``, and move them from U and V to u and v."""
         uniform = torch.rand(self.sigma.shape, generator=draw, dtype=torch.float32)
         self._activate(self._sample(uniform.to(self.sigma.device)))
-
-    def _decompose(self, matrix: Tensor) -> None:
-        """Set U, V and σ to the singular value decomposition of a matrix (out, in)."""
-        left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
-        self.U.copy_(left.T)
-        self.V.copy_(right)
-        self.sigma.copy_(sigma)
 
     def _sample(self, uniform: Tensor) -> Tensor:
         """Sample R different indices with probabilities ½ (1/M + σ_i / Σσ), from ``uniform`` (M,) in [0, 1).
 
         The R largest of log p plus Gumbel noise are such a sample without replacement (arXiv 1903.06059).
         """
-        share = self.sigma / self.sigma.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        sigma = whole(self.sigma)
+        share = sigma / sigma.sum().clamp(min=torch.finfo(torch.float32).tiny)
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-9, 1 - 1e-7)))
-        keys = torch.log((share + 1 / self.sigma.numel()) / 2) + gumbel
+        keys = torch.log((share + 1 / sigma.numel()) / 2) + gumbel
         return keys.topk(self.active.numel()).indices.sort().values
 
     def _activate(self, indices: Tensor) -> None:
         """Move the vectors of these indices (R,) from U and V to u and v."""
         self.active.copy_(indices)
-        for rest, own in ((self.U, self.u), (self.V, self.v)):
-            own.copy_(rest[indices])
-            rest.index_fill_(0, indices, 0)
+        pairs = (self.U, self.u), (self.V, self.v)
+        found = gather_rows([(rows_of(rest), indices) for rest, _ in pairs], mesh_of(self.U), self.U.device)
+        for (rest, own), vectors in zip(pairs, found, strict=True):
+            local(own).copy_(vectors[own_rows(own)])
+            set_rows(rows_of(rest), indices, 0)
+
+
+def decomposition(matrix: Tensor) -> Tensor:
+    """Decompose a matrix (out, in) into M = min(out, in) rows that hold u_i, σ_i and v_i: (M, out + 1 + in)."""
+    left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+    return torch.cat([left.T, sigma[:, None], right], dim=1)
 
 
 class _Spectral(Function):
@@ -164,7 +196,7 @@ class SSTCallback(PostStepCallback[SST]):
         seed: Seed of the random choices; the seed of the run if not given.
 
     Raises:
-        InputError: If an argument is below 1; before training starts, under a strategy that shards weights.
+        InputError: If an argument is below 1; before training starts, under a strategy that flattens weights.
     """
 
     projection_class = SST
@@ -183,18 +215,34 @@ class SSTCallback(PostStepCallback[SST]):
 
     def after_step(self, trainer: L.Trainer, step: int) -> None:
         assert self.iteration_steps is not None  # on_fit_start took it from the schedule
-        foreach.clamp_min_([projection.sigma for projection in self.projections], 0)
+        foreach.clamp_min_([local(projection.sigma) for projection in self.projections], 0)
         for projection in self.projections:
-            for vectors in (projection.u, projection.v):
+            for vectors in (local(projection.u), local(projection.v)):
                 normalize(vectors, dim=-1, out=vectors)
         if step % self.iteration_steps:
             return
-        for index, projection in enumerate(self.projections):
+        due = []
+        for projection in self.projections:
+            projection.deactivate()
             iterations = self.iterations_per_round or max(1, min(projection.V.shape) // projection.u.shape[0])
-            decompose = step % (self.iteration_steps * iterations) == 0
-            projection.next_iteration(self.draw(step, index), decompose)
-            if decompose and trainer.world_size > 1:  # because signs may differ between ranks
-                for tensor in (*projection.parameters(), *projection.buffers()):
-                    torch.distributed.broadcast(tensor, 0)
-            for parameter in (projection.u, projection.v, *((projection.sigma,) if decompose else ())):
-                self.optimizer.state.pop(parameter, None)
+            if step % (self.iteration_steps * iterations) == 0:
+                due.append(projection)
+        self._decompose(due)
+        for index, projection in enumerate(self.projections):
+            projection.activate(self.draw(step, index))
+            for parameter in (projection.u, projection.v):
+                restart(self.optimizer, parameter)
+        for projection in due:
+            restart(self.optimizer, projection.sigma)
+
+    def _decompose(self, due: list[SST]) -> None:
+        """Decompose matrices again. Under FSDP2 each is gathered and decomposed on one rank only."""
+        owners: dict[Tensor, SST] = {projection.U: projection for projection in due}
+
+        def size(p: Tensor) -> tuple[int, int]:
+            return p.shape[0], p.shape[1] + 1 + owners[p].V.shape[1]
+
+        for p, packed in map_whole(list(owners), lambda p: owners[p].matrix(), lambda _, m: decomposition(m), size):
+            if dist.is_initialized() and not isinstance(packed, DTensor):  # because signs may differ between ranks
+                dist.broadcast(packed, 0)
+            owners[p].set_decomposition(packed)

@@ -18,11 +18,15 @@ Differences from it:
 - Weight decay does not move a held vector.
 - Candidates are drawn when training starts, from the seed and the projection's index.
 
+Under FSDP2 a rank has some rows of W, A, B and the pools. All ranks read the few vectors of a step's exchanges, and
+each updates its own rows. No matrix is gathered, except a pool on the first rank when a checkpoint is written.
+
 An exchange rounds once, to the dtype of W. With ``precision: bf16-true`` these roundings add up over a run.
 """
 
 import math
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -35,7 +39,12 @@ from cola_lightning.methods.arguments import check_rank
 from cola_lightning.methods.post_step import PostStepCallback
 from cola_lightning.models.projection import Projection
 from cola_lightning.optim.row_adamw import RowAdamW
+from cola_lightning.optim.rows import Rows, gather_rows, local, mesh_of, own_rows, rows_of, set_rows
+from cola_lightning.optim.sharded import gather_on_first
 from cola_lightning.stored_data import ALTERED, Count, check_stored
+
+Side = Literal["A", "B"]
+SIDES: tuple[Side, Side] = ("A", "B")
 
 
 class SwitchLoRA(Projection):
@@ -83,18 +92,22 @@ class SwitchLoRA(Projection):
         return self.weight + (self.B.T * self.scale) @ self.A
 
     @torch.no_grad()
-    def switch(self, side: Literal["A", "B"], rows: Tensor, candidates: Tensor) -> None:
-        """Replace ``rows`` (K,) of A or B by ``candidates`` (K, in or out); the output stays the same."""
-        switched, counterpart = (self.A, self.B) if side == "A" else (self.B, self.A)
+    def switch(self, side: Side, rows: Tensor, switched: Tensor, counterparts: Tensor, candidates: Tensor) -> None:
+        """Replace rows of A or B by candidates; the output stays the same.
+
+        Args:
+            side: The factor.
+            rows: Indices (K,) of its rows.
+            switched: These rows, (K, in) for A and (K, out) for B.
+            counterparts: The same rows of the other factor.
+            candidates: The new rows, like ``switched``.
+        """
         # For A: W += (α / R) b_kᵀ (a_k - c). For B the factors change places: W += (α / R) (b_k - c)ᵀ a_k.
-        left, right = counterpart[rows].T, switched[rows] - candidates
+        left, right = counterparts.T, switched - candidates
         if side == "B":
-            left, right = right.T, counterpart[rows]
-        self.weight.addmm_(left, right, alpha=self.scale)
-        switched[rows] = candidates
-
-
-SIDES: tuple[Literal["A"], Literal["B"]] = ("A", "B")
+            left, right = right.T, counterparts
+        local(self.weight).addmm_(left[own_rows(self.weight)], right, alpha=self.scale)
+        set_rows(rows_of(self.A if side == "A" else self.B), rows, candidates)
 
 
 class _Sides(TypedDict):
@@ -113,6 +126,22 @@ class _State(TypedDict):
     recent: list[_Recent]
 
 
+class Exchange(NamedTuple):
+    """The exchange of the next rows of one factor.
+
+    Attributes:
+        projection: Its number.
+        side: The factor.
+        first: Its first row.
+        rows: Number K of rows.
+    """
+
+    projection: int
+    side: Side
+    first: int
+    rows: int
+
+
 class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
     """Exchange vectors, and restart and hold their counterparts; needs the optimizer ``RowAdamW``.
 
@@ -128,8 +157,8 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
         seed: Seed of the random choices; the seed of the run if not given.
 
     Raises:
-        InputError: If an argument is out of range; before training starts, under a strategy that shards weights or with
-            another optimizer.
+        InputError: If an argument is out of range; before training starts, under a strategy that flattens weights or
+            with another optimizer.
     """
 
     projection_class = SwitchLoRA
@@ -149,7 +178,7 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
         if descent <= 0:
             raise InputError(f"SwitchLoRACallback: descent is {descent}; it must be above 0")
         self.interval, self.descent, self.hold_steps = interval, descent, hold_steps
-        self.pools: list[dict[str, Tensor]] = []  # candidates of each projection, in the CPU's memory
+        self.pools: list[dict[str, Tensor]] = []  # this rank's candidates of each projection, in the CPU's memory
         # Exchanges of each factor since the start; and [step, number] of those within the last hold_steps.
         self.done: list[dict[str, int]] = []
         self.recent: list[dict[str, list[list[int]]]] = []
@@ -161,18 +190,31 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
                 f"SwitchLoRACallback restarts single rows, which {type(self.optimizer).__name__} cannot; "
                 f"set --model.optimizer cola_lightning.optim.RowAdamW"
             )
-        if not self.pools:
+        if self.pools:
+            self._keep_own()
+        else:
             self.pools = [self._candidates(index, projection) for index, projection in enumerate(self.projections)]
             self.done = [{"A": 0, "B": 0} for _ in self.projections]
             self.recent = [{"A": [], "B": []} for _ in self.projections]
 
     def _candidates(self, index: int, projection: SwitchLoRA) -> dict[str, Tensor]:
-        """Draw the pool of each factor (N, in or out). The last R places are those of the vectors in use at first."""
-        draw, size = self.draw(0, index), min(projection.weight.shape)
-        return {
-            side: torch.empty(size, factor.shape[1]).uniform_(-bound, bound, generator=draw).to(factor.dtype)
-            for side, factor, bound in zip("AB", (projection.A, projection.B), projection.bounds, strict=True)
-        }
+        """Draw the pool of each factor (N, in or out). The last R places are those of the vectors in use at first.
+
+        Every rank draws the whole of a pool, and keeps its own rows.
+        """
+        draw, size, pools = self.draw(0, index), min(projection.weight.shape), {}
+        for side, factor, bound in zip("AB", (projection.A, projection.B), projection.bounds, strict=True):
+            pool = torch.empty(size, factor.shape[1]).uniform_(-bound, bound, generator=draw)
+            pools[side] = pool[own_rows(factor, size)].to(factor.dtype, copy=True)
+        return pools
+
+    def _keep_own(self) -> None:
+        """Keep this rank's rows of whole pools, which a checkpoint holds."""
+        for pools, projection in zip(self.pools, self.projections, strict=True):
+            size = min(projection.weight.shape)
+            for side, pool in pools.items():
+                if mesh_of(projection.A) and len(pool) == size:
+                    pools[side] = pool[own_rows(projection.A, size)].clone()
 
     def rate(self, step: int, total_steps: int) -> float:
         """Compute the share of a factor's vectors to exchange before step ``step``, counted from 0."""
@@ -180,14 +222,17 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
 
     def after_step(self, trainer: L.Trainer, step: int) -> None:
         rate = self.rate(step, trainer.max_steps)
-        for index, (projection, chance) in enumerate(zip(self.projections, self.chances(step), strict=True)):
+        counts = []
+        for projection, chance in zip(self.projections, self.chances(step), strict=True):
             wanted = rate * projection.A.shape[0]
             # Round once for both factors, so that B's turn stays half a round of rows from A's.
-            count = int(wanted) + (chance < wanted % 1)
-            for side in SIDES:
-                free = self._free(index, side, step, count)
-                if free:
-                    self._switch(index, side, step, free)
+            counts.append(int(wanted) + (chance < wanted % 1))
+        for side in SIDES:
+            free = [self._free(index, side, step, count) for index, count in enumerate(counts)]
+            due = [Exchange(index, side, self._first(index, side), count) for index, count in enumerate(free) if count]
+            for some in self._batches(due):
+                for exchange, vectors in zip(some, self._read(some), strict=True):
+                    self._switch(exchange, step, *vectors)
 
     def chances(self, step: int) -> list[float]:
         """Draw the number in [0, 1) by which each projection rounds, the same on all ranks."""
@@ -218,31 +263,75 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
                 return n
         return min(count, rank)
 
-    def _switch(self, index: int, side: Literal["A", "B"], step: int, count: int) -> None:
-        """Exchange the next ``count`` rows of one factor, and restart their counterparts."""
-        projection, pool, done = self.projections[index], self.pools[index][side], self.done[index][side]
-        switched, counterpart = (projection.A, projection.B) if side == "A" else (projection.B, projection.A)
-        rank, size = switched.shape[0], pool.shape[0]
-        rows = _turns(self._first(index, side), count, rank, switched.device)
+    def _batches(self, due: list[Exchange]) -> Iterator[list[Exchange]]:
+        """Divide exchanges so that the vectors of those of a batch have at most as many numbers as a matrix W.
+
+        Under FSDP2 all ranks read the vectors of a batch at once, by one exchange between them.
+        """
+        batch: list[Exchange] = []
+        size = 0
+        largest = max(projection.weight.numel() for projection in self.projections)
+        for exchange in due:
+            numbers = 3 * exchange.rows * max(self.projections[exchange.projection].weight.shape)
+            if batch and size + numbers > largest:
+                yield batch
+                batch, size = [], 0
+            batch.append(exchange)
+            size += numbers
+        if batch:
+            yield batch
+
+    def _read(self, due: list[Exchange]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Read for each exchange the vectors to switch, their counterparts, and the candidates: (K, in or out) each."""
+        wanted = []
+        for index, side, first, count in due:
+            projection, pool, done = self.projections[index], self.pools[index][side], self.done[index][side]
+            switched, counterpart = (projection.A, projection.B) if side == "A" else (projection.B, projection.A)
+            rank, size = switched.shape[0], min(projection.weight.shape)
+            rows = _turns(first, count, rank)
+            wanted += [(rows_of(switched), rows), (rows_of(counterpart), rows)]
+            wanted.append((Rows(pool, own_rows(switched, size), size), _turns(done, count, size)))
+        factor = self.projections[0].A
+        found = gather_rows(wanted, mesh_of(factor), factor.device)
+        return list(zip(found[::3], found[1::3], found[2::3], strict=True))
+
+    def _switch(self, due: Exchange, step: int, switched: Tensor, counterparts: Tensor, candidates: Tensor) -> None:
+        """Exchange the next rows of one factor, and restart their counterparts."""
+        index, side, first, count = due
+        projection, done = self.projections[index], self.done[index][side]
+        factor, other = (projection.A, projection.B) if side == "A" else (projection.B, projection.A)
+        rank, size = factor.shape[0], min(projection.weight.shape)
         # Rows and candidates are both taken in turn, so a row's vector goes R places before its candidate. Example: R =
         # 2, N = 6. The first exchange takes candidate 0 for row 0, whose vector goes to place -2 = 4 of the pool. It
         # is the candidate of the fifth exchange, which is of row 0 again.
-        pool[_turns(done - rank, count, size, pool.device)] = switched[rows].to(pool.device)
-        candidates = pool[_turns(done, count, size, pool.device)].to(switched.device)
-        projection.switch(side, rows, candidates)
-        self.optimizer.restart(counterpart, rows, self.hold_steps)
+        pool = Rows(self.pools[index][side], own_rows(factor, size), size)
+        set_rows(pool, _turns(done - rank, count, size), switched)
+        if count > size - rank:  # a vector that has just gone into the pool is a candidate at once
+            back = _turns(rank, count, size)
+            at_once = back < count
+            candidates[at_once] = switched[back[at_once]]
+        rows = _turns(first, count, rank)
+        projection.switch(side, rows, switched, counterparts, candidates)
+        self.optimizer.restart(other, rows, self.hold_steps)
         self.done[index][side] += count
         self.recent[index][side].append([step, count])
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"pools": self.pools, "done": self.done, "recent": self.recent}
+        """Return the state, with whole pools on the first rank. All ranks must call this."""
+        pools: list[dict[str, Tensor]] = []
+        for own, projection in zip(self.pools, self.projections if self.pools else (), strict=True):
+            mesh, size = mesh_of(projection.A), min(projection.weight.shape)
+            pools.append({side: gather_on_first(Rows(pool, slice(0), size), mesh) for side, pool in own.items()})
+        return super().state_dict() | {"pools": pools, "done": self.done, "recent": self.recent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         check_stored(state_dict, _State, "in the state of SwitchLoRACallback", ALTERED)
         self.pools, self.done, self.recent = (state_dict[key] for key in ("pools", "done", "recent"))
+        if hasattr(self, "projections"):  # a rollback, while the run goes on
+            self._keep_own()
 
 
-def _turns(first: int, count: int, size: int, device: torch.device) -> Tensor:
+def _turns(first: int, count: int, size: int) -> Tensor:
     """List ``count`` numbers from ``first`` on, modulo ``size``."""
-    return torch.arange(first, first + count, device=device) % size
+    return torch.arange(first, first + count) % size

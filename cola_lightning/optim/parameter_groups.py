@@ -124,6 +124,16 @@ class HybridOptimizer(Optimizer):
             part.step()
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, with an entry for every trained parameter: torch's functions that load a state under FSDP2
+        refuse it otherwise. SGD without momentum makes none."""
+        if self.state:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.requires_grad:
+                        self.state[p]  # a defaultdict
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load each part's state by the part's own method, because some parts correct what torch's method changes."""
         groups = iter(state_dict["param_groups"])

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from cola_lightning.errors import InputError
 from cola_lightning.optim.gradients import gradient_of
+from cola_lightning.optim.rows import local, rows_of, set_rows, zero_rows
 from cola_lightning.private_apis import foreach
 
 
@@ -17,7 +18,7 @@ class RowAdamW(Optimizer):
 
     A row can be restarted and held for some steps. SwitchLoRA needs both. Without :meth:`restart` the optimizer does
     what ``torch.optim.AdamW`` does. The counters are on the parameters' device and are read only there, so that no step
-    waits for the device.
+    waits for the device. Under FSDP2 moments and counters are sharded as the parameter is, and nothing is sent.
 
     Args:
         params: Parameters, or groups of them.
@@ -29,6 +30,8 @@ class RowAdamW(Optimizer):
     Raises:
         InputError: If an argument is negative or a beta is not below 1.
     """
+
+    takes_sharded_matrices = True  # see cola_lightning.distributed.strategies.check_optimizer
 
     def __init__(
         self,
@@ -56,12 +59,11 @@ class RowAdamW(Optimizer):
 
         Args:
             parameter: One of the parameters (rows x …).
-            rows: Indices of the rows, int64, on the parameter's device.
+            rows: Indices of the rows, int64, on any device; under FSDP2 the same on all ranks.
             hold: Number of steps.
         """
-        for value in self._state(parameter).values():
-            value[rows] = 0
-        self.state[parameter]["held"][rows] = hold
+        for name, value in self._state(parameter).items():
+            set_rows(rows_of(value), rows, hold if name == "held" else 0)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -79,9 +81,8 @@ class RowAdamW(Optimizer):
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
-            rows = (*parameter.shape[:1], *(1,) * (parameter.dim() - 1))
-            state["step"] = torch.zeros(rows, device=parameter.device)
-            state["held"] = torch.zeros(rows, device=parameter.device)
+            ones = (1,) * (parameter.dim() - 1)
+            state["step"], state["held"] = zero_rows(parameter, *ones), zero_rows(parameter, *ones)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state
@@ -89,10 +90,15 @@ class RowAdamW(Optimizer):
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         states = [self._state(parameter) for parameter in parameters]
-        steps, held, first, second = ([state[k] for state in states] for k in ("step", "held", "exp_avg", "exp_avg_sq"))
+        # Rows are independent of each other, so that a rank of FSDP2 works on those that it has.
+        steps, held, first, second = (
+            [local(state[k]) for state in states] for k in ("step", "held", "exp_avg", "exp_avg_sq")
+        )
+        grads = [local(gradient_of(parameter)) for parameter in parameters]
+        parameters = [local(parameter) for parameter in parameters]
         # 0 for a held row and 1 for another: held rows get a gradient of 0 and no weight decay.
         moving = [(h == 0).to(p.dtype) for h, p in zip(held, parameters, strict=True)]
-        grads = [gradient_of(parameter) * m for parameter, m in zip(parameters, moving, strict=True)]
+        grads = [grad * m for grad, m in zip(grads, moving, strict=True)]
         foreach.add_(steps, 1)
         foreach.sub_(held, 1)
         foreach.clamp_min_(held, 0)

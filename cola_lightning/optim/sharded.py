@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed import P2POp, ProcessGroup
 from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard
 
+from cola_lightning.optim.rows import Rows, chunk, from_rows, local
+
 Shape = tuple[int, int]
 
 
@@ -55,7 +57,7 @@ def distribute_like(x: Tensor, like: Tensor) -> Tensor:
     mesh = like.device_mesh
     if not is_sharded_by_rows(like):
         return DTensor.from_local(x, mesh, [Replicate()], run_check=False)
-    return _from_rows(x[_rows(x.shape[0], mesh.size(), mesh.get_local_rank())], x.shape, mesh)
+    return from_rows(x[chunk(x.shape[0], mesh.size(), mesh.get_local_rank())], x.shape, mesh)
 
 
 def map_whole(
@@ -72,7 +74,7 @@ def map_whole(
 
     Args:
         parameters: The same on all ranks.
-        matrix_of: Returns the matrix of a parameter, sharded like it. Called once for each.
+        matrix_of: Returns the matrix of a parameter, plain or sharded by rows as this is. Called once for each.
         function: Returns the result for a parameter and its whole matrix, which is a plain tensor.
         shape_of: Returns the shape of the result.
 
@@ -103,9 +105,10 @@ def _round(
     group, rank = mesh.get_group(), mesh.get_local_rank()
     mine = owned[rank] if rank < len(owned) else None  # the last round may have fewer matrices than there are ranks
     # Gather: rank i receives all rows of matrix i.
-    pieces = [_local(matrix_of(p)).contiguous() for p in owned]
-    dtype = pieces[0].dtype
-    whole = pieces[0].new_empty(mine.shape) if mine is not None else None
+    matrices = [matrix_of(p) for p in owned]
+    pieces, dtype = [local(matrix).contiguous() for matrix in matrices], matrices[0].dtype
+    whole = pieces[0].new_empty(matrices[rank].shape) if mine is not None else None
+    matrices.clear()
     _exchange(pieces, whole, group, to_owner=True)
     pieces.clear()
     # Compute.
@@ -117,12 +120,12 @@ def _round(
     shapes = [torch.Size(shape_of(p)) for p in owned]
     parts = []
     for shape in shapes:
-        rows = _rows(shape[0], mesh.size(), rank)
+        rows = chunk(shape[0], mesh.size(), rank)
         parts.append(torch.empty(rows.stop - rows.start, shape[1], dtype=dtype, device=owned[0].device))
     _exchange(parts, result, group, to_owner=False)
     del result
     for p, shape in zip(owned, shapes, strict=True):
-        yield p, _from_rows(parts.pop(0), shape, mesh)
+        yield p, from_rows(parts.pop(0), shape, mesh)
 
 
 def _exchange(parts: list[Tensor], whole: Tensor | None, group: ProcessGroup, to_owner: bool) -> None:
@@ -138,7 +141,7 @@ def _exchange(parts: list[Tensor], whole: Tensor | None, group: ProcessGroup, to
     operations = []
     for other in range(ranks):
         if whole is not None:
-            theirs = whole[_rows(whole.shape[0], ranks, other)]
+            theirs = whole[chunk(whole.shape[0], ranks, other)]
             if other == rank:
                 source, target = (parts[rank], theirs) if to_owner else (theirs, parts[rank])
                 target.copy_(source)
@@ -152,17 +155,21 @@ def _exchange(parts: list[Tensor], whole: Tensor | None, group: ProcessGroup, to
             work.wait()
 
 
-def _rows(count: int, ranks: int, rank: int) -> slice:
-    """Return the rows of a rank by the rule of ``torch.chunk``: of 5 rows, 4 ranks have 2, 2, 1 and none."""
-    size = -(-count // ranks)
-    return slice(min(rank * size, count), min((rank + 1) * size, count))
+def gather_on_first(rows: Rows, mesh: DeviceMesh | None) -> Tensor:
+    """Gather a matrix on the first rank of a mesh, in the CPU's memory.
 
+    Args:
+        rows: This rank's rows of the matrix, on any device.
+        mesh: The ranks; None if every rank has all rows.
 
-def _local(x: Tensor) -> Tensor:
-    """Return this rank's part of a DTensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def _from_rows(part: Tensor, shape: torch.Size, mesh: DeviceMesh) -> DTensor:
-    """Make a DTensor of this shape, of which every rank gives its rows."""
-    return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1))
+    Returns:
+        The matrix. On the other ranks, one without rows.
+    """
+    if mesh is None:
+        return rows.part
+    device = torch.device(mesh.device_type)
+    first = mesh.get_local_rank() == 0
+    part = rows.part.to(device)
+    whole = part.new_empty(rows.total, part.shape[1]) if first else None
+    _exchange([part], whole, mesh.get_group(), to_owner=True)
+    return whole.cpu() if whole is not None else part[:0].cpu()

@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
-from cola_lightning.distributed.strategies import FSDP2Strategy
 from cola_lightning.errors import InputError
 from cola_lightning.methods import ReLoRACallback, SSTCallback, SwitchLoRACallback
 from tests.methods import runs
@@ -94,10 +93,13 @@ def test_two_processes_have_equal_weights_and_the_losses_of_one(method, on_two):
 
 
 @pytest.mark.parametrize("callback", [ReLoRACallback, SwitchLoRACallback, SSTCallback])
-@pytest.mark.parametrize("strategy", [FSDPStrategy, FSDP2Strategy, DeepSpeedStrategy])
-def test_surgery_is_refused_under_strategies_that_shard(callback, strategy):
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_surgery_is_refused_under_strategies_that_flatten(callback, strategy):
     trainer = SimpleNamespace(strategy=object.__new__(strategy))
-    message = f"{callback.__name__} changes weights and optimizer state in place, which {strategy.__name__} shards or"
+    message = (
+        f"{callback.__name__} changes single matrices and their optimizer state, which {strategy.__name__} flattens; "
+        f"set --trainer.strategy fsdp2"
+    )
     with pytest.raises(InputError, match=message):
         callback().setup(trainer, None, "fit")
 
