@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from cola_lightning.callbacks.throughput import flops_per_token
 from cola_lightning.costs.counters import count_flops
+from cola_lightning.distributed.strategies import clip_by_global_norm
 from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLAM, CRNetRecompute
 from cola_lightning.models.loss import at_least_float32
@@ -101,9 +102,13 @@ class BenchmarkTarget(ABC):
     def update(self) -> None:
         """Clip the gradients, update the weights, and delete the gradients."""
         if (most := self.trainer.gradient_clip_val or 0) > 0:
-            nn.utils.clip_grad_norm_(self.network.parameters(), most)
+            self.clip(most)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def clip(self, most: float) -> None:
+        """Clip the gradients to a global norm."""
+        nn.utils.clip_grad_norm_(self.network.parameters(), most)
 
     def states(self) -> list[Tensor]:
         """Tensors of the optimizer's state."""
@@ -130,6 +135,9 @@ class PackageModel(BenchmarkTarget):
     def loss(self, ids: Tensor) -> Tensor:
         losses, learnt = next_token_losses(self.model, {"input_ids": ids, "labels": ids}, reduction="sum")
         return losses / learnt.sum()
+
+    def clip(self, most: float) -> None:
+        clip_by_global_norm(self.network.parameters(), most)
 
     def model_flops(self) -> float:
         return flops_per_token(self.model, self.shape[1]).model * self.shape[0] * self.shape[1]

@@ -1,7 +1,7 @@
 """FSDP2 and DeepSpeed strategies, registered for ``--trainer.strategy``, and checks of strategies."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +167,26 @@ def clip_gradients(strategy: Strategy, parameters: list[nn.Parameter], limit: fl
     root: Any = strategy.model
     if isinstance(root, FullyShardedDataParallel):
         return root.clip_grad_norm_(maximum)  # FSDP's own method; Lightning refuses clip-by-norm here
-    norm = torch.nn.utils.clip_grad_norm_(parameters, maximum)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return clip_by_global_norm(parameters, maximum)
+
+
+def clip_by_global_norm(parameters: Iterable[nn.Parameter], maximum: float) -> Tensor:
+    """Clip gradients by their global norm, as ``torch.nn.utils.clip_grad_norm_`` does, and return the norm before.
+
+    Where nothing is to be clipped, the gradients are not multiplied by 1, if that is known: without a limit, or on a
+    processor, where the host need not wait for the norm.
+    """
+    clipped = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in clipped if parameter.grad is not None])
+    total = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if maximum == float("inf") or (_is_on_host(total) and bool(maximum / (total + 1e-6) >= 1)):
+        return total
+    torch.nn.utils.clip_grads_with_norm_(clipped, maximum, norm)
+    return total
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from cola_lightning.models.llama import build_llama
 from cola_lightning.optim import MakeOptimizer, MakeSchedule, WarmupCosine
 from cola_lightning.optim.schedules import check_schedule
 from cola_lightning.private_apis import is_accumulating
+from cola_lightning.training.allocator import keep_freed_memory
 from cola_lightning.training.data_checks import check_data_fits, rename_data_state
 from cola_lightning.training.fit_loop import prepare_fit_loop
 from cola_lightning.training.gradient_accumulation import (
@@ -190,6 +191,8 @@ class LanguageModel(L.LightningModule):
         """
         trainer = attached_trainer(self)
         strategy = trainer.strategy if trainer else None
+        if strategy and strategy.root_device.type == "cpu":
+            keep_freed_memory()
         is_new = not hasattr(self, "network")
         if is_new:
             self.network = allocate_network(self.build, self.parameter_count, strategy)

@@ -7,11 +7,13 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from cola_lightning.callbacks import GradientNorms, LossGuard, Memory, Throughput
 from cola_lightning.data.packing import add_step_tokens
+from cola_lightning.distributed import strategies
 from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA, CoLAM
 from cola_lightning.optim import WarmupCosine
@@ -123,6 +125,34 @@ def test_a_clip_val_of_0_clips_nothing_as_in_lightning(limit):
     assert not torch.equal(weights(gradient_clip_val=1e-3), weights())
 
 
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("values", "limit"), [
+    ([3.0, 4.0], 1.0), ([3.0, 4.0], 5.0), ([3.0, 4.0], 5.1), ([3.0, 4.0], float("inf")),
+    ([float("inf"), 1.0], 1.0), ([float("nan"), 1.0], 1.0),
+])  # fmt: skip
+def test_clipping_is_that_of_torch_bit_for_bit(values, limit, dtype, on_host, monkeypatch):
+    monkeypatch.setattr(strategies, "_is_on_host", lambda tensor: on_host)
+    ours, theirs = ([nn.Parameter(torch.zeros(1, dtype=dtype)) for _ in range(3)] for _ in range(2))
+    for parameters in (ours, theirs):
+        for parameter, value in zip(parameters, values, strict=False):  # the last one has no gradient
+            parameter.grad = torch.full_like(parameter, value)
+    norm = strategies.clip_by_global_norm(iter(ours), limit)
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(theirs, limit)) or norm.isnan()
+    for mine, other in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=0, equal_nan=True)
+
+
+def test_gradients_within_the_limit_are_not_multiplied():
+    parameter = nn.Parameter(torch.zeros(4))
+    parameter.grad = torch.ones(4)
+    version = parameter.grad._version
+    strategies.clip_by_global_norm([parameter], 2.1)
+    assert parameter.grad._version == version
+    strategies.clip_by_global_norm([parameter], 1.9)
+    assert parameter.grad._version > version
+
+
 class Logged(Logger):
     """Keeps what it is handed."""
 
@@ -177,7 +207,8 @@ class Questions(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("keep", [None, "residual_and_latents", "latents"])
-def test_a_step_that_is_not_logged_never_waits_for_the_device(keep, tmp_path):
+def test_a_step_that_is_not_logged_never_waits_for_the_device(keep, tmp_path, monkeypatch):
+    monkeypatch.setattr(strategies, "_is_on_host", lambda tensor: False)  # as on a GPU
     asked = Asked()
     checkpointing = [] if keep is None else [CoLAM(keep)]
     run = L.Trainer(
