@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 from cola_lightning.errors import InputError
@@ -49,8 +50,10 @@ def write_json(file: str | None, content: Any) -> None:
         Path(file).write_text(to_json(content) + "\n", encoding="utf-8")
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file under another name and rename it, so that an interruption leaves the old file or none.
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a file under another name and rename it, so that an interruption leaves the old file or none.
+
+    The other name is this thread's own, because several may write the same file, or two that differ in their suffix.
 
     Folders that appear when complete are made by :func:`cola_lightning.data.cache.new_folder`. Checkpoints are written
     by :class:`cola_lightning.checkpoints.writer.CheckpointWriter`, and exported models by
@@ -59,9 +62,12 @@ def write_whole(file: Path, text: str) -> None:
     Raises:
         OSError: If the file cannot be written.
     """
-    scratch = file.with_suffix(".part")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(file)
+    scratch = file.with_name(f".{file.name}.{os.getpid()}-{get_ident()}.part")
+    try:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)  # a disk that is full leaves a part
 
 
 def _strict(content: Any) -> Any:

@@ -166,9 +166,10 @@ def test_schedules_that_restart_keep_the_config_files_warmup(overlay, restart, s
     assert schedule["init_args"]["restart_warmup_steps"] == restart
 
 
-def test_the_methods_of_the_comparison_differ_in_what_they_are_about_alone():
+@pytest.mark.parametrize(("file", "scale"), [("plan.yaml", 1), ("plan_gpu.yaml", 4)])
+def test_the_methods_of_the_comparison_differ_in_what_they_are_about_alone(file, scale):
     """Methods may differ in projection and optimizer only, not in clipping, decay, warmup, precision or batch."""
-    plan = yaml.safe_load((REPOSITORY / "recipes" / "compare_methods" / "plan.yaml").read_text())
+    plan = yaml.safe_load((REPOSITORY / "recipes" / "compare_methods" / file).read_text())
     methods = {name: Method(**method) for name, method in plan["methods"].items()}
     names = ("configs", "flags", "matrix_rates", "other_rates", "seeds", "budgets", "weight_decay", "published")
     made = Plan(**{name: plan[name] for name in names}, methods=methods, resolve=resolve)
@@ -179,7 +180,7 @@ def test_the_methods_of_the_comparison_differ_in_what_they_are_about_alone():
         parts = made.configuration(name, Rates(0.5, 0.25), 1)["model"]["optimizer"]["init_args"]
         assert [parts[part]["init_args"]["lr"] for part in ("matrix", "other")] == [0.5, 0.25]
         assert all(
-            made.trunk_steps(name, budget) == steps
+            made.trunk_steps(name, budget * scale) == steps
             for budget, steps in ((1_000_000, 390), (2_000_000, 782), (4_000_000, 1562))
         )
 

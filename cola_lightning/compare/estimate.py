@@ -1,6 +1,6 @@
 """Estimate how long a comparison takes, before it begins."""
 
-from cola_lightning.compare.plan import Plan
+from cola_lightning.compare.plan import KINDS, Plan
 
 
 def trained_tokens(plan: Plan, method: str) -> dict[str, int]:
@@ -11,17 +11,16 @@ def trained_tokens(plan: Plan, method: str) -> dict[str, int]:
     if plan.published:  # pairs that the grid has already are not trained again
         tokens["published"] = len({*plan.published_rates(method)} - {*plan.grid(method)}) * smallest
     per_seed: float = plan.budgets[-1]
+    known: float = smallest  # the sweep has the first seed's smallest budget, with several budgets without its trunk
     if len(plan.budgets) > 1:
         per_step = plan.budgets[-1] / plan.steps(method, plan.budgets[-1])
         # The trunk once, up to where the last decay begins, and each decay.
         per_seed = plan.trunk_steps(method, plan.budgets[-1]) * per_step
         for budget in plan.budgets:
             per_seed += (plan.steps(method, budget) - plan.trunk_steps(method, budget)) * per_step
-    tokens["seed"] = round(counts["seed"] * per_seed) - smallest  # the sweep has the first seed's smallest budget
+        known = (plan.steps(method, smallest) - plan.trunk_steps(method, smallest)) * per_step
+    tokens["seed"] = round(counts["seed"] * per_seed - known)
     return tokens
-
-
-KINDS = ("grid", "published", "seed")
 
 
 def print_estimate(plan: Plan, tokens_per_second: float, jobs: int) -> None:

@@ -13,6 +13,8 @@ from cola_lightning.compare.plan import HeldOut
 from cola_lightning.data.documents import find_files
 from cola_lightning.data.readers import read_file
 from cola_lightning.errors import InputError
+from cola_lightning.inference.evaluate import evaluate_text
+from cola_lightning.inference.load import load_model_for_inference, pick_device
 from cola_lightning.output_files import write_whole
 
 
@@ -53,23 +55,23 @@ def split_by_source(paths: list[str], text_column: str, held_out: HeldOut, folde
     return files
 
 
-def evaluate_sources(run_dir: str, files: dict[str, str], bf16: bool, result: str) -> None:
+def evaluate_sources(run_dir: str, files: dict[str, str], accelerator: str, bf16: bool, result: str) -> None:
     """Write the perplexity of a run's newest checkpoint on each file. Each document is read by itself.
 
     Args:
         run_dir: Directory of the run.
         files: JSON Lines files with the key ``text``, by group.
+        accelerator: The run's, as the Trainer names it.
         bf16: Compute in bf16, as the run did.
         result: JSON file to write.
     """
-    from cola_lightning.inference.evaluate import evaluate_text  # here, because it imports much
-    from cola_lightning.inference.load import load_model_for_inference
-
     model = load_model_for_inference(run_dir, [])
+    device = pick_device({"gpu": "cuda", "auto": None}.get(accelerator, accelerator))
+    model.network.to(device)
     found: dict[str, Any] = {}
     with ExitStack() as stack:
         if bf16:
-            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
         for name, file in files.items():
             measured = evaluate_text(
                 model.network, model.tokenizer(None), [Path(file)], sequence_length=model.sequence_length()

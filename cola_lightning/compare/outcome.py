@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 from cola_lightning.errors import InputError
 from cola_lightning.output_files import write_whole
-from cola_lightning.provenance import commit, read_provenance
+from cola_lightning.provenance import read_provenance
 from cola_lightning.stored_data import Count, check_stored
 
 PERPLEXITY, PUBLISHED = "val/perplexity", "val/perplexity_as_published"
@@ -49,7 +49,8 @@ def read_outcome(run_dir: Path, steps: int, trunk: Path | None = None, trunk_ste
     Args:
         run_dir: Directory of the run.
         steps: Length of the run in optimizer steps.
-        trunk: Directory of the run from whose checkpoint this one began, if any. It has the first part of the curve.
+        trunk: Directory of the run from whose checkpoint this one began, if any. It has the first part of the curve,
+            unless this run began at step 0.
         trunk_steps: Step of that checkpoint.
 
     Returns:
@@ -63,7 +64,8 @@ def read_outcome(run_dir: Path, steps: int, trunk: Path | None = None, trunk_ste
     perplexity = scalars[PERPLEXITY]
     if max(perplexity) < steps - 1:
         return None
-    parts = [({}, 0), (scalars, steps)] if trunk is None else [(_read_events(trunk), trunk_steps), (scalars, steps)]
+    from_trunk = trunk is not None and min(scalars[LOSS]) >= trunk_steps
+    parts = [(_read_events(trunk), trunk_steps), (scalars, steps)] if trunk and from_trunk else [(scalars, steps)]
     curve: list[list[float]] = []
     seconds, begun = 0.0, 0
     for events, end in parts:
@@ -76,6 +78,7 @@ def read_outcome(run_dir: Path, steps: int, trunk: Path | None = None, trunk_ste
             if speed := events.get(SPEED, {}).get(step):
                 seconds += (curve[-1][1] - before) / speed
         begun = end
+    facts = read_provenance(run_dir)
     return {
         "perplexity": perplexity[max(perplexity)],
         "perplexity_as_published": scalars[PUBLISHED][max(perplexity)],
@@ -83,10 +86,10 @@ def read_outcome(run_dir: Path, steps: int, trunk: Path | None = None, trunk_ste
         "tokens": int(curve[-1][1]) if curve else 0,
         "seconds": seconds,
         "curve": curve,
-        "commit": commit(),
+        "commit": facts.get("commit"),
         "data": [
             {key: source[key] for key in ("names", "paths", "commit", "sizes", "contents")}
-            for source in (read_provenance(run_dir).get("data") or {}).get("sources", [])
+            for source in (facts.get("data") or {}).get("sources", [])
         ],
     }
 

@@ -20,6 +20,8 @@ Resolve = Callable[[list[str]], dict[str, Any]]
 """``f(flags)`` returns the whole configuration that ``fit`` makes of these flags."""
 
 Kind = Literal["grid", "published", "seed"]
+KINDS: tuple[Kind, ...] = ("grid", "published", "seed")
+"""Kinds of trials, in the order in which those of a method are carried out."""
 SCHEDULE = "WarmupStableDecay"
 
 

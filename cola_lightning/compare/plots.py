@@ -1,5 +1,6 @@
 """Plot a comparison: held-out loss by budget, and smoothed training loss, both on logarithmic axes."""
 
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cola_lightning.compare.statistics import Interval, bootstrap_interval, smooth
+from cola_lightning.output_files import write_whole
 
 MOST_LINES = 12
 """Largest number of lines with a color and a label. The others are grey."""
@@ -132,6 +134,8 @@ def _label(axis: Any, ends: list[tuple[str, float, float, Any]]) -> None:
 
 def _save(figure: Any, file: Path) -> str:
     # Without date and version, so that the same numbers give the same bytes.
-    figure.savefig(file, dpi=110, metadata={"Software": None})
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110, metadata={"Software": None})
     plt.close(figure)
+    write_whole(file, picture.getvalue())
     return file.name

@@ -1,7 +1,8 @@
 """Run functions in processes of their own.
 
 The processes are forked from a server that has imported everything, because imports take longer than a small run. They
-end when the comparison ends, also by SIGKILL.
+end when the comparison ends, also by SIGKILL. The server does not look for a GPU, because a process cannot use one that
+its parent has initialized.
 """
 
 import io
@@ -10,9 +11,14 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
+
+IMPORTED_LATE = ("attrs", "pydantic.main", "pydantic.type_adapter", "torch.profiler", "torch.utils.tensorboard")
+"""Modules that a run imports only when it needs them."""
+_LOCK = Lock()
 
 
 def run(function: Callable[..., Any], arguments: tuple[Any, ...], log: Path, threads: int) -> int:
@@ -27,13 +33,20 @@ def run(function: Callable[..., Any], arguments: tuple[Any, ...], log: Path, thr
     Returns:
         The exit status; the negative number of a signal.
     """
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a look for a GPU does not initialize CUDA then
     context = get_context("forkserver")
-    # The server imports once what this process has imported.
-    context.set_forkserver_preload(sorted(name for name in sys.modules if name.startswith("cola_lightning.")))
     process = context.Process(target=_child, args=(function, arguments, str(log), threads, os.getpid()))
-    process.start()
-    process.join()
-    return process.exitcode or 0
+    with _LOCK:
+        # The server imports once what this process has imported.
+        own = sorted(name for name in sys.modules if name.startswith("cola_lightning."))
+        context.set_forkserver_preload([*IMPORTED_LATE, *own])
+        process.start()
+    wait([process.sentinel])
+    # A start reads the exit statuses of all other processes. If two threads read the same one at a time, one of them
+    # gets nothing, and the standard library takes the process to have failed.
+    with _LOCK:
+        process.join()
+        return process.exitcode or 0
 
 
 def _child(function: Callable[..., Any], arguments: tuple[Any, ...], log: str, threads: int, comparison: int) -> None:

@@ -1,6 +1,7 @@
 """Write the report of a comparison: a page of Markdown with tables and plots, and the figures as JSON and CSV."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from cola_lightning.compare.outcome import write
 from cola_lightning.compare.rows import make_rows, run_folder_of
 from cola_lightning.compare.statistics import Interval
 from cola_lightning.compare.trials import STAGE, SweepRunner
+from cola_lightning.output_files import write_whole
 from cola_lightning.provenance import libraries
 
 INTERVALS = (
@@ -36,7 +38,7 @@ def write_report(runner: SweepRunner, folder: Path, command_line: str) -> None:
     write(folder / "results.json", _strict({"setting": setting(runner, command_line), "at": terms, "methods": rows}))
     _write_csv(rows, folder / "results.csv")
     table = tables(runner, rows, terms)
-    (folder / "table.md").write_text(table, encoding="utf-8")
+    write_whole(folder / "table.md", table)
     plots: list[str] = []
     try:
         from cola_lightning.compare.plots import write_plots
@@ -45,7 +47,7 @@ def write_report(runner: SweepRunner, folder: Path, command_line: str) -> None:
     else:
         plots = write_plots(rows, terms, runner.plan.baseline, folder)
     page = ["# Comparison", "", *plots_section(plots), table, *provenance(runner, rows, command_line)]
-    (folder / "report.md").write_text("\n".join(page) + "\n", encoding="utf-8")
+    write_whole(folder / "report.md", "\n".join(page) + "\n")
     rank_zero_info(f"Report: {folder / 'report.md'}")
 
 
@@ -60,7 +62,7 @@ def tables(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, Any
 
 def headline(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list[str]:
     budget, flops, loss = runner.plan.budgets[-1], terms["flops"], terms["loss"]
-    header = ["rank", "method"]
+    header = ["rank", "method", "seeds"]
     if flops is not None:
         header.append(f"loss at {flops / 1e12:.4g} TFLOPs")
     if loss is not None:
@@ -68,7 +70,8 @@ def headline(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, A
     header += [f"loss at {budget / 1e6:.4g}M tokens", "perplexity there", "TFLOPs there", "parameters, M"]
     lines = []
     for row in rows:
-        cells = [rank(row["rank"]), row["method"]]
+        seeds = len(runner.plan.seeds)
+        cells = [rank(row["rank"]), row["method"], f"{len(row['seeds'])} of {seeds}"]
         if flops is not None:
             cells.append(interval(row["loss_at_flops"], ".4f"))
         if loss is not None:
@@ -276,20 +279,21 @@ def shorten(value: Any) -> str:
 
 def _write_csv(rows: list[dict[str, Any]], file: Path) -> None:
     columns = (
-        "method", "rank", "matrix_rate", "other_rate", "loss", "loss_low", "loss_high", "perplexity", "loss_at_flops",
-        "parameters_m", "mflops_per_token", "optimizer_mb", "training_mb", "tokens",
+        "method", "rank", "seeds", "matrix_rate", "other_rate", "loss", "loss_low", "loss_high", "perplexity",
+        "loss_at_flops", "parameters_m", "mflops_per_token", "optimizer_mb", "training_mb", "tokens",
     )  # fmt: skip
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        table = csv.DictWriter(stream, columns, extrasaction="ignore")
-        table.writeheader()
-        for row in rows:
-            loss = row["loss"][-1] if row["loss"] else (None, None, None)
-            at = row["loss_at_flops"]
-            best = row["rates"] or (None, None)
-            own = dict(zip(("loss", "loss_low", "loss_high"), loss, strict=True))
-            own |= {"perplexity": row["perplexity"][-1].mean if row["perplexity"] else None, "rank": rank(row["rank"])}
-            own |= {"matrix_rate": best[0], "other_rate": best[1], "loss_at_flops": at.mean if at else None}
-            table.writerow(row | own)
+    stream = io.StringIO(newline="")
+    table = csv.DictWriter(stream, columns, extrasaction="ignore")
+    table.writeheader()
+    for row in rows:
+        loss = row["loss"][-1] if row["loss"] else (None, None, None)
+        at = row["loss_at_flops"]
+        best = row["rates"] or (None, None)
+        own = dict(zip(("loss", "loss_low", "loss_high"), loss, strict=True)) | {"seeds": len(row["seeds"])}
+        own |= {"perplexity": row["perplexity"][-1].mean if row["perplexity"] else None, "rank": rank(row["rank"])}
+        own |= {"matrix_rate": best[0], "other_rate": best[1], "loss_at_flops": at.mean if at else None}
+        table.writerow(row | own)
+    write_whole(file, stream.getvalue())
 
 
 def _strict(value: Any) -> Any:

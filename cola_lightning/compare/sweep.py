@@ -1,14 +1,15 @@
 """Run a comparison: sweep two learning rates for every method, train the best with all seeds, and report."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Lock
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cola_lightning.compare.estimate import print_estimate
-from cola_lightning.compare.plan import Flag, HeldOut, Method, Plan, Resolve, Trial
+from cola_lightning.compare.plan import KINDS, Flag, HeldOut, Method, Plan, Resolve, Trial
 from cola_lightning.compare.report import write_report
 from cola_lightning.compare.trials import Command, SweepRunner
 from cola_lightning.errors import InputError
@@ -127,7 +128,7 @@ def run_all(runner: SweepRunner, jobs: int) -> None:
     with Progress(*columns) as progress, ThreadPoolExecutor(jobs) as pool:
         task = progress.add_task("", total=len(trials))
 
-        def run(trial: Trial) -> None:
+        def run(trial: Trial) -> Trial:
             with lock:
                 running.append(trial.title)
                 progress.update(task, description=" | ".join(running))
@@ -136,13 +137,35 @@ def run_all(runner: SweepRunner, jobs: int) -> None:
                 running.remove(trial.title)
                 progress.update(task, advance=1, description=" | ".join(running))
             progress.print(f"{trial.title}: {outcome}", markup=False, highlight=False)
+            return trial
+
+        # Of one method, each kind needs the one before: a published pair may be one of the grid, and the best pair is
+        # known only when the sweep has finished. The pool takes them in the order in which they are submitted, so the
+        # seeds of the first method come after the grid of the last.
+        stages = {method: _stages(trials, method) for method in runner.plan.methods}
+        left: dict[str, int] = {}
+
+        def begin_stage(method: str) -> set[Future[Trial]]:
+            stage = next(stages[method], [])
+            left[method] = len(stage)
+            return {pool.submit(run, trial) for trial in stage}
 
         try:
-            run(trials[0])  # alone, because it may prepare the data of the others
-            # Each kind needs the one before: a published pair may be one of the grid, and the best pair is known only
-            # when the sweep has finished.
-            for kind in ("grid", "published", "seed"):
-                list(pool.map(run, [trial for trial in trials[1:] if trial.kind == kind]))
+            runner.count(trials[0].method)  # alone, because it may prepare the data of all
+            pending = set().union(*map(begin_stage, runner.plan.methods))
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for method in [future.result().method for future in done]:
+                    left[method] -= 1
+                    if not left[method]:
+                        pending |= begin_stage(method)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _stages(trials: list[Trial], method: str) -> Iterator[list[Trial]]:
+    """Yield the trials of a method by their kinds."""
+    for kind in KINDS:
+        if stage := [trial for trial in trials if trial.method == method and trial.kind == kind]:
+            yield stage

@@ -1,7 +1,9 @@
 """Run trials: each run is a process of its own, writes its result to a file, and resumes after an interruption."""
 
 import math
+import re
 import shutil
+import signal
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -18,6 +20,7 @@ from cola_lightning.compare.plan import Plan, Trial, folder_name
 from cola_lightning.compare.processes import run
 from cola_lightning.compare.rates import Rates, flatten
 from cola_lightning.errors import InputError
+from cola_lightning.output_files import write_whole
 
 RESULT, FAILED, COSTS, CONFIG, STAGE, LOG = (
     "result.json", "failed.txt", "costs.json", "trial.yaml", "stage.yaml", "output.log",
@@ -32,8 +35,8 @@ class SweepRunner:
     """Run the trials of a plan in a folder, and read their results.
 
     A trial has a folder: FOLDER/METHOD/mRATE-oRATE-seed-SEED. In it are ``trial.yaml``, its whole configuration; a run
-    ``tokens-N`` for each budget, with ``result.json``; and, if there are several budgets, the run ``trunk``, with the
-    checkpoints from which the others begin.
+    ``tokens-N`` for each budget, with ``result.json``; and, if it is trained to several budgets, the run ``trunk``,
+    with the checkpoints from which the others begin. A trial of the sweep has one budget and no trunk.
 
     Args:
         plan: The plan.
@@ -49,6 +52,7 @@ class SweepRunner:
         self.plan, self.root, self.keep_checkpoints = plan, folder, keep_checkpoints
         self.threads, self.command = threads, command
         self._lock = Lock()
+        self._groups: dict[str, Path] | None = None
 
     # -- results ------------------------------------------------------------------------------------------------
 
@@ -104,6 +108,11 @@ class SweepRunner:
         return config
 
     def _held_out_files(self) -> dict[str, Path]:
+        with self._lock:
+            self._groups = self._groups or self._split_held_out()
+            return self._groups
+
+    def _split_held_out(self) -> dict[str, Path]:
         data = self.plan.configuration(self.plan.baseline, Rates(1, 1), 0)["data"]["init_args"]
         if not (paths := data.get("validation_paths")):
             raise InputError("held_out needs data.validation_paths, whose documents it tells apart; set them")
@@ -127,47 +136,50 @@ class SweepRunner:
         if rates is None:
             return "skipped, because no run of the sweep ended with a number"
         config = self._configuration(method, rates, seed)
-        if trial.kind == "grid" and rates == plan.grid(method)[0] and self.costs(method) is None:
-            self._count(method, config)
+        if trial.kind == "grid" and rates == plan.grid(method)[0]:
+            self.count(method)
         result, made = None, False
         for budget in plan.budgets if trial.kind == "seed" else plan.budgets[:1]:
             result = self.result(method, rates, seed, budget)
             if result is None:
-                result, made = self._train(method, rates, seed, budget, config), True
+                several = trial.kind == "seed" and len(plan.budgets) > 1
+                result, made = self._train(method, rates, seed, budget, config, several), True
             if result is None:
                 return f"failed, see {self.folder(method, rates, seed) / FAILED}"
-        if not self.keep_checkpoints:
-            self._prune(method, finished=trial.kind == "seed" and (rates, seed))
+        if trial.kind == "seed" and not self.keep_checkpoints:
+            shutil.rmtree(self.folder(method, rates, seed) / "trunk" / "checkpoints", ignore_errors=True)
         assert result
         return f"perplexity {result['perplexity']:.2f}" if made else "finished before"
 
     def _train(
-        self, method: str, rates: Rates, seed: int, budget: int, config: dict[str, Any]
+        self, method: str, rates: Rates, seed: int, budget: int, config: dict[str, Any], several: bool
     ) -> dict[str, Any] | None:
-        """Train to a budget, through the trunk if the plan has several budgets. Return None if that failed."""
+        """Train to a budget, by way of the trunk if ``several`` budgets are due. Return None if that failed."""
         folder, run_dir = self.folder(method, rates, seed), self.run_dir(method, rates, seed, budget)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FAILED).unlink(missing_ok=True)
-        (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        write_whole(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
         steps, trunk, trunk_steps = self.plan.steps(method, budget), None, 0
-        if len(self.plan.budgets) > 1:
+        if several:
             trunk, trunk_steps = folder / "trunk", self.plan.trunk_steps(method, budget)
             # A run that was killed in its decay resumes from its own checkpoint and needs no trunk.
-            if not (run_dir / "checkpoints" / LINK).is_file() and not self._train_trunk(trunk, trunk_steps, config):
-                return self._fail(folder, trunk)
+            resumes = (run_dir / "checkpoints" / LINK).is_file()
+            if not resumes and (status := self._train_trunk(trunk, trunk_steps, config)):
+                return self._fail(folder, trunk, status)
         start = trunk / "checkpoints" / checkpoint_name(trunk_steps) if trunk else None
-        if self._fit(run_dir, steps, config, start):
-            return self._fail(folder, run_dir)
+        if status := self._fit(run_dir, steps, config, start):
+            return self._fail(folder, run_dir, status)
         result = read_outcome(run_dir, steps, trunk, trunk_steps)
         if result is None:
-            return self._fail(folder, run_dir)
+            return self._fail(folder, run_dir, 0)
         result["by_source"] = {}
         if self.plan.held_out and budget == self.plan.budgets[-1]:
             files = {name: str(file) for name, file in self._held_out_files().items()}
-            bf16 = "bf16" in str(config["trainer"]["precision"])
+            accelerator, precision = (str(config["trainer"][name]) for name in ("accelerator", "precision"))
             found = run_dir / BY_SOURCE
-            if run(evaluate_sources, (str(run_dir), files, bf16, str(found)), run_dir / LOG, self.threads):
-                return self._fail(folder, run_dir)
+            arguments = (str(run_dir), files, accelerator, "bf16" in precision, str(found))
+            if status := run(evaluate_sources, arguments, run_dir / LOG, self.threads):
+                return self._fail(folder, run_dir, status)
             result["by_source"] = read(found, dict[str, float])
         result |= {"method": method, "matrix": rates.matrix, "other": rates.other, "seed": seed, "budget": budget}
         self._check_data(folder, result)
@@ -176,18 +188,18 @@ class SweepRunner:
             shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
         return result
 
-    def _train_trunk(self, trunk: Path, steps: int, config: dict[str, Any]) -> bool:
-        """Train with the constant rate up to a step and save a checkpoint there. Return whether that succeeded."""
+    def _train_trunk(self, trunk: Path, steps: int, config: dict[str, Any]) -> int:
+        """Train with the constant rate up to a step and save a checkpoint there. Return the exit status."""
         checkpoint = trunk / "checkpoints" / checkpoint_name(steps)
         if checkpoint.exists():
-            return True
+            return 0
         newest = next(iter(written(trunk / "checkpoints")), None)
         if newest is not None and newest.name > checkpoint.name:  # of a larger budget; this step's checkpoint is gone
             shutil.rmtree(trunk)
         constant = deepcopy(config)
         constant["model"]["schedule"]["init_args"]["decay_share"] = 0.0
         constant["trainer"]["limit_val_batches"] = 0  # only the ends of budgets are validated
-        return self._fit(trunk, steps, constant) == 0 and checkpoint.exists()
+        return self._fit(trunk, steps, constant) or not checkpoint.exists()
 
     def _fit(self, run_dir: Path, steps: int, config: dict[str, Any], start: Path | None = None) -> int:
         """Train a run to a step, from its own newest checkpoint, else from ``start``, else from step 0."""
@@ -198,51 +210,49 @@ class SweepRunner:
         stage = deepcopy(config)
         stage["trainer"] |= {"max_steps": steps, "val_check_interval": steps}
         stage["run_dir"] = str(run_dir)
-        (run_dir / STAGE).write_text(yaml.safe_dump(stage, sort_keys=False), encoding="utf-8")
+        write_whole(run_dir / STAGE, yaml.safe_dump(stage, sort_keys=False))
         begin = "last" if resumes else start
         flags = ["fit", f"--config={run_dir / STAGE}", *([f"--ckpt_path={begin}"] if begin else [])]
         return run(self.command, (flags,), run_dir / LOG, self.threads)
 
     @staticmethod
-    def _fail(folder: Path, run_dir: Path) -> None:
-        lines = (run_dir / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        text = f"{run_dir.name} did not finish: {lines[-1] if lines else ''}; see {run_dir / LOG}\n"
-        (folder / FAILED).write_text(text, encoding="utf-8")
-
-    def _prune(self, method: str, finished: Any) -> None:
-        """Remove the checkpoints of trunks that no other trial needs: of all but the best rates, of finished seeds.
-
-        Args:
-            finished: Rates and seed whose every budget is trained, if any.
-        """
-        with self._lock:
-            if finished:
-                shutil.rmtree(self.folder(method, *finished) / "trunk" / "checkpoints", ignore_errors=True)
-                return
-            best, seed = self.best(method), self.plan.seeds[0]
-            for rates in {*self.sweep(method), *self.plan.published_rates(method)} - {best}:
-                if self.result(method, rates, seed, self.plan.budgets[0]):
-                    shutil.rmtree(self.folder(method, rates, seed) / "trunk" / "checkpoints", ignore_errors=True)
+    def _fail(folder: Path, run_dir: Path, status: int) -> None:
+        """Write why a run ended: its exit status or signal, and the line of its output that names the error."""
+        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"did not finish (exit status {status})"
+        reason = reason_in((run_dir / LOG).read_text(encoding="utf-8", errors="replace"))
+        write_whole(folder / FAILED, f"{run_dir.name} {how}: {reason}; see {run_dir / LOG}\n")
 
     def _check_data(self, folder: Path, result: dict[str, Any]) -> None:
-        """Refuse a result on other text than that of the runs that are finished."""
-        for file in sorted(self.root.glob(f"*/*/*/{RESULT}")):
-            if (other := read(file, StoredResult)) and other["data"] != result["data"]:
-                raise InputError(
-                    f"{folder} was trained on other text than {file.parent}: the files changed between the two; choose "
-                    f"another --folder, or delete the runs on the old text"
-                )
+        """Refuse a result on other text than that of the runs that are finished. One of these stands for all."""
+        file = next(self.root.glob(f"*/*/*/{RESULT}"), None)
+        if file and (other := read(file, StoredResult)) and other["data"] != result["data"]:
+            raise InputError(
+                f"{folder} was trained on other text than {file.parent}: the files changed between the two; choose "
+                f"another --folder, or delete the runs on the old text"
+            )
 
-    def _count(self, method: str, config: dict[str, Any]) -> None:
-        """Count FLOPs and bytes of a method. If that fails, the table has gaps, and a warning says where to look."""
+    def count(self, method: str) -> None:
+        """Count FLOPs and bytes of a method, unless they are known.
+
+        If that fails, the table has gaps, and a warning says where to look.
+        """
+        if self.costs(method) is not None:
+            return
+        config = self._configuration(method, self.plan.grid(method)[0], self.plan.seeds[0])
         folder = self.root / folder_name(method)
         folder.mkdir(parents=True, exist_ok=True)
         settings = {name: config[name] for name in ("trainer", "model", "data")}  # without those of fit alone
-        (folder / "costs.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        write_whole(folder / "costs.yaml", yaml.safe_dump(settings, sort_keys=False))
         flags = ["benchmark", f"--json={folder / COSTS}", "--warmup=0", "--rounds=1", "--steps=1"]
         flags += [f"--config={folder / 'costs.yaml'}", "--trainer.logger=false"]
         if run(self.command, (flags,), folder / "costs.log", self.threads):
             rank_zero_warn(f"FLOPs and memory of {method} could not be counted, see {folder / 'costs.log'}")
+
+
+def reason_in(log: str) -> str:
+    """Return the last line of an output that names an error, else the last line."""
+    lines = log.strip().splitlines() or [""]
+    return next((line for line in reversed(lines) if re.match(r"error: |[\w.]*(Error|Exception)\b", line)), lines[-1])
 
 
 def _difference(old: Any, new: Any) -> str:

@@ -77,6 +77,11 @@ def commit_of(name: str) -> str | None:
     return found["commit"] if found else None
 
 
+def are_hashed_whole(names: Sequence[str]) -> bool:
+    """Tell whether those of the files that are on a disk are small enough to be hashed as a whole, not in samples."""
+    return sum(os.stat(_path(name)).st_size for name in names if is_local(name)) <= READ_WHOLE
+
+
 def fingerprint_files(names: Sequence[str], retry: Retry) -> list[str]:
     """Compute a fingerprint of each file, ``SIZE:CONTENT``, which differs if the file differs.
 
@@ -91,8 +96,7 @@ def fingerprint_files(names: Sequence[str], retry: Retry) -> list[str]:
     Raises:
         InputError: If a file is missing or cannot be read.
     """
-    sizes = [os.stat(_path(name)).st_size for name in names if is_local(name)]
-    whole = sum(sizes) <= READ_WHOLE
+    whole = are_hashed_whole(names)
 
     def fingerprint(name: str) -> str:
         if commit := commit_of(name):

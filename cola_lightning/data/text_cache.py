@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from cola_lightning.data.cache import is_whole, new_folder
 from cola_lightning.data.documents import find_files, read_documents
-from cola_lightning.data.identity import fingerprint_files
+from cola_lightning.data.identity import are_hashed_whole, fingerprint_files
 from cola_lightning.data.packing import Documents
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.tokenizer import Tokenizer
@@ -64,10 +64,11 @@ class TextFiles:
     def cache_folders(self) -> "CacheFolders":
         """Look at the files now."""
         files = [str(file) for paths in (self.paths, self.validation_paths) if paths for file in find_files(paths)]
+        # Times too if only samples of the files are read. A copy of small files on another machine is the same text.
+        times = [] if are_hashed_whole(files) else [Path(file).stat().st_mtime_ns for file in files]
         content = {
             "format": CACHE_FORMAT,
-            # Times too, because only samples of large files are read.
-            "files": [files, fingerprint_files(files, Retry()), [Path(file).stat().st_mtime_ns for file in files]],
+            "files": [files, fingerprint_files(files, Retry()), times],
             "split": [self.paths, self.validation_paths, self.validation_fraction, self.seed],
             "text": [self.text_column, self.separator],
         }

@@ -27,8 +27,11 @@ from cola_lightning.errors import InputError, did_you_mean
 from cola_lightning.optim.parameter_groups import needs_whole_matrices
 from cola_lightning.private_apis import guard_engine_writers, set_data_parallel_size
 
-if not torch.accelerator.is_available():  # else DeepSpeed prints to stdout that it found none
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if "DS_ACCELERATOR" not in os.environ:  # without it, DeepSpeed prints to stdout what it looks for
+    # Child processes inherit the answer. They must not look again, because that initializes CUDA, which a process
+    # cannot use after its parent did.
+    found = torch.accelerator.current_accelerator(check_available=True)
+    os.environ["DS_ACCELERATOR"] = found.type if found else "cpu"
 
 
 class FSDP2Strategy(ModelParallelStrategy):

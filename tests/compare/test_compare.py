@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,10 +211,54 @@ def test_single_trials_and_one_that_fails(config_file, tmp_path, capsys):
     assert "bad, matrix rate 0.01, other rate 0.02, seed 1: failed, see" in capsys.readouterr().out
     main([*flags, "--jobs=0"])
     text = (tmp_path / "out" / "report" / "table.md").read_text()
-    assert "| – | bad | failed |" in text
+    assert "| – | bad | 0 of 1 | failed |" in text
     assert len(results(tmp_path / "out")) == 1
     failure = tmp_path / "out" / "bad" / "m0.01-o0.02-seed-1" / "failed.txt"
+    assert "tokens-640 did not finish (exit status 2): error: " in failure.read_text()
     assert "does not divide hidden_size 32" in failure.read_text()
+
+
+def test_budgets_above_the_first_are_added_without_another_sweep(config_file, tmp_path):
+    changes = {"methods": {"CoLA": {}}, "seeds": [1], "held_out": None, "budgets": [5 * STEP]}
+    plan = write_plan(tmp_path, config_file, **changes)
+    main(plan)
+    swept = results(tmp_path / "out")
+    assert len(swept) == 2
+    main([*plan, f"--budgets=[{5 * STEP}, {10 * STEP}]"])
+    found = results(tmp_path / "out")
+    [added] = found.keys() - swept.keys()
+    assert added.endswith("tokens-1280")
+    assert {key: found[key] for key in swept} == swept
+    assert [point[0] for point in found[added]["curve"]] == list(range(1, 11))
+
+
+def test_a_report_of_a_part_says_what_is_missing(compared, tmp_path):
+    """Methods are at every stage that a comparison can be killed in."""
+    copy = tmp_path / "out"
+    shutil.copytree(compared / "out", copy, ignore=shutil.ignore_patterns("report"))
+    content = json.loads((compared / "out" / "report" / "results.json").read_text())["methods"]
+    best = {row["method"]: row["rates"][0] for row in content}
+    shutil.rmtree(next(copy.glob("galore-full-rank/*-seed-2")) / "tokens-1280")
+    main(["compare", f"--config={compared / 'plan.yaml'}", f"--folder={copy}", "--jobs=0"])
+    text = (copy / "report" / "table.md").read_text()
+    assert "| CoLA | 2 of 2 |" in text
+    assert "| GaLore, full rank | 1 of 2 |" in text
+    shutil.rmtree(copy / "cola")
+    for budget in (640, 1280):
+        shutil.rmtree(copy / "galore-full-rank" / f"m{best['GaLore, full rank']:g}-o0.02-seed-1" / f"tokens-{budget}")
+    main(["compare", f"--config={compared / 'plan.yaml'}", f"--folder={copy}", "--jobs=0"])
+    text = (copy / "report" / "table.md").read_text()
+    assert "| – | CoLA | 0 of 2 | not run |" in text
+    assert "| – | GaLore, full rank | 0 of 2 | not run |" in text
+    shutil.rmtree(copy / "galore-full-rank")
+    main(["compare", f"--config={compared / 'plan.yaml'}", f"--folder={copy}", "--jobs=0"])
+
+
+def test_a_process_that_was_killed_is_said_to_have_been(tmp_path):
+    (tmp_path / "output.log").write_text("step 3\nRuntimeError: no room\nsome advice\n")
+    SweepRunner._fail(tmp_path, tmp_path, -9)
+    text = (tmp_path / "failed.txt").read_text()
+    assert f"{tmp_path.name} was ended by SIGKILL: RuntimeError: no room; see" in text
 
 
 def test_killed_in_a_decay_it_ends_as_if_it_never_was(config_file, tmp_path):

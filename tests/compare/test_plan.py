@@ -131,9 +131,9 @@ def test_several_budgets_need_a_schedule_with_a_constant_part():
 
 def test_an_estimate_counts_the_trunk_once():
     plan = make(budgets=[25600, 51200])
-    # Sweep: 4 runs of 100 steps. Each of 2 seeds: a trunk of 160 steps, decays of 20 and 40; the sweep has one decay
-    # and 80 steps of the first seed's already.
-    assert trained_tokens(plan, "a") == {"grid": 4 * 25600, "published": 0, "seed": (2 * 220 - 100) * 256}
+    # Sweep: 4 runs of 100 steps. Each of 2 seeds: a trunk of 160 steps, decays of 20 and 40; the sweep has the
+    # smaller budget of the first seed, but not the trunk.
+    assert trained_tokens(plan, "a") == {"grid": 4 * 25600, "published": 0, "seed": (2 * 220 - 20) * 256}
     # Of the published pairs (1, 1) and (3, 3), the grid of 1, 3 x 1, 5 has the first.
     assert trained_tokens(make(budgets=[25600], published=True, other_rates=[1, 5]), "a")["published"] == 25600
 

@@ -34,6 +34,8 @@ def parse(args: list[str]) -> dict[str, Any]:
 
 def run(options: dict[str, Any]) -> None:
     """Train what has not been trained, and write the report."""
+    import cola_lightning.benchmark
+    import cola_lightning.cli.commands.benchmark  # noqa: F401, so that the server of processes has it
     from cola_lightning.cli.app import main
     from cola_lightning.cli.lightning_cli import resolve
     from cola_lightning.compare.sweep import compare
