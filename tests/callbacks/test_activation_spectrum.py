@@ -13,7 +13,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA, CoLAM
 from cola_lightning.models import FullRank
 from cola_lightning.training.module import LanguageModel
-from tests.conftest import loader, needs_vector_units, tiny_trainer
+from tests.conftest import loader, tiny_trainer
 
 
 def svd_by_hand(network, batch):
@@ -54,7 +54,6 @@ def test_spectra_are_those_of_the_activations_without_padding(keep):
 
 
 @pytest.mark.slow
-@needs_vector_units
 def test_compiled_layers_are_looked_into_too():
     callback = ActivationSpectrum(every_n_steps=2)
     run, model, batches = tiny_trainer(callback, steps=3)

@@ -12,7 +12,6 @@ from cola_lightning.costs.counters import count_flops, kept_bytes
 from cola_lightning.methods import CoLA, CoLAM
 from cola_lightning.models import Llama, LlamaConfig
 from cola_lightning.models.rotary import rotary_table
-from tests.conftest import needs_vector_units
 
 SETTINGS = {
     "none": None,
@@ -159,7 +158,6 @@ def test_float8_costs_the_accuracy_that_is_documented():
 
 
 @pytest.mark.slow
-@needs_vector_units
 @pytest.mark.parametrize("setting", list(SETTINGS)[1:])
 def test_compiled_layers_give_the_same(setting):
     plain, compiled = (Stack(setting, layers=1, rows=1) for _ in range(2))

@@ -12,7 +12,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.models import loss
 from cola_lightning.models.layers import Head
 from cola_lightning.models.loss import chunk_bounds
-from tests.conftest import needs_vector_units, tiny_llama
+from tests.conftest import tiny_llama
 from tests.models.test_layers import IDS, gradients
 
 TARGETS = torch.where(torch.rand(2, 20, generator=torch.Generator().manual_seed(1)) < 0.8, IDS.roll(-1, 1), -100)
@@ -71,7 +71,6 @@ def head_loss(dtype, size=None, compiled=False, autocast=False):
     return loss.detach(), x.grad, head.weight.grad
 
 
-@needs_vector_units
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [20, 50])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -83,7 +82,6 @@ def test_compiled_chunks_give_the_same(dtype, size):
         assert (ours - plain).norm() < tolerance * plain.norm()
 
 
-@needs_vector_units
 @pytest.mark.slow
 @pytest.mark.parametrize("autocast", [True, False])
 def test_compiled_chunks_in_bf16_are_within_a_tenth_of_its_distance(autocast):
