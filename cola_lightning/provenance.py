@@ -15,9 +15,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from typing_extensions import TypedDict
 
 from cola_lightning.data.identity import StoredSource
-from cola_lightning.errors import InputError
 from cola_lightning.output_files import write_whole
-from cola_lightning.stored_data import check_stored
+from cola_lightning.stored_data import check_stored, read_json
 
 RUN, TOKENIZER = "run.json", "tokenizer"
 """Names of the file of facts and of the tokenizer's folder, in the folder of a run."""
@@ -102,9 +101,7 @@ def read_provenance(run_dir: Path | None) -> dict[str, Any]:
     file = run_dir / RUN if run_dir else None
     if file is None or not file.is_file():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}; remove the file, to do without its facts") from error
-    check_stored(content, _Run, file, "remove the file, to do without its facts")
+    remedy = "remove the file, to do without its facts"
+    content = read_json(file, remedy)
+    check_stored(content, _Run, file, remedy)
     return content

@@ -100,15 +100,15 @@ class Listener:
         self.noted = self.noted or number
         name = signal.Signals(number).name
         if again:
-            _tell(f"{name} again: ended at once")
+            tell(f"\n{name} again: ended at once")
             os._exit(128 + number)
         if self.phase is Phase.STARTING:
-            _tell(f"{name} before training began: ended at once, nothing was lost by that")
+            tell(f"\n{name} before training began: ended at once, nothing was lost by that")
             self.before_exit(number)
             os._exit(128 + number)
         if self.phase is Phase.TRAINING:
             more = "; Ctrl-C again ends it at once, without" if number == signal.SIGINT else ""
-            _tell(f"{name}: this run ends after the step, with a checkpoint{more}")
+            tell(f"\n{name}: this run ends after the step, with a checkpoint{more}")
         else:
             self.end_soon(number)
 
@@ -144,10 +144,10 @@ def _do_nothing(*_: Any) -> None:
     pass
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     """Write a line to stderr. ``print`` is not used, because the main thread may hold its lock."""
     with suppress(OSError):  # the terminal may be closed
-        os.write(2, f"\n{text}\n".encode())
+        os.write(2, f"{text}\n".encode())
 
 
 _FORKING = False

@@ -5,8 +5,10 @@ that it uses as a ``TypedDict``, and checks the data here before it uses a value
 file, the key and the remedy, and not an error deep in a library.
 """
 
+import json
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Le
@@ -25,6 +27,25 @@ ALTERED = "it was altered; take another checkpoint, or begin a new run with its 
 
 class StoredDataError(InputError):
     """Data that was read from a file has another type than it was written in."""
+
+
+def read_json(file: Path, remedy: str = "") -> dict[str, Any]:
+    """Read the JSON object in a file.
+
+    Args:
+        file: The file.
+        remedy: Remedy for the user, for the message.
+
+    Raises:
+        InputError: If the file cannot be read, or does not hold a JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} cannot be read as JSON: {error}; {remedy}".rstrip("; ")) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds a JSON {type(content).__name__}, not an object; {remedy}".rstrip("; "))
+    return content
 
 
 def check_stored(content: object, kind: Any, place: object, remedy: str) -> None:

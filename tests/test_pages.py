@@ -31,6 +31,15 @@ def test_every_step_of_the_architecture_page_names_code_that_exists():
         assert not name or name in names(PACKAGE / file), f"{file}:{name}"
 
 
+def test_the_architecture_page_names_every_package_and_its_main_files():
+    page = (REPOSITORY / "docs" / "architecture.md").read_text().partition("## The rooms")[2]
+    packages = {str(file.parent.relative_to(PACKAGE)) for file in PACKAGE.rglob("__init__.py")} - {"."}
+    assert packages == set(re.findall(r"^### `(.+)`$", page, re.MULTILINE))
+    named = set(re.findall(r"^- `(.+)`: \S", page, re.MULTILINE))
+    large = {str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if file.read_text().count("\n") > 200}
+    assert large <= named, f"docs/architecture.md has no line for {large - named}; the first line of a file will do"
+
+
 def anchors(page):
     """List the anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)

@@ -5,8 +5,6 @@ import time
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from cola_lightning.benchmark.targets import PackageModel, eagerly
 from cola_lightning.benchmark.training import turns
@@ -30,32 +28,26 @@ def measure_generation(subjects: list[PackageModel], warmup: int, rounds: int, t
     """
     results: dict[str, dict[str, Any]] = {}
     firsts: dict[str, list[float]] = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=rounds * len(subjects))
-        for number, subject in turns(subjects, rounds):
-            progress.update(task, description=subject.name)
-            if not number:
-                _generate(subject, warmup + 1)
-                weights = list(subject.network.parameters())
-                with eagerly(), Recorder([*weights, subject.batch]) as recorder:
-                    _generate(subject, tokens)
-                held = sum(weight.nbytes for weight in weights)
-                results[subject.name] = {
-                    "name": subject.name, "batch": list(subject.shape), "new_tokens": tokens, "tokens_per_second": [],
-                    "parameters": sum(weight.numel() for weight in weights), "parameter_bytes": held,
-                    "counted_peak_bytes": held + recorder.peak,
-                }  # fmt: skip
-                firsts[subject.name] = []
-                if subject.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(subject.device)
-            first, rest = _generate(subject, tokens)
-            firsts[subject.name].append(first)
-            result = results[subject.name]
-            result["tokens_per_second"].append(subject.shape[0] * (tokens - 1) / rest if tokens > 1 else 0.0)
-            result["first_token_seconds"] = statistics.median(firsts[subject.name])
-            on_gpu = subject.device.type == "cuda"
-            result["peak_memory_bytes"] = torch.cuda.max_memory_allocated(subject.device) if on_gpu else None
-            progress.advance(task)
+    for number, subject in turns(subjects, rounds):
+        if not number:
+            _generate(subject, warmup + 1)
+            weights = list(subject.network.parameters())
+            with eagerly(), Recorder([*weights, subject.batch]) as recorder:
+                _generate(subject, tokens)
+            held = sum(weight.nbytes for weight in weights)
+            results[subject.name] = {
+                "name": subject.name, "batch": list(subject.shape), "new_tokens": tokens, "tokens_per_second": [],
+                "parameters": sum(weight.numel() for weight in weights), "parameter_bytes": held,
+                "counted_peak_bytes": held + recorder.peak,
+            }  # fmt: skip
+            firsts[subject.name] = []
+            subject.reset_peak_memory()
+        first, rest = _generate(subject, tokens)
+        firsts[subject.name].append(first)
+        result = results[subject.name]
+        result["tokens_per_second"].append(subject.shape[0] * (tokens - 1) / rest if tokens > 1 else 0.0)
+        result["first_token_seconds"] = statistics.median(firsts[subject.name])
+        result["peak_memory_bytes"] = subject.peak_memory()
     return list(results.values())
 
 

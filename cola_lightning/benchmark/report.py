@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -54,12 +55,9 @@ def report(results: list[dict[str, Any]], subject: BenchmarkTarget, file: str | 
 
 def processor() -> str:
     """Name this machine's processor, and how many cores it has."""
-    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{os.cpu_count()} x {names[0].partition(': ')[2] if names else platform.machine()}"
-
-
-def _lines(file: str) -> list[str]:
-    return Path(file).read_text(encoding="utf-8").splitlines() if Path(file).is_file() else []
+    file = Path("/proc/cpuinfo")
+    name = re.search("model name.*: (.*)", file.read_text(encoding="utf-8")) if file.is_file() else None
+    return f"{os.cpu_count()} x {name[1] if name else platform.machine()}"
 
 
 def _ratios(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

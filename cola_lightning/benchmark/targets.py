@@ -68,10 +68,8 @@ class BenchmarkTarget(ABC):
             network = self.make_network()
         self.network = self.precision.convert_module(network.to(self.device))
         self.optimizer = self.make_optimizer()
-        on_gpu = self.device.type == "cuda"
         # A data loader leaves a batch in pinned host memory, so that a GPU copies it while it computes.
-        self.batch = torch.randint(self.vocab_size, self.shape)
-        self.batch = self.batch.pin_memory() if on_gpu else self.batch
+        self.batch = torch.randint(self.vocab_size, self.shape, pin_memory=self.device.type == "cuda")
 
     def release(self) -> None:
         """Free the device's memory."""
@@ -79,6 +77,15 @@ class BenchmarkTarget(ABC):
         torch.compiler.reset()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def reset_peak_memory(self) -> None:
+        """Forget the peak so far of the allocator, on CUDA."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_memory(self) -> int | None:
+        """Return the peak of the allocator in bytes, on CUDA; else None."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     def autocast(self) -> Any:
         return self.precision.forward_context()

@@ -2,10 +2,10 @@
 
 import statistics
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -19,22 +19,23 @@ PARTS = ("data", "forward", "backward", "optimizer")
 
 
 def turns(subjects: Sequence[Target], rounds: int) -> Iterator[tuple[int, Target]]:
-    """Yield the number of a round and the subject that is measured next, which is built by then.
+    """Yield the number of a round and the subject that is measured next, which is built by then, under a progress bar.
 
     On a CPU all subjects take turns in every round, so that other work on the machine disturbs all of them alike. A GPU
     runs one program at a steady speed. There each subject is alone, so that its memory can be measured.
     """
-    if subjects[0].device.type == "cuda":
-        for subject in subjects:
-            subject.build()
-            yield from ((number, subject) for number in range(rounds))
-            subject.release()
-    else:
-        for subject in subjects:
-            subject.build()
-        yield from ((number, subject) for number in range(rounds) for subject in subjects)
-        for subject in subjects:
-            subject.release()
+    alone = subjects[0].device.type == "cuda"
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=rounds * len(subjects))
+        for group in [[subject] for subject in subjects] if alone else [subjects]:
+            for subject in group:
+                subject.build()
+            for number, subject in product(range(rounds), group):
+                progress.update(task, description=subject.name)
+                yield number, subject
+                progress.advance(task)
+            for subject in group:
+                subject.release()
 
 
 def measure_training(
@@ -56,30 +57,24 @@ def measure_training(
     """
     results: dict[str, dict[str, Any]] = {}
     seconds: dict[str, dict[str, list[float]]] = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=rounds * len(subjects))
-        for number, subject in turns(subjects, rounds):
-            progress.update(task, description=subject.name)
-            if not number:
-                results[subject.name] = {"name": subject.name, "batch": list(subject.shape), "tokens_per_second": []}
-                results[subject.name] |= count(subject)
-                seconds[subject.name] = {part: [] for part in ("step", *PARTS)}
-                for _ in range(warmup):
-                    subject.step()
-                if subject.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(subject.device)
-            result, found = results[subject.name], _time(subject, steps)
-            for part, values in found.items():
-                seconds[subject.name][part] += values
-            tokens = subject.shape[0] * subject.shape[1]
-            result["tokens_per_second"].append(tokens / statistics.median(found["step"]))
-            if number == rounds - 1:
-                on_gpu = subject.device.type == "cuda"
-                result["peak_memory_bytes"] = torch.cuda.max_memory_allocated(subject.device) if on_gpu else None
-                result["seconds"] = {part: statistics.median(v) for part, v in seconds[subject.name].items()}
-                if folder:
-                    _trace(subject, Path(folder))
-            progress.advance(task)
+    for number, subject in turns(subjects, rounds):
+        if not number:
+            results[subject.name] = {"name": subject.name, "batch": list(subject.shape), "tokens_per_second": []}
+            results[subject.name] |= count(subject)
+            seconds[subject.name] = {part: [] for part in ("step", *PARTS)}
+            for _ in range(warmup):
+                subject.step()
+            subject.reset_peak_memory()
+        result, found = results[subject.name], _time(subject, steps)
+        for part, values in found.items():
+            seconds[subject.name][part] += values
+        tokens = subject.shape[0] * subject.shape[1]
+        result["tokens_per_second"].append(tokens / statistics.median(found["step"]))
+        if number == rounds - 1:
+            result["peak_memory_bytes"] = subject.peak_memory()
+            result["seconds"] = {part: statistics.median(v) for part, v in seconds[subject.name].items()}
+            if folder:
+                _trace(subject, Path(folder))
     return list(results.values())
 
 

@@ -8,7 +8,6 @@
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -98,7 +97,7 @@ def read(path: str | Path) -> Checkpoint:
         case Format.FILE:
             weights = state.pop("state_dict")
         case Format.SHARDS:
-            weights = _read_shards(path)
+            weights = {name: tensor for part in _shards_in_parts(path) for name, tensor in part.items()}
         case Format.DEEPSPEED:
             weights = _read_deepspeed(path)
             # DeepSpeed converts everything to float32, even buffers of whole numbers. Take those as they were stored.
@@ -133,7 +132,7 @@ def weights_in_parts(path: Path) -> Iterator[dict[str, Tensor]]:
         case Format.DEEPSPEED:
             check_no_code(path)
             for file in sorted((path / "checkpoint").glob("*.pt")):
-                with plain_data_only(), _deepspeed(path):
+                with plain_data_only(), deepspeed_data(path):
                     state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
                 parts = state if isinstance(state, dict) else {}
                 optimizer, module = parts.get("optimizer_state_dict"), parts.get("module")
@@ -180,21 +179,13 @@ def _check_ours(state: Any, file: Path, has_weights: bool) -> None:
     expected = {"global_step": int} | ({"state_dict": dict} if has_weights else {})
     ours = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in expected.items())
     if not ours or not isinstance(state.get("hyper_parameters", {}), dict):
+        found = f"a {type(state).__name__}"
+        if isinstance(state, dict):
+            found = f"{len(state)} entries ({', '.join(map(str, list(state)[:3]))}{', …' if len(state) > 3 else ''})"
         raise InputError(
-            f"{file} holds no checkpoint of a run, but {_describe(state)}; weights that another program wrote are read "
+            f"{file} holds no checkpoint of a run, but {found}; weights that another program wrote are read "
             f"from a folder with config.json and model.safetensors"
         )
-
-
-def _describe(state: Any) -> str:
-    """Describe the content of a file in a few words."""
-    if not isinstance(state, dict):
-        return f"a {type(state).__name__}"
-    return f"{len(state)} entries ({', '.join(map(str, list(state)[:3]))}{', …' if len(state) > 3 else ''})"
-
-
-def _read_shards(path: Path) -> dict[str, Tensor]:
-    return {name: tensor for part in _shards_in_parts(path) for name, tensor in part.items()}
 
 
 def _shards_in_parts(path: Path) -> Iterator[dict[str, Tensor]]:
@@ -218,26 +209,7 @@ def _shards_in_parts(path: Path) -> Iterator[dict[str, Tensor]]:
 
 def _read_deepspeed(path: Path) -> dict[str, Tensor]:
     check_no_code(path)
-    with plain_data_only(), _deepspeed(path):
-        from deepspeed.utils.zero_to_fp32 import (
-            get_fp32_state_dict_from_zero_checkpoint,
-        )
+    with plain_data_only(), deepspeed_data(path):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         return get_fp32_state_dict_from_zero_checkpoint(str(path), tag="checkpoint")
-
-
-@contextmanager
-def _deepspeed(path: Path) -> Iterator[None]:
-    """Allow the plain data of DeepSpeed to be read.
-
-    Raises:
-        InputError: If DeepSpeed is not installed.
-    """
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(deepspeed_data())
-        except ImportError:
-            raise InputError(
-                f"{path} was written by DeepSpeed, which is not installed; pip install deepspeed"
-            ) from None
-        yield

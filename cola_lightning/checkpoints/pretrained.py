@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cola_lightning.checkpoints.pretrained_config import network_arguments, read_json, read_key
+from cola_lightning.checkpoints.pretrained_config import network_arguments, read_key
 from cola_lightning.errors import InputError, UnusableModelError
 from cola_lightning.models import Llama
+from cola_lightning.stored_data import read_json
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -54,6 +55,8 @@ def load_model(folder: str | Path) -> Llama:
             "(peft: merge_and_unload, then save_pretrained)"
         )
     file = folder / "config.json"
+    if not file.exists():
+        raise InputError(f"{file} does not exist; name a folder with config.json and model.safetensors")
     settings = read_json(file)
     config, projection = network_arguments(settings, file)
     weights = _one_dtype(dict(_translate(name, tensor) for name, tensor in _read_weights(folder).items()), folder)

@@ -1,6 +1,5 @@
 """Read the sizes and the projection of a network from ``config.json``, as transformers 5 reads it."""
 
-import json
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -19,23 +18,6 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 MISSING = object()
 LARGEST = 1e9
 """Largest size that is accepted. Products of larger ones would not fit into 64 bits."""
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read the JSON object in a file.
-
-    Raises:
-        InputError: If the file does not exist, or does not hold a JSON object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file} does not exist; name a folder with {file.name} and model.safetensors") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds a JSON {type(content).__name__}, not an object; is it another file?")
-    return content
 
 
 def read_key(config: dict[str, Any], file: Path, key: str, kind: type, default: Any = MISSING) -> Any:

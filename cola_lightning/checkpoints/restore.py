@@ -93,14 +93,9 @@ def check_progress(checkpoint: Mapping[str, Any], trainer: "lightning.Trainer") 
                 f"holds a schedule that is at step {schedule['last_epoch']}, after {checkpoint['global_step']} steps "
                 f"of the optimizer; {ALTERED}"
             )
-    loops = {
-        "fit": ("fit_loop", trainer.fit_loop),
-        "validate": ("validate_loop", trainer.validate_loop),
-        "test": ("test_loop", trainer.test_loop),
-        "predict": ("predict_loop", trainer.predict_loop),
-    }
     assert trainer.state.fn is not None, "the trainer runs nothing"
-    name, loop = loops[trainer.state.fn.value]
+    name = "_".join((trainer.state.fn.value, "loop"))
+    loop = getattr(trainer, name)
     if checkpoint.get("loops") is not None:
         # Another release of Lightning may write more or fewer counts, so no key is required here. Lightning itself
         # reports a count that it needs.
@@ -135,7 +130,9 @@ def first_step_explained(path: object) -> Iterator[None]:
 
 def _in_optimizer(error: BaseException) -> bool:
     """Say whether an error is from an optimizer's step, and not from the forward or backward pass that it calls."""
-    # Go from the outermost frame to the innermost, and note which of the two was entered last.
+    # Go from the outermost frame to the innermost, and note which of the two was entered last. Example: Lightning calls
+    # the optimizer's step, which calls the closure, which calls training_step. An error in training_step has frames of
+    # an optimizer and, after them, one of the closure: it is of the network. One in the update has no later closure.
     inside, trace = False, error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_name
@@ -160,7 +157,7 @@ def explain_restore(path: Callable[[], object]) -> Iterator[None]:
     """
     try:
         yield
-    except StoredDataError as error:
+    except StoredDataError as error:  # has a line of its own, which may not say in which checkpoint
         if path() is None or str(path()) in str(error):
             raise
         raise InputError(f"{path()} {error}") from error
@@ -203,7 +200,8 @@ def _lightning_refuses(error: Exception) -> bool:
     """Say whether Lightning raised an error for incompatible settings."""
     if isinstance(error, MisconfigurationException):
         return True
-    # Lightning also raises ValueError for them: it is Lightning's if the innermost frame is.
+    # Lightning also raises ValueError for them, and so do torch and others for faults. It is Lightning's if the
+    # innermost frame, where the error was raised, is in a file of Lightning.
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -8,7 +8,8 @@ first is needed for safety, because it acts on the bytes that are used.
 import io
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path, PurePath
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
@@ -62,14 +63,20 @@ def _set_variable(name: str, value: str | None) -> None:
         os.environ[name] = value
 
 
-@contextmanager
-def deepspeed_data() -> Iterator[None]:
-    """Allow ``torch.load`` to make the classes of plain data in DeepSpeed's checkpoints, inside this context."""
-    from importlib import import_module
+def deepspeed_data(path: Path) -> AbstractContextManager[Any]:
+    """Allow ``torch.load`` to make the classes of plain data in DeepSpeed's checkpoints, inside this context.
 
-    classes = [getattr(import_module(module), name) for module, names in _OF_DEEPSPEED.items() for name in names]
-    with torch.serialization.safe_globals(classes):
-        yield
+    Args:
+        path: The checkpoint, for the message.
+
+    Raises:
+        InputError: If DeepSpeed is not installed.
+    """
+    try:
+        classes = [getattr(import_module(module), name) for module, names in _OF_DEEPSPEED.items() for name in names]
+    except ImportError:
+        raise InputError(f"{path} was written by DeepSpeed, which is not installed; pip install deepspeed") from None
+    return torch.serialization.safe_globals(classes)
 
 
 def _load_mapped(path: str | Path) -> Any:
@@ -78,38 +85,38 @@ def _load_mapped(path: str | Path) -> Any:
 
 def _read_metadata(reader: FileSystemReader, file: Path) -> Metadata:
     """Read the index; this replaces ``FileSystemReader.read_metadata``."""
-    metadata = _index(file)
+    metadata = read_index(file.parent, file.name)
     metadata.storage_meta = metadata.storage_meta or StorageMeta()
     metadata.storage_meta.load_id = reader.load_id
     return metadata
 
 
-def read_index(path: Path) -> Metadata:
+def read_index(path: Path, name: str = ".metadata") -> Metadata:
     """Read the index of a sharded checkpoint: names, shapes and places of its tensors.
+
+    Args:
+        path: Folder of the checkpoint.
+        name: Name of the index in it.
 
     Raises:
         InputError: If it cannot be read, would run code, or claims more data than the folder holds.
     """
-    return _index(path / ".metadata")
-
-
-def _index(file: Path) -> Metadata:
-    """Read an index, and compare its claims with the files beside it."""
+    file = path / name
     try:
         metadata = parse_index(file.read_bytes())
     except ForeignError as error:
         raise InputError(f"{file} asks to load {error}, which may run code; the checkpoint is not opened") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{file} is not a readable index of a sharded checkpoint: {error}") from error
-    folder = file.parent
-    sizes = {name.name: name.stat().st_size for name in folder.iterdir() if name.is_file()}
+    # Compare what the index claims with the files beside it, before anybody allocates the tensors that it describes.
+    sizes = {name.name: name.stat().st_size for name in path.iterdir() if name.is_file()}
     for place, info in (metadata.storage_data or {}).items():
         if PurePath(info.relative_path).name != info.relative_path:
             raise InputError(f"{file} places {place.fqn} in {info.relative_path}, outside of the checkpoint")
         if info.relative_path not in sizes:
-            raise InputError(f"{folder} is not whole: {info.relative_path} with {place.fqn} is missing")
+            raise InputError(f"{path} is not whole: {info.relative_path} with {place.fqn} is missing")
         if info.offset + info.length > sizes[info.relative_path]:
-            raise InputError(f"{folder} is not whole: {info.relative_path} is cut short before the end of {place.fqn}")
+            raise InputError(f"{path} is not whole: {info.relative_path} is cut short before the end of {place.fqn}")
     if (claimed := tensor_bytes(metadata)) > sum(sizes.values()):
         raise InputError(f"{file} claims {claimed:,} bytes of tensors, but the folder holds {sum(sizes.values()):,}")
     return metadata

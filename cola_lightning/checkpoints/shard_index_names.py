@@ -17,6 +17,8 @@ class Name(str):
     """``module.name`` of a record class or a function, as the file spells it. It stays a text and is never imported."""
 
 
+# Tables of what a name may stand for, made from torch's own objects: str(torch.float32) is "torch.float32", as in the
+# file. Names are only compared with the keys, so a name that is in no table cannot be reached by any spelling.
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}
 _MEMORY_FORMATS = {  # by their number in torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING

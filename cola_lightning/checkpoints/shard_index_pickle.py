@@ -93,6 +93,7 @@ class Interpreter:
 
     def pop(self, count: int) -> list[Any]:
         """Pop so many values, the topmost last."""
+        # A mark among them means that the file takes more values than it has pushed since that mark.
         items = self.stack[-count:]
         if len(items) != count or any(item is _MARK for item in items):
             raise ValueError("too few values")
@@ -101,6 +102,7 @@ class Interpreter:
 
     def pop_to_mark(self) -> list[Any]:
         """Pop the values above the topmost mark, and the mark."""
+        # Example: of the stack [{}, MARK, "a", 1], the items are ["a", 1], and [{}] is left for set_items to fill.
         last = len(self.stack) - 1
         while self.stack[last] is not _MARK:
             last -= 1

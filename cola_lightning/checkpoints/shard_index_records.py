@@ -105,6 +105,11 @@ _OPTIONAL = {"offset", "index", "transform_descriptors"}
 """Fields that older versions of torch leave out."""
 
 
+# How a record comes to be, by opcodes: NEWOBJ makes it empty (shard_index_names.make_record), BUILD sets its fields, by
+# check_state. A file may leave BUILD out, or change a dict of a record after BUILD has looked at it. Therefore
+# parse_index asks check_record about every record again at the end, when the file can change nothing any more.
+
+
 def check_state(record: object, state: object) -> dict[str, Any]:
     """Check the state that an index sets on a record, before it is set.
 
@@ -143,15 +148,14 @@ def check_record(record: object) -> None:
 
 def _tensor_properties(state: Any) -> dict[str, Any]:
     """Make the fields of TensorProperties from the tuple that its ``__getstate__`` returns."""
-    dtype, layout, requires_grad, memory_format, pin_memory = state
-    fields = {
-        "dtype": dtype,
-        "layout": layout,
-        "requires_grad": requires_grad,
-        "memory_format": memory_format,
-        "pin_memory": pin_memory,
+    kinds = {
+        "dtype": torch.dtype,
+        "layout": torch.layout,
+        "requires_grad": bool,
+        "memory_format": torch.memory_format,
+        "pin_memory": bool,
     }
-    kinds = (torch.dtype, torch.layout, bool, torch.memory_format, bool)
-    if not all(isinstance(value, kind) for value, kind in zip(fields.values(), kinds, strict=True)):
+    fields = dict(zip(kinds, state, strict=True))
+    if not all(isinstance(value, kinds[name]) for name, value in fields.items()):
         raise ForeignError(f"TensorProperties of {state!r}"[:200])
     return fields

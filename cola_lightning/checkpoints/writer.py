@@ -83,13 +83,16 @@ class CheckpointWriter:
             problem = problem or getattr(owner, "problem", None)
         return problem
 
+    def _gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks."""
+        values = [value] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            distributed.all_gather_object(values, value, group=self.group)
+        return values
+
     def _agree(self, problem: str | None) -> str | None:
         """Exchange the problems of all ranks, and return the first."""
-        problems: list[str | None] = [problem]
-        if self.trainer.world_size > 1:
-            problems = [None] * self.trainer.world_size
-            distributed.all_gather_object(problems, problem, group=self.group)
-        return next(filter(None, problems), None)
+        return next(filter(None, self._gather(problem)), None)
 
     def _checksums(self, folder: Path) -> tuple[dict[str, int], str | None]:
         """Compute the checksums of a folder's files, each rank for its share of them, and exchange them.
@@ -104,11 +107,8 @@ class CheckpointWriter:
                 own = {name: checksum(folder / name) for name in names}
         except OSError as error:
             problem = str(error)
-        shares = [own]
-        if trainer.world_size > 1:
-            shares = [{} for _ in range(trainer.world_size)]
-            distributed.all_gather_object(shares, own, group=self.group)
-        return {name: crc for share in shares for name, crc in share.items()}, self._agree(problem)
+        checksums = {name: crc for share in self._gather(own) for name, crc in share.items()}
+        return checksums, self._agree(problem)
 
 
 class FileWriter(TorchCheckpointIO):

@@ -10,7 +10,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers
 
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.tokenizer import Tokenizer
-from cola_lightning.data.tokenizer_files import FindFile, find_tokenizer_files, read_settings
+from cola_lightning.data.tokenizer_files import FindFile, find_tokenizer_files, read_object, read_settings
 from cola_lightning.errors import InputError
 
 FILES = (
@@ -60,7 +60,7 @@ class FolderTokenizer(Tokenizer):
         tokenizer = cls.load(name)
         tokenizer.find = find_tokenizer_files(name, Retry())
         tokenizer._cut_as_llama(read_settings(tokenizer.find))
-        config, generation = (_read(tokenizer.find(file)) for file in ("config.json", "generation_config.json"))
+        config, generation = (read_object(tokenizer.find(file)) for file in ("config.json", "generation_config.json"))
         tokenizer.ids |= {key: config[key] for key in tokenizer.ids if config.get(key) is not None}
         stops = generation.get("eos_token_id", config.get("eos_token_id"))
         stops = stops if isinstance(stops, list) else [stops]
@@ -131,20 +131,3 @@ class FolderTokenizer(Tokenizer):
         for name in FILES:
             if (file := self.find(name)) is not None:
                 shutil.copyfile(file, folder / name)
-
-
-def _read(file: Path | None) -> dict[str, Any]:
-    """Read a JSON object; empty if there is no file.
-
-    Raises:
-        InputError: If the file is not a JSON object.
-    """
-    if file is None:
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds a JSON {type(content).__name__}, not an object")
-    return content

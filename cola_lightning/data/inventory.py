@@ -1,7 +1,6 @@
 """Describe the files of a source, and those of its folders that were left out."""
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from math import gcd
 from pathlib import Path
@@ -72,17 +71,15 @@ def _left_out(folder: Path, files: set[Path]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for root, folders, names in os.walk(folder):
         for name in sorted(folders):
-            path = Path(root, name)
-            hidden, linked = name.startswith("."), path.is_symlink()
-            if hidden or linked:
+            hidden = name.startswith(".")
+            if hidden or Path(root, name).is_symlink():
                 groups.setdefault("hidden folder" if hidden else "linked folder", []).append(name)
-        folders[:] = [name for name in folders if not name.startswith(".") and not Path(root, name).is_symlink()]
+                folders.remove(name)  # os.walk does not enter it then
         for name in sorted(names):
             if Path(root, name).resolve() not in files:
                 kind = "hidden file" if name.startswith(".") else "other file"
                 groups.setdefault(kind, []).append(name)
-    found = Counter({kind: len(names) for kind, names in groups.items()})
-    return [f"{_count(count, kind)} {_some(groups[kind])}" for kind, count in sorted(found.items())]
+    return [f"{_count(len(names), kind)} {_some(names)}" for kind, names in sorted(groups.items())]
 
 
 def _count(number: int, thing: str) -> str:

@@ -82,6 +82,8 @@ class LogicalShard:
         state = state or {"documents": [0] * len(sources), "tokens": [0] * len(sources), "rest": None}
         self.documents, self.tokens = list(state["documents"]), list(state["tokens"])
         self._held_out = list(state.get("held_out", [0] * len(sources)))  # before this object was made
+        # The head starts of one source over all logical shards are 1/2, 3/2 … (2L - 1)/2 of L in some order. ``spread``
+        # shifts that order by source, so that a logical shard is not early for all rare sources at once.
         spread = max(1, num_logical_shards // len(sources))
         self._head_start = [  # tokens
             ((index + source * spread) % num_logical_shards + 0.5) / num_logical_shards * shape.length
@@ -134,6 +136,8 @@ class LogicalShard:
         if self._rest is None:
             self._rest_source = self._next_source()
             self._rest, self._begin = self.sources[self._rest_source].next(self.index), 0
+        # Example: a document of 10 ids, of which the row before held 4. Of a row with 8 free places it gets ids 4 to 9,
+        # and the next call begins a new document in the 2 places that are left.
         piece = Piece(self._rest.ids[self._begin : self._begin + most], self._begin == 0)
         self._begin += len(piece.ids)
         self.tokens[self._rest_source] += len(piece.ids)
@@ -146,6 +150,8 @@ class LogicalShard:
         """Return the source that is furthest behind its share; the first of several."""
         if len(self.weights) == 1:
             return 0
+        # Tokens divided by weight are how far each source has come on a common scale. Example: of weights 3/4 and 1/4,
+        # 300 and 100 tokens are 400 and 400: both are where they should be, and the first of them is next.
         progress = [(self.tokens[i] + self._head_start[i]) / weight for i, weight in enumerate(self.weights)]
         return progress.index(min(progress))
 
@@ -153,6 +159,7 @@ class LogicalShard:
         """Resume within a document, with its ids from ``begin`` on, or by reading it where the state lacks them."""
         self._rest_source, shard, row = rest["source"], rest["shard"], rest["row"]
         if "ids" in rest:
+            # Positions count from the beginning of the document, which is not needed any more: fill it with zeros.
             left = np.array(rest["ids"], dtype=np.int32)
             ids = np.concatenate((np.zeros(rest["begin"], dtype=np.int32), left))
         else:
@@ -181,6 +188,7 @@ class LogicalShards:
     def batch(self, logical_shard: int, batch_size: int) -> Batch:
         """Make the next micro-batch of a logical shard; see :meth:`LogicalShard.batch`."""
         batch = self.logical_shards[logical_shard].batch(batch_size)
+        # A row may be made of the rest of a document alone, without a call of a reader. The state changed all the same.
         self.sources[0].touched.add(logical_shard)
         return batch
 
@@ -222,6 +230,7 @@ class MakeLogicalShards:
         """
         indices = list(indices)
         self._check(states)
+        # By source, and in each by logical shard, because a logical shard may take documents from another one's reader.
         sources = []
         for number, corpus in enumerate(self.corpora):
             readers = {

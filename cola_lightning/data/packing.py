@@ -74,6 +74,7 @@ class RowArrays:
         Returns:
             Number of ids written.
         """
+        # Example, T = 4: of [5, 6, 7, 8, 9, 1] the row is [5, 6, 7, 1], of [5, 1] it is [5, 1, pad, pad].
         kept = min(len(document), self.shape.length)
         self.ids[row, :kept] = document[:kept]
         self.ids[row, kept - 1] = document[-1]
@@ -90,6 +91,11 @@ class RowArrays:
             take: Returns the next piece, of at most the given number of ids, or None after the last document. The rest
                 of the row is then padding.
         """
+        # Example, T = 6, with a document mask. Pieces: the rest [8, 1] of a document, the document [5, 1], and [6, 7]
+        # of a longer one, which the next row continues. A document has no label at its first token, a rest has one:
+        #     ids           8  1  5  1  6  7
+        #     labels        8  1  -  1  -  7
+        #     document_ids  0  0  1  1  2  2
         ids, labels, document_ids = self.ids[row], self.labels[row], self.document_ids[row]
         filled = number = 0
         while filled < len(ids) and (piece := take(len(ids) - filled)) is not None:
@@ -99,7 +105,7 @@ class RowArrays:
             if piece.begins and self.shape.mask_documents:
                 labels[filled] = IGNORE
             filled, number = end, number + 1
-        document_ids[filled:] = number
+        document_ids[filled:] = number  # padding is a document of its own, so that no token looks at it
 
     def tensors(self) -> Batch:
         """Return the batch, without a copy: ``input_ids``, ``labels`` and, with a document mask, ``document_ids``."""
@@ -163,6 +169,7 @@ class Rows(Dataset):
         Example: with documents of 3, 2 and 6 ids, row 1 of T = 4 begins at position 4, which is the second id of
         document 1. Its pieces are the last id of document 1, and three ids of document 2.
         """
+        # side="right" skips empty documents, which begin and end at the same position.
         offsets = self.documents.offsets
         document = int(np.searchsorted(offsets, position, side="right")) - 1
 

@@ -90,10 +90,8 @@ def divide(shards: Sequence[int], logical_shard: int, num_logical_shards: int) -
     begin, end = logical_shard * len(shards), (logical_shard + 1) * len(shards)
     stretch = []
     for place in range(begin // num_logical_shards, -(-end // num_logical_shards)):
-        first, last = (
-            max(begin - place * num_logical_shards, 0),
-            min(end - place * num_logical_shards, num_logical_shards),
-        )
+        here = place * num_logical_shards  # the first unit of this shard
+        first, last = max(begin - here, 0), min(end - here, num_logical_shards)
         stretch.append((shards[place], Share(first, last, num_logical_shards)))
     return stretch
 
@@ -124,6 +122,9 @@ class Reader:
             ``taken``: documents of the block that were taken; ``through``: 1 if the pass has no document left.
     """
 
+    state: dict[str, int]
+    _documents: Iterator[Document]
+
     def __init__(
         self,
         corpus: Corpus,
@@ -133,15 +134,8 @@ class Reader:
         seed: str,
         state: dict[str, int] | None = None,
     ) -> None:
-        self.corpus, self.logical_shard, self.num_logical_shards, self.block, self.seed = (
-            corpus,
-            logical_shard,
-            num_logical_shards,
-            max(1, block),
-            seed,
-        )
-        self.state: dict[str, int]
-        self._documents: Iterator[Document]
+        self.corpus, self.logical_shard, self.num_logical_shards = corpus, logical_shard, num_logical_shards
+        self.block, self.seed = max(1, block), seed
         self._begin(state or _start(0))
 
     def begin_pass(self, number: int) -> None:
@@ -186,26 +180,28 @@ class Reader:
         Random(f"{self.seed}/{self.logical_shard}/{turn}").shuffle(stretch)
         return stretch
 
-    def _rows(self, stretch: list[tuple[int, Share]], unit: int, row: int) -> Iterator[tuple[int, int, Any]]:
-        """Yield the documents of the pass from a place on: place in the stretch, row, text or ids."""
+    def _rows(self, stretch: list[tuple[int, Share]], unit: int, row: int) -> Iterator[tuple[tuple[int, int], Any]]:
+        """Yield the documents of the pass from a place on: (place in the stretch, row), and text or ids."""
         for index in range(unit, len(stretch)):
             shard, share = stretch[index]
             for number, document in self.corpus.read(shard, row if index == unit else 0, share):
-                yield index, number, document
+                yield (index, number), document
 
     def _shuffled(
-        self, block: list[tuple[int, int, Any]], stretch: list[tuple[int, Share]], unit: int, row: int
+        self, block: list[tuple[tuple[int, int], Any]], stretch: list[tuple[int, Share]], unit: int, row: int
     ) -> Iterator[Document]:
         turn, taken = self.state["pass"], self.state["taken"]
         order = list(range(len(block)))
+        # The seed names the place where the block begins, so that a resumed reader, which reads the block again, gets
+        # the same order, and every other block another one.
         Random(f"{self.seed}/{self.logical_shard}/{turn}/{unit}/{row}").shuffle(order)
         # The next block begins at the row after the last one of this block.
-        end = _start(turn) | {"unit": block[-1][0], "row": block[-1][1] + 1}
-        entries = (block[index] for index in order[taken:])
-        for (index, number), ids in encode_in_batches(
-            (((index, number), document) for index, number, document in entries), self.corpus.encode
-        ):
+        last_unit, last_row = block[-1][0]
+        end = _start(turn) | {"unit": last_unit, "row": last_row + 1}
+        # Documents that were taken before are not encoded again.
+        for (index, number), ids in encode_in_batches((block[at] for at in order[taken:]), self.corpus.encode):
             taken += 1
+            # Set before the yield: the state is that after the document which is handed over now.
             here = {"pass": turn, "unit": unit, "row": row, "taken": taken, "through": 0}
             self.state = here if taken < len(order) else end
             yield Document(ids, stretch[index][0], number)
@@ -240,7 +236,7 @@ class SourceReaders:
             PassEndError: If its own stretch has none left, and another process has the other stretches.
             InputError: If the source has no document, or cannot be read.
         """
-        for _ in range(2):
+        for _ in range(2):  # what is left of this pass, then a whole pass; a source without a document ends here
             for other in self._in_turn(logical_shard):
                 reader = self.readers[other]
                 if reader.state["through"] and self.complete:
@@ -256,11 +252,8 @@ class SourceReaders:
             for reader in self.readers.values():
                 reader.begin_pass(reader.state["pass"] + 1)
             self.touched.update(self.readers)
-        reason = (
-            "every one is held out for validation"
-            if self.left_out[logical_shard]
-            else "every shard or every text is empty"
-        )
+        held_out = self.left_out[logical_shard]
+        reason = "every one is held out for validation" if held_out else "every shard or every text is empty"
         raise InputError(f"{self.readers[logical_shard].corpus.title} has no document; {reason}")
 
     def _in_turn(self, logical_shard: int) -> Iterator[int]:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import replace
 from multiprocessing import get_context
@@ -25,7 +24,7 @@ from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.data.worker_process import end_with_parent
 from cola_lightning.errors import InputError, hide_secrets
 from cola_lightning.output_files import write_whole
-from cola_lightning.stored_data import check_stored, is_stored_as
+from cola_lightning.stored_data import check_stored, is_stored_as, read_json
 
 
 def prepare(
@@ -103,7 +102,7 @@ def _prepare_split(corpus: TextCorpus, folder: Path, revision: str | None, num_w
     _write(folder / PLAN, plan)
     corpus.tokenizer.save(folder / TOKENIZER)
     _make(corpus, folder, missing, dtype, num_workers)
-    shards = [json.loads((folder / _record(shard)).read_text(encoding="utf-8")) for shard in range(len(corpus.shards))]
+    shards = [read_json(folder / _record(shard)) for shard in range(len(corpus.shards))]
     totals = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens")}
     if not totals["documents"]:
         raise InputError(f"{corpus.title} split {corpus.split!r} has no document; every text is empty")
@@ -168,11 +167,8 @@ def _make(corpus: TextCorpus, folder: Path, missing: list[int], dtype: str, num_
                 done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
                     future.result()
-                progress.update(
-                    task,
-                    advance=len(done),
-                    description=f"{corpus.title} {corpus.split}: {documents.value:,} documents, shards",
-                )
+                text = f"{corpus.title} {corpus.split}: {documents.value:,} documents, shards"
+                progress.update(task, advance=len(done), description=text)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -199,7 +195,7 @@ def _make_shard(shard: int) -> None:
     size = corpus.size(shard)
     offsets, kept = [0], []  # kept: numbers of the rows that have text
     with (folder / f"{shard:05}.ids.bin.part").open("wb") as file:
-        for row, ids in _encoded(corpus, shard):
+        for row, ids in encode_in_batches(corpus.read(shard), corpus.encode):
             if size is None:
                 # Rows without text are empty. If rows 0 and 3 have 5 and 7 ids: offsets [0, 5, 5, 5, 12].
                 offsets.extend([offsets[-1]] * (row + 1 - len(offsets)))
@@ -221,10 +217,8 @@ def _make_shard(shard: int) -> None:
     for name in (f"{shard:05}.ids.bin", *arrays):
         data = folder / f"{name}.part"
         with data.open("rb") as file:
-            files[name] = {
-                "bytes": data.stat().st_size,
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            }
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[name] = {"bytes": data.stat().st_size, "sha256": digest}
         data.replace(folder / name)
     record = {
         "source": corpus.shards[shard],
@@ -233,12 +227,9 @@ def _make_shard(shard: int) -> None:
         "size": size,
         "documents": len(kept),
         "tokens": offsets[-1],
+        "files": files,
     }
-    _write(folder / _record(shard), {**record, "files": files})
-
-
-def _encoded(corpus: TextCorpus, shard: int) -> Iterator[tuple[int, np.ndarray]]:
-    return encode_in_batches(corpus.read(shard), corpus.encode)
+    _write(folder / _record(shard), record)
 
 
 def _record(shard: int) -> str:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cola_lightning.distributed.ranks import cpu_group, tell_all
+
 
 class OneRank:
     """Exchanges values between ranks; this class is for a single rank. Every rank calls every method in the same
@@ -24,17 +26,12 @@ class OneRank:
 
 
 class AllRanks(OneRank):
-    """Exchanges values in a process group on the CPU, so that nothing waits for the device."""
-
-    def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo")
+    """Exchanges values between all ranks of the run."""
 
     def smallest(self, number: int) -> int:
         value = torch.tensor(number, dtype=torch.int32)
-        dist.all_reduce(value, dist.ReduceOp.MIN, group=self.group)
+        dist.all_reduce(value, dist.ReduceOp.MIN, group=cpu_group())
         return int(value)
 
     def gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return tell_all(value)

@@ -6,7 +6,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from itertools import chain
@@ -153,17 +153,10 @@ def _retry_after(error: Exception) -> float:
     """Return the seconds that a busy server asks to wait, at most an hour; 0 if it does not say."""
     for one in _chain(error):
         headers = getattr(one, "headers", None) or getattr(getattr(one, "response", None), "headers", None) or {}
-        value = headers.get("Retry-After")
-        if value is None:
-            continue
-        try:
-            seconds = float(value)
-        except ValueError:
-            try:
-                seconds = parsedate_to_datetime(value).timestamp() - time.time()
-            except ValueError:
-                continue
-        return min(max(seconds, 0.0), LONGEST_PAUSE)
+        with suppress(KeyError, ValueError):  # no such header, or nonsense in it
+            value = headers["Retry-After"]
+            seconds = float(value) if value.isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
+            return min(max(seconds, 0.0), LONGEST_PAUSE)
     return 0.0
 
 

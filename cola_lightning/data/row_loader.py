@@ -6,6 +6,7 @@ batch ahead, nor restores one rank's position on all ranks.
 
 import os
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache, partial
 from itertools import islice
 
@@ -19,6 +20,7 @@ from cola_lightning.data.worker_process import begin_worker, start_workers
 from cola_lightning.errors import InputError
 
 
+@dataclass(eq=False)
 class TrainLoader:
     """The whole training run as one sequence of batches: pass after pass over the rows, each in a new order.
 
@@ -43,25 +45,20 @@ class TrainLoader:
         overfit: Begin every iteration with the first rows, in their own order; for ``overfit_batches``.
     """
 
-    def __init__(
-        self,
-        rows: Dataset,
-        batch_size: int,
-        batches: int,
-        *,
-        seed: int,
-        position: int = 0,
-        replicas: int = 1,
-        rank: int = 0,
-        workers: int = 0,
-        batches_per_step: int = 1,
-        overfit: bool = False,
-    ) -> None:
-        self.rows, self.batch_size, self.batches, self.seed = rows, batch_size, batches, seed
-        self.overfit = overfit
-        self.position, self.replicas, self.rank, self.workers = position, replicas, rank, workers
-        self.batches_per_step = batches_per_step
-        self._permutation = lru_cache(maxsize=2)(self._shuffled)
+    rows: Dataset
+    batch_size: int
+    batches: int
+    _: KW_ONLY
+    seed: int
+    position: int = 0
+    replicas: int = 1
+    rank: int = 0
+    workers: int = 0
+    batches_per_step: int = 1
+    overfit: bool = False
+
+    def __post_init__(self) -> None:
+        self._permutation = lru_cache(maxsize=2)(self._shuffled)  # a batch may reach from one pass into the next
 
     def __len__(self) -> int:
         return self.batches
@@ -93,6 +90,7 @@ class TrainLoader:
         return torch.randperm(len(self.rows), generator=generator)  # type: ignore[arg-type]
 
 
+@dataclass(eq=False)
 class EvalLoader:
     """Gives every row exactly once over all ranks, in order, and the same number of batches to each rank.
 
@@ -100,8 +98,11 @@ class EvalLoader:
     are exact, and ranks that communicate in the forward pass stay in step.
     """
 
-    def __init__(self, rows: Dataset, batch_size: int, *, replicas: int = 1, rank: int = 0) -> None:
-        self.rows, self.batch_size, self.replicas, self.rank = rows, batch_size, replicas, rank
+    rows: Dataset
+    batch_size: int
+    _: KW_ONLY
+    replicas: int = 1
+    rank: int = 0
 
     def __len__(self) -> int:
         return -(-len(self.rows) // (self.batch_size * self.replicas))  # type: ignore[arg-type]

@@ -58,6 +58,22 @@ class Source:
         return hide_secrets("/".join(part for part in (self.path.rstrip("/"), self.name) if part))
 
 
+def check_weights(sources: list[Source]) -> None:
+    """Check that the weights of a mixture are shares, and that no source is named twice.
+
+    Raises:
+        InputError: Names the weights, if they are not.
+    """
+    weights = {source.title: source.weight for source in sources}
+    if len(weights) < len(sources):
+        raise InputError("two sources have the same path and name; each may be named once")
+    if any(weight <= 0 for weight in weights.values()) or abs(sum(weights.values()) - 1) > 1e-6:
+        raise InputError(
+            f"the weights of the sources are {weights}, in sum {sum(weights.values()):g}; they are shares of the "
+            f"tokens, each above 0, and must sum to 1"
+        )
+
+
 @dataclass
 class Found:
     """Files of a data set, by split.

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from enum import IntEnum
 from functools import partial
 from itertools import islice
@@ -48,6 +49,7 @@ class Verdict(IntEnum):
     READ = 2
 
 
+@dataclass(eq=False)
 class StreamLoader:
     """The whole training run as one sequence of batches, drawn from the logical shards in rotation.
 
@@ -93,46 +95,38 @@ class StreamLoader:
         StreamError: While iterating, on every rank, when one cannot read on.
     """
 
-    def __init__(
-        self,
-        make_logical_shards: MakeSomeLogicalShards,
-        num_logical_shards: int,
-        batch_size: int,
-        batches: int,
-        *,
-        state: dict[str, Any] | None = None,
-        replicas: int = 1,
-        rank: int = 0,
-        workers: int = 0,
-        batches_per_step: int = 1,
-        ranks: OneRank | None = None,
-        overfit: bool = False,
-    ) -> None:
-        consumers = replicas * max(1, workers)
-        if consumers > num_logical_shards:
+    make_logical_shards: MakeSomeLogicalShards
+    num_logical_shards: int
+    batch_size: int
+    batches: int
+    _: KW_ONLY
+    state: InitVar[dict[str, Any] | None] = None
+    replicas: int = 1
+    rank: int = 0
+    workers: int = 0
+    batches_per_step: int = 1
+    ranks: OneRank = field(default_factory=OneRank)
+    overfit: bool = False
+
+    def __post_init__(self, state: dict[str, Any] | None) -> None:
+        consumers = self.replicas * max(1, self.workers)
+        if consumers > self.num_logical_shards:
             raise InputError(
-                f"{replicas} ranks x {max(1, workers)} workers are more than the {num_logical_shards} logical shards; "
-                f"set --data.num_logical_shards to a multiple of {consumers}, or use fewer workers"
+                f"{self.replicas} ranks x {max(1, self.workers)} workers are more than the {self.num_logical_shards} "
+                f"logical shards; set --data.num_logical_shards to a multiple of {consumers}, or use fewer workers"
             )
-        self.make_logical_shards, self.num_logical_shards, self.batch_size, self.batches = (
-            make_logical_shards,
-            num_logical_shards,
-            batch_size,
-            batches,
-        )
-        self.replicas, self.rank, self.workers, self.batches_per_step = replicas, rank, workers, batches_per_step
-        self.ranks = ranks or OneRank()
         state = state or {"batches": 0, "assignment": {}, "logical_shards": {}}
         self.position: int = state["batches"]
         self.states: States = dict(state["logical_shards"])
         # Only another number of ranks or workers makes a new assignment. Otherwise the order would change on resuming.
         then = state["assignment"]
-        self.assignment = self._assign(
-            jointly=consumers == 1 or self._pass_ends(), began=then.get("began", self.position)
-        )
-        if (then.get("replicas"), then.get("workers")) == (replicas, max(1, workers)):
+        if (then.get("replicas"), then.get("workers")) == (self.replicas, max(1, self.workers)):
             self.assignment = then
-        self.overfit, self.start = overfit, (self.position, dict(self.states), self.assignment)
+        else:
+            # A pass that has ended for some logical shards can only be read on jointly.
+            jointly = consumers == 1 or self._pass_ends()
+            self.assignment = self._assign(jointly, began=then.get("began", self.position))
+        self.start = self.position, dict(self.states), self.assignment
 
     def __len__(self) -> int:
         return self.batches
@@ -140,8 +134,9 @@ class StreamLoader:
     def __iter__(self) -> Iterator[Batch]:
         if self.overfit:
             self.position, self.states, self.assignment = self.start[0], dict(self.start[1]), self.start[2]
-        verdict = Verdict.READ
-        failure = None
+        verdict, failure = Verdict.READ, None
+        # Each round of this loop reads under one assignment, with workers of its own. It ends when all ranks agree that
+        # a pass has ended, that the next pass has begun, or that a rank cannot read on.
         while verdict != Verdict.FAILED:
             try:
                 items = self._items()
@@ -149,6 +144,8 @@ class StreamLoader:
                 items = iter([error])
             try:
                 while True:
+                    # Fetch a whole optimizer step before a batch of it is given out. If a rank has not got its part,
+                    # all ranks drop theirs: positions and states still are those after the last complete step.
                     step, verdict, failure = self._fetch_step(items)
                     if verdict != Verdict.READ:
                         break
@@ -163,10 +160,12 @@ class StreamLoader:
             finally:
                 del items  # ends the workers now, even if a traceback keeps this frame
             if verdict == Verdict.PASS_END:
+                # From apart to jointly: every rank needs the states of all logical shards, of which it has its own.
                 self.states = self.ranks.merge(self._own_states())
                 short = self.position - self.assignment["began"] < LONG_PASS * self.replicas
                 self.assignment = self._assign(jointly=True, began=self.assignment["began"], always=short)
             elif verdict == Verdict.READ:
+                # From jointly to apart: every rank knows all states already.
                 self.assignment = self._assign(jointly=False, began=self.position)
         assert failure is not None
         raise failure

@@ -10,15 +10,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from cola_lightning.data.cache import cache_folder
 from cola_lightning.data.held_out import HeldOut
 from cola_lightning.data.identity import Identity
-from cola_lightning.data.inventory import describe_repeated_reads
 from cola_lightning.data.logical_shards import MakeLogicalShards
 from cola_lightning.data.packing import Rows
 from cola_lightning.data.prepared import PreparedCorpus, is_prepared
-from cola_lightning.data.rank_exchange import AllRanks
+from cola_lightning.data.rank_exchange import AllRanks, OneRank
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.row_beginnings import RowBeginnings, is_safe_to_cut
-from cola_lightning.data.source_lookup import Corpus, SourceLookup
-from cola_lightning.data.sources import DataFiles, Found, Source, TextCorpus
+from cola_lightning.data.source_lookup import Corpus, SourceLookup, pin_commits
+from cola_lightning.data.sources import DataFiles, Found, Source, TextCorpus, check_weights
 from cola_lightning.data.stream_loader import LoaderState, StreamError, StreamLoader
 from cola_lightning.data.token_data_module import IDENTITY, StoredState, TokenDataModule, resolve_global_batch_size
 from cola_lightning.data.tokenizer import Tokenizer
@@ -143,14 +142,7 @@ class StreamingDataModule(TokenDataModule):
             f"--data.num_logical_shards {self.num_logical_shards}",
             "take a small multiple of ranks x workers",
         )
-        weights = {source.title: source.weight for source in self.sources}
-        if len(weights) < len(self.sources):
-            raise InputError("two sources have the same path and name; each may be named once")
-        if any(weight <= 0 for weight in weights.values()) or abs(sum(weights.values()) - 1) > 1e-6:
-            raise InputError(
-                f"the weights of the sources are {weights}, in sum {sum(weights.values()):g}; they are shares of the "
-                f"tokens, each above 0, and must sum to 1"
-            )
+        check_weights(self.sources)
         if self.mask_documents and self.row_type == "padded":
             raise InputError("mask_documents is for packed rows; a padded row holds one document")
 
@@ -166,7 +158,7 @@ class StreamingDataModule(TokenDataModule):
 
     def setup(self, stage: str) -> None:
         self._stage = stage
-        # Rank 0 asks the hub, and tells the other ranks.
+        # 1. Rank 0 asks the hub, and tells the other ranks. With what it found, opening a corpus takes no request.
         self._lookup.found, self._named_tokenizer = ask_once(lambda: self._look_up(stage))
         self.tokenizer = self._load_tokenizer()
         self.row_shape = self._row_shape()
@@ -175,17 +167,15 @@ class StreamingDataModule(TokenDataModule):
             self._corpora = [self._lookup.open(source, self.tokenizer) for source in self.sources]
         validation = self._validation_set(self.tokenizer)
         self._held_out = validation.corpus
+        # 2. Compare the data with what the run began with, before anything is read from it.
         self._compare()
+        # 3. Say what was found, also what was left out, so that a file that is missing is noticed at the start.
         for source, corpus in zip(self.sources, self._corpora, strict=False):  # no corpora where nothing is trained
-            repeated = (
-                describe_repeated_reads(corpus.title, corpus.shards, self.num_logical_shards)
-                if not is_prepared(source)
-                else []
-            )
-            for line in [*self._lookup.describe(source, corpus), *repeated]:
+            for line in self._lookup.describe(source, corpus, self.num_logical_shards):
                 rank_zero_info(f"train on {line}")
         for line in self._lookup.describe(self.validation, self._held_out):
             rank_zero_info(f"validate on {line}")
+        # 4. Load the validation set, which ``prepare_data`` made. Training needs it too, to leave out copies of it.
         self._validation_documents = validation.load()
         rank_zero_info(f"validate on {self._validation_documents.summary()} of {validation.corpus.title}")
         self.validation_rows = Rows(self._validation_documents, self.row_shape)
@@ -233,6 +223,7 @@ class StreamingDataModule(TokenDataModule):
         if self.num_workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not outlive the fork of a worker
         held_out = HeldOut(self._validation_documents)
+        # A padded row holds only the beginning of a long document, so only that is tokenized, where this is safe.
         corpora: list[Any] = list(self._corpora)
         if self.row_type == "padded" and is_safe_to_cut(self.tokenizer):
             corpora = [
@@ -257,7 +248,7 @@ class StreamingDataModule(TokenDataModule):
             overfit=overfit_batches > 0,
             workers=self.num_workers,
             batches_per_step=trainer.accumulate_grad_batches,
-            ranks=AllRanks() if share["replicas"] > 1 else None,
+            ranks=AllRanks() if share["replicas"] > 1 else OneRank(),
             **share,
         )
         return self._loader
@@ -307,29 +298,14 @@ class StreamingDataModule(TokenDataModule):
 
     def _remember(self, state: dict[str, Any], training: bool, path: object = "the checkpoint") -> None:
         super()._remember(state, training, path)
-        if self._pin(state[IDENTITY]) and self._held_out:  # from Python, where this comes after setup
+        named = [*self.sources, self.validation]
+        pinned = pin_commits(named, self._revisions, state[IDENTITY])
+        *self.sources, self.validation = pinned
+        # The command line calls this before setup. From Python it may come after setup, which then looked up the newest
+        # commits and has to be done again at those of the run.
+        if pinned != named and self._held_out:
             self.prepare_data()
             self.setup(self._stage)
-
-    def _pin(self, began: Identity) -> bool:
-        """Pin each source to the commit that the run began with, unless another revision is named now; return whether
-        that changes anything."""
-        named = [*self.sources, self.validation]
-        pinned = []
-        for source, revision, then in zip(
-            named, self._revisions, [*began["sources"], began["validation"]], strict=False
-        ):
-            same = source.title == then["title"] and revision == then["revision"] and then["commit"]
-            pinned.append(replace(source, revision=then["commit"]) if same else source)
-        if len(pinned) != len(named) or pinned == named:
-            return False
-        *self.sources, self.validation = pinned
-        kept = [
-            (source.title, source.revision) for source, before in zip(pinned, named, strict=True) if source != before
-        ]
-        for title, commit in dict.fromkeys(kept):
-            rank_zero_info(f"{title} is read at commit {commit}, which the run began with")
-        return True
 
     def _settings(self) -> Identity:
         return {

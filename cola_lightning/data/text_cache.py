@@ -133,6 +133,7 @@ class TextFiles:
             raise cause or error from None
 
 
+@dataclass
 class CacheFolders:
     """The cache folders of some text files, one per tokenizer.
 
@@ -141,8 +142,8 @@ class CacheFolders:
         content: What their content depends on, besides the tokenizer.
     """
 
-    def __init__(self, cache_dir: Path, content: dict[str, Any]) -> None:
-        self.cache_dir, self.content = cache_dir, content
+    cache_dir: Path
+    content: dict[str, Any]
 
     def find(self, tokenizer: Tokenizer | None, vocab_size: int, named: bool) -> Path:
         """Return the folder for a tokenizer; it may not exist yet.
@@ -153,14 +154,12 @@ class CacheFolders:
             named: Whether the user named the tokenizer. Otherwise it may have been trained on this very text, which is
                 then in the folder for a trained one.
         """
-        if tokenizer is None:
-            return self._folder(vocab_size)
         trained = self._folder(vocab_size)
-        if not named and is_whole(trained, lambda: load(trained)):
-            kept = load(trained).tokenizer
-            if kept.fingerprint() == tokenizer.fingerprint():
-                return trained
-        return self._folder(tokenizer.fingerprint())
+        if tokenizer is None:
+            return trained
+        fingerprint = tokenizer.fingerprint()
+        kept = load(trained).tokenizer if not named and is_whole(trained, lambda: load(trained)) else None
+        return trained if kept and kept.fingerprint() == fingerprint else self._folder(fingerprint)
 
     def _folder(self, tokenizer: str | int) -> Path:
         key = json.dumps(self.content | {"tokenizer": tokenizer})

@@ -14,7 +14,7 @@ from cola_lightning.data.retry import Retry
 from cola_lightning.data.tokenizer_files import (
     check_file_size,
     find_tokenizer_files,
-    read_model_config,
+    read_object,
     read_settings,
     token_content,
 )
@@ -159,7 +159,7 @@ class Tokenizer:
         settings = read_settings(find)
         eos_id, pad_id = (_named_id(fast, settings, key, name) for key in ("eos_token", "pad_token"))
         if eos_id is None:
-            config = read_model_config(find)
+            config = read_object(find("config.json"))
             eos_id = _configured_id(fast, config, "eos_token_id", name)
             if pad_id is None and eos_id is not None:
                 pad_id = _configured_id(fast, config, "pad_token_id", name)

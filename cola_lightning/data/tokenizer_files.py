@@ -1,6 +1,5 @@
 """Find the files of a tokenizer in a folder or on the Hugging Face hub, and read its settings."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,9 @@ from huggingface_hub.errors import (
 
 from cola_lightning.data.retry import Retry
 from cola_lightning.errors import InputError
+from cola_lightning.stored_data import read_json
 
-TOKENIZER, SETTINGS, SPECIAL_TOKENS, MODEL = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "config.json",
-)
-
+TOKENIZER = "tokenizer.json"
 LARGEST = 2**28
 """Largest size of each file, in bytes. The largest tokenizer.json in use has about 35 million."""
 
@@ -76,17 +70,8 @@ def read_settings(find: FindFile) -> dict[str, Any]:
     Raises:
         InputError: If a file is not a JSON object.
     """
-    settings, special = (_read_object(find(name)) for name in (SETTINGS, SPECIAL_TOKENS))
+    settings, special = (read_object(find(name)) for name in ("tokenizer_config.json", "special_tokens_map.json"))
     return special | settings if "added_tokens_decoder" in settings else settings | special
-
-
-def read_model_config(find: FindFile) -> dict[str, Any]:
-    """Read the config.json of the model beside the tokenizer; empty if there is none.
-
-    Raises:
-        InputError: If it is not a JSON object.
-    """
-    return _read_object(find(MODEL))
 
 
 def token_content(settings: dict[str, Any], key: str) -> str | None:
@@ -104,19 +89,16 @@ def token_content(settings: dict[str, Any], key: str) -> str | None:
     return content
 
 
-def _read_object(file: Path | None) -> dict[str, Any]:
+def read_object(file: Path | None) -> dict[str, Any]:
+    """Read the JSON object in a file of a tokenizer or of the model beside it; empty if there is no file.
+
+    Raises:
+        InputError: If the file is too large, or is not a JSON object.
+    """
     if file is None:
         return {}
     check_file_size(file)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds a {type(content).__name__}, not a JSON object")
-    return content
+    return read_json(file)
 
 
 def check_file_size(file: Path) -> None:

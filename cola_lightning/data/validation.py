@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 
 
+@dataclass
 class ValidationSet:
     """The first documents of a corpus that have a number of tokens together.
 
@@ -31,24 +33,23 @@ class ValidationSet:
         shared: Whether the corpus is trained on too. Then only some documents are taken, by a hash of their places.
     """
 
-    def __init__(
-        self,
-        corpus: TextCorpus | PreparedCorpus,
-        tokenizer: Tokenizer,
-        tokens: int,
-        longest: int | None,
-        cache_dir: Path,
-        shared: bool = False,
-    ) -> None:
-        self.corpus, self.tokens, self.longest, self.shared = corpus, tokens, longest, shared
+    corpus: TextCorpus | PreparedCorpus
+    tokenizer: Tokenizer
+    tokens: int
+    longest: int | None
+    cache_dir: Path
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        corpus = self.corpus
         if isinstance(corpus, TextCorpus):
             # Times too, because only samples of large files are read.
             times = [Path(name).stat().st_mtime_ns if is_local(name) else 0 for name in corpus.shards]
             source: Any = [corpus.column, corpus.shards, corpus.fingerprints, times]
         else:
             source = corpus.index
-        content = json.dumps([source, tokenizer.fingerprint(), tokens, longest, shared])
-        self.folder = cache_dir / f"validation-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        content = json.dumps([source, self.tokenizer.fingerprint(), self.tokens, self.longest, self.shared])
+        self.folder = self.cache_dir / f"validation-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def make(self) -> None:
         """Tokenize the documents, unless the cache holds them.

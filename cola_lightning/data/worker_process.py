@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from cola_lightning.errors import InputError
 from cola_lightning.private_apis import on_unsendable_item
-from cola_lightning.signals import die_with_parent, leave_signals_to_parent
+from cola_lightning.signals import die_with_parent, leave_signals_to_parent, tell
 
 
 def start_workers(loader: DataLoader) -> Iterator[Any]:
@@ -54,7 +54,7 @@ def end_on_unsendable_batch() -> None:
     training process would wait for it without end. It does notice the end of a worker."""
 
     def end(error: Exception, batch: object) -> None:
-        _tell(f"a worker of the data could not send a batch: {error}; set --data.num_workers 0 to do without workers")
+        tell(f"error: a worker of the data could not send a batch: {error}; do without workers: --data.num_workers 0")
         os._exit(1)
 
     on_unsendable_item(end)
@@ -84,7 +84,7 @@ def _wait_for_parent(parent: int) -> None:
 
 
 def _end_without_parent(parent: int) -> None:
-    _tell(f"process {parent}, which started this worker of the data, has ended; so does the worker")
+    tell(f"error: process {parent}, which started this worker of the data, has ended; so does the worker")
     os._exit(1)
 
 
@@ -117,8 +117,3 @@ def _end_well() -> None:
             with suppress(AttributeError, OSError, ValueError):  # no stream, a closed pipe, a closed stream
                 stream.flush()
         os._exit(0)
-
-
-def _tell(text: str) -> None:
-    with suppress(OSError):  # of a terminal that was closed
-        os.write(2, f"error: {text}\n".encode())  # not by print, which a thread may hold at this moment

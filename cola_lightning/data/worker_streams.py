@@ -1,6 +1,9 @@
 """The stream of micro-batches that one process makes, from some logical shards or from all."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -17,12 +20,20 @@ MakeSomeLogicalShards = Callable[[Iterable[int], States], LogicalShards]
 """``f(numbers, states)`` makes logical shards, each from its state or, where it has none, from the beginning."""
 
 
-class Stream:
+@dataclass
+class Stream(ABC):
     """Makes the micro-batches of one process. Its last item is the exception that ended it, without a traceback, so
-    that it can be sent to another process."""
+    that it can be sent to another process.
 
-    def __init__(self, make_logical_shards: MakeSomeLogicalShards, states: States, batch_size: int) -> None:
-        self.make_logical_shards, self.states, self.batch_size = make_logical_shards, states, batch_size
+    Args:
+        make_logical_shards: Makes the logical shards that this process reads.
+        states: Where to resume.
+        batch_size: Rows of a micro-batch (B).
+    """
+
+    make_logical_shards: MakeSomeLogicalShards
+    states: States
+    batch_size: int
 
     def __iter__(self) -> Iterator[SentBatch | Exception]:
         try:
@@ -30,25 +41,20 @@ class Stream:
         except (InputError, PassEndError) as error:
             yield type(error)(*error.args)
 
+    @abstractmethod
     def batches(self) -> Iterator[SentBatch]:
-        raise NotImplementedError
+        """Yield micro-batches without end, each with the states of the logical shards that changed."""
 
 
+@dataclass
 class ApartStream(Stream):
     """Draws from some logical shards in rotation.
 
     Args:
-        make_logical_shards: Makes them.
-        states: Where to resume.
-        batch_size: Rows of a micro-batch (B).
         turns: Their numbers, in the order in which it draws from them.
     """
 
-    def __init__(
-        self, make_logical_shards: MakeSomeLogicalShards, states: States, batch_size: int, turns: list[int]
-    ) -> None:
-        super().__init__(make_logical_shards, states, batch_size)
-        self.turns = turns
+    turns: list[int]
 
     def batches(self) -> Iterator[SentBatch]:
         logical_shards = self.make_logical_shards(self.turns, self.states)
@@ -58,6 +64,7 @@ class ApartStream(Stream):
                 yield SentBatch(batch, logical_shards.changed())
 
 
+@dataclass
 class JointStream(Stream):
     """Draws from all logical shards in rotation, and sends this process's share of the micro-batches.
 
@@ -70,45 +77,35 @@ class JointStream(Stream):
         worker           0   0   1   1   0   0   1   1
 
     Args:
-        make_logical_shards: Makes the logical shards.
-        states: Where to resume.
-        batch_size: Rows of a micro-batch (B).
         position: Micro-batches of the run before the first of this stream, over all ranks.
         replicas: Number of ranks (R).
         rank: This rank.
-        num_logical_shards: Number of logical shards.
+        num_logical_shards: Number of logical shards (L).
         worker: This worker of the rank.
         workers: Processes per rank that read.
     """
 
-    def __init__(
-        self,
-        make_logical_shards: MakeSomeLogicalShards,
-        states: States,
-        batch_size: int,
-        position: int,
-        replicas: int,
-        rank: int,
-        num_logical_shards: int,
-        worker: int,
-        workers: int,
-    ) -> None:
-        super().__init__(make_logical_shards, states, batch_size)
-        self.position, self.replicas, self.rank = position, replicas, rank
-        self.num_logical_shards, self.worker, self.workers = num_logical_shards, worker, workers
+    position: int
+    replicas: int
+    rank: int
+    num_logical_shards: int
+    worker: int
+    workers: int
 
     def batches(self) -> Iterator[SentBatch]:
         logical_shards = self.make_logical_shards(range(self.num_logical_shards), self.states)
-        group = 0
-        while True:
+        for group in count():
+            # Make the batches of all ranks and of all workers, although only one of them is sent: what a logical shard
+            # draws near the end of a pass depends on what every other one has drawn before.
             first = self.position + group * self.replicas
             batches = [
                 logical_shards.batch((first + rank) % self.num_logical_shards, self.batch_size)
                 for rank in range(self.replicas)
             ]
+            # changed() is asked only here, so the states sent along are of all batches since this worker's last one,
+            # also of those that other workers send. Each is the state after the batch that it is sent with.
             if group % self.workers == self.worker:
                 yield SentBatch(batches[self.rank], logical_shards.changed())
-            group += 1
 
 
 class Streams(IterableDataset):

@@ -29,7 +29,7 @@ def ask_once(question: Callable[[], Answer]) -> Answer:
         except Exception as error:
             failure = error
             told[1] = str(error) if isinstance(error, InputError) else f"rank 0 failed: {type(error).__name__}: {error}"
-    dist.broadcast_object_list(told, src=0, group=_group(dist.group.WORLD))
+    dist.broadcast_object_list(told, src=0, group=cpu_group())
     if failure is not None:
         raise failure
     if told[1] is not None:
@@ -42,11 +42,15 @@ def tell_all(value: Any) -> list[Any]:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_group(dist.group.WORLD))
+    dist.all_gather_object(values, value, group=cpu_group())
     return values
+
+
+def cpu_group() -> Any:
+    """Return a process group of all ranks on the CPU, whatever device they compute on, so that nothing waits for it."""
+    return _group(dist.group.WORLD)
 
 
 @lru_cache(maxsize=1)
 def _group(world: Any) -> Any:
-    """Return a process group on the CPU, whatever device the ranks compute on."""
     return dist.new_group(backend="gloo")

@@ -101,7 +101,7 @@ class ZeROStrategy(DeepSpeedStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         check_no_code(Path(checkpoint_path))
-        with plain_data_only(), deepspeed_data():  # DeepSpeed itself unpickles
+        with plain_data_only(), deepspeed_data(Path(checkpoint_path)):  # DeepSpeed itself unpickles
             return super().load_checkpoint(checkpoint_path, weights_only=True)
 
 

@@ -111,6 +111,7 @@ def sum_step_tokens(trainer: L.Trainer, batch: Mapping[str, Tensor]) -> Tensor:
             "the batch lacks step_tokens, the number of tokens its optimizer step learns from; train by Trainer.fit, "
             "keep that entry where a hook makes batches anew, or set --model.mean_of_micro_batches true"
         )
+    # A copy, because all_reduce writes into it, and the batch belongs to whoever made it.
     tokens = batch["step_tokens"][0].clone()
     if trainer.world_size > 1:
         distributed.all_reduce(tokens)
@@ -147,6 +148,7 @@ class _WithStepTokens:
         # A loss is divided by the tokens of the whole step, so all micro-batches of a step are fetched before the first
         # of them is given out.
         batches = iter(self.loader)
+        # A run that resumes in the middle of an epoch has seen some batches of it; the loader skips them by itself.
         seen = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         while group := list(islice(batches, self._until_step(seen))):
             seen += len(group)
@@ -159,6 +161,8 @@ class _WithStepTokens:
         Example: in an epoch of 10 batches with 4 in a step, Lightning steps after 4, 8 and 10. So from 0 it is 4, from
         4 it is 4, from 8 it is 2; a run that resumes after 5 batches gets 3.
         """
+        # To the end of the step that ``seen`` is in, or of the epoch if that comes first. At least one batch, because a
+        # loader may hold more than Lightning expects.
         in_step, limit = self.trainer.accumulate_grad_batches, self.trainer.limit_train_batches
         last = min(self.trainer.num_training_batches, limit if isinstance(limit, int) else float("inf"))
         return int(max(1, min(in_step - seen % in_step, last - seen)))
@@ -203,7 +207,8 @@ def rescale_progress(progress: dict[str, Any], before: int, now: int) -> None:
         if ready % before:
             continue  # epochs that end with a shorter group: the count since the beginning decides nothing there
         for name, value in counts.items():
-            # Counts such as ``completed`` lie one behind ``ready`` within a batch, and keep that distance.
+            # Counts such as ``completed`` lie one behind ``ready`` within a batch, and keep that distance. Example from
+            # 4 to 2 micro-batches: ready 48 becomes 48 // 4 * 2 = 24, and completed 47 becomes 24 - (48 - 47) = 23.
             counts[name] = ready // before * now - (ready - value)
 
 

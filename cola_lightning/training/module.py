@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from cola_lightning.checkpoints.initialize import initialize_from_folder
-from cola_lightning.checkpoints.restore import check_progress, explain_restore, first_step_explained
+from cola_lightning.checkpoints.restore import explain_restore, first_step_explained
 from cola_lightning.distributed.sharding import shard
 from cola_lightning.errors import InputError
 from cola_lightning.models import FullRank, Llama, LlamaConfig, MakeProjection
@@ -26,7 +25,8 @@ from cola_lightning.optim import MakeOptimizer, MakeSchedule, WarmupCosine
 from cola_lightning.optim.schedules import check_schedule
 from cola_lightning.private_apis import is_accumulating
 from cola_lightning.training.allocator import keep_freed_memory
-from cola_lightning.training.data_checks import check_data_fits, rename_data_state
+from cola_lightning.training.checkpoint_state import adapt_checkpoint, restore_loss, store_loss
+from cola_lightning.training.data_checks import check_data_fits
 from cola_lightning.training.fit_loop import prepare_fit_loop
 from cola_lightning.training.gradient_accumulation import (
     accumulate,
@@ -34,7 +34,6 @@ from cola_lightning.training.gradient_accumulation import (
     check_last_group,
     loss_scale,
     postpone_stop,
-    rescale_progress,
     resume_stop,
     sum_step_tokens,
 )
@@ -44,8 +43,8 @@ from cola_lightning.training.losses import next_token_losses
 from cola_lightning.training.metrics import Perplexity, PublishedPerplexity, TokenLoss
 from cola_lightning.training.network import Transform, allocate_network, apply_transforms, compile_network
 from cola_lightning.training.optimizers import make_optimizer_and_schedule
-from cola_lightning.training.resumed_settings import OptimizerSettings, keep_patience
-from cola_lightning.training.trainer_attributes import attached_trainer, callbacks_of, datamodule_of
+from cola_lightning.training.resumed_settings import OptimizerSettings
+from cola_lightning.training.trainer_attributes import attached_trainer, datamodule_of
 
 BeforeUpdate = Callable[["LanguageModel", Optimizer, Tensor | None], None]
 """``f(module, optimizer, norm)`` is called between clipping and the optimizer's update. ``norm`` is the gradient norm
@@ -272,39 +271,21 @@ class LanguageModel(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the sums of the next logged mean over all ranks, and what ``on_load_checkpoint`` compares."""
-        sums = torch.stack([self.train_loss.loss_sum, self.train_loss.tokens])
-        checkpoint["train_loss"] = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        store_loss(self.trainer, self.train_loss, checkpoint)
         checkpoint["optimizer_settings"] = self._optimizer_settings.groups
         checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainer = attached_trainer(self)
-        if trainer:
-            check_progress(checkpoint, trainer)
-            rename_data_state(datamodule_of(trainer), checkpoint)
         trains = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-        averages = trainer and any(isinstance(callback, WeightAveraging) for callback in callbacks_of(trainer))
-        if trains and not averages and "current_model_state" in checkpoint:
-            # The stored weights are the average, and the stored optimizer state belongs to other weights.
-            raise InputError(
-                "the checkpoint holds an average of weights, of the callback WeightAveraging or EMAWeightAveraging, "
-                "which is not among --trainer.callbacks; name it again to go on"
-            )
+        if trainer:
+            adapt_checkpoint(trainer, checkpoint)
         self._stored_settings, self._is_restored = checkpoint.get("optimizer_settings"), trains
         if schedules := checkpoint.get("lr_schedulers"):
             # The stored schedule may be of another class. ``restore_settings`` steps the schedule of this run instead.
             self._stored_position, checkpoint["lr_schedulers"] = schedules[0]["last_epoch"], []
-        if trainer:
-            keep_patience(trainer, checkpoint.get("callbacks", {}))
-        if trainer and "micro_batches" in checkpoint and "loops" in checkpoint:
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-            rescale_progress(progress, checkpoint["micro_batches"], trainer.accumulate_grad_batches)
         self._has_weights = True
-        # The sums are of all ranks, so one rank takes them.
-        self.train_loss.reset()
-        sums = torch.tensor(checkpoint.get("train_loss", (0.0, 0.0)), dtype=torch.float64)
-        if trainer and trainer.is_global_zero and sums.any():
-            self.train_loss.update(*sums)
+        restore_loss(trainer, self.train_loss, checkpoint)
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
         self._has_weights = True

@@ -57,6 +57,8 @@ def note_validation(trainer: L.Trainer) -> None:
     states = _states(trainer)  # on all ranks, because a callback may sum over ranks in ``state_dict``
     if not trainer.is_global_zero:
         return
+    # A step after this one is in the note if the run was resumed from an earlier checkpoint, or went back to one. The
+    # model of that step will be another, so what is noted of it is void.
     note, now = _read(folder), trainer.global_step
     steps = [step for step in note["steps"] if step < now] + [now]
     kept = {
@@ -84,6 +86,7 @@ def restore_validated(trainer: L.Trainer) -> None:
     Raises:
         InputError: If the note holds a state that a callback cannot load.
     """
+    # The run's own note first: it is the newer one, if the checkpoint is of another run's folder.
     states: dict[str, Any] = {}
     for folder in _folders(trainer) if trainer.is_global_zero else []:
         if trainer.global_step in (noted := _read(folder)["callbacks"]):
@@ -129,6 +132,7 @@ def _read(folder: Path) -> _Note:
 def validate_if_pending(trainer: L.Trainer) -> None:
     """Validate the step that the run goes on from if that is pending; all ranks call this before the next step."""
     pending = _is_pending(trainer)
+    # Lightning counts the batches of this validation in any case. If it is made here, they must not count twice.
     count_validation_on_resume(trainer, count=not pending)
     if not pending:
         return
@@ -169,6 +173,8 @@ def _is_pending(trainer: L.Trainer) -> bool:
 def _is_finished(trainer: L.Trainer, note: _Note) -> bool:
     """Whether the step was validated and what callbacks knew after that is noted, or is in the checkpoint: one of
     another callback, such as ModelCheckpoint, is written after the validation."""
+    # "steps" says that step S was validated, "callbacks" what callbacks knew afterwards. Without the latter, the state
+    # must be in the checkpoint. A step_S.ckpt of this package lacks it, because it is written before the validation.
     step = trainer.global_step
     own = Path(trainer.ckpt_path or "").resolve().name == checkpoint_name(step)
     return step in note["callbacks"] or (step in note["steps"] and not own)

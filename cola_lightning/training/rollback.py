@@ -46,6 +46,8 @@ def _find_on_disk(trainer: L.Trainer, step: int) -> Path | None:
         paths |= {Path(path).resolve() for path in named if path}
         if getattr(callback, "dirpath", None):
             paths |= {path.resolve() for path in written(Path(callback.dirpath))}
+    # Prefer the newest state before the fault. If all checkpoints are later, the oldest is the next best: the fault may
+    # not be in it yet.
     steps = {path: made for path in paths if (made := _step(path)) is not None}
     before = sorted((path for path in steps if steps[path] <= step), key=steps.__getitem__, reverse=True)
     after = sorted((path for path in steps if steps[path] > step), key=steps.__getitem__)
@@ -86,18 +88,22 @@ def restore_checkpoint(trainer: L.Trainer, path: Path, exclude: type[Callback]) 
 def _restore(trainer: L.Trainer, path: Path, exclude: type[Callback]) -> None:
     strategy = trainer.strategy
     module = cast("LanguageModel", trainer.lightning_module)
-    # Under FSDP this loads the weights and the optimizer as well, and leaves only the rest for what follows.
+    # 1. Weights and optimizer, in the order in which Lightning restores. The module's hook changes what was read, so it
+    #    runs before that is loaded. Under FSDP the first line loads weights and optimizer, and leaves the rest.
     checkpoint = strategy.load_checkpoint(path, weights_only=True)
     module.on_load_checkpoint(checkpoint)
     strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
     if strategy.lightning_restore_optimizer:
         strategy.load_optimizer_state_dict(checkpoint)
+    # 2. Settings and schedule of this run, and the callbacks. A callback gets a copy, because it may keep the dict.
     module.restore_settings()  # also brings the schedule to its step
     for callback in callbacks_of(trainer):
         if not isinstance(callback, Checkpoint | exclude):
             callback.on_load_checkpoint(trainer, module, checkpoint)
             if callback.state_key in checkpoint["callbacks"]:
                 callback.load_state_dict(deepcopy(checkpoint["callbacks"][callback.state_key]))
+    # 3. The count of optimizer steps, which trainer.global_step reads. The counts of batches stay, because the data
+    #    goes on: the batches since the checkpoint are not trained on again.
     loop = trainer.fit_loop.epoch_loop
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
     loop.automatic_optimization.optim_progress.load_state_dict(progress)

@@ -47,7 +47,7 @@ def test_a_step_is_counted_and_timed(flags, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_networks_are_measured_side_by_side_with_another_own_and_anothers(flags, tmp_path):
+def test_networks_of_this_package_and_of_others_are_measured_in_turns(flags, tmp_path):
     overlay = REPOSITORY / "configs" / "method" / "cola_m.yaml"
     peers = ["--peer=tests.benchmark.peers:same", "--peer=tests.benchmark.peers:wrapped"]
     result = run(tmp_path, *flags, f"--against={overlay}", *peers)
@@ -82,7 +82,7 @@ def test_a_peer_learns_as_our_network_does(flags):
 
 
 @pytest.mark.slow
-def test_traces_are_chrome_traces(flags, tmp_path):
+def test_traces_are_written_in_chromes_format(flags, tmp_path):
     run(tmp_path, *flags, f"--profile={tmp_path / 'traces'}")
     [file] = (tmp_path / "traces").iterdir()
     assert file.name.endswith(".pt.trace.json")
@@ -91,7 +91,7 @@ def test_traces_are_chrome_traces(flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_generation(flags, tmp_path):
+def test_generation_is_counted_and_timed(flags, tmp_path):
     result = run(tmp_path, *flags, "--generate=5", "--data.batch_size=2")
     [subject] = result["subjects"]
     assert len(subject["tokens_per_second"]) == 2
@@ -108,7 +108,7 @@ def test_a_clock_gives_the_time_between_marks():
     assert clock.read() == []
 
 
-def test_flags_that_are_no_files_hold_for_all():
+def test_flags_beside_the_configs_apply_to_every_network():
     options, subjects = parse(["--config=x/a.yaml", "-c", "b.yaml", "--against=c.yaml,b.yaml", "--model.compile=true"])
     assert list(subjects) == ["a+b", "c+b"]
     assert subjects["c+b"][:3] == ["--config=c.yaml", "--config=b.yaml", "--model.compile=true"]
@@ -135,7 +135,7 @@ def test_what_cannot_be_is_refused(args, message):
         ("tests.benchmark.peers:nothing", "returned a str; it must return a torch module"),
     ],
 )
-def test_a_peer_that_is_none_is_refused(path, message, flags):
+def test_a_peer_that_is_no_module_is_refused(path, message, flags):
     cli = CLI(flags, run=False)
     with pytest.raises(InputError, match=message):
         ExternalModel(path, PackageModel("own", cli.trainer, cli.model, cli.datamodule)).build()

@@ -90,7 +90,7 @@ def test_files_of_other_callbacks_are_not_listed(file, tmp_path):
     assert written(tmp_path) == [file]
 
 
-def test_a_checkpoint_in_place_of_the_link_is_ordered_by_its_step(file, tmp_path):
+def test_a_last_ckpt_that_is_no_link_is_ordered_by_its_step(file, tmp_path):
     torch.save({"global_step": 5, "state_dict": {}, "loops": {}, "hyper_parameters": {}}, tmp_path / LINK)
     assert written(tmp_path) == [tmp_path / LINK, file]
 
@@ -104,7 +104,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
         latest_valid(tmp_path, patience=0)
 
 
-def test_damage_that_fails_the_check_itself_is_reported(file, folder):
+def test_damage_that_makes_the_check_itself_fail_is_reported(file, folder):
     content = bytearray(file.read_bytes())
     at = content.index(b"PK\x01\x02") + 8  # flags of the first entry of the zip's directory: now "encrypted"
     content[at] |= 1

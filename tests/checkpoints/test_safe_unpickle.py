@@ -39,7 +39,7 @@ def test_a_file_that_would_run_code_is_refused_unopened(tmp_path):
     assert not (tmp_path / "trace").exists()
 
 
-def test_a_harmless_class_is_refused_too(tmp_path):
+def test_even_a_harmless_class_is_refused(tmp_path):
     torch.save({"arguments": Namespace(lr=0.1)}, tmp_path / "old.ckpt")
     with pytest.raises(InputError, match=r"argparse\.Namespace"):
         check_no_code(tmp_path / "old.ckpt")

@@ -79,7 +79,7 @@ CASES = [(kind, *case) for kind, cases in CHANGES.items() for case in cases]
     ids=[f"{kind.__name__}-{change if isinstance(change, str) else next(iter(change))}" for kind, change, *_ in CASES],
     indirect=["case"],
 )
-def test_a_change_under_a_checkpoint(case, change, outcome, message):
+def test_a_change_of_the_data_is_refused_or_reported_when_a_run_resumes(case, change, outcome, message):
     data, state = case
     getattr(data, change)() if isinstance(change, str) else data.change(change)
     if outcome == "refused":

@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 @pytest.mark.parametrize(
     "overlay", ["prepared", "mixture", "fineweb_edu", "dclm", "slimpajama", "the_pile", "redpajama"]
 )
-def test_overlay_is_a_config_file(overlay, capsys):
+def test_each_config_of_data_is_read_with_its_values(overlay, capsys):
     with pytest.raises(SystemExit) as end:
         main(["fit", "--config", f"{CONFIGS}/data/{overlay}.yaml", "--print_config"])
     assert end.value.code == 0

@@ -87,7 +87,7 @@ def test_every_document_held_out_is_an_error(c4, tmp_path, folder):
         take(data, 1)
 
 
-def test_text_files_that_are_validated_on_too_and_copies_of_them_are_left_out(tmp_path, folder):
+def test_training_documents_that_equal_a_validation_document_are_left_out_of_text_files(tmp_path, folder):
     (folder / "held.txt").write_text("a text that is held out")
     (folder / "copy.txt").write_text("a text that is held out\n")
     for hidden in (".ipynb_checkpoints", ".git"):

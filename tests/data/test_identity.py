@@ -113,7 +113,7 @@ def test_a_run_stays_at_the_commit_of_the_hub_that_it_began_with(case, named, ex
         ({"contents": "a"}, {"contents": "b"}, "the files of c4 have other contents"),
     ],
 )
-def test_sources_of_the_hub_and_of_servers(then, now, outcome):
+def test_sources_of_the_hub_and_of_servers_are_compared_by_what_is_known_of_both(then, now, outcome):
     common = {"title": "c4", "column": "text", "place": "the hub", "commit": None, "files": 1, "names": "n"}
     common |= {"paths": None, "bytes": None, "sizes": None, "contents": None, "prepared": None}
     problem, note = identities.compare_sources(common | then, common | now)

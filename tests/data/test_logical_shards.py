@@ -132,7 +132,7 @@ def test_sources_are_mixed_by_their_share_of_the_tokens(packed):
     assert [tokens / total for tokens in rows.tokens] == pytest.approx(weights, abs=0.01)
 
 
-def test_blocks_shuffle_and_block_of_one_does_not():
+def test_documents_are_shuffled_in_blocks_and_a_block_of_one_keeps_the_order():
     straight = numbers_of(reader(Numbers([30]), block=1), 30)
     shuffled = numbers_of(reader(Numbers([30]), block=10), 30)
     assert straight == sorted(straight)

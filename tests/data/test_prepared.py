@@ -69,7 +69,7 @@ def test_prepared_shards_hold_what_the_source_yields_in_its_rows(source, c4, run
 
 
 @pytest.mark.parametrize("name", ["00001.ids.bin", "00002.offsets.npy"])
-def test_corrupted_shard_is_named(run, name):
+def test_a_corrupted_shard_is_named(run, name):
     folder = run()
     content = bytearray((folder / name).read_bytes())
     content[-3] ^= 1
@@ -168,7 +168,7 @@ def test_damaged_records(source, run):
         run()
 
 
-def test_source_without_a_document(run, tmp_path, source):
+def test_a_source_without_a_document_is_refused(run, tmp_path, source):
     write_shard(tmp_path / "empty.json.gz", ["", " "])
     with pytest.raises(InputError, match="has no document; every text is empty"):
         run(source=Source("json", data_files=f"{tmp_path}/empty.json.gz"))

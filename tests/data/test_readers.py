@@ -31,7 +31,7 @@ LINES = [f'{{"text": "document {number}"}}\n'.encode() for number in range(2000)
 
 @both
 @pytest.mark.parametrize("end", ["jsonl", "jsonl.gz", "jsonl.zst", "json.zst"])
-def test_compressed_lines_of_one_or_several_frames(read, end, tmp_path):
+def test_compressed_files_of_one_or_several_frames_are_read(read, end, tmp_path):
     halves = [b"".join(LINES[:1500]), b"".join(LINES[1500:])]
     pack = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}.get(end.rpartition(".")[2], bytes)
     (tmp_path / f"a.{end}").write_bytes(b"".join(map(pack, halves)))
@@ -75,7 +75,7 @@ def test_a_truncated_or_uncompressed_file_is_an_error_at_once(read, end, pack, t
 @pytest.mark.parametrize(
     ("end", "pack"), [("", bytes), (".gz", gzip.compress), (".zst", zstandard.ZstdCompressor().compress)]
 )
-def test_lines_from_a_server(ranges, end, pack, tmp_path):
+def test_lines_of_a_server_are_read_from_any_row(ranges, end, pack, tmp_path):
     (tmp_path / f"a.jsonl{end}").write_bytes(pack(b"".join(LINES)))
     server = Server(tmp_path)
     server.ranges = ranges
@@ -85,7 +85,7 @@ def test_lines_from_a_server(ranges, end, pack, tmp_path):
 
 
 @pytest.mark.parametrize(("end", "pack"), [("xz", lzma.compress), ("bz2", bz2.compress)])
-def test_damaged_shards_of_xz_and_bz2(end, pack, tmp_path):
+def test_damaged_shards_of_xz_and_bz2_are_named(end, pack, tmp_path):
     file = tmp_path / f"a.jsonl.{end}"
     for content in (pack(b"".join(LINES))[:-20], b"".join(LINES)):
         file.write_bytes(content)
@@ -180,7 +180,7 @@ def test_bad_utf_8_in_parquet_is_named(read, tmp_path):
         (b"one two three\0four", r"a\.txt holds NUL bytes, the first at offset 13"),
     ],
 )
-def test_plain_text(content, expected, tmp_path):
+def test_plain_text_is_decoded_or_refused(content, expected, tmp_path):
     (tmp_path / "a.txt").write_bytes(content)
     if content.startswith(text_values.BOM):
         assert READ["files"](tmp_path / "a.txt") == [expected]

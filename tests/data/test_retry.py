@@ -90,7 +90,7 @@ class BusyError(ConnectionError):
 
 
 @pytest.mark.parametrize(("value", "least"), [("7", 7), ("0", 0.01), ("nonsense", 0.01), ("a date", 60)])
-def test_retry_after_of_a_busy_server_is_honoured(monkeypatch, value, least):
+def test_a_busy_server_is_asked_again_after_the_time_that_it_states(monkeypatch, value, least):
     if value == "a date":
         value = format_datetime(datetime.now(UTC) + timedelta(seconds=90))
     pauses = []

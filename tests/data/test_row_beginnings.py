@@ -95,7 +95,7 @@ def test_rows_equal_those_of_whole_documents(name, length):
         assert part.characters < whole.characters
 
 
-def test_a_copy_of_a_held_out_document_is_told_from_one_that_only_begins_like_it():
+def test_a_document_that_only_begins_like_a_held_out_one_is_trained_on():
     tokenizer = Tokenizer.train(texts(1), 300)
     one, other = "the nation " * 100 + "a", "the nation " * 100 + "b"
     corpus = Texts(tokenizer)
@@ -116,7 +116,7 @@ def test_a_copy_of_a_held_out_document_is_told_from_one_that_only_begins_like_it
         (normalizers.NFD(), pre_tokenizers.WhitespaceSplit()),
     ],
 )
-def test_a_tokenizer_that_may_look_over_a_cut_gets_whole_texts(normalizer, pre_tokenizer):
+def test_texts_are_not_cut_for_a_tokenizer_that_may_look_beyond_a_word(normalizer, pre_tokenizer):
     fast = FastTokenizer(models.BPE({"a": 0, "b": 1, "</s>": 2}, []))
     if normalizer is not None:
         fast.normalizer = normalizer
@@ -125,7 +125,7 @@ def test_a_tokenizer_that_may_look_over_a_cut_gets_whole_texts(normalizer, pre_t
     assert not is_safe_to_cut(Tokenizer(fast, 2, None, "other"))
 
 
-def test_an_added_token_with_a_space_forbids_cutting():
+def test_texts_are_not_cut_if_an_added_token_holds_a_space():
     fast = FastTokenizer(models.BPE({"a": 0, "b": 1, "</s>": 2}, []))
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     assert is_safe_to_cut(Tokenizer(fast, 2, None, "plain"))

@@ -69,7 +69,7 @@ def test_folder_of_any_format_is_read_from_any_row_in_any_part(tmp_path, open_co
             assert list(corpus.read(0, start, Share(part, part + 1, 3))) == expected
 
 
-def test_files_and_text_column_are_arguments(tmp_path, open_corpus):
+def test_files_and_text_column_can_be_named(tmp_path, open_corpus):
     write(tmp_path, "parquet")
     corpus = open_corpus("parquet", data_files={"held_out": f"{tmp_path}/*-1*"}, split="held_out", text_column="url")
     assert list(corpus.read(0, 298)) == [(298, "http://x"), (299, "http://x")]
@@ -167,7 +167,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.mark.slow
-def test_revision_that_does_not_exist(tmp_path):
+def test_a_revision_that_does_not_exist_is_refused(tmp_path):
     """This needs a new process, because the client reads the hub's address at import."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()

@@ -52,7 +52,7 @@ def test_validation_is_the_first_tokens_and_the_same_for_every_world_size(c4, ro
     assert seen[0] == seen[1] == seen[2]
 
 
-def test_a_folder_needs_no_name_and_c4_has_its_own(c4, tmp_path):
+def test_a_folder_has_no_configuration_and_c4_has_en(c4, tmp_path):
     assert C4DataModule().sources[0].title == "allenai/c4/en"
     assert C4DataModule(name="realnewslike").sources[0].title == "allenai/c4/realnewslike"
     for shard in c4.glob("*.json.gz"):
@@ -193,7 +193,7 @@ def test_from_python_a_run_on_c4_resumes_as_any_stream_at_the_next_batch(c4, tmp
     assert fit(StreamingDataModule(**arguments(c4)), 3, ckpt_path=str(tmp_path / "last.ckpt")) == 3
 
 
-def test_batch_size_may_change_within_a_run_and_no_document_comes_twice(c4):
+def test_a_run_may_change_its_batch_size_and_repeats_no_document(c4):
     state, firsts = None, []
     for batch_size, count in ((2, 9), (5, 6), (1, 20)):
         data = resumed(c4, state, batch_size=batch_size)

@@ -126,7 +126,7 @@ def test_text_of_the_same_size_and_time_is_noticed(texts, tmp_path):
     assert any("Congress" in text for text in seen)
 
 
-def test_validation_files_of_their_own(corpus, tmp_path):
+def test_validation_files_can_be_named(corpus, tmp_path):
     (tmp_path / "held.txt").write_text("the war and the peace")
     data = module([corpus], tmp_path, validation_paths=[str(tmp_path / "held.txt")], rows="padded", sequence_length=400)
     assert documents(data.validation_rows, data.tokenizer) == {"the war and the peace"}
@@ -148,7 +148,7 @@ def test_a_corpus_that_cannot_be_used_is_named_before_training(content, message,
     assert not [path for path in (tmp_path / "cache").iterdir()]
 
 
-def test_a_bad_file_behind_a_good_one_is_named_too(corpus, tmp_path):
+def test_a_bad_file_after_a_good_one_is_named(corpus, tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
     with pytest.raises(InputError, match=r"bad\.txt is not UTF-8"):
         module([corpus, tmp_path / "bad.txt"], tmp_path)

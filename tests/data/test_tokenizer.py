@@ -40,7 +40,7 @@ def test_a_trained_bpe_encodes_any_text_and_is_loaded_from_disk(texts, tmp_path)
     assert again.encode([strange]) == [ids]
 
 
-def test_sentinels_are_neither_in_the_vocabulary_size_nor_in_encoded_text(tmp_path):
+def test_t5s_sentinels_count_neither_in_the_vocabulary_size_nor_in_encoded_text(tmp_path):
     tokenizer = Tokenizer.load(str(t5_like(tmp_path / "t5")))
     sentinel = tokenizer.fast.token_to_id("<extra_id_0>")
     assert tokenizer.vocab_size == sentinel

@@ -176,7 +176,7 @@ def test_without_a_network_the_cache_is_read_or_an_error_says_that_it_is_empty(h
         ({"special": {"pad_token": {"content": "[P]"}}}, r"names pad_token '\[P\]', which is not in its vocabulary"),
         ({"model": {"eos_token_id": 6}}, "has eos_token_id 6, which is not in its vocabulary"),
         ({"tokenizer": {"eos_token": 2}}, "a tokenizer's eos_token is 2; it must be the text of a token"),
-        ({"tokenizer": ["</s>"]}, "tokenizer_config\\.json holds a list, not a JSON object"),
+        ({"tokenizer": ["</s>"]}, "tokenizer_config\\.json holds a JSON list, not an object"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message, tmp_path):

@@ -64,7 +64,7 @@ def test_a_worker_ends_with_0_where_its_output_cannot_be_written():
 
 
 @pytest.mark.distributed
-def test_a_worker_of_a_fork_server_does_not_take_its_parent_for_gone():
+def test_a_worker_of_a_fork_server_sees_that_its_parent_lives():
     """Its parent is the server for the kernel, and "forkserver" is what Python 3.14 starts processes by."""
     assert end_of(begin_worker, os.getpid(), 0, method="forkserver") == 0
 
@@ -124,7 +124,7 @@ def begin_and_sleep(parent: int, ready: int) -> None:
     time.sleep(60)
 
 
-def test_sigterm_of_its_parent_ends_a_worker_at_once_and_that_of_others_does_not():
+def test_a_worker_ends_on_sigterm_of_its_parent_only():
     """PyTorch waits five seconds for a worker that it sent SIGTERM. A launcher sends it to all processes of a run."""
     reader, writer = os.pipe()
     process = multiprocessing.get_context("fork").Process(target=begin_and_sleep, args=(os.getpid(), writer))
@@ -162,7 +162,7 @@ STREAM = {"make_logical_shards": MAKE, "num_logical_shards": 4, "batch_size": 1,
 
 @pytest.mark.parametrize("room", [0, 3, 12])
 @pytest.mark.parametrize("kind", ["stream", "rows"])
-def test_workers_without_room_for_their_semaphores_are_one_clear_line(monkeypatch, capfd, kind, room):
+def test_if_there_is_no_room_for_semaphores_of_workers_one_line_says_so(monkeypatch, capfd, kind, room):
     """PyTorch's iterator, made in part, printed a second traceback at its deletion."""
     fill_memory(monkeypatch, room)
     loader = StreamLoader(**STREAM) if kind == "stream" else TrainLoader([{}] * 8, 2, 4, seed=0, workers=2)
@@ -188,7 +188,7 @@ def test_ranks_agree_that_workers_of_one_could_not_be_started(monkeypatch):
     assert agreed == [Verdict.FAILED]
 
 
-def test_a_system_that_starts_no_more_processes_is_one_clear_line(monkeypatch):
+def test_if_the_system_starts_no_more_processes_one_line_says_so(monkeypatch):
     def refuse(self):
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
@@ -205,7 +205,7 @@ def fit_where_one_rank_has_no_room(flags: list[str]) -> None:
 
 
 @pytest.mark.distributed
-def test_a_run_ends_on_all_ranks_where_the_workers_of_one_have_no_room(tiny_run, tmp_path):
+def test_all_ranks_end_if_the_workers_of_one_cannot_start(tiny_run, tmp_path):
     """The rank whose workers could not be started says so in one line; the other one does not wait for it."""
     flags = ["fit", *tiny_run, f"--run_dir={tmp_path / 'run'}", "--trainer.devices=2", "--trainer.strategy=ddp"]
     run = Run(fit_where_one_rank_has_no_room, [*flags, "--data.num_workers=1"], ranks=2, folder=tmp_path)

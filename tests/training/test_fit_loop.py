@@ -116,7 +116,7 @@ def test_other_micro_batches_leave_steps_and_validations_where_they_are(tmp_path
         (WholeRun, 3, {"limit_val_batches": 0}, []),
     ],
 )
-def test_the_last_model_is_validated_and_once(data, steps, settings, expected, tmp_path):
+def test_the_last_model_is_validated_once(data, steps, settings, expected, tmp_path):
     curves, trainer = fit(data, tmp_path, steps, **settings)
     assert curves["val/perplexity"] == expected
     if expected:
@@ -125,7 +125,7 @@ def test_the_last_model_is_validated_and_once(data, steps, settings, expected, t
         assert again["val/perplexity"] == shown
 
 
-def test_the_last_step_is_known_when_it_was_made(tmp_path):
+def test_the_last_step_is_recognized_once_it_is_made(tmp_path):
     seen = []
 
     class Look(L.Callback):
@@ -160,7 +160,7 @@ class Best(L.Callback):
 
 
 @pytest.mark.parametrize("noted", [True, False])
-def test_a_run_that_goes_back_knows_the_validation_of_that_step(tmp_path, noted):
+def test_a_run_that_goes_back_validates_that_step_again_only_if_the_note_lacks_it(tmp_path, noted):
     """The checkpoint of step 4 is written before the validation of step 4, the best one. If the note beside it lacks
     the states of that step, the step is validated again."""
     fit(WholeRun, tmp_path, 12, every=4, callbacks=[Best()])
@@ -181,7 +181,7 @@ def test_states_of_steps_without_a_checkpoint_are_dropped(tmp_path):
     assert list(note["callbacks"]) == [8, 12]
 
 
-def test_a_run_that_goes_back_strikes_out_what_it_makes_anew(tmp_path):
+def test_a_run_that_goes_back_removes_later_steps_from_the_note(tmp_path):
     fit(WholeRun, tmp_path, 12, every=4)
     assert validated(tmp_path) == [4, 8, 12]
     curves, _ = fit(WholeRun, tmp_path, 9, tmp_path / "step_00000004.ckpt")

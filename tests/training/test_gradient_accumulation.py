@@ -30,14 +30,14 @@ def test_accumulates_to_the_stated_batch_and_validates_at_the_stated_steps(repli
         assert run.val_check_interval == 100 * micro_batches
 
 
-def test_both_stated_and_equal_validate_at_the_stated_steps():
+def test_micro_batches_stated_beside_an_equal_global_batch_leave_validations_where_they_are():
     run = Trainer(interval=4, accumulate_grad_batches=2)
     for _ in range(2):
         accumulate(run, 8, 4)
         assert (run.accumulate_grad_batches, run.val_check_interval) == (2, 8)
 
 
-def test_both_stated_and_different_are_refused():
+def test_micro_batches_that_contradict_the_global_batch_are_refused():
     with pytest.raises(
         InputError, match=r"accumulate_grad_batches 4 .*global_batch_size 8, which is 2 x .*batch_size 4"
     ):
@@ -106,7 +106,7 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path):
         torch.testing.assert_close(found, expected_gradients(), rtol=1e-10, atol=1e-14)
 
 
-def test_the_published_mean_of_means_is_there_by_name(tmp_path):
+def test_the_published_mean_of_means_can_be_chosen(tmp_path):
     """It depends on how the batch is cut, and on nothing else."""
     gradients(1, str(tmp_path), 2, mean_of_micro_batches=True)
     found = torch.load(tmp_path / "0.pt", weights_only=True)[:2]  # the last step has one micro-batch, of two in a step
@@ -156,13 +156,13 @@ def test_a_batch_that_grows_during_the_run_is_counted_as_it_is_trained_on():
     assert seen_by_training_step(DataLoader(rows(), batch_size=1), max_epochs=2, callbacks=[grows]) == [pairs, FOURS]
 
 
-def test_a_loader_set_to_other_steps_than_the_trainer_is_counted_by_the_trainers():
+def test_tokens_are_counted_by_the_trainers_steps_if_the_loader_fetches_others():
     loader = DataLoader(rows(), batch_size=1)
     loader.batches_per_step = 3
     assert seen_by_training_step(loader, accumulate_grad_batches=4, max_epochs=1) == [FOURS]
 
 
-def test_an_epoch_that_ends_amid_a_step_is_refused_where_the_loader_fetches_whole_steps(corpus, tmp_path):
+def test_an_epoch_that_ends_within_a_step_is_refused_if_the_loader_fetches_whole_steps(corpus, tmp_path):
     data = TextDataModule([str(corpus)], vocab_size=300, sequence_length=32, batch_size=2, cache_dir=str(tmp_path))
     trainer = L.Trainer(
         accelerator="cpu", max_steps=6, accumulate_grad_batches=4, limit_train_batches=10, logger=False,
@@ -172,7 +172,7 @@ def test_an_epoch_that_ends_amid_a_step_is_refused_where_the_loader_fetches_whol
         trainer.fit(model(vocab_size=300), datamodule=data)
 
 
-def test_progress_counts_in_the_micro_batches_of_now():
+def test_restored_progress_counts_in_the_micro_batches_of_this_run():
     """Three steps of two micro-batches, saved in the hook before the last was counted as completed."""
     counts = {"ready": 6, "started": 6, "processed": 6, "completed": 5}
     progress = {"current": dict(counts), "total": dict(counts), "is_last_batch": False}

@@ -223,7 +223,7 @@ def test_a_step_that_is_not_logged_never_waits_for_the_device(keep, tmp_path, mo
     assert len(asked.asked) == 12
 
 
-def test_a_logged_step_is_seen_to_ask(tmp_path):
+def test_the_count_of_waits_notices_a_logged_step(tmp_path):
     """So that the test above can fail."""
 
     class Curious(LanguageModel):

@@ -123,7 +123,7 @@ def batches_validated(checkpoint) -> dict[str, int]:
     return loops["epoch_loop.val_loop.batch_progress"]["total"]
 
 
-def test_what_callbacks_made_of_a_validation_is_not_lost_before_the_next_checkpoint(start, tmp_path):
+def test_states_of_callbacks_after_a_validation_survive_a_stop_before_the_next_checkpoint(start, tmp_path):
     """The run is killed after the validation of step 3, whose checkpoint is older than that, and before another: the
     best value so far, and how long EarlyStopping has waited, are those of the run that went on."""
     flags = [
@@ -145,7 +145,7 @@ def test_what_callbacks_made_of_a_validation_is_not_lost_before_the_next_checkpo
     assert [step for step, _ in scalars(tmp_path)["val/perplexity"]] == [2, 5, 8]
 
 
-def test_what_is_counted_goes_on_over_a_stop_between_two_logs(start, tmp_path):
+def test_sums_between_two_logged_steps_survive_a_stop(start, tmp_path):
     """A run of two ranks logs every second step and is stopped after the third. The rows differ in length, so that the
     ranks count differently, and one rank's count is not the mean of both."""
     flags = ["--trainer.log_every_n_steps=2", "--data.rows=padded", "--trainer.callbacks+=BaselinePerplexity"]

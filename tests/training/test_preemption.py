@@ -105,7 +105,7 @@ def test_a_signal_to_one_rank_ends_all_after_a_whole_step(start, tmp_path):
 
 
 @pytest.mark.parametrize("gone", [0, 1])
-def test_where_one_rank_is_gone_the_other_stops_within_the_stated_time(start, tmp_path, gone):
+def test_if_one_rank_is_gone_the_other_stops_within_the_stated_time(start, tmp_path, gone):
     """Ten seconds, as recipes/cluster says; and the run goes on from its checkpoint."""
     life, flags = tmp_path / "life", ("--checkpoint.every_n_train_steps=1", "--trainer.max_steps=2000")
     run = start("run", *flags, *slow(life))

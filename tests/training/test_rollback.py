@@ -23,7 +23,7 @@ def write(folder, step, **more):
     return path
 
 
-def test_the_newest_from_before_is_taken_and_else_the_oldest(tmp_path):
+def test_the_newest_checkpoint_up_to_the_step_is_taken_or_else_the_oldest_after_it(tmp_path):
     paths = {step: write(tmp_path, step) for step in (8, 4, 12)}
     (tmp_path / "last.ckpt").symlink_to(paths[12].name)
     assert find_checkpoint(trainer(tmp_path, last=paths[12]), 11) == paths[8]
@@ -31,7 +31,7 @@ def test_the_newest_from_before_is_taken_and_else_the_oldest(tmp_path):
     assert find_checkpoint(trainer(tmp_path), 3) == paths[4]
 
 
-def test_what_is_damaged_or_holds_weights_alone_is_passed_over(tmp_path):
+def test_damaged_checkpoints_and_those_of_weights_alone_are_skipped(tmp_path):
     good, altered, short = (write(tmp_path, step) for step in (2, 4, 6))
     content = bytearray(altered.read_bytes())
     content[len(content) // 2] ^= 1
@@ -42,7 +42,7 @@ def test_what_is_damaged_or_holds_weights_alone_is_passed_over(tmp_path):
         assert find_checkpoint(trainer(tmp_path), 9) == good
 
 
-def test_where_there_is_none_it_says_what_to_do(tmp_path):
+def test_without_a_checkpoint_the_error_says_what_to_do(tmp_path):
     with pytest.raises(InputError, match="no checkpoint of this run to go back to; write them more often"):
         find_checkpoint(trainer(tmp_path), 9)
     alone = trainer(tmp_path)

@@ -1,4 +1,4 @@
-"""Measure the throughput of the loaders: ``python -m cola_lightning.data.measure --help``."""
+"""Measure the throughput of the loaders: ``python recipes/data_loading/measure.py --help``."""
 
 import os
 import platform
