@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Lock, Thread
@@ -19,6 +19,14 @@ from typing import Any
 IMPORTED_LATE = ("attrs", "pydantic.main", "pydantic.type_adapter", "torch.profiler", "torch.utils.tensorboard")
 """Modules that a run imports only when it needs them."""
 _LOCK = Lock()
+
+
+def start_server() -> None:
+    """Start the server, which imports once what this process has imported, while this process does other things."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a look for a GPU does not initialize CUDA then
+    own = sorted(name for name in sys.modules if name.startswith("cola_lightning."))
+    forkserver.set_forkserver_preload([*IMPORTED_LATE, *own])
+    forkserver.ensure_running()
 
 
 def run(function: Callable[..., Any], arguments: tuple[Any, ...], log: Path, threads: int) -> int:
@@ -33,13 +41,11 @@ def run(function: Callable[..., Any], arguments: tuple[Any, ...], log: Path, thr
     Returns:
         The exit status; the negative number of a signal.
     """
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a look for a GPU does not initialize CUDA then
-    context = get_context("forkserver")
-    process = context.Process(target=_child, args=(function, arguments, str(log), threads, os.getpid()))
+    process = get_context("forkserver").Process(
+        target=_child, args=(function, arguments, str(log), threads, os.getpid())
+    )
     with _LOCK:
-        # The server imports once what this process has imported.
-        own = sorted(name for name in sys.modules if name.startswith("cola_lightning."))
-        context.set_forkserver_preload([*IMPORTED_LATE, *own])
+        start_server()  # unless it runs
         process.start()
     wait([process.sentinel])
     # A start reads the exit statuses of all other processes. If two threads read the same one at a time, one of them

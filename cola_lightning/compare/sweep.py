@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cola_lightning.compare.estimate import print_estimate
 from cola_lightning.compare.plan import KINDS, Flag, HeldOut, Method, Plan, Resolve, Trial
+from cola_lightning.compare.processes import start_server
 from cola_lightning.compare.report import write_report
 from cola_lightning.compare.trials import Command, SweepRunner
 from cola_lightning.errors import InputError
@@ -78,6 +79,8 @@ def compare(
         raise InputError(f"jobs is {jobs}; it must be 0 or more")
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; it must be at least 1")
+    if jobs and tokens_per_second is None:
+        start_server()
     root = Path(folder).expanduser().absolute()
     plan = Plan(
         configs or [], flags or {}, methods, matrix_rates, other_rates, seeds or [42, 43, 44], resolve, budgets,
@@ -151,7 +154,7 @@ def run_all(runner: SweepRunner, jobs: int) -> None:
             return {pool.submit(run, trial) for trial in stage}
 
         try:
-            runner.count(trials[0].method)  # alone, because it may prepare the data of all
+            runner.prepare_data()
             pending = set().union(*map(begin_stage, runner.plan.methods))
             while pending:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)

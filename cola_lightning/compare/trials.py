@@ -11,6 +11,7 @@ from threading import Lock
 from typing import Any
 
 import yaml
+from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities import rank_zero_warn
 
 from cola_lightning.checkpoints.latest import LINK, checkpoint_name, written
@@ -231,6 +232,15 @@ class SweepRunner:
                 f"another --folder, or delete the runs on the old text"
             )
 
+    def prepare_data(self) -> None:
+        """Let the data module make its cache, so that trials that run at a time do not all make it.
+
+        If that fails, the trials fail as well, and say why.
+        """
+        data = self.plan.configuration(self.plan.baseline, Rates(1, 1), 0)["data"]
+        self.root.mkdir(parents=True, exist_ok=True)
+        run(prepare_data, (data,), self.root / "data.log", self.threads)
+
     def count(self, method: str) -> None:
         """Count FLOPs and bytes of a method, unless they are known.
 
@@ -247,6 +257,15 @@ class SweepRunner:
         flags += [f"--config={folder / 'costs.yaml'}", "--trainer.logger=false"]
         if run(self.command, (flags,), folder / "costs.log", self.threads):
             rank_zero_warn(f"FLOPs and memory of {method} could not be counted, see {folder / 'costs.log'}")
+
+
+def prepare_data(settings: dict[str, Any]) -> None:
+    """Make the cache of a data module.
+
+    Args:
+        settings: ``class_path`` and ``init_args``.
+    """
+    instantiate_class((), settings).prepare_data()
 
 
 def reason_in(log: str) -> str:

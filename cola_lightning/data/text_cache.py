@@ -63,13 +63,12 @@ class TextFiles:
 
     def cache_folders(self) -> "CacheFolders":
         """Look at the files now."""
-        files = [str(file) for paths in (self.paths, self.validation_paths) if paths for file in find_files(paths)]
-        # Times too if only samples of the files are read. A copy of small files on another machine is the same text.
-        times = [] if are_hashed_whole(files) else [Path(file).stat().st_mtime_ns for file in files]
+        named = (self.paths, self.validation_paths)
+        parts = [[str(file) for file in find_files(paths)] if paths else [] for paths in named]
         content = {
             "format": CACHE_FORMAT,
-            "files": [files, fingerprint_files(files, Retry()), times],
-            "split": [self.paths, self.validation_paths, self.validation_fraction, self.seed],
+            "files": [_describe(files) for files in parts],
+            "split": None if self.validation_paths else [self.validation_fraction, self.seed],
             "text": [self.text_column, self.separator],
         }
         return CacheFolders(self.cache_dir, content)
@@ -131,6 +130,16 @@ class TextFiles:
             while cause is not None and not isinstance(cause, InputError):
                 cause = cause.__cause__
             raise cause or error from None
+
+
+def _describe(files: list[str]) -> list[Any]:
+    """Describe the content of files. Small ones are hashed as a whole, so that a copy anywhere is the same text.
+
+    Of large ones only samples are read, so their places and times count, too.
+    """
+    names = [Path(file).name for file in files]  # which tell the format
+    found = [names, fingerprint_files(files, Retry())]
+    return found if are_hashed_whole(files) else [*found, files, [Path(file).stat().st_mtime_ns for file in files]]
 
 
 @dataclass

@@ -91,6 +91,8 @@ def test_every_pair_of_rates_is_tried_at_the_smallest_budget_and_the_best_traine
             assert again["by_source"].keys() == ({"of war", "of law"} if budget == 1280 else set())
     assert not found
     assert not list((compared / "out").rglob("*.ckpt"))
+    # The text was looked at once before all runs, by a process that could have tokenized it.
+    assert "train on" in (compared / "out" / "data.log").read_text()
 
 
 def test_a_budget_ends_as_a_run_of_its_length_from_the_beginning(compared, tmp_path):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import pytest
 
@@ -71,15 +72,17 @@ def test_text_is_tokenized_once_and_again_after_it_changed(texts, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_a_copy_of_the_text_with_other_times_takes_the_cache(texts, tmp_path):
+def test_a_copy_of_the_text_takes_the_cache(texts, tmp_path):
     """Small files are known by their content, so that text and cache can move to another machine."""
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     module([file], tmp_path)
     [made] = (tmp_path / "cache").iterdir()
     os.utime(file, (1, 1))
-    module([file], tmp_path)
-    assert list((tmp_path / "cache").iterdir()) == [made]
+    (tmp_path / "elsewhere").mkdir()
+    for place in (file, shutil.copy(file, tmp_path / "elsewhere")):
+        module([place], tmp_path)
+        assert list((tmp_path / "cache").iterdir()) == [made]
 
 
 def test_a_changed_tokenizer_is_noticed(corpus, texts, tmp_path):
