@@ -8,10 +8,12 @@ import re
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from cola_lightning.cli.help_pages import asked_for, common_page
 from cola_lightning.columns import in_columns, wrap_paragraph
 from cola_lightning.errors import InputError, did_you_mean
+from cola_lightning.light_import import import_lightning
 
 TRAINER_COMMANDS = {
     "fit": ("Train", "Train a model, or go on with a run."),
@@ -83,15 +85,19 @@ def dispatch(args: list[str]) -> None:
             if topic == "common":
                 print(common_page(name, TRAINER_COMMANDS[name][1]))
                 return
-            command = importlib.import_module("cola_lightning.cli.lightning_cli")
-            options = [name, "--help"]
+            command, options = _lightning_cli(), [name, "--help"]
         case _:  # options before the name of one of Lightning's commands are its too
-            command = importlib.import_module("cola_lightning.cli.lightning_cli")
-            options = args
+            command, options = _lightning_cli(), args
+    import_lightning()
     from cola_lightning.cli.guards import guard_run
 
     with guard_run():
         command.run(options)
+
+
+def _lightning_cli() -> ModuleType:
+    import_lightning()
+    return importlib.import_module("cola_lightning.cli.lightning_cli")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets.exceptions import DatasetsError
 
 from cola_lightning.data.lines import COMPRESSED, LinePlace, read_lines
 from cola_lightning.data.passes import WHOLE, Share
@@ -135,6 +134,8 @@ def read_table(table: Any, name: str, column: str, start: int, share: Share) -> 
     Raises:
         InputError: As :func:`read_file`.
     """
+    from datasets.exceptions import DatasetsError
+
     numbers = count()
     try:
         for batch in table.with_format("arrow").iter(batch_size=TABLE_ROWS):

@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import DatasetBuilder, DownloadConfig, IterableDataset, load_dataset_builder
-from datasets.exceptions import DatasetsError
 from fsspec.core import url_to_fs
 
 from cola_lightning.data.identity import Identity, commit_of, describe_files, fingerprint_files
@@ -21,6 +19,9 @@ from cola_lightning.data.remote import storage_options, use_hub, with_package
 from cola_lightning.data.retry import Retry, failed_request
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError, hide_secrets
+
+if TYPE_CHECKING:  # imported where it is used, because that takes a second
+    from datasets import DatasetBuilder, IterableDataset
 
 UNFINISHED = (".part", ".partial", ".incomplete", ".crdownload", ".tmp", ".bak", "~")
 """Endings of incomplete files and copies, which ``datasets`` reads as data."""
@@ -207,7 +208,7 @@ class TextCorpus:
         return read_table(table, name, self.column, start, share)
 
     @cached_property
-    def _stream(self) -> IterableDataset:
+    def _stream(self) -> "IterableDataset":
         """Stream of ``datasets``, for formats that :func:`read_file` does not read."""
         builder = self.retry.call(lambda: _resolve(self.source), self.title)
         stream = builder.as_streaming_dataset(split=self.split)
@@ -223,7 +224,10 @@ class TextCorpus:
         return [np.array(ids, dtype=np.int32) for ids in self.tokenizer.encode(texts)]
 
 
-def _resolve(source: Source) -> DatasetBuilder:
+def _resolve(source: Source) -> "DatasetBuilder":
+    from datasets import DownloadConfig, load_dataset_builder
+    from datasets.exceptions import DatasetsError
+
     for name in _addresses(source):
         with_package(name)
     try:

@@ -5,9 +5,8 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from datasets import Dataset, Features, List, Value, load_from_disk
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import TypedDict
 
@@ -19,6 +18,9 @@ from cola_lightning.data.retry import Retry
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from cola_lightning.stored_data import check_stored
+
+if TYPE_CHECKING:  # imported where it is used, because that takes a second
+    from datasets import Dataset
 
 CACHE_FORMAT = 3
 DIGESTS = "ids.json"
@@ -84,6 +86,8 @@ class TextFiles:
         Raises:
             InputError: If the text cannot be read, or no document is left to train or to validate on.
         """
+        from datasets import Features, List, Value
+
         with new_folder(folder) as (content, temporary):
             train, validation = self._split(temporary)
             encoder = tokenizer or Tokenizer.train(_texts_of(train), vocab_size)
@@ -102,7 +106,7 @@ class TextFiles:
                 digests[name] = _digest(Documents(tokens.data.column("ids")))
             (content / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
 
-    def _split(self, temporary: Path) -> tuple[Dataset, Dataset]:
+    def _split(self, temporary: Path) -> "tuple[Dataset, Dataset]":
         documents = self._read(self.paths, temporary)
         if self.validation_paths:
             return _without_copies(documents, self._read(self.validation_paths, temporary))
@@ -115,7 +119,9 @@ class TextFiles:
         parts = documents.train_test_split(test_size=held_out, seed=self.seed)
         return _without_copies(parts["train"], parts["test"])
 
-    def _read(self, paths: list[str], temporary: Path) -> Dataset:
+    def _read(self, paths: list[str], temporary: Path) -> "Dataset":
+        from datasets import Dataset
+
         # A tuple, because the library calls the generator once per entry of a list, and would read a file twice that
         # two entries name.
         files = tuple(map(str, find_files(paths)))
@@ -177,6 +183,8 @@ class CacheFolders:
 
 def load(folder: Path) -> TokenizedText:
     """Load a cache folder; the ids stay on disk."""
+    from datasets import load_from_disk
+
     digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
     check_stored(digests, _Digests, folder / DIGESTS, "delete it")
     train, validation = (
@@ -185,7 +193,7 @@ def load(folder: Path) -> TokenizedText:
     return TokenizedText(Tokenizer.load(str(folder / "tokenizer")), digests, train, validation)
 
 
-def _without_copies(train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
+def _without_copies(train: "Dataset", validation: "Dataset") -> "tuple[Dataset, Dataset]":
     """Leave out of training each document that equals a validation document, and say how many."""
     held_out = set(map(_text_digest, _texts_of(validation)))
     kept = [index for index, text in enumerate(_texts_of(train)) if _text_digest(text) not in held_out]
@@ -199,7 +207,7 @@ def _without_copies(train: Dataset, validation: Dataset) -> tuple[Dataset, Datas
     return train, validation
 
 
-def _texts_of(documents: Dataset) -> Iterable[str]:
+def _texts_of(documents: "Dataset") -> Iterable[str]:
     return (text for batch in documents.iter(1000) for text in batch["text"])
 
 

@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from cola_lightning.errors import InputError
+from cola_lightning.light_import import not_compiled
 from cola_lightning.methods.arguments import check_at_least_one, check_choice, check_rank
 from cola_lightning.methods.recompute_callback import RecomputeCallback
 from cola_lightning.models.activation_checkpointing import (
@@ -152,7 +153,7 @@ class Recompute:
             set_recompute(block, self)
 
     # torch.compile must not trace this, because the backward pass below builds a graph of its own.
-    @torch.compiler.disable
+    @not_compiled
     def __call__(self, block: CrossLayerBlock, x: Tensor, rotary: Rotary, *received: Tensor) -> tuple[Tensor, ...]:
         return _Run.apply(self, block, rotary, len(received), x, *received, *weights_of(block))
 

@@ -4,6 +4,7 @@ import shlex
 from typing import Any
 
 from cola_lightning.cli.help_pages import FunctionHelp
+from cola_lightning.light_import import import_lightning
 
 GROUP = "Compare"
 EXAMPLE = "--config recipes/compare_methods/plan.yaml --folder runs/compare"
@@ -25,6 +26,7 @@ def help_page() -> FunctionHelp:
 def parse(args: list[str]) -> dict[str, Any]:
     """Parse the arguments of :func:`cola_lightning.compare.sweep.compare`."""
     help_page().show_if_asked(args)
+    import_lightning()
     from cola_lightning.cli.parser import parse_function
     from cola_lightning.compare.sweep import compare
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from cola_lightning.cli.help_pages import FunctionHelp
+from cola_lightning.light_import import import_lightning
 
 GROUP = "Use"
 EXAMPLE = "models/llama models/cola --projection CoLA --projection.rank 16"
@@ -22,6 +23,7 @@ def help_page() -> FunctionHelp:
 def parse(args: list[str]) -> dict[str, Any]:
     """Parse the arguments of :func:`cola_lightning.inference.factorize.factorize`."""
     help_page().show_if_asked(args)
+    import_lightning()
     from cola_lightning.cli.parser import parse_function
     from cola_lightning.inference.factorize import factorize
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from cola_lightning.cli.help_pages import FunctionHelp
+from cola_lightning.light_import import import_lightning
 
 GROUP = "Train"
 EXAMPLE = "--config configs/prepare/c4.yaml"
@@ -16,6 +17,7 @@ def help_page() -> FunctionHelp:
 def parse(args: list[str]) -> dict[str, Any]:
     """Parse the arguments of :func:`cola_lightning.data.prepare.prepare`."""
     help_page().show_if_asked(args)
+    import_lightning()
     from cola_lightning.cli.parser import parse_function
     from cola_lightning.data.prepare import prepare
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from cola_lightning.errors import InputError
+from cola_lightning.light_import import not_compiled
 from cola_lightning.methods.low_rank import LowRank
 from cola_lightning.models.activation_checkpointing import (
     LinearWithKnownOutput,
@@ -59,7 +60,7 @@ class Reversible:
             set_recompute(block, self)
 
     # torch.compile must not trace this, because the backward pass below builds graphs of its own.
-    @torch.compiler.disable
+    @not_compiled
     def __call__(self, block: Block, x: Tensor, rotary: Rotary) -> Tensor:
         if block is self.first:
             self.stream = Stream()  # one for each forward pass, because several may run before the first backward
