@@ -10,6 +10,8 @@ from cola_lightning import signals
 
 def main() -> None:
     """Own the signals of a training command, then import what it needs, which takes seconds, and run it."""
+    if sys.platform == "darwin":  # torch reads it when it is imported: compute on the CPU what Apple's GPU cannot
+        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     if sys.argv[1:2] and sys.argv[1] in ("fit", "validate", "test", "predict"):
         signals.die_with_launcher()
         signals.LISTENER.listen()

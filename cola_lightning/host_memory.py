@@ -4,11 +4,16 @@ Only the memory that is certainly needed is counted, which is much less than a r
 errors, such as one digit too many. Without them the user would wait, and then get an error from a library.
 """
 
+import math
 import os
-import resource
 from pathlib import Path
 
 from cola_lightning.errors import InputError
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 BYTES_PER_TOKEN = 16
@@ -63,11 +68,13 @@ def check_workers(num_workers: int) -> None:
 def memory_of_machine() -> float:
     """Return the bytes that a process can have: the least of the machine's, the container's and the shell's limit.
 
-    The shell's limit is that of ``ulimit -v``.
+    The shell's limit is that of ``ulimit -v``. Where none can be asked for, as on Windows, this is infinity, so
+    that nothing is refused.
     """
-    found = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY:
+    found = [math.inf]
+    if hasattr(os, "sysconf"):
+        found.append(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+    if resource is not None and (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
         found.append(limit)
     try:
         text = _CGROUP.read_text().strip()

@@ -298,10 +298,19 @@ class ExactParameters(nn.Module):
 
 
 class ExactMetric(Metric):
-    """Metric with states that are moved to the module's device, but not cast to its precision."""
+    """Metric with states that are moved to the module's device, but not cast to its precision.
+
+    On Apple's GPU (MPS), which has no float64, such states become float32.
+    """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = ()) -> Any:
-        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
+        def move(tensor: Tensor) -> Tensor:
+            try:
+                return fn(tensor).to(tensor.dtype)
+            except TypeError:  # torch's error for float64 on MPS
+                return fn(tensor.float()).float()
+
+        return super()._apply(move, exclude_state)
 
 
 # -- jsonargparse and argparse ----------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from contextlib import suppress
 from enum import Enum
 from typing import Any
 
-STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""Signals that ask a command to stop."""
+STOP = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+"""Signals that ask a command to stop. Windows has only the first two."""
 
 SECONDS_TO_END = 45.0
 """Seconds that a process which was told to stop may take from its last step to its end."""
@@ -54,7 +54,8 @@ class Listener:
             return False
         self.phase, self.noted = Phase.STARTING, 0
         reader, writer = os.pipe()
-        os.set_blocking(writer, False)
+        if hasattr(os, "set_blocking"):  # Windows has it from Python 3.12 on, and needs it only for sockets
+            os.set_blocking(writer, False)
         self._pipe = reader, writer, signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reader,), daemon=True, name="signals").start()
         for number in STOP:
@@ -137,7 +138,8 @@ def leave_signals_to_parent() -> None:
     """
     for number in STOP:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 
 def _do_nothing(*_: Any) -> None:
@@ -155,7 +157,7 @@ _FORKING = False
 
 def _at_fork() -> None:
     global _FORKING
-    if not _FORKING:
+    if not _FORKING and hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_in_child)
         _FORKING = True
 

@@ -17,6 +17,7 @@ from cola_lightning.callbacks.samples import Samples
 from cola_lightning.callbacks.source_tokens import SourceTokenCounter
 from cola_lightning.callbacks.step_seed import StepSeed
 from cola_lightning.callbacks.throughput import Throughput
+from cola_lightning.callbacks.training_picture import TrainingPicture
 
 __all__ = [
     "ActivationSpectrum",
@@ -36,4 +37,5 @@ __all__ = [
     "SourceTokenCounter",
     "StepSeed",
     "Throughput",
+    "TrainingPicture",
 ]

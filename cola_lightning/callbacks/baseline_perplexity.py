@@ -73,7 +73,8 @@ class BaselinePerplexity(L.Callback):
         model = trainer.callback_metrics.get("val/perplexity")
         if model is None or not len(self._validation):
             return
-        train, validation = self._counted().double(), self._sum(self._validation.clone()).double()
+        counts = self._counted(), self._sum(self._validation.clone())
+        train, validation = (each.cpu().double() for each in counts)  # Apple's GPU has no float64
         unigram = unigram_perplexity(train, validation)
         rank_zero_info(
             f"\nPerplexity on {int(validation.sum()):,} held-out tokens"

@@ -1,6 +1,6 @@
 """Memory in use, on the device and on the host."""
 
-import os
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -50,4 +50,4 @@ def on_cuda(trainer: L.Trainer) -> bool:
 
 def resident_bytes() -> int:
     """Return the resident set of this process in bytes, on Linux."""
-    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(STATM.read_text().split()[1]) * mmap.PAGESIZE

@@ -25,6 +25,9 @@ class Samples(L.Callback):
         top_k: Sample among the k likeliest tokens; null for all tokens.
         seed: Seed of the sampling, the same after each validation, so that only the model changes the text.
 
+    Attributes:
+        texts: The prompts with their continuations, of the last validation.
+
     Raises:
         InputError: If a setting is out of range; before training starts, if a prompt holds no token.
     """
@@ -40,7 +43,7 @@ class Samples(L.Callback):
         check_sampling(max_new_tokens, temperature, top_k, None, seed, prefix="Samples: ")
         self.prompts, self.max_new_tokens = prompts, max_new_tokens
         self.temperature, self.top_k, self.seed = temperature, top_k, seed
-        self._texts: list[str] = []
+        self.texts: list[str] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, FSDPStrategy):
@@ -55,7 +58,7 @@ class Samples(L.Callback):
         if trainer.sanity_checking:
             return
         tokenizer = datamodule_of(trainer).tokenizer
-        self._texts = []
+        self.texts = []
         for prompt in self.prompts:
             ids = torch.tensor(tokenizer.encode([prompt]), device=pl_module.device)[:, :-1]  # without the last id
             generator = torch.Generator(pl_module.device).manual_seed(self.seed)
@@ -71,12 +74,12 @@ class Samples(L.Callback):
                         generator=generator,
                     )
             except UnusableModelError as error:  # a model with NaN does not end the run: LossGuard may roll it back
-                self._texts.append(f"{prompt} ({error})")
+                self.texts.append(f"{prompt} ({error})")
                 continue
-            self._texts.append(tokenizer.decode(ids[0].tolist()))
-        for prompt, text in zip(self.prompts, self._texts, strict=True):
+            self.texts.append(tokenizer.decode(ids[0].tolist()))
+        for prompt, text in zip(self.prompts, self.texts, strict=True):
             write_text(trainer, f"samples/{prompt}", text)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for prompt, text in zip(self.prompts, self._texts, strict=False):  # no texts if nothing was validated
+        for prompt, text in zip(self.prompts, self.texts, strict=False):  # no texts if nothing was validated
             rank_zero_info(f"\nThe model continues {prompt!r}:\n  {' '.join(text.split())}")

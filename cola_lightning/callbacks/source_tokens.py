@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from cola_lightning.distributed.precision import widest_float
 from cola_lightning.training.log_steps import at_log_step
 from cola_lightning.training.trainer_attributes import datamodule_of
 
@@ -22,6 +23,11 @@ class SourceTokenCounter(L.Callback):
             return
         sources = data.source_counts()
         names = [f"data/{source}/{kind}" for source, counts in sources.items() for kind in counts]
-        counts = torch.tensor([count for counts in sources.values() for count in counts.values()], dtype=torch.float64)
-        totals = trainer.strategy.reduce(counts.to(trainer.strategy.root_device), reduce_op="sum")
+        device = trainer.strategy.root_device
+        counts = torch.tensor(
+            [count for counts in sources.values() for count in counts.values()],
+            dtype=widest_float(device),
+            device=device,
+        )
+        totals = trainer.strategy.reduce(counts, reduce_op="sum")
         pl_module.log_dict(dict(zip(names, totals.tolist(), strict=True)))

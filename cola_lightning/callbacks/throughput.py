@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from cola_lightning.costs import Flops, Run, gpu_reported
 from cola_lightning.data.packing import IGNORE
+from cola_lightning.distributed.precision import widest_float
 from cola_lightning.private_apis import FETCH
 from cola_lightning.stored_data import ALTERED, Count, check_stored
 from cola_lightning.training.log_steps import at_log_step
@@ -57,7 +58,7 @@ class Throughput(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the count of all ranks, which all call this. Every rank of a resumed run loads it."""
-        since = int(self._sum(self._since.to(self._device, torch.double)))
+        since = int(self._sum(self._since.to(self._device, widest_float(self._device))))
         return {"tokens": self.tokens + self._carried + since}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -100,9 +101,8 @@ class Throughput(L.Callback):
         if not at_log_step(trainer):
             return
         waited = self._fetches.take() if self._fetches is not None else 0.0
-        sums = torch.stack(
-            (self._since.double(), *self._since.new_tensor([self._positions, waited], dtype=torch.double))
-        )
+        dtype = widest_float(self._since.device)
+        sums = torch.stack((self._since.to(dtype), *self._since.new_tensor([self._positions, waited], dtype=dtype)))
         seen, positions, waited = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         now = time.perf_counter()
         seconds = now - self._started

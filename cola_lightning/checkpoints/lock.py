@@ -1,11 +1,15 @@
 """Lock a directory, so that one run at a time uses it."""
 
 import errno
-import fcntl
 import os
 import socket
 from contextlib import suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 from cola_lightning.errors import InputError
 
@@ -18,14 +22,14 @@ def lock(folder: Path) -> None:
     """Lock a folder against other processes, until :func:`release` or the end of this process.
 
     The lock is a POSIX record lock. It ends with its process, even after SIGKILL. Worker processes do not inherit it,
-    so a worker that outlives the run does not keep it. It works over NFS. If the file system has no locks, or the
-    folder cannot be written, nothing is locked.
+    so a worker that outlives the run does not keep it. It works over NFS. If the system (Windows) or the file system
+    has no such locks, or the folder cannot be written, nothing is locked.
 
     Raises:
         InputError: If another process has locked it.
     """
     folder = folder.absolute()
-    if folder in _LOCKED:
+    if fcntl is None or folder in _LOCKED:
         return
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:

@@ -6,6 +6,7 @@ folder (sharded checkpoints, DeepSpeed's) gets a list of its files with sizes an
 
 import json
 import os
+import sys
 import zlib
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
@@ -39,8 +40,14 @@ def checksum(file: Path) -> int:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk, not only in memory."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file or folder is on the disk, not only in memory.
+
+    Windows can open no folder, and flushes a file only for those who may write it.
+    """
+    windows = sys.platform == "win32"
+    if windows and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

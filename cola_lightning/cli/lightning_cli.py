@@ -41,7 +41,7 @@ from cola_lightning.cli.trainer_flags import (
     place_loggers,
 )
 from cola_lightning.data.token_data_module import TokenDataModule
-from cola_lightning.distributed.precision import check_precision
+from cola_lightning.distributed.precision import check_precision, plugins_beside
 from cola_lightning.distributed.strategies import check_strategy, check_world_size
 from cola_lightning.errors import InputError
 from cola_lightning.loggers import FaultTolerantTensorBoardLogger
@@ -276,6 +276,7 @@ class CLI(LightningCLI):
             (self.config_init[self.subcommand] if self.subcommand else self.config_init)["checkpoint"] = L.Callback()
             checkpoint.dirpath = None
         check_precision(trainer["precision"], trainer["accelerator"])
+        kwargs["plugins"] = plugins_beside(trainer["precision"], trainer["plugins"])
         check_strategy(trainer["strategy"])
         check_settings(trainer)
         try:

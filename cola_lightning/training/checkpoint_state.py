@@ -30,7 +30,7 @@ def restore_loss(trainer: L.Trainer | None, loss: TokenLoss, checkpoint: dict[st
     loss.reset()
     sums = torch.tensor(checkpoint.get(LOSS, (0.0, 0.0)), dtype=torch.float64)
     if trainer and trainer.is_global_zero and sums.any():
-        loss.update(*sums)
+        loss.update(*sums.to(loss.loss_sum))
 
 
 def adapt_checkpoint(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:

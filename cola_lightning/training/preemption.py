@@ -115,7 +115,7 @@ def requeue(number: int) -> None:
     For SIGTERM there is nothing to do: SLURM requeues a job that it preempts by itself, and a job that is cancelled
     must end.
     """
-    if number != signal.SIGUSR1 or "SLURM_JOB_ID" not in os.environ:
+    if signal.Signals(number).name != "SIGUSR1" or "SLURM_JOB_ID" not in os.environ:
         return
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:

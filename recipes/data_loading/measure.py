@@ -2,7 +2,7 @@
 
 import os
 import platform
-import resource
+import sys
 import time
 from collections.abc import Iterator
 from datetime import date
@@ -53,6 +53,8 @@ def measure(
         times: How often.
         workers: Numbers of worker processes to measure with.
     """
+    if sys.platform != "linux":
+        sys.exit(f"error: processor times are read from /proc, which {sys.platform} lacks; run this on Linux")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     sources: dict[str, dict[str, Any]] = {
         "streamed": {"path": "json", "data_files": {"train": files, "validation": validation_files}},
@@ -110,6 +112,8 @@ def _processor_time() -> float:
     """Return the processor time, in seconds, of this process and its workers, those that ended included."""
     stats = [Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split() for child in active_children()]
     ticks = sum(int(stat[11]) + int(stat[12]) for stat in stats)
+    import resource  # which Windows lacks
+
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK") + ended.ru_utime + ended.ru_stime
 

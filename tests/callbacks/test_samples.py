@@ -48,7 +48,7 @@ def test_a_network_that_gives_nan_does_not_end_the_run(texts):
         model.network.model.norm.weight[0] = float("nan")
     run.fit(model, datamodule=Data(batches, tokenizer))
     assert run.global_step == 2
-    assert samples._texts[0].startswith("the nation (the logits are NaN")
+    assert samples.texts[0].startswith("the nation (the logits are NaN")
 
 
 @pytest.mark.parametrize(

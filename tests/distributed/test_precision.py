@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cola_lightning.distributed.precision import check_precision
+from cola_lightning.distributed.precision import MixedPrecisionIfFast, check_precision, plugins_beside
 from cola_lightning.errors import InputError
 
 
@@ -37,3 +37,31 @@ def test_a_gpu_that_is_not_used_does_not_count(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(InputError, match="16-mixed needs a GPU"):
         check_precision("16-mixed", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("units", "in_use", "found"),
+    [
+        ({"avx512_bf16": True}, "AVX512", "bf16-mixed"),
+        ({"amx_bf16": True}, "AVX512", "bf16-mixed"),
+        ({"avx512_bf16": True}, "AVX2", "32-true"),
+        ({"avx512_bf16": False}, "AVX512", "32-true"),
+        ({}, "DEFAULT", "32-true"),
+    ],
+)
+def test_bf16_is_taken_where_the_processor_multiplies_it(monkeypatch, units, in_use, found):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: in_use)
+    plugin = MixedPrecisionIfFast()
+    assert plugin.precision == found
+    with plugin.forward_context():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if found == "bf16-mixed" else torch.float32)
+
+
+def test_a_precision_that_is_named_replaces_the_choice():
+    choice, other = MixedPrecisionIfFast(), object()
+    assert plugins_beside(None, [choice, other]) == [choice, other]
+    assert plugins_beside("32-true", [choice, other]) == [other]
+    assert plugins_beside("32-true", choice) == []
+    assert plugins_beside("32-true", None) is None
