@@ -1,11 +1,20 @@
 """The command, as ``python -m cola_lightning`` and as the installed script ``cola_lightning``."""
 
-import os
 import signal
 import sys
-from contextlib import suppress
 
-from cola_lightning import signals
+# Until main() runs, Ctrl-C ends the process as any signal does, because Python would print a traceback of its imports.
+# Only in a process of the command, not where this is imported.
+_EARLY = (__name__ == "__main__" or sys.argv[0].endswith("cola_lightning")) and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler
+)
+if _EARLY:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import os  # noqa: E402
+from contextlib import suppress  # noqa: E402
+
+from cola_lightning import signals  # noqa: E402
 
 
 def main() -> None:
@@ -20,6 +29,8 @@ def main() -> None:
         if not sys.flags.safe_path and os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
     try:
+        if _EARLY and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         from cola_lightning.cli.app import main as run
 
         run()

@@ -284,6 +284,24 @@ def test_the_installed_script_begins_where_python_m_does():
     assert project["scripts"]["cola_lightning"] == "cola_lightning.__main__:main"
 
 
+@pytest.mark.parametrize("command", ["fit", "generate"])
+def test_ctrl_c_during_the_first_imports_gives_no_traceback(command):
+    """Let one of the first imports send the signal: of the module that handles signals."""
+    code = (
+        "import builtins, os, runpy, signal, sys\n"
+        "usual = builtins.__import__\n"
+        "def interrupted(name, scope=None, *args, **names):\n"
+        "    if name == 'os' and (scope or {}).get('__name__') == '__main__': os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return usual(name, scope, *args, **names)\n"
+        "builtins.__import__ = interrupted\n"
+        f"sys.argv = ['cola_lightning', '{command}']\n"
+        "runpy.run_module('cola_lightning', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
+
+
 RANK = """
 import time
 from cola_lightning import signals

@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from cola_lightning.callbacks.log_lines import write_lines
 from cola_lightning.data.packing import IGNORE
 from cola_lightning.stored_data import ALTERED, StoredDataError
 from cola_lightning.training.module import LanguageModel
@@ -76,11 +76,15 @@ class BaselinePerplexity(L.Callback):
         counts = self._counted(), self._sum(self._validation.clone())
         train, validation = (each.cpu().double() for each in counts)  # Apple's GPU has no float64
         unigram = unigram_perplexity(train, validation)
-        rank_zero_info(
-            f"\nPerplexity on {int(validation.sum()):,} held-out tokens"
-            f"\n  uniform over the vocabulary {len(train):10,.1f}"
-            f"\n  unigram                     {unigram:10,.1f}"
-            f"\n  this model                  {float(model):10,.1f}"
+        write_lines(
+            trainer,
+            [
+                "",
+                f"Perplexity on {int(validation.sum()):,} held-out tokens",
+                f"  uniform over the vocabulary {len(train):10,.1f}",
+                f"  unigram                     {unigram:10,.1f}",
+                f"  this model                  {float(model):10,.1f}",
+            ],
         )
 
 

@@ -1,5 +1,6 @@
 """Progress as lines of text, for terminals, files, pipes and batch jobs."""
 
+import shutil
 import sys
 import time
 from collections import deque
@@ -8,8 +9,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities import rank_zero_info
 from rich import get_console
 
+from cola_lightning.columns import in_columns
 from cola_lightning.provenance import run_folder
 from cola_lightning.training.log_steps import at_log_step
 from cola_lightning.training.trainer_attributes import callbacks_of, is_fast_dev_run
@@ -33,7 +36,7 @@ class LogLines(L.Callback):
     A line of a logging interval has the step and the number of all steps, loss, learning rate, gradient norm before
     clipping, tokens per second, MFU if the device's peak is known, and the time left. The time left is estimated from
     the last intervals, with their validations. Where a terminal shows a progress bar, standard error gets the lines of
-    validations only. Rank 0 alone writes.
+    validations only. Rank 0 alone writes. ``validate``, ``test`` and ``predict`` leave ``train.log`` alone.
 
     Args:
         terminal: Write all lines to standard error: true, false, or null for only where no terminal shows a bar.
@@ -45,11 +48,10 @@ class LogLines(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # Not when training starts: a resumed run with no step left only makes a pending validation.
-        if stage != "fit":
-            return
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks_of(trainer))
         self._has_bar = has_bar and get_console().is_terminal
-        self._path = run_folder(trainer) / FILE if self.file and not is_fast_dev_run(trainer) else None
+        kept = self.file and stage == "fit" and not is_fast_dev_run(trainer)
+        self._path = run_folder(trainer) / FILE if kept else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._times = deque([(trainer.global_step, time.monotonic())], maxlen=INTERVALS + 1)
@@ -89,12 +91,19 @@ class LogLines(L.Callback):
         of = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
         self.write(trainer, " | ".join([f"step {trainer.global_step}{of}", *parts]), beside_bar)
 
-    def write(self, trainer: L.Trainer, line: str, beside_bar: bool = False) -> None:
-        """Write a line to standard error and, with the time, to ``train.log``."""
+    def write(self, trainer: L.Trainer, line: str, beside_bar: bool = False, shown: str | None = None) -> None:
+        """Write a line to standard error and, with the time, to ``train.log``.
+
+        Args:
+            trainer: The trainer.
+            line: The line.
+            beside_bar: Write to standard error also where a terminal shows a progress bar.
+            shown: What standard error gets in its place.
+        """
         if not trainer.is_global_zero:
             return
         if (beside_bar or not self._has_bar) if self.terminal is None else self.terminal:
-            print(line, file=sys.stderr, flush=True)
+            print(line if shown is None else shown, file=sys.stderr, flush=True)
         if self._path is None or not line:
             return
         try:
@@ -106,11 +115,34 @@ class LogLines(L.Callback):
 
 
 def write_lines(trainer: L.Trainer, lines: list[str]) -> None:
-    """Write lines through the :class:`LogLines` of a trainer, if it has one, also beside a progress bar."""
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, LogLines):
-            for line in lines:
-                callback.write(trainer, line, beside_bar=True)
+    """Write lines through the :class:`LogLines` of a trainer, also beside a progress bar.
+
+    A trainer without one, as from Python, logs them as Lightning's own messages.
+    """
+    writers = [callback for callback in callbacks_of(trainer) if isinstance(callback, LogLines)]
+    for writer in writers:
+        for line in lines:
+            writer.write(trainer, line, beside_bar=True)
+    if not writers:
+        rank_zero_info("\n".join(lines))
+
+
+def write_table(trainer: L.Trainer, entries: list[tuple[str, str]]) -> None:
+    """Write names and texts in two columns, as :func:`write_lines` does, wrapped to the width of a terminal."""
+    writers = [callback for callback in callbacks_of(trainer) if isinstance(callback, LogLines)]
+    width = shutil.get_terminal_size().columns if sys.stderr.isatty() else 0
+    plain = in_columns(entries, width=0)
+    for writer in writers:
+        for entry, line in zip(_padded(entries), plain, strict=True):
+            writer.write(trainer, line, beside_bar=True, shown="\n".join(in_columns([entry], width)))
+    if not writers:
+        rank_zero_info("\n".join(plain))
+
+
+def _padded(entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Make the names of entries equally long, so that each can be laid out by itself."""
+    longest = max((len(name) for name, _ in entries), default=0)
+    return [(f"{name:<{longest}}", text) for name, text in entries]
 
 
 def write_checkpoint_line(trainer: L.Trainer, path: str) -> None:

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities import rank_zero_info
 
+from cola_lightning.callbacks.log_lines import write_table
 from cola_lightning.data.row_loader import EvalLoader
 from cola_lightning.provenance import run_folder
 
@@ -65,7 +65,7 @@ class Predictions(BasePredictionWriter):
                     file.write(json.dumps(line) + "\n")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        rank_zero_info(f"Perplexity of each row: {self.file}")
+        write_table(trainer, [("rows", str(self.file))])
 
 
 def _loaders(trainer: L.Trainer) -> list[Any]:

@@ -1,23 +1,58 @@
 """The progress bar."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
 from rich import get_console
+from rich.progress import BarColumn, ProgressColumn, Task
+from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
 
 from cola_lightning.private_apis import DescribedProgressBar
+
+NARROW = 60
+"""Below this width, the line has no bar and no speed."""
 
 
 class Progress(DescribedProgressBar):
     """Show optimizer steps of the whole run, where Lightning's bar shows micro-batches of an epoch.
 
-    Without a terminal there is no bar; ``LogLines`` writes lines instead.
+    The bar is one line at any width: it is cut, not wrapped. Without a terminal there is no bar; ``LogLines`` writes
+    lines instead.
     """
+
+    @property
+    def progress(self) -> RichProgress | None:
+        """The lines that Rich draws. Lightning makes them, and makes them anew for each part of a run."""
+        return self._progress
+
+    @progress.setter
+    def progress(self, value: RichProgress | None) -> None:
+        self._progress = value
+        if value is not None:
+            *others, metrics = value.columns
+            for column in others:
+                if isinstance(column, ProgressColumn):
+                    vars(column)["get_table_column"] = lambda: Column(no_wrap=True)
+            if isinstance(metrics, ProgressColumn):  # Rich makes it as narrow as the others require
+                vars(metrics)["render"] = partial(_in_one_line, metrics.render)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if not get_console().is_terminal:
             self.disable()
+
+    def configure_columns(self, trainer: L.Trainer) -> list[Any]:
+        """Return the columns before the metrics, as far as the terminal has room for them."""
+        columns, width = super().configure_columns(trainer), get_console().width
+        for column in columns:
+            if isinstance(column, BarColumn):
+                column.bar_width = min(40, width // 8)
+        text, bar, steps, clock, speed = columns
+        return [text, steps, clock] if width < NARROW else [text, bar, steps, clock, speed]
 
     @property
     def total_train_batches(self) -> int | float:
@@ -33,3 +68,11 @@ class Progress(DescribedProgressBar):
 
     def training_description(self) -> str:
         return f"{'Training':{len(self.validation_description)}}"  # as wide as validation's
+
+
+def _in_one_line(render: Callable[[Task], Any], task: Task) -> Any:
+    """Render a column as a text that is cut where its column ends."""
+    text = render(task)
+    if isinstance(text, Text):
+        text.no_wrap, text.overflow = True, "ellipsis"
+    return text

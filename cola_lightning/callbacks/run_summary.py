@@ -6,31 +6,68 @@ from datetime import timedelta
 import lightning as L
 
 from cola_lightning.callbacks.hyper_parameters import PERPLEXITY, hyper_parameters
-from cola_lightning.callbacks.log_lines import write_lines
+from cola_lightning.callbacks.log_lines import write_lines, write_table
 from cola_lightning.provenance import run_folder
 from cola_lightning.training.module import LanguageModel
 from cola_lightning.training.trainer_attributes import datamodule_of, is_fast_dev_run
+
+DONE = {"validate": "validated", "test": "tested", "predict": "predicted"}
+"""Names of the last line of a measurement."""
 
 
 class RunSummary(L.Callback):
     """Print what a run trains on what, when it starts; and what it reached, where that is, and what to type next.
 
-    Both blocks are in ``train.log`` too. Rank 0 alone prints.
+    Both blocks are in ``train.log`` too. ``validate``, ``test`` and ``predict`` print theirs: the model, the data and
+    the devices, and what was measured in what time. Rank 0 alone prints.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()
         if isinstance(pl_module, LanguageModel):
-            write_lines(trainer, table(describe_start(trainer, pl_module)))
+            write_table(trainer, describe_start(trainer, pl_module))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step and not is_fast_dev_run(trainer):
-            seconds = time.monotonic() - self._started
-            write_lines(trainer, ["", *table(describe_end(trainer, seconds))])
+            write_lines(trainer, [""])
+            write_table(trainer, describe_end(trainer, time.monotonic() - self._started))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._begin_measurement(trainer, pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin_measurement(trainer, pl_module)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin_measurement(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._end_measurement(trainer)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end_measurement(trainer)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end_measurement(trainer)
+
+    def _begin_measurement(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = time.monotonic()
+        if isinstance(pl_module, LanguageModel):
+            write_table(trainer, describe_start(trainer, pl_module))
+
+    def _end_measurement(self, trainer: L.Trainer) -> None:
+        seconds = time.monotonic() - self._started
+        metrics = trainer.callback_metrics  # on all ranks
+        found = [f"{name} {float(value):,.4f}" for name, value in metrics.items() if name.endswith("/perplexity")]
+        done = ", ".join([*found, f"after {timedelta(seconds=round(seconds))}"])
+        name = next(name for command, name in DONE.items() if trainer.state.fn == command)
+        write_table(trainer, [(name, done)])
 
 
 def describe_start(trainer: L.Trainer, module: LanguageModel) -> list[tuple[str, str]]:
-    """Return the lines of the first block as (name, text)."""
+    """Return the lines of the first block as (name, text). Those about steps are for ``fit`` alone."""
     settings, config, data = hyper_parameters(trainer, module), module.config, datamodule_of(trainer)
     rank = settings.get("projection.rank")
     method = [f"{settings.get('projection', 'projections of your own')}{f' of rank {rank}' if rank else ''}"]
@@ -46,6 +83,9 @@ def describe_start(trainer: L.Trainer, module: LanguageModel) -> list[tuple[str,
         ("devices", f"{trainer.world_size} x {trainer.strategy.root_device.type}, {settings['strategy']}"),
         ("precision", str(trainer.precision)),
     ]
+    if trainer.state.fn != "fit":
+        weights = trainer.ckpt_path or module.initial_weights or "untrained"
+        return [*lines, ("weights", str(weights)), ("run", str(run_folder(trainer)))]
     steps = f"{trainer.max_steps:,}" if trainer.max_steps > 0 else "no limit"
     if trainer.global_step:
         steps += f", going on from step {trainer.global_step:,}"
@@ -66,7 +106,8 @@ def _describe_data(trainer: L.Trainer) -> str:
     length, rows = getattr(data, "sequence_length", None), getattr(data, "batch_size", None)
     if not length or not rows:
         return name
-    return f"{name}, micro-batches of {rows} rows of {length:,} tokens, {trainer.accumulate_grad_batches} per step"
+    per_step = f", {trainer.accumulate_grad_batches} per step" if trainer.state.fn == "fit" else ""
+    return f"{name}, micro-batches of {rows} rows of {length:,} tokens{per_step}"
 
 
 def describe_end(trainer: L.Trainer, seconds: float) -> list[tuple[str, str]]:
@@ -96,9 +137,3 @@ def describe_end(trainer: L.Trainer, seconds: float) -> list[tuple[str, str]]:
         ),
         ("curves", f"tensorboard --logdir {run}"),
     ]
-
-
-def table(lines: list[tuple[str, str]]) -> list[str]:
-    """Put names into a column beside their texts."""
-    width = max(len(name) for name, _ in lines) + 2
-    return [f"{name:<{width}}{text}" for name, text in lines]

@@ -5,8 +5,8 @@ from typing import cast
 import lightning as L
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_info
 
+from cola_lightning.callbacks.log_lines import write_lines
 from cola_lightning.callbacks.monitoring_forward import monitoring_forward
 from cola_lightning.errors import InputError, UnusableModelError
 from cola_lightning.loggers import write_text
@@ -82,4 +82,4 @@ class Samples(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for prompt, text in zip(self.prompts, self.texts, strict=False):  # no texts if nothing was validated
-            rank_zero_info(f"\nThe model continues {prompt!r}:\n  {' '.join(text.split())}")
+            write_lines(trainer, ["", f"The model continues {prompt!r}:", f"  {' '.join(text.split())}"])

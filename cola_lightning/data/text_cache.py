@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import TypedDict
 
 from cola_lightning.data.cache import is_whole, new_folder
@@ -90,6 +90,7 @@ class TextFiles:
 
         with new_folder(folder) as (content, temporary):
             train, validation = self._split(temporary)
+            rank_zero_info(f"Tokenizing {len(train) + len(validation):,} documents of {', '.join(self.paths)}")
             encoder = tokenizer or Tokenizer.train(_texts_of(train), vocab_size)
             encoder.save(content / "tokenizer")
             digests: dict[str, str] = {}

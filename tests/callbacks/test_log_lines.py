@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from cola_lightning.cli.app import main
 from cola_lightning.quiet import is_wanted
 from tests.conftest import curve
 
@@ -65,3 +66,54 @@ def test_lines_can_be_turned_off(fit, capsys):
     run = fit("--trainer.callbacks+=LogLines", "--trainer.callbacks.terminal=false", "--trainer.callbacks.file=false")
     assert "step 6/6" not in capsys.readouterr().err
     assert not (run / "train.log").exists()
+
+
+def test_samples_and_baselines_are_in_the_log_file_too(fit, capsys):
+    run = fit(
+        "--trainer.callbacks+=BaselinePerplexity",
+        "--trainer.callbacks+=Samples",
+        "--trainer.callbacks.prompts=[the nation]",
+        "--trainer.callbacks.max_new_tokens=4",
+    )
+    shown = capsys.readouterr().err.splitlines()
+    kept = [line.split(" ", 1)[1] for line in (run / "train.log").read_text().splitlines()]
+    for begin in (
+        "Perplexity on ",
+        "  uniform over",
+        "  this model",
+        "The model continues 'the nation':",
+        "  the nation",
+    ):
+        (line,) = [line for line in kept if line.startswith(begin)]
+        assert line in shown
+
+
+@pytest.mark.parametrize(("command", "done"), [("validate", "validated"), ("test", "tested"), ("predict", "predicted")])
+def test_a_measurement_tells_what_it_measures_and_what_it_found(command, done, fit, tiny_run, capsys):
+    run = fit()
+    before = (run / "train.log").read_text()
+    capsys.readouterr()
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    main([command, *tiny_run, f"--run_dir={run}", f"--ckpt_path={checkpoint}"])
+    told = dict(line.split(None, 1) for line in capsys.readouterr().err.splitlines() if re.match(r"\w+ +\S", line))
+    assert "2 layers, hidden size 32" in told["model"]
+    assert told["devices"] == "1 x cpu, SingleDevice"
+    assert told["weights"] == str(checkpoint)
+    assert "steps" not in told
+    assert "after 0:00:0" in told[done]
+    if command == "validate":
+        assert told[done].startswith(f"val/perplexity {curve(run, 'val/perplexity')[5]:,.4f}")
+    if command == "predict":
+        assert told["rows"] == str(run / "predictions.jsonl")
+    assert (run / "train.log").read_text() == before
+
+
+def test_a_terminals_lines_are_wrapped_and_the_files_are_not(fit, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    run = fit()
+    shown = capsys.readouterr().err.splitlines()
+    model = next(number for number, line in enumerate(shown) if line.startswith("model "))
+    assert len(shown[model]) <= 50
+    assert shown[model + 1].startswith("           ")
+    assert any("vocabulary 300" in line for line in (run / "train.log").read_text().splitlines() if " model " in line)

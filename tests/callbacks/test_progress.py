@@ -2,7 +2,7 @@ import lightning as L
 import pytest
 from rich.console import Console
 
-from cola_lightning.callbacks import Progress
+from cola_lightning.callbacks import Progress, Throughput
 from tests.conftest import loader, tiny_trainer
 
 
@@ -36,3 +36,21 @@ def test_off_a_terminal_there_is_no_bar(monkeypatch):
     run, model, batches = tiny_trainer(progress, steps=1, enable_progress_bar=True)
     run.fit(model, loader(batches))
     assert progress.progress is None
+
+
+@pytest.mark.parametrize("width", [40, 60, 100, 200])
+def test_the_bar_is_one_line_at_any_width(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("cola_lightning.callbacks.progress.get_console", lambda: Console(force_terminal=True))
+    run, model, batches = tiny_trainer(
+        Progress(), Throughput(), steps=6, limit_train_batches=6, enable_progress_bar=True
+    )
+    run.fit(model, loader(batches), loader(batches))
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    last = next(line for line in reversed(lines) if line)
+    assert last.startswith("Training")
+    assert " 6/6 " in last
+    assert max(map(len, lines)) <= width
+    assert ("tok/s: " in last) == (width >= 100)
+    assert ("val/perplexity: " in last) == (width == 200)
+    assert not any(line.lstrip().startswith(("loss", "tok/s", "val/", "ty")) for line in lines)
