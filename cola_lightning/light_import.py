@@ -7,7 +7,6 @@ asked of a placeholder is looked up in the real module.
 
 import functools
 import importlib
-import importlib.metadata
 import logging
 import sys
 from collections.abc import Callable
@@ -74,11 +73,13 @@ def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _defer_torchmetrics() -> None:
     """Put placeholders for torchmetrics, and for its module that needs Matplotlib, into ``sys.modules``."""
+    from importlib.metadata import version  # here, because it imports thirty modules and --help needs none
+
     spec = find_spec("torchmetrics")
     assert spec is not None, "lightning requires torchmetrics"
     assert spec.loader is not None
     package, load = module_from_spec(spec), spec.loader.exec_module
-    vars(package)["__version__"] = importlib.metadata.version("torchmetrics")
+    vars(package)["__version__"] = version("torchmetrics")
     vars(package)["_logger"] = logging.getLogger("torchmetrics")  # which its modules import from the package
 
     def find(name: str) -> Any:
