@@ -4,7 +4,6 @@ from the middle, bit for bit; and the same weights out of each strategy's checkp
 FSDP of the first generation runs on GPUs only.
 """
 
-import ctypes
 import json
 from functools import cache, partial
 from pathlib import Path
@@ -12,31 +11,26 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.distributed.fsdp.wrap import enable_wrap
 from torch.utils.data import DataLoader
 
 from cola_lightning.callbacks import Checkpoints
 from cola_lightning.checkpoints import find_corruption, read
 from cola_lightning.cli.app import main
-from cola_lightning.distributed.sharding import shard
 from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA
 from cola_lightning.training.module import LanguageModel
-from tests.conftest import loader, tiny_llama, tiny_trainer
+from tests.conftest import loader, tiny_trainer
 from tests.distributed.parity_run import (
     CLIP,
     GLOBAL_BATCH,
     METHODS,
     MICRO_BATCH,
     STEPS,
-    Data,
     DeepSpeedOnCPU,
     Rows,
-    strategy_named,
     train,
     train_each,
 )
@@ -190,29 +184,6 @@ def test_what_cannot_go_on_is_refused_before_anything_is_built(trained, tmp_path
         train(then, 1, str(tmp_path), resume=str(trained(first) / "none" / "step_00000010.ckpt"))
 
 
-class Wrapped(nn.Module):
-    """Stands for FSDP of the first generation, which does not run on a CPU."""
-
-    def __init__(self, module, **settings):
-        super().__init__()
-        self.module = module
-
-
-def test_bare_fsdp_fills_and_wraps_layer_by_layer():
-    strategy = FSDPStrategy(parallel_devices=[torch.device("cpu")])
-    with torch.device("meta"):
-        network = tiny_llama()
-    torch.manual_seed(3)
-    with enable_wrap(wrapper_cls=Wrapped):
-        shard(network, strategy)
-    assert all(isinstance(layer, Wrapped) for layer in network.model.layers)
-    whole = tiny_llama(seed=3).state_dict()
-    filled = {name.replace(".module.", "."): value for name, value in network.state_dict().items()}
-    assert filled.keys() == whole.keys()
-    for name, value in filled.items():
-        assert torch.equal(value, whole[name]), name
-
-
 def type_name(name: str, flags: list[str]) -> None:
     """``fit`` with a strategy by its bare name. Under DeepSpeed's, what Lightning keeps from a CPU is let through."""
     if name.startswith("deepspeed"):
@@ -281,40 +252,6 @@ def test_gradients_are_sent_once_an_optimizer_step(tmp_path):
     run.done()
     for rank in range(2):
         assert json.loads((tmp_path / f"sent{rank}").read_text()) == [0, 0], run.output()
-
-
-def build(strategy: str, ranks: int, out: str) -> None:
-    """Build a network of 240 MB, and write how much more memory that took at its peak, in parts of the whole."""
-
-    def peak() -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
-
-    class Measured(LanguageModel):
-        def configure_model(self):
-            ctypes.CDLL(None).mallopt(-3, 1 << 20)  # memory of a megabyte goes back when it is freed
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            before = peak()
-            super().configure_model()
-            share = (peak() - before) / (4 * self.parameter_count)
-            Path(out, f"peak{self.global_rank}").write_text(str(share))
-            raise SystemExit
-
-    trainer = L.Trainer(
-        accelerator="cpu", devices=ranks, strategy=strategy_named(strategy, 1), max_steps=1, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False,
-    )  # fmt: skip
-    trainer.fit(Measured(64, 1024, 2736, 6, 8, projection=partial(CoLA, rank=512)), datamodule=Data(1))
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_3"])
-def test_no_rank_holds_the_whole_network_where_it_is_sharded(tmp_path, strategy):
-    run = Run(build, strategy, 2, str(tmp_path), ranks=2, folder=tmp_path)
-    run.done()
-    for rank in range(2):
-        share = float((tmp_path / f"peak{rank}").read_text())
-        assert share > 0.95 if strategy == "ddp" else 0.45 < share < 0.75, run.output()
 
 
 @pytest.mark.gpu
