@@ -99,16 +99,13 @@ def shape_of(example: Any, total: bool = True) -> Any:
     if isinstance(example, Mapping):
         fields = {key: shape_of(value, total) for key, value in example.items()}
         return TypedDict("Stored", fields, total=total)  # type: ignore[operator]
-    if isinstance(example, bool) or not isinstance(example, int):
-        plain = isinstance(example, bool | float | str | list)
-        return type(example) if plain else Any if example is None else _instance_of(type(example))
-    return Count
-
-
-def _instance_of(kind: type) -> Any:
+    if isinstance(example, int) and not isinstance(example, bool):
+        return Count
+    if example is None or isinstance(example, bool | float | str | list):
+        return Any if example is None else type(example)
     from pydantic import InstanceOf
 
-    return InstanceOf[kind]  # type: ignore[misc, valid-type]
+    return InstanceOf[type(example)]  # type: ignore[misc]
 
 
 @lru_cache(maxsize=64)

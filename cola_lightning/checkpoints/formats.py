@@ -35,6 +35,9 @@ _ENGINE = {
 _MASTERS = {"single_partition_of_fp32_groups", "fp32_flat_groups"}
 """Names under which ZeRO keeps its float32 weights, beside the states of the optimizer."""
 
+_WEIGHTS = "state_dict."
+"""Prefix of the names of weights in the index of a sharded checkpoint."""
+
 PART = 2**30
 """Bytes of weights that :func:`weights_in_parts` holds at a time, about."""
 
@@ -188,23 +191,33 @@ def _check_ours(state: Any, file: Path, has_weights: bool) -> None:
         )
 
 
+def shard_entries(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Read shape and dtype of each of the weights in a sharded checkpoint, by name.
+
+    Raises:
+        InputError: If it cannot be read, or would run code.
+    """
+    return {
+        name.removeprefix(_WEIGHTS): entry
+        for name, entry in read_index(path).state_dict_metadata.items()
+        if name.startswith(_WEIGHTS) and isinstance(entry, TensorStorageMetadata)
+    }
+
+
 def _shards_in_parts(path: Path) -> Iterator[dict[str, Tensor]]:
-    prefix = "state_dict."
-    entries = read_index(path).state_dict_metadata
-    weights = [
-        (key, entry)
-        for key, entry in entries.items()
-        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    ]
+    weights = [*shard_entries(path).items()]
     check_no_code(path)
     while weights:
+        # As many tensors as fit into PART; at least one, however large. They are allocated here, and torch fills them.
         tensors: dict[str, Tensor] = {}
         while weights and (not tensors or sum(tensor.nbytes for tensor in tensors.values()) < PART):
-            key, entry = weights.pop(0)
-            tensors[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            name, entry = weights.pop(0)
+            tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         with plain_data_only():
-            sharded.load(tensors, checkpoint_id=path, no_dist=True)
-        yield {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+            sharded.load(
+                {_WEIGHTS + name: tensor for name, tensor in tensors.items()}, checkpoint_id=path, no_dist=True
+            )
+        yield tensors
 
 
 def _read_deepspeed(path: Path) -> dict[str, Tensor]:

@@ -31,8 +31,6 @@ def check_complete(path: Path) -> None:
         InputError: With the missing parts, and the flag by which a new run begins with the weights.
     """
     state, missing = read_state(path), []
-    if not isinstance(state, Mapping):
-        raise InputError(f"{path} holds no checkpoint of a run, but a {type(state).__name__}")
     match format_of(path):
         case Format.FILE:
             has_optimizer = bool(state.get("optimizer_states"))

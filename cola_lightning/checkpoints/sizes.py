@@ -9,10 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-from cola_lightning.checkpoints.formats import NETWORK, Format, format_of, read_state
-from cola_lightning.checkpoints.safe_unpickle import read_index
+from cola_lightning.checkpoints.formats import NETWORK, Format, format_of, read_state, shard_entries
 from cola_lightning.errors import InputError
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -26,9 +23,6 @@ def model_settings(path: Path) -> dict[str, Any]:
         InputError: If the checkpoint cannot be read, would run code, or has no such arguments.
     """
     stored = read_state(path).get("hyper_parameters", {})
-    if not isinstance(stored, Mapping):
-        kind = type(stored).__name__
-        raise InputError(f"{path} is not a checkpoint of this package: its hyper-parameters are a {kind}")
     return {key: value for key, value in stored.items() if not str(key).startswith("_")}
 
 
@@ -76,16 +70,9 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     state = read_state(path)
     match format_of(path):
         case Format.FILE:
-            stored = state.get("state_dict")
-            weights = stored if isinstance(stored, Mapping) else {}
-            named = {name: getattr(each, "shape", ()) for name, each in weights.items()}
+            named = {name: getattr(each, "shape", ()) for name, each in state["state_dict"].items()}
         case Format.SHARDS:
-            entries = read_index(path).state_dict_metadata
-            named = {
-                name.removeprefix("state_dict."): entry.size
-                for name, entry in entries.items()
-                if isinstance(entry, TensorStorageMetadata) and name.startswith("state_dict.")
-            }
+            named = {name: entry.size for name, entry in shard_entries(path).items()}
         case Format.DEEPSPEED:
             groups = state.get("param_shapes") or []
             named = {name: shape for group in groups for name, shape in group.items()}

@@ -32,9 +32,5 @@ def encode_in_batches(
 
 def _fitting(entries: list[tuple[Key, Any]]) -> int:
     """Count the first entries that have ENCODE_BATCH_CHARACTERS together; at least 1."""
-    total = 0
-    for count, (_, document) in enumerate(entries):
-        total += len(document)
-        if total > ENCODE_BATCH_CHARACTERS:
-            return max(1, count)
-    return len(entries)
+    totals = np.cumsum([len(document) for _, document in entries])
+    return max(1, int(np.searchsorted(totals, ENCODE_BATCH_CHARACTERS, side="right")))

@@ -236,8 +236,10 @@ class SourceReaders:
             PassEndError: If its own stretch has none left, and another process has the other stretches.
             InputError: If the source has no document, or cannot be read.
         """
+        count = len(self.readers)
+        turns = [(logical_shard + step) % count for step in range(count)] if self.complete else [logical_shard]
         for _ in range(2):  # what is left of this pass, then a whole pass; a source without a document ends here
-            for other in self._in_turn(logical_shard):
+            for other in turns:
                 reader = self.readers[other]
                 if reader.state["through"] and self.complete:
                     continue
@@ -255,8 +257,3 @@ class SourceReaders:
         held_out = self.left_out[logical_shard]
         reason = "every one is held out for validation" if held_out else "every shard or every text is empty"
         raise InputError(f"{self.readers[logical_shard].corpus.title} has no document; {reason}")
-
-    def _in_turn(self, logical_shard: int) -> Iterator[int]:
-        yield logical_shard
-        for step in range(1, len(self.readers)):
-            yield (logical_shard + step) % len(self.readers)

@@ -1,6 +1,5 @@
 """Tokenize a source once, into the folder that :mod:`cola_lightning.data.prepared` reads."""
 
-import hashlib
 import json
 import os
 import warnings
@@ -17,7 +16,7 @@ from typing_extensions import TypedDict
 
 from cola_lightning.data.encoding import ENCODE_BATCH_SIZE, encode_in_batches
 from cola_lightning.data.identity import StoredSource
-from cola_lightning.data.prepared import FORMAT, INDEX, PLAN, TOKENIZER, StoredShard, read_record
+from cola_lightning.data.prepared import FORMAT, INDEX, PLAN, TOKENIZER, StoredShard, read_record, sha256
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.sources import Source, TextCorpus
 from cola_lightning.data.tokenizer import Tokenizer
@@ -216,9 +215,7 @@ def _make_shard(shard: int) -> None:
     files = {}
     for name in (f"{shard:05}.ids.bin", *arrays):
         data = folder / f"{name}.part"
-        with data.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[name] = {"bytes": data.stat().st_size, "sha256": digest}
+        files[name] = {"bytes": data.stat().st_size, "sha256": sha256(data)}
         data.replace(folder / name)
     record = {
         "source": corpus.shards[shard],

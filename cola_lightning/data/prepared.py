@@ -11,9 +11,9 @@ Rows keep their numbers, so that a run gives the same batches on a prepared sour
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -105,7 +105,6 @@ class PreparedCorpus:
                         f"{path} {found} bytes, not {facts['bytes']:,}; delete "
                         f"{self.folder / shard['record']} and run the same 'prepare' again"
                     )
-        self._open = lru_cache(maxsize=None)(self._map)
 
     def read(self, shard: int, start: int = 0, share: Share = WHOLE) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the rows of a share of a shard as :meth:`TextCorpus.read` does, each as its ids."""
@@ -157,7 +156,7 @@ class PreparedCorpus:
         files = [(shard, name, facts) for shard in self.index["shards"] for name, facts in shard["files"].items()]
 
         with ThreadPoolExecutor() as pool:  # threads help because hashing releases the interpreter's lock
-            sums = pool.map(lambda entry: _sha256(self.folder / entry[1]), files)
+            sums = pool.map(lambda entry: sha256(self.folder / entry[1]), files)
             for (shard, name, facts), found in zip(files, sums, strict=True):
                 if found != facts["sha256"]:
                     raise InputError(
@@ -165,6 +164,11 @@ class PreparedCorpus:
                         f"{facts['sha256'][:12]}…; delete {self.folder / shard['record']} and run the same 'prepare' "
                         f"again"
                     )
+
+    @cached_property
+    def _open(self) -> Callable[[int], list[np.ndarray]]:
+        """Return a function that maps a shard, and maps none twice."""
+        return cache(self._map)
 
     def _map(self, shard: int) -> list[np.ndarray]:
         """Map the ids and offsets of a shard, and the numbers of its rows if it is plain JSON Lines."""
@@ -175,14 +179,11 @@ class PreparedCorpus:
             return [np.empty(0, dtype=self.index["dtype"]), *others]
         return [np.memmap(ids, dtype=self.index["dtype"], mode="r").view(np.ndarray), *others]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:  # another process maps the files itself
         return {name: value for name, value in self.__dict__.items() if name != "_open"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open = lru_cache(maxsize=None)(self._map)
 
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Compute the checksum of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -25,12 +25,16 @@ class SourceLookup:
         retry: Retries requests that fail.
 
     Attributes:
-        found: Files that were looked up, by data set. They can be sent to other ranks, which then send no requests.
+        found: Files that were looked up, by data set.
+        tokenizer: Tokenizer that was loaded.
+
+    It can be sent to other ranks, which then send no requests.
     """
 
     def __init__(self, retry: Retry) -> None:
         self.retry = retry
         self.found: dict[str, Found] = {}
+        self.tokenizer: Tokenizer | None = None
 
     def find(self, source: Source) -> Found:
         """Find the files of a source. Two splits of a data set are found together.
@@ -66,11 +70,11 @@ class SourceLookup:
             sources: All sources of the run.
             name: Name that the user gave; None for the tokenizer of the first prepared source, or t5-base.
         """
-        for source in filter(is_prepared, sources):
-            corpus = PreparedCorpus(source)
-            if name in (None, corpus.index["tokenizer_name"]):
-                return corpus.tokenizer()
-        return Tokenizer.load(name or "t5-base", self.retry)
+        prepared = map(PreparedCorpus, filter(is_prepared, sources))
+        if self.tokenizer is None:
+            own = next((corpus for corpus in prepared if name in (None, corpus.index["tokenizer_name"])), None)
+            self.tokenizer = own.tokenizer() if own else Tokenizer.load(name or "t5-base", self.retry)
+        return self.tokenizer
 
     def describe(self, source: Source, corpus: Corpus, num_logical_shards: int | None = None) -> Iterator[str]:
         """Yield lines that say how much a corpus holds, and what of its folders was left out.

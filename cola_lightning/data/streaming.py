@@ -17,7 +17,7 @@ from cola_lightning.data.rank_exchange import AllRanks, OneRank
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.row_beginnings import RowBeginnings, is_safe_to_cut
 from cola_lightning.data.source_lookup import Corpus, SourceLookup, pin_commits
-from cola_lightning.data.sources import DataFiles, Found, Source, TextCorpus, check_weights
+from cola_lightning.data.sources import DataFiles, Source, TextCorpus, check_weights
 from cola_lightning.data.stream_loader import LoaderState, StreamError, StreamLoader
 from cola_lightning.data.token_data_module import IDENTITY, StoredState, TokenDataModule, resolve_global_batch_size
 from cola_lightning.data.tokenizer import Tokenizer
@@ -128,7 +128,6 @@ class StreamingDataModule(TokenDataModule):
         self._state: dict[str, Any] | None = None
         self._corpora: list[Corpus] = []
         self._held_out: Corpus | None = None
-        self._named_tokenizer: Tokenizer | None = None
 
     def _check_arguments(self) -> None:
         for argument, minimum in {"sequence_length": 2, "batch_size": 1, "num_logical_shards": 1}.items():
@@ -159,7 +158,7 @@ class StreamingDataModule(TokenDataModule):
     def setup(self, stage: str) -> None:
         self._stage = stage
         # 1. Rank 0 asks the hub, and tells the other ranks. With what it found, opening a corpus takes no request.
-        self._lookup.found, self._named_tokenizer = ask_once(lambda: self._look_up(stage))
+        self._lookup = ask_once(lambda: self._look_up(stage))
         self.tokenizer = self._load_tokenizer()
         self.row_shape = self._row_shape()
         if stage == "fit":
@@ -180,23 +179,19 @@ class StreamingDataModule(TokenDataModule):
         rank_zero_info(f"validate on {self._validation_documents.summary()} of {validation.corpus.title}")
         self.validation_rows = Rows(self._validation_documents, self.row_shape)
 
-    def _look_up(self, stage: str) -> tuple[dict[str, Found], Tokenizer | None]:
+    def _look_up(self, stage: str) -> SourceLookup:
         """Ask other machines for what setup needs."""
         self._load_tokenizer()
         for source in [*(self.sources if stage == "fit" else []), self.validation]:
             if not is_prepared(source):
                 self._lookup.find(source)
-        return self._lookup.found, self._named_tokenizer
+        return self._lookup
 
     def _load_tokenizer(self) -> Tokenizer:
-        tokenizer = self._choose_tokenizer(self._load_named_tokenizer)
+        sources = [*self.sources, self.validation]
+        tokenizer = self._choose_tokenizer(lambda: self._lookup.load_tokenizer(sources, self.tokenizer_name))
         assert tokenizer is not None
         return tokenizer
-
-    def _load_named_tokenizer(self) -> Tokenizer:
-        if self._named_tokenizer is None:
-            self._named_tokenizer = self._lookup.load_tokenizer([*self.sources, self.validation], self.tokenizer_name)
-        return self._named_tokenizer
 
     def _validation_set(self, tokenizer: Tokenizer) -> ValidationSet:
         longest = self.sequence_length if self.row_type == "padded" else None

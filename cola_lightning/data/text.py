@@ -85,14 +85,12 @@ class TextDataModule(TokenDataModule):
             raise InputError(f"validation_fraction is {validation_fraction}; it must lie between 0 and 1")
         if not 0 <= seed < 2**32:
             raise InputError(f"--data.seed is {seed}; it must lie between 0 and {2**32 - 1}")
-        self.paths, self.validation_paths, self.validation_fraction = paths, validation_paths, validation_fraction
         self.tokenizer_name, self.vocab_size = tokenizer, vocab_size
-        self.text_column, self.separator = text_column, separator
         self.sequence_length, self.row_type = sequence_length, rows
         self.batch_size = batch_size
         self.global_batch_size = resolve_global_batch_size(global_batch_size, global_batch_tokens, sequence_length)
         self.seed, self.num_workers = seed, num_workers
-        self._text = TextFiles(
+        self.text = TextFiles(
             paths, validation_paths, validation_fraction, text_column, separator, seed, cache_folder(cache_dir)
         )
         self._train_loader: TrainLoader | None = None
@@ -103,17 +101,17 @@ class TextDataModule(TokenDataModule):
     def prepare_data(self) -> None:
         """Read, split and tokenize, unless the cache holds the result. One process of a node calls this."""
         tokenizer = self._known_tokenizer()
-        folder = self._text.cache_folders().find(tokenizer, self.vocab_size, self.tokenizer_name is not None)
+        folder = self.text.cache_folder(tokenizer, self.vocab_size, self.tokenizer_name is not None)
         self._describe_files()
         if not is_whole(folder, lambda: load(folder)):
-            self._text.tokenize(folder, tokenizer, self.vocab_size)
+            self.text.tokenize(folder, tokenizer, self.vocab_size)
 
     def setup(self, stage: str) -> None:
         self._stage = stage
         if stage == "fit":
             self._train_loader = None  # a new fit begins at the position that it is given
         tokenizer = self._known_tokenizer()
-        folder = self._text.cache_folders().find(tokenizer, self.vocab_size, self.tokenizer_name is not None)
+        folder = self.text.cache_folder(tokenizer, self.vocab_size, self.tokenizer_name is not None)
         text = load(folder)
         self.tokenizer, self._digests = tokenizer or text.tokenizer, text.digests
         self._compare()
@@ -128,7 +126,7 @@ class TextDataModule(TokenDataModule):
         return self._choose_tokenizer((lambda: Tokenizer.load(name)) if name else None)
 
     def _describe_files(self) -> None:
-        for kind, paths in (("train on", self.paths), ("validate on", self.validation_paths)):
+        for kind, paths in (("train on", self.text.paths), ("validate on", self.text.validation_paths)):
             if not paths:
                 continue
             files = list(map(str, find_files(paths)))
@@ -178,18 +176,18 @@ class TextDataModule(TokenDataModule):
                 "sequence_length": self.sequence_length,
                 "rows": self.row_type,
                 "seed": self.seed,
-                "separator": self.separator,
-                "validation_fraction": None if self.validation_paths else self.validation_fraction,
+                "separator": self.text.separator,
+                "validation_fraction": None if self.text.validation_paths else self.text.validation_fraction,
             }
             | ({} if self.tokenizer_name else {"vocab_size": self.vocab_size}),
             "free": {},
-            "sources": [self._describe(self.paths)],
-            "validation": self._describe(self.validation_paths) if self.validation_paths else None,
+            "sources": [self._describe(self.text.paths)],
+            "validation": self._describe(self.text.validation_paths) if self.text.validation_paths else None,
         }
 
     def _describe(self, paths: list[str]) -> Identity:
         files = [str(file) for file in find_files(paths)]
-        return describe_files(", ".join(paths), self.text_column, files, fingerprint_files(files, Retry()))
+        return describe_files(", ".join(paths), self.text.text_column, files, fingerprint_files(files, Retry()))
 
     def _identity(self) -> Identity:
         tokenizer = {"name": self.tokenizer_name, "fingerprint": self.tokenizer.fingerprint()}

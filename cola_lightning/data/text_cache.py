@@ -63,17 +63,34 @@ class TextFiles:
     seed: int
     cache_dir: Path
 
-    def cache_folders(self) -> "CacheFolders":
-        """Look at the files now."""
-        named = (self.paths, self.validation_paths)
-        parts = [[str(file) for file in find_files(paths)] if paths else [] for paths in named]
+    def cache_folder(self, tokenizer: Tokenizer | None, vocab_size: int, named: bool) -> Path:
+        """Return the cache folder of these files, as they are now, for a tokenizer; it may not exist yet.
+
+        Args:
+            tokenizer: Tokenizer of the text; None if one is trained on it.
+            vocab_size: Size of the tokenizer that is trained.
+            named: Whether the user named the tokenizer. Otherwise it may have been trained on this very text, which is
+                then in the folder for a trained one.
+        """
+        stated = (self.paths, self.validation_paths)
+        parts = [[str(file) for file in find_files(paths)] if paths else [] for paths in stated]
         content = {
             "format": CACHE_FORMAT,
             "files": [_describe(files) for files in parts],
             "split": None if self.validation_paths else [self.validation_fraction, self.seed],
             "text": [self.text_column, self.separator],
         }
-        return CacheFolders(self.cache_dir, content)
+
+        def folder(key: str | int) -> Path:
+            text = json.dumps(content | {"tokenizer": key})
+            return self.cache_dir / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+        trained = folder(vocab_size)
+        if tokenizer is None:
+            return trained
+        fingerprint = tokenizer.fingerprint()
+        kept = load(trained).tokenizer if not named and is_whole(trained, lambda: load(trained)) else None
+        return trained if kept and kept.fingerprint() == fingerprint else folder(fingerprint)
 
     def tokenize(self, folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> None:
         """Read, split and tokenize the documents into a cache folder.
@@ -147,39 +164,6 @@ def _describe(files: list[str]) -> list[Any]:
     names = [Path(file).name for file in files]  # which tell the format
     found = [names, fingerprint_files(files, Retry())]
     return found if are_hashed_whole(files) else [*found, files, [Path(file).stat().st_mtime_ns for file in files]]
-
-
-@dataclass
-class CacheFolders:
-    """The cache folders of some text files, one per tokenizer.
-
-    Args:
-        cache_dir: Folder that holds them.
-        content: What their content depends on, besides the tokenizer.
-    """
-
-    cache_dir: Path
-    content: dict[str, Any]
-
-    def find(self, tokenizer: Tokenizer | None, vocab_size: int, named: bool) -> Path:
-        """Return the folder for a tokenizer; it may not exist yet.
-
-        Args:
-            tokenizer: Tokenizer of the text; None if one is trained on it.
-            vocab_size: Size of the tokenizer that is trained.
-            named: Whether the user named the tokenizer. Otherwise it may have been trained on this very text, which is
-                then in the folder for a trained one.
-        """
-        trained = self._folder(vocab_size)
-        if tokenizer is None:
-            return trained
-        fingerprint = tokenizer.fingerprint()
-        kept = load(trained).tokenizer if not named and is_whole(trained, lambda: load(trained)) else None
-        return trained if kept and kept.fingerprint() == fingerprint else self._folder(fingerprint)
-
-    def _folder(self, tokenizer: str | int) -> Path:
-        key = json.dumps(self.content | {"tokenizer": tokenizer})
-        return self.cache_dir / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def load(folder: Path) -> TokenizedText:

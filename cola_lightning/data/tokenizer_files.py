@@ -40,7 +40,8 @@ def find_tokenizer_files(name: str, retry: Retry) -> FindFile:
     if not local.exists():
         return _HubFiles(name, retry)
     file = tokenizer_file(name)
-    return lambda other: file if other == TOKENIZER else _if_file(file.parent / other)
+    beside = file.parent  # the file itself may have any name
+    return lambda other: file if other == TOKENIZER else beside / other if (beside / other).is_file() else None
 
 
 def tokenizer_file(name: str) -> Path:
@@ -109,10 +110,6 @@ def check_file_size(file: Path) -> None:
     """
     if file.is_file() and (size := file.stat().st_size) > LARGEST:
         raise InputError(f"{file} has {size:,} bytes; a file of a tokenizer has {LARGEST:,} at most")
-
-
-def _if_file(path: Path) -> Path | None:
-    return path if path.is_file() else None
 
 
 class _HubFiles:

@@ -9,6 +9,7 @@ epoch, and ``max_steps`` is its length. Lightning's loop does not handle three t
    batches, of which 12 are done. Another number of micro-batches per step changes the length of the epoch too.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -23,15 +24,24 @@ def prepare_fit_loop(trainer: L.Trainer) -> None:
     ``fit_loop.run`` raises :class:`~cola_lightning.errors.InputError` if the data has epochs that are shorter than the
     run and shorter than ``val_check_interval``.
     """
-    loop = trainer.fit_loop
-    inner = loop.run  # the method, or the function that a callback put in its place
 
-    def run() -> None:
-        vars(loop).pop("run", None)
+    def run(fit: Callable[[], None]) -> None:
         setup_data_with_shorter_interval(trainer)
         align_progress(trainer)
         with validate_also(trainer, lambda: is_last_step(trainer)):
-            inner()
+            fit()
+
+    wrap_next_run(trainer, run)
+
+
+def wrap_next_run(trainer: L.Trainer, around: Callable[[Callable[[], None]], None]) -> None:
+    """Let the next ``fit_loop.run()`` call ``around(run)`` in its place. Of several wrappers, the last is outermost."""
+    loop = trainer.fit_loop
+    inner = loop.run  # the method, or an earlier wrapper
+
+    def run() -> None:
+        vars(loop).pop("run", None)
+        around(inner)
 
     # An attribute of the object hides the method of its class. ``run`` above deletes it, so it acts once.
     vars(loop)["run"] = run

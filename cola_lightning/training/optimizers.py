@@ -1,5 +1,8 @@
 """Make the optimizer and the learning-rate schedule of a run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import lightning as L
 from torch.optim import Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler
@@ -19,24 +22,24 @@ def make_optimizer_and_schedule(
     Raises:
         InputError: If either refuses its arguments, or the optimizer cannot work with the network or the strategy.
     """
-    try:
+    with _one_line("--model.optimizer"):
         optimizer = make_optimizer(Parameters(network))
-    except (TypeError, ValueError, RuntimeError) as error:  # such as torch's Muon, which accepts only matrices
-        raise InputError(_one_line("--model.optimizer", error)) from error
     if isinstance(optimizer, SparseAdam):
         raise InputError("--model.optimizer SparseAdam takes sparse gradients, of which there are none; take AdamW")
     check_optimizer(trainer.strategy, optimizer)
-    try:
+    with _one_line("--model.schedule"):
         schedule = make_schedule(make, optimizer, trainer.max_steps)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(_one_line("--model.schedule", error)) from error
     return optimizer, schedule
 
 
-def _one_line(flag: str, error: Exception) -> str:
+@contextmanager
+def _one_line(flag: str) -> Iterator[None]:
     """Put what a constructor says into one line that names its flag."""
-    if isinstance(error, InputError):
-        return str(error)
-    text = " ".join(str(error).split())
-    matrices = "; name it for the projections' matrices and another for the rest, as configs/method/muon.yaml does"
-    return f"{flag}: {text}{matrices if '2D' in text else ''}"
+    try:
+        yield
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:  # such as torch's Muon, which accepts only matrices
+        text = " ".join(str(error).split())
+        matrices = "; name it for the projections' matrices and another for the rest, as configs/method/muon.yaml does"
+        raise InputError(f"{flag}: {text}{matrices if '2D' in text else ''}") from error

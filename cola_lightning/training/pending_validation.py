@@ -17,6 +17,7 @@ and a validation every 10:
 
 import io
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from cola_lightning.checkpoints.latest import checkpoint_name
 from cola_lightning.errors import InputError
 from cola_lightning.private_apis import count_validation_on_resume, is_validation_due, keep_logging_position
 from cola_lightning.stored_data import Count, StoredDataError, check_stored
+from cola_lightning.training.fit_loop import wrap_next_run
 from cola_lightning.training.resumed_settings import keep_patience
 from cola_lightning.training.trainer_attributes import callbacks_of, is_fast_dev_run
 
@@ -149,15 +151,12 @@ def validate_if_pending(trainer: L.Trainer) -> None:
 
 def validate_if_pending_at_end(trainer: L.Trainer) -> None:
     """Validate at the end of ``fit_loop.run`` if that is pending: a run with no step left never starts training."""
-    loop = trainer.fit_loop
 
-    def run() -> None:
-        vars(loop).pop("run", None)
-        loop.run()
+    def run(fit: Callable[[], None]) -> None:
+        fit()
         validate_if_pending(trainer)
 
-    # An attribute of the object hides the method of its class. ``run`` above deletes it, so it acts once.
-    vars(loop)["run"] = run
+    wrap_next_run(trainer, run)
 
 
 def _is_pending(trainer: L.Trainer) -> bool:
