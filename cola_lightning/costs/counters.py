@@ -15,6 +15,7 @@ from torch.utils.flop_counter import (
     shape_wrapper,
 )
 
+from cola_lightning.costs.operations import Operation, describe
 from cola_lightning.private_apis import (
     CPU_ATTENTION,
     CPU_ATTENTION_BACKWARD,
@@ -60,6 +61,7 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         flops: FLOPs by operation, by PyTorch's formulas.
+        operations: What ran, in its order, without views.
         peak: The most bytes that were alive at once since it was last set to zero. What an operation allocates and
             frees inside is not seen.
     """
@@ -69,13 +71,19 @@ class Recorder(TorchDispatchMode):
         self.known = {storage_key(tensor) for tensor in known}
         self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
         self.flops: Counter[str] = Counter()
-        self.peak = self._bound = 0
+        self.operations: list[Operation] = []
+        self._numbers: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = self._bound = self._last = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         formula = FORMULAS.get(func.overloadpacket)
-        if formula is not None:
-            self.flops[str(func.overloadpacket)] += formula(*args, **(kwargs or {}), out_val=out)
+        flops = 0 if formula is None else formula(*args, **(kwargs or {}), out_val=out)
+        if flops:
+            self.flops[str(func.overloadpacket)] += flops
+        operation = describe(func, args, kwargs, out, flops, self.number)
+        if operation is not None:
+            self.operations.append(operation)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 storage, key = leaf.untyped_storage(), storage_key(leaf)
@@ -88,6 +96,14 @@ class Recorder(TorchDispatchMode):
         if self._bound > self.peak:
             self.peak = max(self.peak, self.live())
         return out
+
+    def number(self, tensor: Tensor) -> int:
+        """Return a number of a tensor's storage, which no other storage has, not even one at the same address later."""
+        key = storage_key(tensor)
+        if key not in self._numbers or self._numbers[key][0].expired():
+            self._last += 1
+            self._numbers[key] = StorageWeakRef(tensor.untyped_storage()), self._last
+        return self._numbers[key][1]
 
     def live(self, besides: Iterable[Tensor] = ()) -> int:
         """Count the bytes that are alive now, without those of ``besides``."""

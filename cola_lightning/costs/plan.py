@@ -49,6 +49,7 @@ def plan(model: LanguageModel, data: Any, trainer: Any, gpus: int | None) -> Pla
         gpus=gpus,
         accumulate=trainer.accumulate_grad_batches,
         max_steps=max(trainer.max_steps, 0),
+        clips=bool(trainer.gradient_clip_val),
     )
     if run.global_batch_size:
         count_micro_batches(run.global_batch_size, run.batch_size, run.gpus)

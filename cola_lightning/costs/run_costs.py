@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from cola_lightning.costs.gpus import Gpu
 from cola_lightning.costs.memory_layout import MemoryLayout, memory_layout
+from cola_lightning.costs.optimizer_states import OptimizerStates, optimizer_states
 from cola_lightning.costs.parameters import Parameters, count_parameters
-from cola_lightning.costs.trace import Flops, Kept, Trace, Transforms, optimizer_states, trace
+from cola_lightning.costs.trace import Flops, Kept, Trace, Transforms, trace
 from cola_lightning.errors import InputError
 from cola_lightning.models import Llama, LlamaConfig
 from cola_lightning.training.module import LanguageModel
@@ -66,6 +67,8 @@ class Run:
         max_steps: Optimizer steps of the run.
         mask_documents: Tokens attend only to their own document.
         fused_norm: RMSNorm is one kernel, as on GPUs.
+        compiled: Layers, head and loss are compiled.
+        clips: Gradients are clipped by their norm.
     """
 
     build: partial[Llama]
@@ -82,6 +85,8 @@ class Run:
     max_steps: int = 0
     mask_documents: bool = False
     fused_norm: bool = True
+    compiled: bool = False
+    clips: bool = False
 
     @classmethod
     def of(cls, model: LanguageModel, data: Any, **settings: Any) -> "Run":
@@ -107,6 +112,7 @@ class Run:
             data.sequence_length,
             global_batch_size=getattr(data, "global_batch_size", None),
             mask_documents=getattr(shape, "mask_documents", False),
+            compiled=model.compile_layers,
             **settings,
         )
 
@@ -163,6 +169,13 @@ class Run:
         return (self.global_batch_size or self.batch_size * self.gpus * self.accumulate) * self.sequence_length
 
     @property
+    def micro_batches(self) -> int:
+        """Micro-batches of an optimizer step on one GPU."""
+        if self.global_batch_size is None:
+            return self.accumulate
+        return max(1, self.global_batch_size // (self.batch_size * self.gpus))
+
+    @property
     def tokens(self) -> int:
         return self.tokens_per_step * self.max_steps
 
@@ -184,12 +197,18 @@ class Run:
     # -- memory -------------------------------------------------------------------------------------------------------
 
     @cached_property
+    def optimizer_step(self) -> OptimizerStates:
+        """States and operations of the optimizer, in the type that it computes in."""
+        own = torch.float32 if self.layout.master else self.layout.dtype
+        return optimizer_states(self.build, self.layers, self.make_optimizer, own)
+
+    @cached_property
     def static_memory(self) -> Memory:
         """Memory that does not depend on the batch. Its ``step`` is all that the optimizer's step needs."""
         layout, total = self.layout, self.parameters.total
         width = layout.dtype.itemsize
         own = torch.float32 if layout.master else layout.dtype
-        states = optimizer_states(self.build, self.layers, self.make_optimizer, own)
+        states = self.optimizer_step
         copies = 4 * total.trained * layout.master
         # With a float32 copy of the weights, the step makes a float32 copy of the gradients, too.
         step = layout.optimizer * (states.temporary * own.itemsize * total.trained + copies)

@@ -5,27 +5,23 @@ any projection and any activation checkpointing, but nothing is computed and no 
 are traced. In a deeper network, the third counts once more for each layer that was not.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.optim import Optimizer
 
 from cola_lightning.costs.counters import Recorder
+from cola_lightning.costs.fake_network import TRACED, Build, build_on_meta, default_dtype, fuse_norms, make_fake
+from cola_lightning.costs.operations import Operation
 from cola_lightning.models import Llama
-from cola_lightning.optim import Parameters
 from cola_lightning.private_apis import fake_tensors
 from cola_lightning.training.losses import next_token_losses
 
-Build = Callable[..., Llama]
 Transforms = tuple[Callable[[Llama], None], ...]
-TRACED = 3
-"""Largest number of layers that are traced. Of three layers, the middle one has a layer on both sides, as most have."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +75,28 @@ class Kept:
 
 @dataclass(frozen=True)
 class _Mark:
-    """Counts at the boundary of a layer: bytes that are alive, and FLOPs since the step began."""
+    """Counts at the boundary of a layer: bytes that are alive, and FLOPs and operations since the step began."""
 
     live: int
     flops: int
+    operations: int
+
+
+@dataclass(frozen=True)
+class Section:
+    """Operations of a part of the network in one pass.
+
+    Attributes:
+        part: ``embedding``, ``layer``, or ``head`` (final norm, head and loss).
+        backward: Whether it is the backward pass, with what that computes again.
+        times: How often the whole network runs it.
+        operations: What it runs, in its order.
+    """
+
+    part: str
+    backward: bool
+    times: int
+    operations: tuple[Operation, ...]
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,8 @@ class Trace:
             that of the layers.
         attention_backward: FLOPs of attention in the backward pass of the traced layers.
         autocast_cache_bytes: Copies of weights that autocast keeps until the forward pass ends.
+        operations: What both passes ran, in their order.
+        gradients: Numbers of the storages of the parameters' gradients.
     """
 
     layers: int
@@ -109,6 +125,26 @@ class Trace:
     peaks: tuple[int, int, int]
     attention_backward: float
     autocast_cache_bytes: int
+    operations: tuple[Operation, ...] = ()
+    gradients: frozenset[int] = frozenset()
+
+    @property
+    def sections(self) -> list[Section]:
+        """Operations by part of the network and pass. The last traced layer counts for those that were not traced."""
+        layers = len(self.forward_marks) - 1
+        forward = [0, *(mark.operations for mark in self.forward_marks), self.end.operations]
+        backward = [self.end.operations, *(mark.operations for mark in self.backward_marks), self.last.operations]
+        parts = ["embedding", *["layer"] * layers, "head"]
+        found = []
+        for bounds, names, last, is_backward in (
+            (forward, parts, layers, False),  # the last layer is the last before the head
+            (backward, parts[::-1], 1, True),  # the last layer is the first after the head
+        ):
+            for index, name in enumerate(names):
+                operations = self.operations[bounds[index] : bounds[index + 1]]
+                times = 1 + self._more if index == last else 1
+                found.append(Section(name, is_backward, times, operations))
+        return found
 
     @property
     def _more(self) -> int:
@@ -184,16 +220,15 @@ def trace(
         mask_documents: Tokens attend only to their own document.
         fused_norm: RMSNorm is one kernel, as on GPUs. On a CPU it is several, which keep more.
     """
-    network = _build_on_meta(build, layers, dtype)
+    network = build_on_meta(build, layers, dtype)
     with ExitStack() as stack:
         stack.enter_context(fake_tensors())
         stack.enter_context(default_dtype(dtype))
-        _make_fake(network)
+        make_fake(network)
         for transform in transforms:
             transform(network)
-        # Replace the norms' forward by one whose saved tensors are a GPU kernel's.
-        for norm in (module for module in network.modules() if fused_norm and isinstance(module, nn.RMSNorm)):
-            vars(norm)["forward"] = partial(_fused_norm, norm)
+        if fused_norm:
+            fuse_norms(network)
         ids = torch.zeros(batch_size, sequence_length, dtype=torch.long)
         batch = {"input_ids": ids, "labels": ids} | ({"document_ids": ids} if mask_documents else {})
         # Gradients are there from the beginning, so that they count as neither activations nor part of a peak.
@@ -207,29 +242,6 @@ def trace(
         # The CPU's autocast, whatever the device, because fake tensors of a GPU need a PyTorch that is built for it.
         products = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None)
         return _step(network, batch, products, layers, recorder)
-
-
-def _build_on_meta(build: Build, layers: int, dtype: torch.dtype) -> Llama:
-    """Build the layers that are traced without memory, and without a draw from the global random numbers.
-
-    On the meta device, and not with fake tensors, because an initialization may read a number that it drew, as that of
-    LaX's gates does. A fake tensor has none.
-    """
-    with torch.random.fork_rng(devices=[]), default_dtype(dtype), torch.device("meta"):
-        return build(num_hidden_layers=min(layers, TRACED))
-
-
-def _make_fake(network: nn.Module) -> None:
-    """Replace parameters and buffers by fake ones of the CPU; fake tensors are on. Tied parameters stay tied."""
-    made: dict[int, Tensor] = {}
-    for module in network.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in made:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            setattr(module, name, made[id(parameter)])
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _step(network: Llama, batch: dict[str, Tensor], products: Any, layers: int, recorder: Recorder) -> Trace:
@@ -247,7 +259,7 @@ def _step(network: Llama, batch: dict[str, Tensor], products: Any, layers: int, 
     at_head: list[int] = []
 
     def mark() -> _Mark:
-        return _Mark(recorder.live(), recorder.flops.total())
+        return _Mark(recorder.live(), recorder.flops.total(), len(recorder.operations))
 
     def enter(module: nn.Module, args: tuple) -> None:
         """Mark the forward pass before a layer, and the backward pass when it has finished that layer."""
@@ -277,81 +289,7 @@ def _step(network: Llama, batch: dict[str, Tensor], products: Any, layers: int, 
     loss.backward()
     attention = sum(n for name, n in recorder.flops.items() if "attention" in name and "backward" in name)
     peaks = forward_peak, at_head[0], recorder.peak  # the last is that of the layers, since the mark at the norm
-    return Trace(layers, forward_marks, end, backward_marks, mark(), peaks, attention, inside - end.live)
-
-
-def _fused_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    return _FusedNorm.apply(x, norm.weight)
-
-
-class _FusedNorm(Function):
-    """RMSNorm as a GPU's kernel, in shapes and sizes: it saves its input and one float32 number per token."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
-        return torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
-
-
-@dataclass(frozen=True)
-class OptimizerStates:
-    """Memory that an optimizer needs.
-
-    Attributes:
-        size: Bytes of its states.
-        temporary: Copies of the trained parameters that its step makes for a moment: one if it works on all of them at
-            once (``foreach``, PyTorch's default on GPUs), none if it is fused or works on one by one.
-        traced: Whether a step on fake tensors was possible. An optimizer that depends on the numbers in its tensors
-            cannot be traced; two states per parameter are assumed for it, as Adam has.
-    """
-
-    size: float
-    temporary: int
-    traced: bool
-
-
-def optimizer_states(
-    build: Build, layers: int, make_optimizer: Callable[..., Optimizer], dtype: torch.dtype
-) -> OptimizerStates:
-    """Make an optimizer step on fake parameters of ``dtype``, and count the states that it leaves."""
-    network = _build_on_meta(build, layers, dtype)
-    with fake_tensors(), default_dtype(dtype):
-        _make_fake(network)
-        for parameter in network.parameters():
-            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-        optimizer = make_optimizer(Parameters(network))
-        settings = optimizer.defaults
-        temporary = int("foreach" in settings and settings["foreach"] is not False and not settings.get("fused"))
-        try:
-            optimizer.step()
-            traced = True
-        except RuntimeError:
-            traced = False
-        # The states of the last traced layer count once more for each layer that was not traced.
-        more = 1 + layers - min(layers, TRACED)
-        last = set(network.model.layers[-1].parameters())
-        size = 0.0
-        for parameter in network.parameters():
-            if not traced:
-                own = 2 * parameter.numel() * parameter.element_size() * parameter.requires_grad
-            else:
-                states = optimizer.state.get(parameter, {}).values()
-                own = sum(state.untyped_storage().nbytes() for state in states if isinstance(state, Tensor))
-            size += own * (more if parameter in last else 1)
-        return OptimizerStates(size, temporary, traced)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Give the modules that are made in the context weights of ``dtype``."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    gradients = frozenset(recorder.number(p.grad) for p in network.parameters() if p.grad is not None)
+    operations = tuple(recorder.operations)
+    cache = inside - end.live
+    return Trace(layers, forward_marks, end, backward_marks, mark(), peaks, attention, cache, operations, gradients)
