@@ -1,6 +1,6 @@
 """Precision: check it against the hardware before anything is built, and choose it by the hardware."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
@@ -72,7 +72,7 @@ def multiplies_bf16() -> bool:
     Only x86 processors are known; of others the answer is no.
     """
     ask = getattr(torch.cpu, "get_capabilities", dict)  # torch before 2.13 has no such function
-    units = ask()
+    units: Mapping[str, Any] = ask()
     in_use = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # ATEN_CPU_CAPABILITY may forbid them
     return in_use and bool(units.get("avx512_bf16") or units.get("amx_bf16"))
 
