@@ -13,8 +13,8 @@ from rich.text import Text
 
 from cola_lightning.private_apis import DescribedProgressBar
 
-NARROW = 60
-"""Below this width, the line has no bar and no speed."""
+BAR, SPEED = 60, 120
+"""Smallest widths at which the line has a bar, and the speed in micro-batches per second."""
 
 
 class Progress(DescribedProgressBar):
@@ -50,9 +50,9 @@ class Progress(DescribedProgressBar):
         columns, width = super().configure_columns(trainer), get_console().width
         for column in columns:
             if isinstance(column, BarColumn):
-                column.bar_width = min(40, width // 8)
+                column.bar_width = min(40, width // 10)
         text, bar, steps, clock, speed = columns
-        return [text, steps, clock] if width < NARROW else [text, bar, steps, clock, speed]
+        return [text, *([bar] if width >= BAR else []), steps, clock, *([speed] if width >= SPEED else [])]
 
     @property
     def total_train_batches(self) -> int | float:

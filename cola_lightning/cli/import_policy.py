@@ -9,10 +9,11 @@ A config names classes by their import paths, also classes that a user wrote. A 
 - A module is imported only if its source binds the name that is wanted, so that naming a script does not run it.
 """
 
-import ast
+import dis
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
+from types import CodeType
 from typing import Any
 
 from jsonargparse import set_parsing_settings
@@ -74,29 +75,20 @@ def _binds(spec: ModuleSpec, name: str) -> bool:
     get_source = getattr(spec.loader, "get_source", None)
     try:
         source = get_source(spec.name) if get_source else None
-        tree = ast.parse(source) if source is not None else None
-    except (ImportError, SyntaxError, ValueError, RecursionError, OSError):
+        code = compile(source, spec.name, "exec", dont_inherit=True) if source is not None else None
+    except (ImportError, SyntaxError, ValueError, RecursionError, MemoryError, OSError):
         return False
-    return tree is None or any(bound in (name, "*", "__getattr__") for bound in _bound(tree.body))
+    return code is None or _binds_any(code, {name, "__getattr__"})
 
 
-def _bound(body: list[ast.stmt]) -> list[str]:
-    """List the names that statements bind, also within ``if``, ``try`` and ``with``."""
-    names = []
-    for node in body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            names.append(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names += [alias.asname or alias.name.partition(".")[0] for alias in node.names]
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names += [each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
-        else:  # if, try, with
-            for field in ("body", "orelse", "finalbody"):
-                names += _bound(getattr(node, field, []))
-            for handler in getattr(node, "handlers", []):
-                names += _bound(handler.body)
-    return names
+def _binds_any(code: CodeType, names: set[str]) -> bool:
+    """Whether the code of a module binds one of these names, or imports a module's names by ``*``.
+
+    Functions and classes have code of their own, so that what they bind inside does not count.
+    """
+    return ("*",) in code.co_consts or any(
+        each.opname in ("STORE_NAME", "STORE_GLOBAL") and each.argval in names for each in dis.get_instructions(code)
+    )
 
 
 def _install() -> None:

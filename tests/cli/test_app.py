@@ -155,6 +155,7 @@ def test_parts_are_swapped_and_set_from_the_shell(tiny_run, capsys):
 
 
 def test_the_bar_counts_steps_and_shows_loss_and_speed(tiny_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(rich, "_console", Console(force_terminal=True, width=200))  # of the whole process
     flags = [flag for flag in tiny_run if "progress_bar" not in flag]
     main(["fit", *flags, f"--run_dir={tmp_path / 'run'}"])
