@@ -107,8 +107,7 @@ def overwrite_by_gradient(logits: Tensor, targets: Tensor) -> Tensor:
         log_probabilities = log_softmax(at_least_float32(rows), dim=-1)
         total += nll_loss(log_probabilities, target, reduction="sum")
         gradient = log_probabilities.exp_()
-        minus_one = gradient.new_full((len(rows), 1), -1.0)
-        gradient.scatter_add_(1, target.clamp(min=0)[:, None], minus_one)
+        gradient[torch.arange(len(rows), device=rows.device), target.clamp(min=0)] -= 1
         rows.copy_(gradient.mul_((target != IGNORED)[:, None]))
     return total
 
