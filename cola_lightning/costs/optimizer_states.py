@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class OptimizerStates:
     share: float = 1
 
 
+@lru_cache(maxsize=16)
 def optimizer_states(
     build: Build, layers: int, make_optimizer: Callable[..., Optimizer], dtype: torch.dtype
 ) -> OptimizerStates:

@@ -13,6 +13,7 @@ from cola_lightning.costs.devices import device_of, network_named
 from cola_lightning.costs.gpus import Gpu, gpu_named
 from cola_lightning.costs.plan import Plan, beside
 from cola_lightning.costs.run_costs import Run
+from cola_lightning.costs.scaling import misalignment
 from cola_lightning.costs.speed import predict
 from cola_lightning.costs.speed_report import speed_figures, speed_table, table
 from cola_lightning.output_files import write_json
@@ -92,6 +93,11 @@ def report(
         for each in (_parameters, _flops, partial(_memory, gpu=gpu), speed_table):
             console.print(each(results[0]))
     console.print(_side_by_side(results, mfu, transposed=bool(models)))
+    if not models:
+        run, network_of = plans[0].run, network_named(network)
+        line = misalignment(run, device_of(gpu), network_of, results[0]["speed"]["step_seconds"])
+        if line:
+            console.print(line, soft_wrap=True)
     if not all(result["fits"] for result in results):
         console.print(f"! does not fit in {gpu.usable / GIB:.1f} GiB, 92 % of a {gpu.name}'s memory")
 
