@@ -23,7 +23,7 @@ STEPS = "(did you mean --trainer.max_steps or --trainer.max_time?); --help lists
         (["--model.vocab_size"], "argument --model.vocab_size: expected one argument"),
         (["--trainer.max_steps=many"], "--trainer.max_steps is many; it must be a whole number"),
         (["--model.compile=maybe"], "--model.compile is maybe; it must be true or false"),
-        (["--model.optimizer.lr=fast"], "--model.optimizer.lr is fast; it must be a number"),
+        (["--model.optimizer=AdamW", "--model.optimizer.lr=fast"], "--model.optimizer.lr is fast; it must be a number"),
         (["--trainer.precision=bf32"],
          "--trainer.precision is bf32; it must be a whole number, transformer-engine, transformer-engine-float16, "
          "16-true, 16-mixed, bf16-true, bf16-mixed, 32-true, 64-true, 64, 32, 16, bf16 or null"),
