@@ -16,6 +16,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_print_config_imports_none_of_the_deferred_libraries():
     code = (
         "import sys\n"

@@ -190,8 +190,6 @@ class LanguageModel(L.LightningModule):
         """
         trainer = attached_trainer(self)
         strategy = trainer.strategy if trainer else None
-        if strategy and strategy.root_device.type == "cpu":
-            keep_freed_memory()
         is_new = not hasattr(self, "network")
         if is_new:
             self.network = allocate_network(self.build, self.parameter_count, strategy)
@@ -204,6 +202,10 @@ class LanguageModel(L.LightningModule):
                 compile_network(self.network)
             shard(self.network, strategy)
             self._is_finished = self.compile_layers or isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+        # Not before the network is built and sharded: what that frees would stay, and under ZeRO-3 a rank would reach a
+        # peak of more than the whole network.
+        if strategy and strategy.root_device.type == "cpu":
+            keep_freed_memory()
 
     def forward(self, ids: Tensor, document_ids: Tensor | None = None, **options: Any) -> Tensor:
         """Map token ids (B, T) to logits (B, T, V); arguments as for :class:`~cola_lightning.models.Llama`."""

@@ -21,6 +21,7 @@ import cola_lightning.compare.sweep, cola_lightning.data, cola_lightning.methods
 """
 
 
+@pytest.mark.slow
 def test_the_server_looks_for_no_gpu():
     """A process cannot use a GPU that its parent has initialized. The environment has the answer of the comparison."""
     environment = {"DS_ACCELERATOR": "cuda", "PATH": "/usr/bin:/bin", "HOME": "/tmp"}
