@@ -9,13 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cola_lightning.costs.devices import device_of, network_named
+from cola_lightning.costs.devices import Device, device_of, network_named
 from cola_lightning.costs.gpus import Gpu, gpu_named
 from cola_lightning.costs.plan import Plan, beside
+from cola_lightning.costs.processor import as_gpu, measure_processor
 from cola_lightning.costs.run_costs import Run
 from cola_lightning.costs.scaling import misalignment
 from cola_lightning.costs.speed import predict
 from cola_lightning.costs.speed_report import speed_figures, speed_table, table
+from cola_lightning.errors import InputError
 from cola_lightning.output_files import write_json
 
 GIB = 2**30
@@ -31,11 +33,28 @@ MEMORY = {
 }
 
 
-def summary(plan: Plan, gpu: Gpu, mfu: float | None, network: str) -> dict[str, Any]:
+def target_of(name: str, run: Run) -> tuple[Gpu, Device]:
+    """Return a kind of GPU by its name; or, for ``cpu``, this machine's processor, which is measured for ten seconds.
+
+    Raises:
+        InputError: If the name is not known, or a run on several processors is to be predicted.
+    """
+    if name != "cpu":
+        gpu = gpu_named(name)
+        return gpu, device_of(gpu)
+    if run.gpus > 1:
+        raise InputError(f"--gpu cpu predicts one process, and the run has {run.gpus}; add --gpus 1")
+    dtype = run.layout.autocast or run.layout.computed
+    head_size = run.config.hidden_size // run.config.num_attention_heads
+    device = measure_processor(dtype, run.sequence_length, head_size)
+    return as_gpu(device), device
+
+
+def summary(plan: Plan, gpu: Gpu, device: Device, mfu: float | None, network: str) -> dict[str, Any]:
     """Compute all figures of a run: FLOPs per token, memory in bytes, speed, days."""
     run = plan.run
     rows = run.rows_that_fit(gpu)
-    speed = predict(run, device_of(gpu), network_named(network))
+    speed = predict(run, device, network_named(network))
     if mfu is None:
         days = {"days": run.tokens / speed.tokens_per_second / 86_400}
     else:
@@ -73,17 +92,19 @@ def report(
     Args:
         plans: One for each of ``models``, or a single one, which is compared with full rank, CoLA and CoLA-M.
         models: Configs of the plans; empty for a single plan.
-        gpu_name: Kind of GPU.
+        gpu_name: Kind of GPU, or ``cpu``.
         mfu: Share of the GPUs' peak that is reached, for the days; None for the predicted one.
         json: File to write; None for none.
         network: Name of the network between nodes.
     """
-    gpu = gpu_named(gpu_name)
+    gpu, device = target_of(gpu_name, plans[0].run)
+    if gpu_name == "cpu":  # whose RMSNorm is several operations
+        plans = [replace(plan, run=replace(plan.run, fused_norm=False)) for plan in plans]
     if models:
         named = [replace(plan, name=Path(file).stem) for plan, file in zip(plans, models, strict=True)]
     else:
         named = [plans[0], *beside(plans[0])]
-    results = [summary(each, gpu, mfu, network) for each in named]
+    results = [summary(each, gpu, device, mfu, network) for each in named]
     write_json(json, results)  # first, because the reader of the output may close it early
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -95,7 +116,7 @@ def report(
     console.print(_side_by_side(results, mfu, transposed=bool(models)))
     if not models:
         run, network_of = plans[0].run, network_named(network)
-        line = misalignment(run, device_of(gpu), network_of, results[0]["speed"]["step_seconds"])
+        line = misalignment(run, device, network_of, results[0]["speed"]["step_seconds"])
         if line:
             console.print(line, soft_wrap=True)
     if not all(result["fits"] for result in results):
@@ -104,6 +125,9 @@ def report(
 
 def _title(run: Run, gpu: Gpu, several: bool) -> str:
     batch = "" if several else f", micro-batches of {run.batch_size} x {run.sequence_length} tokens"
+    if gpu.name == "cpu":
+        peak = f"{gpu.peak:.2f} TFLOP/s and {gpu.bandwidth:.1f} GB/s measured"
+        return f"cpu ({gpu.memory:.1f} GiB, {peak}), {run.precision}{batch}"
     return (
         f"{run.gpus} x {gpu.name} ({gpu.memory:g} GiB, {gpu.peak:g} TFLOP/s dense bf16), {run.layout.strategy}, "
         f"{run.precision}{batch}"

@@ -53,6 +53,11 @@ def test_a_run_needs_neither_data_nor_devices(tiny, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--gpu=h9000"], "--gpu h9000 is not known; choose one of a100-40"),
+        (["--gpu=cpu", "--gpus=1..4"], "--gpu cpu predicts one process"),
+        (["--gpu=cpu"], "--gpu cpu predicts one process, and the run has 8; add --gpus 1"),
+        (["--gpus=none"], "--gpus is none; give a number from 1 up, or two as in 1..1024"),
+        (["--plot=scaling.png"], "--plot draws the speed over numbers of GPUs; give several, as in --gpus 1..1024"),
+        (["--network=token-ring"], "--network token-ring is not known; choose one of infiniband"),
         (["--data.global_batch_size=6"], "the nearest that are: 32"),
         (["--trainer.strategy=fsdp3"], "--trainer.strategy fsdp3 is not known"),
         (["--model.projection=FullRank", "--trainer.callbacks+=CoLAM"], "q_proj is FullRank"),
@@ -65,6 +70,16 @@ def test_bad_input_gets_one_line(flags, message, tiny, capsys):
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+@pytest.mark.slow
+def test_a_processor_is_measured(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cola_lightning.costs.processor.SECONDS", 0.02)
+    main(["estimate", *tiny, "--gpu=cpu", "--gpus=1", "--trainer.precision=bf16-true", f"--json={tmp_path / 'e.json'}"])
+    assert "GB/s measured" in capsys.readouterr().out
+    for each in json.loads((tmp_path / "e.json").read_text()):
+        assert 1e-4 < each["speed"]["step_seconds"] < 10
+        assert 0 < each["speed"]["mfu"] < 1
 
 
 def test_the_page_has_commands():

@@ -24,13 +24,15 @@ def parse(args: list[str]) -> tuple[Namespace, list[str]]:
     add = parser.add_argument
     add("--gpus", help="number of GPUs; 1..1024 for a table of scaling; else --trainer.devices times num_nodes, or 1")
     add("--plot", metavar="FILE", help="draw the table of --gpus 1..1024; needs matplotlib")
-    add("--gpu", default="h100", help="kind of GPU: a100-80, h100, h200, b200, l40s, rtx4090, …")
+    add("--gpu", default="h100", help="kind of GPU: a100-80, h100, h200, l40s, …; or cpu, which is measured")
     add("--network", default="infiniband", help="between nodes of 8: infiniband (NDR), infiniband-hdr or ethernet")
     add("--mfu", type=float, help="share of the GPUs' peak that is reached, 0 to 1; else it is predicted")
     add("--json", metavar="FILE", help="write the result there too")
     add("--models", nargs="+", default=[], metavar="FILE", help="several configs, in one table")
     options, rest = parser.parse_known_args(args)
     options.gpus = numbers_of_gpus(options.gpus) if options.gpus else []
+    if options.gpu == "cpu" and max(options.gpus, default=1) > 1:
+        raise InputError("--gpu cpu predicts one process; leave --gpus out, or name a kind of GPU")
     if options.plot and len(options.gpus) < 2:
         raise InputError("--plot draws the speed over numbers of GPUs; give several, as in --gpus 1..1024")
     if options.models and len(options.gpus) > 1:
