@@ -44,8 +44,9 @@ LAYERS = [
     {"data"},
     {"training"},
     {"costs"},
+    {"hub", "inference"},
     {"callbacks"},
-    {"hub", "inference", "benchmark", "compare"},
+    {"benchmark", "compare"},
     {"cli"},
 ]
 """Layers of packages, the lowest first. A package imports those of its own layer and of lower ones."""

@@ -4,6 +4,7 @@ from cola_lightning.callbacks.activation_spectrum import ActivationSpectrum
 from cola_lightning.callbacks.baseline_perplexity import BaselinePerplexity
 from cola_lightning.callbacks.checkpoints import Checkpoints
 from cola_lightning.callbacks.dashboard import Dashboard
+from cola_lightning.callbacks.evaluate_tasks import EvaluateTasks
 from cola_lightning.callbacks.gradient_norms import GradientNorms
 from cola_lightning.callbacks.hyper_parameters import HyperParameters
 from cola_lightning.callbacks.log_lines import LogLines
@@ -24,6 +25,7 @@ __all__ = [
     "BaselinePerplexity",
     "Checkpoints",
     "Dashboard",
+    "EvaluateTasks",
     "GradientNorms",
     "HyperParameters",
     "LogLines",

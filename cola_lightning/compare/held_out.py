@@ -10,11 +10,12 @@ import torch
 
 from cola_lightning.compare.outcome import write
 from cola_lightning.compare.plan import HeldOut
+from cola_lightning.compare.tasks import device_of
 from cola_lightning.data.documents import find_files
 from cola_lightning.data.readers import read_file
 from cola_lightning.errors import InputError
 from cola_lightning.inference.evaluate import evaluate_text
-from cola_lightning.inference.load import load_model_for_inference, pick_device
+from cola_lightning.inference.load import load_model_for_inference
 from cola_lightning.output_files import write_whole
 
 
@@ -66,7 +67,7 @@ def evaluate_sources(run_dir: str, files: dict[str, str], accelerator: str, bf16
         result: JSON file to write.
     """
     model = load_model_for_inference(run_dir, [])
-    device = pick_device({"gpu": "cuda", "auto": None}.get(accelerator, accelerator))
+    device = device_of(accelerator)
     model.network.to(device)
     found: dict[str, Any] = {}
     with ExitStack() as stack:

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from annotated_types import Len
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,6 +24,7 @@ class StoredResult(TypedDict):
     perplexity: float
     perplexity_as_published: float
     by_source: dict[str, float]
+    tasks: NotRequired[dict[str, dict[str, float]]]
     steps: Count
     tokens: Count
     seconds: float

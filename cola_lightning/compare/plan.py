@@ -107,6 +107,8 @@ class Plan:
         published: Try also the ratio of the two rates in each method's own files.
         baseline: The method with which the others are compared; the first if not given.
         held_out: Groups of the validation documents; perplexity is then reported for each.
+        tasks: Names of lm-eval's tasks that score the methods at the largest budget.
+        include_path: Folder with task files of one's own.
 
     Raises:
         InputError: If a list is empty or repeats itself, methods have unequal numbers of trials, two names make one
@@ -127,6 +129,8 @@ class Plan:
         published: bool = False,
         baseline: str | None = None,
         held_out: HeldOut | None = None,
+        tasks: list[str] | None = None,
+        include_path: str | None = None,
     ) -> None:
         lists: dict[str, list[Any]] = {
             "methods": list(methods), "matrix_rates": matrix_rates, "other_rates": other_rates, "seeds": seeds,
@@ -160,6 +164,7 @@ class Plan:
         self.configs, self.common, self.methods = configs, flags, methods
         self.matrix_rates, self.other_rates, self.seeds = matrix_rates, other_rates, seeds
         self.resolve, self.weight_decay, self.held_out = resolve, weight_decay, held_out
+        self.tasks, self.include_path = tasks or [], include_path
         self.baseline = baseline or next(iter(methods))
         self._budgets = budgets
         self.published = published

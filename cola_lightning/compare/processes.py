@@ -9,7 +9,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver, get_context
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -21,11 +21,15 @@ IMPORTED_LATE = ("attrs", "pydantic.main", "pydantic.type_adapter", "torch.profi
 _LOCK = Lock()
 
 
-def start_server() -> None:
-    """Start the server, which imports once what this process has imported, while this process does other things."""
+def start_server(also: Sequence[str] = ()) -> None:
+    """Start the server, which imports once what this process has imported, while this process does other things.
+
+    Args:
+        also: Other modules that it imports; those that are not installed are left out.
+    """
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a look for a GPU does not initialize CUDA then
     own = sorted(name for name in sys.modules if name.startswith("cola_lightning."))
-    forkserver.set_forkserver_preload([*IMPORTED_LATE, *own])
+    forkserver.set_forkserver_preload([*IMPORTED_LATE, *also, *own])
     forkserver.ensure_running()
 
 

@@ -17,6 +17,7 @@ from cola_lightning.benchmark.report import processor
 from cola_lightning.compare.outcome import write
 from cola_lightning.compare.rows import make_rows, run_folder_of
 from cola_lightning.compare.statistics import Interval
+from cola_lightning.compare.tasks import Score
 from cola_lightning.compare.trials import STAGE, SweepRunner
 from cola_lightning.output_files import write_whole
 from cola_lightning.provenance import libraries
@@ -56,7 +57,7 @@ def write_report(runner: SweepRunner, folder: Path, command_line: str) -> None:
 
 def tables(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, Any]) -> str:
     """Return all tables that do not depend on the speed of the machine."""
-    sections = [headline, by_budget, by_source, rates, sweep, costs, differences]
+    sections = [headline, by_budget, by_source, by_task, rates, sweep, costs, differences]
     return "\n".join(line for section in sections for line in section(runner, rows, terms))
 
 
@@ -119,6 +120,18 @@ def by_source(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, 
     lines = [[row["method"], *(interval(row["by_source"].get(name), ",.2f") for name in names)] for row in rows]
     note = "Held-out documents, each read by itself, at the largest budget."
     return ["## Perplexity by source", "", *markdown(["method", *names], lines), "", note, ""]
+
+
+def by_task(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list[str]:
+    names = next((list(row["tasks"]) for row in rows if row["tasks"]), [])
+    if not names:
+        return []
+    lines = [[row["method"], *(score(row["tasks"].get(name)) for name in names)] for row in rows]
+    note = (
+        "Tasks of lm-eval at the largest budget: the mean over seeds ± the standard error of one run, which comes from "
+        "the number of examples and does not shrink with more seeds."
+    )
+    return ["## Tasks", "", *markdown(["method", *names], lines), "", note, ""]
 
 
 def rates(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list[str]:
@@ -245,6 +258,12 @@ def interval(value: Interval | None, form: str) -> str:
     if not math.isfinite(value.mean):
         return "diverged"
     return f"{value.mean:{form}} ({value.low:{form}}–{value.high:{form}})"
+
+
+def score(value: Score | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value.mean:.4f}" + ("" if value.error is None else f" ± {value.error:.4f}")
 
 
 def millions(value: Interval | None) -> str:

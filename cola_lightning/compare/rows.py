@@ -17,6 +17,7 @@ from cola_lightning.compare.statistics import (
     rank_ranges,
     x_of_loss,
 )
+from cola_lightning.compare.tasks import mean_scores
 from cola_lightning.compare.trials import SweepRunner
 
 COSTS = ("parameters_m", "optimizer_mb", "activations_mb", "training_mb", "mflops_per_token")
@@ -99,6 +100,7 @@ def make_row(runner: SweepRunner, method: str) -> dict[str, Any]:
         name: bootstrap_interval([result["by_source"][name] for result in finals])
         for name in (finals[0]["by_source"] if finals else {})
     }
+    row["tasks"] = mean_scores([result.get("tasks", {}) for result in finals])
     row["seconds"] = statistics.mean(result["seconds"] for result in finals) if finals else None
     row["training_curves"] = [result["curve"] for result in finals]
     row["commits"] = sorted({result["commit"] for results in runs.values() for result in results if result["commit"]})

@@ -32,6 +32,8 @@ def compare(
     published: bool = False,
     baseline: str | None = None,
     held_out: HeldOut | None = None,
+    tasks: list[str] | None = None,
+    include_path: str | None = None,
     jobs: int = 1,
     threads: int | None = None,
     trial: int | None = None,
@@ -63,6 +65,8 @@ def compare(
             matrix_rates.
         baseline: The method with which others are compared; the first if not given.
         held_out: Groups of the validation documents, for perplexity by source.
+        tasks: Names of lm-eval's tasks, which score each method at the largest budget; needs the extra "eval".
+        include_path: Folder with task files of one's own.
         jobs: Runs at a time, which share the cores; 0 to train nothing and write the report of what is there.
         threads: Threads of a run; the cores shared among the jobs if not given. Results depend on it in their last
             bits.
@@ -80,11 +84,11 @@ def compare(
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; it must be at least 1")
     if jobs and tokens_per_second is None:
-        start_server()
+        start_server(["lm_eval.models.huggingface"] if tasks else [])
     root = Path(folder).expanduser().absolute()
     plan = Plan(
         configs or [], flags or {}, methods, matrix_rates, other_rates, seeds or [42, 43, 44], resolve, budgets,
-        weight_decay, published, baseline, held_out,
+        weight_decay, published, baseline, held_out, tasks, include_path,
     )  # fmt: skip
     share = threads or max(1, (os.cpu_count() or 1) // max(1, jobs))
     runner = SweepRunner(plan, root, share, command, keep_checkpoints)

@@ -20,13 +20,14 @@ from cola_lightning.compare.outcome import StoredCosts, StoredResult, read, read
 from cola_lightning.compare.plan import Plan, Trial, folder_name
 from cola_lightning.compare.processes import run
 from cola_lightning.compare.rates import Rates, flatten
+from cola_lightning.compare.tasks import score_tasks
 from cola_lightning.errors import InputError
+from cola_lightning.inference.evaluate import find_tasks
 from cola_lightning.output_files import write_whole
 
 RESULT, FAILED, COSTS, CONFIG, STAGE, LOG = (
     "result.json", "failed.txt", "costs.json", "trial.yaml", "stage.yaml", "output.log",
 )  # fmt: skip
-BY_SOURCE = "by_source.json"
 
 Command = Callable[[list[str]], None]
 """``f(args)`` runs a command of the command line, such as ``["fit", "--config=FILE"]``."""
@@ -96,6 +97,10 @@ class SweepRunner:
                     self.plan.trunk_steps(method, budget)
         if self.plan.held_out:
             self._held_out_files()
+        if self.plan.include_path is not None and not Path(self.plan.include_path).is_dir():
+            raise InputError(f"include_path {self.plan.include_path} is no folder; name one with task files")
+        if self.plan.tasks:
+            find_tasks(self.plan.tasks, self.plan.include_path)
 
     def _configuration(self, method: str, rates: Rates, seed: int) -> dict[str, Any]:
         folder = self.folder(method, rates, seed)
@@ -173,21 +178,34 @@ class SweepRunner:
         result = read_outcome(run_dir, steps, trunk, trunk_steps)
         if result is None:
             return self._fail(folder, run_dir, 0)
-        result["by_source"] = {}
-        if self.plan.held_out and budget == self.plan.budgets[-1]:
-            files = {name: str(file) for name, file in self._held_out_files().items()}
-            accelerator, precision = (str(config["trainer"][name]) for name in ("accelerator", "precision"))
-            found = run_dir / BY_SOURCE
-            arguments = (str(run_dir), files, accelerator, "bf16" in precision, str(found))
-            if status := run(evaluate_sources, arguments, run_dir / LOG, self.threads):
-                return self._fail(folder, run_dir, status)
-            result["by_source"] = read(found, dict[str, float])
+        result["by_source"], result["tasks"] = {}, {}
+        if budget == self.plan.budgets[-1] and (status := self._measure(run_dir, config, result)):
+            return self._fail(folder, run_dir, status)
         result |= {"method": method, "matrix": rates.matrix, "other": rates.other, "seed": seed, "budget": budget}
         self._check_data(folder, result)
         write(run_dir / RESULT, result)
         if not self.keep_checkpoints:
             shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
         return result
+
+    def _measure(self, run_dir: Path, config: dict[str, Any], result: dict[str, Any]) -> int:
+        """Add perplexities by source and scores of tasks to a result, if the plan has any. Return the exit status."""
+        plan = self.plan
+        accelerator, precision = (str(config["trainer"][name]) for name in ("accelerator", "precision"))
+        steps: list[tuple[str, type, Callable[..., None], tuple[Any, ...]]] = []
+        if plan.held_out:
+            files = {name: str(file) for name, file in self._held_out_files().items()}
+            arguments: tuple[Any, ...] = (str(run_dir), files, accelerator, "bf16" in precision)
+            steps.append(("by_source", dict[str, float], evaluate_sources, arguments))
+        if plan.tasks:
+            arguments = (str(run_dir), plan.tasks, plan.include_path, accelerator)
+            steps.append(("tasks", dict[str, dict[str, float]], score_tasks, arguments))
+        for name, kind, function, arguments in steps:
+            file = run_dir / f"{name}.json"
+            if status := run(function, (*arguments, str(file)), run_dir / LOG, self.threads):
+                return status
+            result[name] = read(file, kind)
+        return 0
 
     def _train_trunk(self, trunk: Path, steps: int, config: dict[str, Any]) -> int:
         """Train with the constant rate up to a step and save a checkpoint there. Return the exit status."""

@@ -75,7 +75,7 @@ def evaluate(
         raise InputError(f"--include_path {include_path} is no folder; name one with task files")
     files = find_files(list(text)) if text else []
     if tasks:
-        _find_tasks(tasks, include_path)  # before the model is loaded
+        find_tasks(tasks, include_path)  # before the model is loaded
     where = pick_device(device)
     trained = load_model_for_inference(model, trust)
     vocabulary = trained.tokenizer(tokenizer)
@@ -252,7 +252,7 @@ def evaluate_tasks(
     Raises:
         InputError: If lm-eval is not installed, or knows no such task.
     """
-    manager = _find_tasks(tasks, include_path)
+    manager = find_tasks(tasks, include_path)
     from lm_eval import simple_evaluate
 
     with TemporaryDirectory() as scratch:
@@ -278,7 +278,7 @@ def evaluate_tasks(
     }
 
 
-def _find_tasks(tasks: Sequence[str], include_path: str | None) -> Any:
+def find_tasks(tasks: Sequence[str], include_path: str | None) -> Any:
     """Lm-eval's index of tasks, in which these are.
 
     Raises:

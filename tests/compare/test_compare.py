@@ -2,13 +2,10 @@
 
 import csv
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -263,32 +260,33 @@ def test_a_process_that_was_killed_is_said_to_have_been(tmp_path):
     assert f"{tmp_path.name} was ended by SIGKILL: RuntimeError: no room; see" in text
 
 
-def test_killed_in_a_decay_it_ends_as_if_it_never_was(config_file, tmp_path):
+def test_the_same_plan_gives_the_same_table_also_if_it_is_killed_three_times(config_file, tmp_path):
+    """Kill the comparison, and with it its runs, at random moments: when so many more files have been seen."""
     changes = {
-        "methods": {"CoLA": {}}, "matrix_rates": [0.01], "seeds": [1], "budgets": [100 * STEP, 200 * STEP],
-        "flags": {"checkpoint.every_n_train_steps": 5}, "held_out": None,
+        "methods": {"CoLA": {}}, "seeds": [1], "budgets": [50 * STEP, 100 * STEP], "held_out": None,
+        "flags": {"checkpoint.every_n_train_steps": 5},
     }  # fmt: skip
     plans = {}
-    for name in ("whole", "broken"):
+    for name in ("first", "second", "killed"):
         (tmp_path / name).mkdir()
         plans[name] = write_plan(tmp_path / name, config_file, **changes)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    trial = tmp_path / "broken" / "out" / "cola" / "m0.01-o0.02-seed-1"
-    mark = trial / "tokens-12800" / "checkpoints" / "last.ckpt"
-    with subprocess.Popen([sys.executable, "-m", "cola_lightning", *plans["broken"]], env=environment) as process:
-        until = time.monotonic() + 240
-        while not os.path.lexists(mark) and process.poll() is None and time.monotonic() < until:
+    draw, seen = random.Random(0), set()
+    for _ in range(3):
+        # Forked from a server that has imported everything.
+        process = get_context("forkserver").Process(target=main, args=(plans["killed"],))
+        process.start()
+        target, until = len(seen) + draw.randint(8, 24), time.monotonic() + 240
+        while len(seen) < target and process.is_alive() and time.monotonic() < until:
+            seen |= {file.name + file.parent.parent.name for file in (tmp_path / "killed" / "out").rglob("*")}
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    time.sleep(1)  # its runs notice that within a fifth of a second
-    assert mark.exists()
-    assert not (trial / "tokens-25600" / "result.json").exists()
+        assert process.is_alive()
+        process.kill()
+        process.join()
+        time.sleep(1)  # its runs notice that within a fifth of a second
     for plan in plans.values():
         main(plan)
-    whole, broken = (results(tmp_path / name) for name in ("whole", "broken"))
-    for key, result in whole.items():
+    found = [results(tmp_path / name / "out") for name in plans]
+    for key, result in found[0].items():
         for name in ("curve", "perplexity", "tokens"):
-            assert broken[key][name] == result[name]
-    tables = {(tmp_path / name / "out" / "report" / "table.md").read_text() for name in ("whole", "broken")}
-    assert len(tables) == 1
+            assert [each[key][name] for each in found] == [result[name]] * 3
+    assert len({(tmp_path / name / "out" / "report" / "table.md").read_text() for name in plans}) == 1
