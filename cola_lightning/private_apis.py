@@ -241,6 +241,11 @@ def fake_tensors() -> AbstractContextManager:
     return FakeTensorMode()
 
 
+def schema_of(operator: Any) -> Any:
+    """Return the schema of an operator: its name, and its arguments with what it overwrites."""
+    return operator._schema
+
+
 def storage_key(tensor: Tensor) -> int:
     """Return a number that is equal for tensors that share memory, fake ones too."""
     return tensor.untyped_storage()._cdata
@@ -460,6 +465,7 @@ EXPECTED = (
     Expected("torch.optim.adam:Adam.__init__", mentions=("_step_supports_amp_scaling",)),
     Expected("torch.fx.traceback:annotate", "annotation_dict"),
     Expected("torch._subclasses.fake_tensor:FakeTensorMode"),
+    Expected("torch._ops:OpOverload.__init__", mentions=("_schema",)),
     Expected("torch:UntypedStorage._cdata"),
     Expected(f"{_READER}._get_metadata_path", "self, rank"),
     Expected(f"{_READER}.read_metadata", mentions=("_get_metadata_path",)),

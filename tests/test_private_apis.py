@@ -24,8 +24,8 @@ OWN_FILES = {"private_apis.py", "light_import.py"}
 PRIVATE = re.compile(r"_[a-z]\w*")
 DOCUMENTED = {"_exit", "_fields", "_replace"}
 """Names with an underscore that Python documents: ``os._exit``, and attributes of named tuples."""
-TEXTS = {"_local", "_get_layout", "_functorch", "_aot_autograd"}
-"""Parts of names in a pickle and of loggers' names, which are compared but not looked up."""
+TEXTS = {"_stderr", "_local", "_get_layout", "_functorch", "_aot_autograd"}
+"""Parts of names in a pickle, of loggers and of lm-eval's results, which are compared but not looked up."""
 LANGUAGE = {"_abc_impl", "_backward_cls"}
 """Attributes that Python's and torch's metaclasses set on every subclass."""
 

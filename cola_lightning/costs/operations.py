@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from cola_lightning.private_apis import tree_leaves
+from cola_lightning.private_apis import schema_of, tree_leaves
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
-BARRIERS = ("attention", "embedding", "sort", "index_put", "linalg", "_fused_ad", "_foreach")
+BARRIERS = ("attention", "embedding", "sort", "index_put", "linalg", "fused_ad", "foreach")
 """Parts of the names of operations that ``torch.compile`` calls as kernels of their own, beside products."""
 
 
@@ -76,14 +76,15 @@ def describe(func: Any, args: Any, kwargs: Any, out: Any, flops: float, number: 
         flops: Its FLOPs.
         number: Function from a tensor to the number of its storage.
     """
-    name = func._schema.name
+    declared = schema_of(func)
+    name = declared.name
     if func.is_view or name in ("aten::detach", "aten::_unsafe_view", "aten::empty_like", "aten::new_empty"):
         return None
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
     changed: list[Tensor] = []
     values = [*args, *(kwargs or {}).values()]
-    schema = [argument for argument in func._schema.arguments]
+    schema = list(declared.arguments)
     named = dict(zip((argument.name for argument in schema), args, strict=False)) | (kwargs or {})
     overwritten: set[int] = set()
     for argument in schema:

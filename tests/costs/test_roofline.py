@@ -130,6 +130,7 @@ def test_micro_batches_add_up_and_the_optimizer_does_not():
     assert twice.tokens_per_second > 0.9 * once.tokens_per_second
 
 
+@pytest.mark.slow
 def test_recomputing_takes_longer_and_does_not_count_for_mfu():
     plain = run_of(partial(CoLA, rank=64))
     again = replace(plain, transforms=(CoLAM().apply,))
@@ -160,6 +161,7 @@ def test_bad_bounds_of_gpus_are_refused(bounds):
         numbers_of_gpus(bounds)
 
 
+@pytest.mark.slow
 def test_scaling_keeps_the_batch_of_a_gpu_or_of_all(tmp_path):
     scaled = scale(run_of(global_batch_size=32), H100, NETWORKS[0], [1, 8, 12, 16])
     for each in scaled:
