@@ -19,7 +19,7 @@ SPLITS = (1, 2, 4, 8, 16)
 SUSTAINED = {"ampere": 0.84, "ada": 0.80, "hopper": 0.70, "blackwell": 0.70}
 """Share of the datasheet's peak that large products of random numbers reach, which is limited by power: 258 of 312
 TFLOP/s on A100 and about 700 of 989 on H100 (H. He, "Strangely, Matrix Multiplications on GPUs Run Faster When Given
-'Predictable' Data!", 2024). Ampere and Hopper are fitted within a tenth of that, see recipes/estimate."""
+'Predictable' Data!", 2024)."""
 ATTENTION = {"ampere": (0.60, 0.50), "ada": (0.60, 0.50), "hopper": (0.40, 0.35), "blackwell": (0.40, 0.35)}
 """Share of the peak that the attention kernel of PyTorch reaches in the forward and the backward pass at long rows:
 FlashAttention-2 (arXiv 2307.08691, figures 4 to 6) on Ampere; the same kernel uses 35 to 40 % of Hopper's peak (arXiv
