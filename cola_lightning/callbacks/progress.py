@@ -24,7 +24,7 @@ class Progress(DescribedProgressBar):
     lines instead.
     """
 
-    @property
+    @property  # type: ignore[override]  # of any class, where Lightning's has one of its own
     def progress(self) -> RichProgress | None:
         """The lines that Rich draws. Lightning makes them, and makes them anew for each part of a run."""
         return self._progress

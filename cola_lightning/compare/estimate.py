@@ -31,7 +31,7 @@ def print_estimate(plan: Plan, tokens_per_second: float, jobs: int) -> None:
         tokens_per_second: Speed of one run, as a mean over the methods.
         jobs: Number of runs at a time, each at that speed.
     """
-    totals = dict.fromkeys(KINDS, 0)
+    totals: dict[str, int] = {kind: 0 for kind in KINDS}
     for method in plan.methods:
         for kind, tokens in trained_tokens(plan, method).items():
             totals[kind] += tokens

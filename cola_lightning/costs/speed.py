@@ -1,6 +1,6 @@
 """Predict the speed of a run: seconds of a step by part and by what bounds it, tokens per second, and MFU."""
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 from cola_lightning.costs.collectives import Communication, communication
@@ -87,7 +87,7 @@ def predict(run: Run, device: Device, network: Network = NETWORKS[0]) -> Speed:
     micro_batches = run.micro_batches
     parts: list[Part] = []
     totals = {False: 0.0, True: 0.0}
-    products: Counter[str] = Counter()
+    products: dict[str, float] = defaultdict(float)
     for backward in (False, True):
         merged: dict[str, list[tuple[int, list[Kernel]]]] = {}
         for section, its in zip(sections, kernels, strict=True):
@@ -96,7 +96,8 @@ def predict(run: Run, device: Device, network: Network = NETWORKS[0]) -> Speed:
         for part, runs in merged.items():
             made, shapes = _part(NAMES[part] + (", backward" if backward else ", forward"), runs, run, device, backward)
             parts.append(made)
-            products.update(shapes)
+            for shape, seconds in shapes.items():
+                products[shape] += seconds
         own = [part for part in parts if part.name.endswith("backward" if backward else "forward")]
         totals[backward] = sum(part.seconds for part in own)
     parts = [replace(part, seconds=part.seconds * micro_batches, flops=part.flops * micro_batches) for part in parts]
@@ -138,13 +139,13 @@ def _split(run: Run) -> tuple[list[Section], list[Kernel]]:
 
 def _part(
     name: str, runs: list[tuple[int, list[Kernel]]], run: Run, device: Device, backward: bool
-) -> tuple[Part, Counter[str]]:
+) -> tuple[Part, dict[str, float]]:
     """Add up the kernels of a part of the network.
 
     The processor runs ahead of the GPU. So a part takes as long as the slower of the two.
     """
-    bounds: Counter[str] = Counter()
-    products: Counter[str] = Counter()
+    bounds: dict[str, float] = defaultdict(float)
+    products: dict[str, float] = defaultdict(float)
     host = flops = 0.0
     for times, kernels in runs:
         for kernel in kernels:
@@ -167,7 +168,7 @@ def _part(
 def _optimizer(run: Run, device: Device) -> Part:
     """Predict clipping and the optimizer's step, on this GPU's share of the parameters."""
     step, share = run.optimizer_step, run.layout.optimizer or 1 / run.gpus
-    bounds: Counter[str] = Counter()
+    bounds: dict[str, float] = defaultdict(float)
     trained = run.parameters.total.trained
     width = run.layout.dtype.itemsize
     for operation in step.operations:
