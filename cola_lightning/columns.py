@@ -8,10 +8,14 @@ NARROWEST = 30
 """Fewest characters of the second column. With less, a text is put below its name."""
 
 
+class Command(str):
+    """A command to type. It is never wrapped, so that it can be copied in one piece."""
+
+
 def in_columns(entries: Iterable[tuple[str, str]], width: int | None = None, indent: str = "") -> list[str]:
     """Put names into a column, and their texts, wrapped, into a second one beside it.
 
-    Commands and paths in a text are not broken, so that they can be copied.
+    A word, such as a path, is not broken, and a :class:`Command` is not wrapped.
 
     Args:
         entries: Pairs of name and text.
@@ -42,6 +46,8 @@ def wrap_paragraph(text: str, indent: str = "") -> list[str]:
 
 
 def _wrap(text: str, first: str, following: str, width: int) -> list[str]:
+    if isinstance(text, Command):
+        return [first + text]
     return textwrap.wrap(
         text, width, initial_indent=first, subsequent_indent=following, break_long_words=False, break_on_hyphens=False
     ) or [first.rstrip()]

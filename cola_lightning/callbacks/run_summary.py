@@ -2,11 +2,13 @@
 
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import lightning as L
 
 from cola_lightning.callbacks.hyper_parameters import PERPLEXITY, hyper_parameters
 from cola_lightning.callbacks.log_lines import write_lines, write_table
+from cola_lightning.columns import Command
 from cola_lightning.provenance import run_folder
 from cola_lightning.training.module import LanguageModel
 from cola_lightning.training.trainer_attributes import datamodule_of, is_fast_dev_run
@@ -129,11 +131,16 @@ def describe_end(trainer: L.Trainer, seconds: float) -> list[tuple[str, str]]:
     return [
         *lines,
         ("checkpoint", checkpoint),
+        *((name, Command(command)) for name, command in next_commands(run)),
+    ]
+
+
+def next_commands(run: Path) -> list[tuple[str, str]]:
+    """Return what to type after a run, as (name, command)."""
+    resume = f"cola_lightning fit --config {run}/config.yaml --run_dir {run} --ckpt_path last --trainer.max_steps N"
+    return [
         ("generate", f"cola_lightning generate {run} --prompt 'Once upon a time'"),
         ("evaluate", f"cola_lightning evaluate {run} --text notes.jsonl"),
-        (
-            "go on",
-            f"cola_lightning fit --config {run}/config.yaml --run_dir {run} --ckpt_path last --trainer.max_steps N",
-        ),
+        ("resume", resume),
         ("curves", f"tensorboard --logdir {run}"),
     ]

@@ -13,8 +13,8 @@ def keep_freed_memory() -> None:
     """Keep memory that was freed for the next allocation, in this process, where the C library is glibc.
 
     A training step allocates what the last one freed. By default glibc returns large blocks to the kernel, which has to
-    clear each page again: 3 to 7 % of a step's processor time. The most that a process has does not grow. Nothing is
-    changed if the user has set the thresholds by environment.
+    clear each page again: 3 to 7 % of a step's processor time (measured in docs/lab_log.md). Nothing is changed if the
+    user has set the thresholds by environment.
     """
     if sys.platform != "linux" or any(name in os.environ for name in _SET_BY_USER):
         return

@@ -12,7 +12,6 @@ from cola_lightning.cli import app
 from cola_lightning.cli.app import GROUPS, TRAINER_COMMANDS, main, own_commands
 from cola_lightning.cli.help_pages import COMMON_OPTIONS
 from cola_lightning.cli.parser import function_parser
-from cola_lightning.columns import in_columns
 from cola_lightning.private_apis import options_of
 from tests.conftest import REPOSITORY
 
@@ -97,18 +96,6 @@ def test_help_that_is_read_from_the_source_has_the_options_of_the_parser(command
         assert len(theirs.help) > 10
         if isinstance(theirs.default, int | float | str):
             assert f"default: {theirs.default};" in ours
-
-
-def test_columns_fit_the_width():
-    entries = [("--model.hidden_size N", "width of the network; all sizes are --model.NAME"), ("-c", "x " * 50)]
-    for width in (40, 60, 100, 200):
-        lines = in_columns(entries, width, indent="  ")
-        assert max(map(len, lines)) <= width
-        assert " ".join(" ".join(lines).split()) == " ".join(
-            f"{name} {' '.join(text.split())}" for name, text in entries
-        )
-    assert len(in_columns(entries, 200)) == 2
-    assert in_columns([("run", "/a/long/path/that/stays/whole")], 20) == ["run", "    /a/long/path/that/stays/whole"]
 
 
 def test_adding_a_file_adds_a_command(tmp_path, monkeypatch):
