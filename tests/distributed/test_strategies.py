@@ -255,7 +255,7 @@ def test_gradients_are_sent_once_an_optimizer_step(tmp_path):
 
 
 @pytest.mark.gpu
-def test_fsdp_trains_clips_and_resumes_on_a_gpu(tmp_path):
+def test_fsdp_trains_clips_and_resumes_on_a_gpu(tmp_path, process_group):
     def fit(steps, **resume):
         _, model, batches = tiny_trainer(steps=steps)
         trainer = L.Trainer(
