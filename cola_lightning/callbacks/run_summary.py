@@ -90,7 +90,7 @@ def describe_start(trainer: L.Trainer, module: LanguageModel) -> list[tuple[str,
         return [*lines, ("weights", str(weights)), ("run", str(run_folder(trainer)))]
     steps = f"{trainer.max_steps:,}" if trainer.max_steps > 0 else "no limit"
     if trainer.global_step:
-        steps += f", going on from step {trainer.global_step:,}"
+        steps += f", resumed at step {trainer.global_step:,}"
     length, rows = getattr(data, "sequence_length", None), getattr(data, "batch_size", None)
     if length and rows:
         tokens = rows * length * trainer.accumulate_grad_batches * trainer.world_size
