@@ -13,8 +13,8 @@ class Rotary(NamedTuple):
     """Positions of the tokens, as attention needs them.
 
     Attributes:
-        cos: Cosine of the rotary angles (T, E / 2).
-        sin: Sine of the rotary angles (T, E / 2).
+        cos: Cosine of the rotary angles (T, E).
+        sin: Sine of the rotary angles (T, E).
         mask: True where a token may attend (B or 1, 1, T, tokens so far); None for causal attention.
         cache: Keys and values of one layer, in generation.
     """
@@ -28,7 +28,7 @@ class Rotary(NamedTuple):
 def rotary_table(
     length: int, head_dim: int, theta: float, *, like: Tensor, start: int = 0, scaling: Scaling | None = None
 ) -> Rotary:
-    """Compute cosine and sine (T, E / 2) of the rotary angles (RoFormer, arXiv 2104.09864).
+    """Compute cosine and sine (T, E) of the rotary angles (RoFormer, arXiv 2104.09864).
 
     They are computed in float32 at each call and not kept in a buffer. A buffer would be rounded together with the
     weights under pure bf16, and would have to be filled after a start on the meta device.
@@ -44,6 +44,7 @@ def rotary_table(
     per_position, attention_factor = frequencies(head_dim, theta, scaling, start + length, like.device)
     positions = torch.arange(start, start + length, device=like.device, dtype=torch.float32)
     angles = torch.outer(positions, per_position)
+    angles = torch.cat((angles, angles), dim=-1)
     cos, sin = angles.cos(), angles.sin()
     if attention_factor != 1.0:
         cos, sin = cos * attention_factor, sin * attention_factor
@@ -53,9 +54,7 @@ def rotary_table(
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate (B, H, T, E) by the rotary angles, in the half-split layout of Hugging Face's LLaMA."""
     left, right = x.chunk(2, dim=-1)
-    cos, sin = rotary.cos, rotary.sin
-    # Each half by itself: torch.compile makes fewer passes of this, in backward too, than of x * cos + rotated * sin.
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    return x * rotary.cos + torch.cat((-right, left), dim=-1) * rotary.sin
 
 
 def document_mask(document_ids: Tensor, seen: int = 0) -> Tensor:
