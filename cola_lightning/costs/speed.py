@@ -29,7 +29,7 @@ class Part:
 
     @property
     def bound(self) -> str:
-        """What bounds most of it."""
+        """Return what bounds most of its time."""
         return max(self.bounds, key=lambda name: self.bounds[name], default="")
 
 

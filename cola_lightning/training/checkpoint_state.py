@@ -1,4 +1,4 @@
-"""What the module adds to a checkpoint, and how a checkpoint is adapted to the run that resumes from it."""
+"""Add the module's entries to a checkpoint, and adapt a checkpoint to the run that resumes from it."""
 
 from typing import Any
 

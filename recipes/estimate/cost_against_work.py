@@ -3,8 +3,8 @@
 python recipes/estimate/cost_against_work.py FOLDER [flags of fit]
 
 Each of the three is varied by itself, from 256 tokens, 4 layers, a vocabulary of 4,096 and a hidden size of 256. Beside
-the two times stand the FLOPs of a step. The table is printed, and written with a plot to FOLDER. It takes about half an
-hour on two cores; nothing else should run beside it.
+the two times stand the FLOPs of a step. The table is printed, and written with a plot to FOLDER.
+Nothing else should run beside it.
 """
 
 import json

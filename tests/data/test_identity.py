@@ -1,4 +1,4 @@
-"""What a checkpoint says of the data and the tokenizer of its run, and what a run that resumes takes from it."""
+"""Record the data and the tokenizer of a run in its checkpoint, and compare or take them in the run that resumes."""
 
 import json
 import re

@@ -85,7 +85,7 @@ def test_compiled_chunks_give_the_same(dtype, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("autocast", [True, False])
 def test_compiled_chunks_in_bf16_are_within_a_tenth_of_its_distance(autocast):
-    """Of the same chunks uncompiled: what compiling changes is small beside what bf16 itself changes."""
+    """Compare with the same chunks uncompiled: compiling changes little beside what bf16 itself changes."""
     exact = head_loss(torch.float64)
     found = head_loss(torch.bfloat16, 20, compiled=True, autocast=autocast)
     for ours, plain, right in zip(found, head_loss(torch.bfloat16, 20, autocast=autocast), exact, strict=True):
