@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from cola_lightning.data.identity import StoredSource
 from cola_lightning.output_files import write_whole
-from cola_lightning.stored_data import check_stored, read_json
+from cola_lightning.stored_data import read_json
 
 RUN, TOKENIZER = "run.json", "tokenizer"
 """Names of the file of facts and of the tokenizer's folder, in the folder of a run."""
@@ -101,7 +101,4 @@ def read_provenance(run_dir: Path | None) -> dict[str, Any]:
     file = run_dir / RUN if run_dir else None
     if file is None or not file.is_file():
         return {}
-    remedy = "remove the file, to do without its facts"
-    content = read_json(file, remedy)
-    check_stored(content, _Run, file, remedy)
-    return content
+    return read_json(file, "remove the file, to do without its facts", _Run)

@@ -29,15 +29,16 @@ class StoredDataError(InputError):
     """Data that was read from a file has another type than it was written in."""
 
 
-def read_json(file: Path, remedy: str = "") -> dict[str, Any]:
+def read_json(file: Path, remedy: str = "", kind: Any = None) -> dict[str, Any]:
     """Read the JSON object in a file.
 
     Args:
         file: The file.
         remedy: Remedy for the user, for the message.
+        kind: Type that the object must have; see :func:`check_stored`. Any object if not given.
 
     Raises:
-        InputError: If the file cannot be read, or does not hold a JSON object.
+        InputError: If the file cannot be read, does not hold a JSON object, or holds one of another type.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -45,6 +46,8 @@ def read_json(file: Path, remedy: str = "") -> dict[str, Any]:
         raise InputError(f"{file} cannot be read as JSON: {error}; {remedy}".rstrip("; ")) from error
     if not isinstance(content, dict):
         raise InputError(f"{file} holds a JSON {type(content).__name__}, not an object; {remedy}".rstrip("; "))
+    if kind is not None:
+        check_stored(content, kind, file, remedy)
     return content
 
 

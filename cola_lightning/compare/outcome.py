@@ -9,10 +9,9 @@ from annotated_types import Len
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typing_extensions import TypedDict
 
-from cola_lightning.errors import InputError
 from cola_lightning.output_files import write_whole
 from cola_lightning.provenance import read_provenance
-from cola_lightning.stored_data import Count, check_stored
+from cola_lightning.stored_data import Count, read_json
 
 PERPLEXITY, PUBLISHED = "val/perplexity", "val/perplexity_as_published"
 LOSS, TOKENS, SPEED = "train/loss", "train/tokens", "train/tokens_per_second"
@@ -116,15 +115,7 @@ def read(file: Path, kind: type) -> dict[str, Any] | None:
     Raises:
         InputError: If the file is damaged.
     """
-    if not file.is_file():
-        return None
-    remedy = "delete the file, and it is made again"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON: {error}; {remedy}") from error
-    check_stored(content, kind, file, remedy)
-    return content
+    return read_json(file, "delete the file, and it is made again", kind) if file.is_file() else None
 
 
 def write(file: Path, content: dict[str, Any]) -> None:

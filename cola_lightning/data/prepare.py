@@ -16,14 +16,14 @@ from typing_extensions import TypedDict
 
 from cola_lightning.data.encoding import ENCODE_BATCH_SIZE, encode_in_batches
 from cola_lightning.data.identity import StoredSource
-from cola_lightning.data.prepared import FORMAT, INDEX, PLAN, TOKENIZER, StoredShard, read_record, sha256
+from cola_lightning.data.prepared import FORMAT, INDEX, PLAN, TOKENIZER, StoredShard, sha256
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.sources import Source, TextCorpus
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.data.worker_process import end_with_parent
 from cola_lightning.errors import InputError, hide_secrets
 from cola_lightning.output_files import write_whole
-from cola_lightning.stored_data import check_stored, is_stored_as, read_json
+from cola_lightning.stored_data import check_stored, read_json
 
 
 def prepare(
@@ -115,11 +115,10 @@ def _begun(folder: Path) -> dict[str, Any] | None:
     Raises:
         InputError: If the plan is damaged.
     """
-    plan = read_record(folder / PLAN)
-    if plan is None and (folder / PLAN).exists():
-        raise InputError(f"{folder / PLAN} is damaged; choose another --folder, or delete this one")
+    file, remedy = folder / PLAN, "choose another --folder, or delete this one"
+    plan = read_json(file, remedy) if file.exists() else None
     if plan and plan.get("format") == FORMAT:
-        check_stored(plan, _Plan, folder / PLAN, "choose another --folder, or delete this one")
+        check_stored(plan, _Plan, file, remedy)
     return plan
 
 
@@ -127,10 +126,12 @@ def _missing(corpus: TextCorpus, folder: Path) -> list[int]:
     """List the shards to make: those without a record, and those whose source changed."""
     missing, changed = [], []
     for shard, fingerprint in enumerate(corpus.fingerprints):
-        record = read_record(folder / _record(shard))
-        if record is None or not is_stored_as(record, StoredShard):
+        try:
+            record = read_json(folder / _record(shard), kind=StoredShard)
+        except InputError:  # there is none, or it is damaged
             missing.append(shard)
-        elif record.get("fingerprint") != fingerprint:
+            continue
+        if record["fingerprint"] != fingerprint:
             changed.append(shard)
     if changed:
         warnings.warn(

@@ -10,7 +10,6 @@ Rows keep their numbers, so that a run gives the same batches on a prepared sour
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
@@ -27,7 +26,7 @@ from cola_lightning.data.readers import is_parquet
 from cola_lightning.data.sources import Source
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
-from cola_lightning.stored_data import Count, check_stored
+from cola_lightning.stored_data import Count, check_stored, read_json
 
 FORMAT = 3
 INDEX, PLAN, TOKENIZER = "index.json", "plan.json", "tokenizer"
@@ -65,15 +64,6 @@ def is_prepared(source: Source) -> bool:
     return (Path(source.path).expanduser() / source.split / PLAN).is_file()
 
 
-def read_record(file: Path) -> dict[str, Any] | None:
-    """Read a JSON object that ``prepare`` wrote; None if the file is missing or damaged."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
 class PreparedCorpus:
     """Shards of a prepared source, memory-mapped.
 
@@ -89,12 +79,11 @@ class PreparedCorpus:
         self.folder = Path(source.path).expanduser() / source.split
         if not (self.folder / INDEX).is_file():
             raise InputError(f"{self.folder} was not prepared to the end; run the same 'prepare' again to finish it")
-        self.index: dict[str, Any] = read_record(self.folder / INDEX) or {}
-        if not self.index:
-            raise InputError(f"{self.folder / INDEX} is damaged; delete it, and run the same 'prepare' again")
+        remedy = "delete it, and run the same 'prepare' again"
+        self.index = read_json(self.folder / INDEX, remedy)
         if self.index.get("format") != FORMAT:
             raise InputError(f"{self.folder} has format {self.index.get('format')}, not {FORMAT}; prepare it again")
-        check_stored(self.index, _Index, self.folder / INDEX, "delete it, and run the same 'prepare' again")
+        check_stored(self.index, _Index, self.folder / INDEX, remedy)
         self.shards: list[str] = [shard["source"] for shard in self.index["shards"]]
         for shard in self.index["shards"]:
             for name, facts in shard["files"].items():

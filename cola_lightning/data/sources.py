@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from fsspec.core import url_to_fs
 
-from cola_lightning.data.identity import Identity, commit_of, describe_files, fingerprint_files
+from cola_lightning.data.fingerprints import commit_of, fingerprint_files
+from cola_lightning.data.identity import Identity, describe_files
 from cola_lightning.data.passes import WHOLE, Share
 from cola_lightning.data.readers import Row, is_parquet, is_plain_lines, parquet_rows, read_file, read_table
 from cola_lightning.data.remote import storage_options, use_hub, with_package

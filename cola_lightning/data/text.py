@@ -7,7 +7,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from cola_lightning.data.cache import cache_folder, is_whole
 from cola_lightning.data.documents import find_files, find_left_out
-from cola_lightning.data.identity import Identity, describe_files, fingerprint_files
+from cola_lightning.data.fingerprints import fingerprint_files
+from cola_lightning.data.identity import Identity, describe_files
 from cola_lightning.data.inventory import describe
 from cola_lightning.data.packing import Rows
 from cola_lightning.data.retry import Retry

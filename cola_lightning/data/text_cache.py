@@ -12,12 +12,12 @@ from typing_extensions import TypedDict
 
 from cola_lightning.data.cache import is_whole, new_folder
 from cola_lightning.data.documents import find_files, read_documents
-from cola_lightning.data.identity import are_hashed_whole, fingerprint_files
+from cola_lightning.data.fingerprints import describe_content, fingerprint_files
 from cola_lightning.data.packing import Documents
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
-from cola_lightning.stored_data import check_stored
+from cola_lightning.stored_data import read_json
 
 if TYPE_CHECKING:  # imported where it is used, because that takes a second
     from datasets import Dataset
@@ -76,7 +76,7 @@ class TextFiles:
         parts = [[str(file) for file in find_files(paths)] if paths else [] for paths in stated]
         content = {
             "format": CACHE_FORMAT,
-            "files": [_describe(files) for files in parts],
+            "files": [describe_content(files, fingerprint_files(files, Retry())) for files in parts],
             "split": None if self.validation_paths else [self.validation_fraction, self.seed],
             "text": [self.text_column, self.separator],
         }
@@ -156,22 +156,11 @@ class TextFiles:
             raise cause or error from None
 
 
-def _describe(files: list[str]) -> list[Any]:
-    """Describe the content of files. Small ones are hashed as a whole, so that a copy anywhere is the same text.
-
-    Of large ones only samples are read, so their places and times count, too.
-    """
-    names = [Path(file).name for file in files]  # which tell the format
-    found = [names, fingerprint_files(files, Retry())]
-    return found if are_hashed_whole(files) else [*found, files, [Path(file).stat().st_mtime_ns for file in files]]
-
-
 def load(folder: Path) -> TokenizedText:
     """Load a cache folder; the ids stay on disk."""
     from datasets import load_from_disk
 
-    digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
-    check_stored(digests, _Digests, folder / DIGESTS, "delete it")
+    digests = read_json(folder / DIGESTS, "delete it", _Digests)
     train, validation = (
         Documents(load_from_disk(folder / name).data.column("ids")) for name in ("train", "validation")
     )

@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from cola_lightning.data.cache import is_whole, new_folder
 from cola_lightning.data.encoding import encode_in_batches
+from cola_lightning.data.fingerprints import describe_content
 from cola_lightning.data.held_out import ONE_IN, may_be_held_out
 from cola_lightning.data.packing import Documents
 from cola_lightning.data.prepared import PreparedCorpus
-from cola_lightning.data.remote import is_local
 from cola_lightning.data.sources import TextCorpus
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
@@ -43,9 +43,7 @@ class ValidationSet:
     def __post_init__(self) -> None:
         corpus = self.corpus
         if isinstance(corpus, TextCorpus):
-            # Times too, because only samples of large files are read.
-            times = [Path(name).stat().st_mtime_ns if is_local(name) else 0 for name in corpus.shards]
-            source: Any = [corpus.column, corpus.shards, corpus.fingerprints, times]
+            source: Any = [corpus.column, describe_content(corpus.shards, corpus.fingerprints)]
         else:
             source = corpus.index
         content = json.dumps([source, self.tokenizer.fingerprint(), self.tokens, self.longest, self.shared])

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cola_lightning.data.documents import find_files, read_documents
+from cola_lightning.data.encoding import encode_in_batches
 from cola_lightning.data.packing import IGNORE
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError, UnusableModelError
@@ -23,15 +24,6 @@ from cola_lightning.hub import write_folder
 from cola_lightning.inference.load import LoadedModel, load_model_for_inference, pick_device
 from cola_lightning.models import Llama
 from cola_lightning.output_files import check_output_file, to_json, write_json
-
-ENCODE_BATCH_SIZE = 64
-
-
-def batched(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
-    """Tuples of ``size``, the last of what is left; ``itertools.batched``, which Python 3.11 has not."""
-    iterator = iter(items)
-    while some := tuple(islice(iterator, size)):
-        yield some
 
 
 def evaluate(
@@ -139,7 +131,7 @@ def evaluate_text(
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("evaluating", total=total)
         windows = _windows(read_documents(files, text_column), tokenizer, length, step, counts)
-        for batch in batched(windows, batch_size):
+        while batch := list(islice(windows, batch_size)):
             loss_sum, predicted = _loss(network, batch)
             nats += loss_sum
             counts["predicted"] += predicted
@@ -198,23 +190,22 @@ def _windows(
     documents: Iterable[str], tokenizer: Tokenizer, length: int, step: int, counts: dict[str, int]
 ) -> Iterator[Window]:
     prefix = len(tokenizer.prefix)
-    for texts in batched(documents, ENCODE_BATCH_SIZE):
-        for text, ids in zip(texts, tokenizer.encode(list(texts)), strict=True):
-            counts["documents"] += 1
-            counts["bytes"] += len(text.encode())
-            counts["tokens"] += len(ids) - prefix
-            done = max(prefix - 1, 0)  # of what stands before a text nothing is predicted
-            for begin in range(0, len(ids) - 1, step):
-                shown, labels = ids[begin : begin + length], ids[begin + 1 : begin + length + 1]
-                shown = shown[: len(labels)]
-                yield shown, [IGNORE] * (done - begin) + labels[done - begin :]
-                done = begin + len(labels)
-                if done == len(ids) - 1:
-                    break
+    for text, ids in encode_in_batches(((text, text) for text in documents), tokenizer.encode):
+        counts["documents"] += 1
+        counts["bytes"] += len(text.encode())
+        counts["tokens"] += len(ids) - prefix
+        done = max(prefix - 1, 0)  # of what stands before a text nothing is predicted
+        for begin in range(0, len(ids) - 1, step):
+            shown, labels = ids[begin : begin + length], ids[begin + 1 : begin + length + 1]
+            shown = shown[: len(labels)]
+            yield shown, [IGNORE] * (done - begin) + labels[done - begin :]
+            done = begin + len(labels)
+            if done == len(ids) - 1:
+                break
 
 
 @torch.no_grad()
-def _loss(network: Llama, windows: tuple[Window, ...]) -> tuple[float, int]:
+def _loss(network: Llama, windows: list[Window]) -> tuple[float, int]:
     """Return the summed loss in nats, and the number of predicted tokens."""
     longest = max(len(shown) for shown, _ in windows)
     device = network.lm_head.weight.device

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from cola_lightning.cli.app import main
-from cola_lightning.data import C4DataModule, StreamingDataModule
+from cola_lightning.data import C4DataModule, StreamingDataModule, fingerprints
 from cola_lightning.data import identity as identities
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.tokenizer import Tokenizer
@@ -171,7 +171,7 @@ def test_the_command_line_refuses_added_text_and_does_not_change_the_run(corpus,
 
 
 def test_large_files_are_hashed_in_samples_that_include_their_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(identities, "READ_WHOLE", 1000)
+    monkeypatch.setattr(fingerprints, "READ_WHOLE", 1000)
     file = tmp_path / "a.bin"
     content = bytearray(1_000_000)
     found = set()
@@ -179,6 +179,6 @@ def test_large_files_are_hashed_in_samples_that_include_their_ends(tmp_path, mon
         if place is not None:
             content[place] ^= 1
         file.write_bytes(content)
-        identities._of_disk.cache_clear()
-        found.add(identities.fingerprint_files([str(file)], Retry())[0])
+        fingerprints._of_disk.cache_clear()
+        found.add(fingerprints.fingerprint_files([str(file)], Retry())[0])
     assert len(found) == 4

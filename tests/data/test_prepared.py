@@ -159,12 +159,12 @@ def test_a_folder_of_another_preparation_is_refused(source, c4, run, tmp_path):
 def test_damaged_records(source, run):
     folder = run()
     (folder / "index.json").write_text('{"format": 2, "sha')
-    with pytest.raises(InputError, match=r"index\.json is damaged; delete it, and run the same 'prepare' again"):
+    with pytest.raises(InputError, match=r"index\.json cannot be read as JSON: .*; delete it, and run the same"):
         PreparedCorpus(Source(str(folder.parent)))
     (folder / "00001.json").write_text("{")
     PreparedCorpus(Source(str(run().parent))).verify()
     (folder / "plan.json").write_text("[")
-    with pytest.raises(InputError, match=r"plan\.json is damaged; choose another --folder"):
+    with pytest.raises(InputError, match=r"plan\.json cannot be read as JSON: .*; choose another --folder"):
         run()
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import shutil
 
@@ -72,6 +73,21 @@ def test_validation_set_is_made_once(c4, tmp_path):
     assert folder.stat().st_mtime_ns == before
     ready(C4DataModule(**data | {"validation_tokens": 100}))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_copy_of_the_text_takes_the_validation_set_and_a_changed_one_does_not(c4, tmp_path):
+    """Small files are known by their content, so that text and cache can move to another machine."""
+    copied, cache = tmp_path / "copied", tmp_path / "cache"
+    shutil.copytree(c4, copied)
+    for shard in copied.glob("*.json.gz"):
+        os.utime(shard, (1, 1))
+    ready(C4DataModule(**arguments(c4, cache_dir=str(cache))))
+    made = list(cache.iterdir())
+    ready(C4DataModule(**arguments(copied, cache_dir=str(cache))))
+    assert list(cache.iterdir()) == made
+    write_shard(copied / "c4-validation.00000-of-00001.json.gz", sentences("w", 40))
+    ready(C4DataModule(**arguments(copied, cache_dir=str(cache))))
+    assert len(list(cache.iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", ["ids.npy", "offsets.npy"])

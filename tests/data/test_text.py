@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from cola_lightning.data import TextDataModule
-from cola_lightning.data.identity import _of_disk
+from cola_lightning.data.fingerprints import _of_disk
 from cola_lightning.errors import InputError
 from tests.data.conftest import fake_trainer
 
