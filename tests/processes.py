@@ -79,8 +79,11 @@ class Run:
         for process in self.processes:
             process.start()
 
-    def wait(self, timeout: float = 240) -> list[int]:
-        """Wait for the ranks to end, and return their exit statuses; the negative number for a signal."""
+    def wait(self, timeout: float = 540) -> list[int]:
+        """Wait for the ranks to end, and return their exit statuses; the negative number for a signal.
+
+        The default only shows the output of ranks that hang before pytest's own limit of 600 s ends the test.
+        """
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))

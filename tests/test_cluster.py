@@ -102,7 +102,7 @@ def test_a_slurm_job_is_requeued_before_its_time_limit_and_goes_on(tmp_path, fla
     await_steps(first, life, 4)
     for task in tasks.read_text().split():
         os.kill(int(task), signal.SIGUSR1)
-    output, _ = first.communicate(timeout=120)
+    output, _ = first.communicate(timeout=400)
     assert first.returncode == 128 + signal.SIGUSR1, output[-3000:]
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
     stopped = int(re.search(r"Stopping after step (\d+)", output)[1])

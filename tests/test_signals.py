@@ -98,7 +98,7 @@ def test_a_signal_during_the_imports_of_a_real_command_ends_it_at_once(tmp_path,
             cwd=root, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not MOMENTS[moment](process.pid):
             assert process.poll() is None, said.read_text()
             assert time.monotonic() < deadline
@@ -106,7 +106,7 @@ def test_a_signal_during_the_imports_of_a_real_command_ends_it_at_once(tmp_path,
         os.kill(process.pid, number)
         status = process.wait(30)
         assert (status if status >= 0 else 128 - status) == 128 + number  # as a shell reports it
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while (left := in_group(process.pid)) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not left

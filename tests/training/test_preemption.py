@@ -54,7 +54,7 @@ def steps(life: Path) -> int:
 
 
 def await_step(run: Run, life: Path, since: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while steps(life) == since:
         assert any(process.is_alive() for process in run.processes), run.output()
         assert time.monotonic() < deadline, run.output()
@@ -74,7 +74,7 @@ def test_ten_signals_in_a_row_change_nothing(start, tmp_path):
         number = signal.SIGTERM if attempt % 2 else signal.SIGKILL
         for process in draw.choice([run.processes, run.processes[:1], run.processes[1:]]):
             os.kill(process.pid, number)
-        first, second = run.wait(timeout=60)
+        first, second = run.wait()
         if number == signal.SIGTERM:
             assert (first, second) == (128 + signal.SIGTERM, 0), run.output()
         else:
@@ -95,7 +95,7 @@ def test_a_signal_to_one_rank_ends_all_after_a_whole_step(start, tmp_path):
     run = start("run", *many, *slow(life))
     await_step(run, life, 0)
     os.kill(run.processes[1].pid, signal.SIGTERM)
-    assert run.wait(60) == [128 + signal.SIGTERM, 0], run.output()
+    assert run.wait() == [128 + signal.SIGTERM, 0], run.output()
     [path] = (path for path in folder.glob("*.ckpt") if not path.is_symlink())
     assert find_corruption(path) is None
     assert (folder / "last.ckpt").resolve() == path
