@@ -293,13 +293,15 @@ class ExactParameters(nn.Module):
     exact: tuple[str, ...] = ()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before = {name: getattr(self, name).data for name in self.exact}
-        super()._apply(fn, recurse)
-        for name, data in before.items():
-            parameter = getattr(self, name)
-            if parameter.dtype.itemsize < data.dtype.itemsize:
-                parameter.data = data.to(parameter.device)
-        return self
+        parameters = [getattr(self, name) for name in self.exact]
+        exact = [*parameters, *(parameter.grad for parameter in parameters)]
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            lowers = result.dtype.itemsize < tensor.dtype.itemsize
+            return tensor.to(result.device) if lowers and any(tensor is each for each in exact) else result
+
+        return super()._apply(keep_precision, recurse)
 
 
 class ExactMetric(Metric):

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from tests.record_curves import (
     ALONE,
@@ -22,9 +21,6 @@ pytestmark = pytest.mark.slow
 
 STORED = json.loads(ASSET.read_text())["curves"]
 QUICK = ("method/cola", "method/cr_net_recompute", "method/galore", "method/switch_lora", "cola_m/latents")
-FLOAT32 = {f"method/{name}" for name in ("apollo", "apollo_mini", "relora", "sst", "switch_lora")}
-"""Methods that draw or decompose in float32 under 64-true too; without vector units the last bit differs."""
-HAS_VECTORS = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 ALONE_HERE = [name for name in ALONE if is_portable(f"{name}@64-true")]
 
 
@@ -40,8 +36,6 @@ def test_every_method_and_strategy_is_recorded():
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALONE_HERE]
 )
 def test_losses_and_gradient_norms_are_those_recorded(name):
-    if name in FLOAT32 and not HAS_VECTORS:
-        pytest.skip("recorded with vector units, which round what this method draws in float32 otherwise")
     key = f"{name}@64-true"
     assert difference(record_alone(name, "64-true"), STORED[key]) <= TOLERANCE
 

@@ -7,10 +7,11 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.wrap import wrap
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DeviceMesh, DTensor, distribute_tensor
 
 from cola_lightning.models import Llama
 from cola_lightning.models.block import Block
+from cola_lightning.optim.rows import chunk, from_rows
 
 
 def builds_lazily(strategy: Strategy | None) -> bool:
@@ -31,9 +32,10 @@ def shard(network: Llama, strategy: Strategy | None) -> None:
     """
     if isinstance(strategy, ModelParallelStrategy):
         mesh = strategy.device_mesh["data_parallel"]
+        apart = shard_wider(network, mesh)
         for layer in network.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(network, mesh=mesh)
+            fully_shard(layer, mesh=mesh, ignored_params=apart)
+        fully_shard(network, mesh=mesh, ignored_params=apart)
         same_randomness(strategy)
         network.to_empty(device=strategy.root_device)
         for module in network.modules():
@@ -50,6 +52,24 @@ def shard(network: Llama, strategy: Strategy | None) -> None:
         from deepspeed.utils import set_z3_leaf_modules  # slow to import, and installed on Linux only
 
         set_z3_leaf_modules(network, [Block])
+
+
+def shard_wider(network: Llama, mesh: DeviceMesh) -> set[nn.Parameter]:
+    """Shard trained parameters of more bits than the rest, and return them. A unit of FSDP2 has one dtype.
+
+    Example: σ of SST is float32 in a run of bf16-true. Its module gathers it by
+    :func:`~cola_lightning.optim.rows.gathered`.
+    """
+    usual = network.model.embed_tokens.weight.dtype
+    wider: set[nn.Parameter] = set()
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad and parameter.dtype.itemsize > usual.itemsize:
+                own = chunk(len(parameter), mesh.size(), mesh.get_local_rank())
+                part = nn.Parameter(from_rows(parameter.detach()[own], parameter.shape, mesh))
+                module.register_parameter(name, part)
+                wider.add(part)
+    return wider
 
 
 def materialize(module: nn.Module, device: torch.device) -> None:

@@ -23,8 +23,10 @@ from cola_lightning import optim
 from cola_lightning.checkpoints import check_no_code, read_state
 from cola_lightning.checkpoints.formats import Format, format_of
 from cola_lightning.checkpoints.safe_unpickle import deepspeed_data, plain_data_only
+from cola_lightning.distributed.row_files import put_rows, take_rows, write_rows
 from cola_lightning.errors import InputError, did_you_mean
 from cola_lightning.optim.parameter_groups import needs_whole_matrices
+from cola_lightning.optim.rows import Rows
 from cola_lightning.private_apis import guard_engine_writers, set_data_parallel_size
 
 if "DS_ACCELERATOR" not in os.environ:  # without it, DeepSpeed prints to stdout what it looks for
@@ -39,19 +41,35 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     Args:
         save_distributed_checkpoint: Each rank writes its shard into a folder. Otherwise rank 0 writes one file.
+
+    Attributes:
+        writes_rows: Whether a callback's state may hold ``Rows``, see :mod:`~cola_lightning.distributed.row_files`.
     """
 
     def __init__(self, save_distributed_checkpoint: bool = False) -> None:
+        self.writes_rows = save_distributed_checkpoint
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint)
 
     def setup_environment(self) -> None:
         set_data_parallel_size(self, self.num_nodes * self.num_processes)  # Lightning's "auto" is one per node
         super().setup_environment()
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        rows: dict[str, Rows] = {}
+        if "callbacks" in checkpoint:
+            checkpoint["callbacks"] = take_rows(checkpoint["callbacks"], rows)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if rows:
+            write_rows(Path(filepath), rows, self.global_rank)
+
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        check_no_code(Path(checkpoint_path))
+        path = Path(checkpoint_path)
+        check_no_code(path)
         with plain_data_only():
-            return super().load_checkpoint(checkpoint_path, weights_only=True)
+            found = super().load_checkpoint(path, weights_only=True)
+        if path.is_dir():
+            found["callbacks"] = put_rows(found.get("callbacks", {}), path, self.world_size, self.global_rank)
+        return found
 
 
 class ZeROStrategy(DeepSpeedStrategy):

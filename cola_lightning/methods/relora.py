@@ -69,7 +69,8 @@ class ReLoRA(LoRA):
     def new_a(self, draw: torch.Generator) -> Tensor:
         """Draw a new A (R, in) from U(±1/√in)."""
         bound = self.A.shape[1] ** -0.5
-        return torch.empty(self.A.shape).uniform_(-bound, bound, generator=draw)
+        drawn = torch.empty(self.A.shape, dtype=torch.promote_types(self.A.dtype, torch.float32))
+        return drawn.uniform_(-bound, bound, generator=draw)
 
 
 class ReLoRACallback(PostStepCallback[ReLoRA]):

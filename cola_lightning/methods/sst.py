@@ -39,7 +39,7 @@ from torch.nn.functional import normalize
 from cola_lightning.methods.arguments import check_at_least_one, check_rank
 from cola_lightning.methods.post_step import PostStepCallback, restart, schedule_cycle
 from cola_lightning.models.projection import Projection
-from cola_lightning.optim.rows import gather_rows, local, mesh_of, own_rows, rows_of, set_rows, whole
+from cola_lightning.optim.rows import gather_rows, gathered, local, mesh_of, own_rows, rows_of, set_rows, whole
 from cola_lightning.optim.sharded import map_whole, replicate, shard_columns
 from cola_lightning.private_apis import ExactParameters, foreach
 
@@ -69,7 +69,7 @@ class SST(ExactParameters, Projection):
         size = min(in_features, out_features)
         self.U = nn.Parameter(torch.empty(size, out_features), requires_grad=False)
         self.V = nn.Parameter(torch.empty(size, in_features), requires_grad=False)
-        self.sigma = nn.Parameter(torch.empty(size, dtype=torch.float32))
+        self.sigma = nn.Parameter(torch.empty(size, dtype=torch.promote_types(self.U.dtype, torch.float32)))
         self.u = nn.Parameter(torch.empty(rank, out_features))
         self.v = nn.Parameter(torch.empty(rank, in_features))
         self.register_buffer("active", torch.empty(rank, dtype=torch.int64))
@@ -85,7 +85,7 @@ class SST(ExactParameters, Projection):
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return _Spectral.apply(x.to(dtype), self.U, self.V, self.sigma, self.u, self.v, self.active)
+        return _Spectral.apply(x.to(dtype), self.U, self.V, gathered(self.sigma), self.u, self.v, self.active)
 
     def dense(self) -> Tensor:
         """Return ``Σ_i σ_i u_i v_iᵀ`` (out, in) in the dtype of σ."""

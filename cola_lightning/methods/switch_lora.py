@@ -19,7 +19,8 @@ Differences from it:
 - Candidates are drawn when training starts, from the seed and the projection's index.
 
 Under FSDP2 a rank has some rows of W, A, B and the pools. All ranks read the few vectors of a step's exchanges, and
-each updates its own rows. No matrix is gathered, except a pool on the first rank when a checkpoint is written.
+each updates its own rows. No matrix is gathered, except a pool on the first rank when a checkpoint of one file is
+written.
 
 An exchange rounds once, to the dtype of W. With ``precision: bf16-true`` these roundings add up over a run.
 """
@@ -81,8 +82,9 @@ class SwitchLoRA(Projection):
     def reset_parameters(self) -> None:
         for factor, bound in zip((self.A, self.B), self.bounds, strict=True):
             nn.init.uniform_(factor, -bound, bound)
-        whole = torch.empty(self.weight.shape, device=self.weight.device, dtype=torch.float32).normal_(std=0.02)
-        self.weight.copy_(whole.addmm_(self.B.float().T, self.A.float(), alpha=-self.scale))
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        whole = torch.empty(self.weight.shape, device=self.weight.device, dtype=dtype).normal_(std=0.02)
+        self.weight.copy_(whole.addmm_(self.B.to(dtype).T, self.A.to(dtype), alpha=-self.scale))
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight) + (linear(x, self.A) * self.scale) @ self.B
@@ -182,6 +184,11 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
         # Exchanges of each factor since the start; and [step, number] of those within the last hold_steps.
         self.done: list[dict[str, int]] = []
         self.recent: list[dict[str, list[list[int]]]] = []
+        self.writes_rows = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.writes_rows = getattr(trainer.strategy, "writes_rows", False)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
@@ -204,7 +211,8 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
         """
         draw, size, pools = self.draw(0, index), min(projection.weight.shape), {}
         for side, factor, bound in zip("AB", (projection.A, projection.B), projection.bounds, strict=True):
-            pool = torch.empty(size, factor.shape[1]).uniform_(-bound, bound, generator=draw)
+            pool = torch.empty(size, factor.shape[1], dtype=torch.promote_types(factor.dtype, torch.float32))
+            pool.uniform_(-bound, bound, generator=draw)
             pools[side] = pool[own_rows(factor, size)].to(factor.dtype, copy=True)
         return pools
 
@@ -230,9 +238,8 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
         for side in SIDES:
             free = [self._free(index, side, step, count) for index, count in enumerate(counts)]
             due = [Exchange(index, side, self._first(index, side), count) for index, count in enumerate(free) if count]
-            for some in self._batches(due):
-                for exchange, vectors in zip(some, self._read(some), strict=True):
-                    self._switch(exchange, step, *vectors)
+            for batch in self._batches(due):
+                self._exchange(batch, step)
 
     def chances(self, step: int) -> list[float]:
         """Draw the number in [0, 1) by which each projection rounds, the same on all ranks."""
@@ -264,7 +271,7 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
         return min(count, rank)
 
     def _batches(self, due: list[Exchange]) -> Iterator[list[Exchange]]:
-        """Divide exchanges so that the vectors of those of a batch have at most as many numbers as a matrix W.
+        """Divide exchanges so that a batch takes at most as much memory as a matrix W.
 
         Under FSDP2 all ranks read the vectors of a batch at once, by one exchange between them.
         """
@@ -272,14 +279,20 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
         size = 0
         largest = max(projection.weight.numel() for projection in self.projections)
         for exchange in due:
-            numbers = 3 * exchange.rows * max(self.projections[exchange.projection].weight.shape)
-            if batch and size + numbers > largest:
+            one = exchange.rows * max(self.projections[exchange.projection].weight.shape)
+            numbers = 3 * one  # vectors, counterparts and candidates
+            if batch and size + numbers + one > largest:  # + one: the difference that one exchange adds to W
                 yield batch
                 batch, size = [], 0
             batch.append(exchange)
             size += numbers
         if batch:
             yield batch
+
+    def _exchange(self, batch: list[Exchange], step: int) -> None:
+        """Read the vectors of a batch, and switch them. Their memory is free again before the next batch is read."""
+        for exchange, vectors in zip(batch, self._read(batch), strict=True):
+            self._switch(exchange, step, *vectors)
 
     def _read(self, due: list[Exchange]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Read for each exchange the vectors to switch, their counterparts, and the candidates: (K, in or out) each."""
@@ -317,17 +330,26 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
         self.recent[index][side].append([step, count])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, with whole pools on the first rank. All ranks must call this."""
-        pools: list[dict[str, Tensor]] = []
+        """Return the state. All ranks must call this.
+
+        Pools are this rank's rows if the strategy writes shards. Otherwise they are whole, and only on the first rank.
+        """
+        pools: list[dict[str, Tensor | Rows]] = []
         for own, projection in zip(self.pools, self.projections if self.pools else (), strict=True):
             mesh, size = mesh_of(projection.A), min(projection.weight.shape)
-            pools.append({side: gather_on_first(Rows(pool, slice(0), size), mesh) for side, pool in own.items()})
+            rows = {side: Rows(pool, own_rows(projection.A, size), size) for side, pool in own.items()}
+            shards = mesh and self.writes_rows
+            pools.append({side: each if shards else gather_on_first(each, mesh) for side, each in rows.items()})
         return super().state_dict() | {"pools": pools, "done": self.done, "recent": self.recent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         check_stored(state_dict, _State, "in the state of SwitchLoRACallback", ALTERED)
-        self.pools, self.done, self.recent = (state_dict[key] for key in ("pools", "done", "recent"))
+        self.done, self.recent = state_dict["done"], state_dict["recent"]
+        self.pools = [
+            {side: pool.part if isinstance(pool, Rows) else pool for side, pool in pools.items()}
+            for pools in state_dict["pools"]
+        ]
         if hasattr(self, "projections"):  # a rollback, while the run goes on
             self._keep_own()
 

@@ -63,7 +63,8 @@ class APOLLO(ProjectedAdam):
         # A seed of its own for each matrix and round, up to a million of either
         seed = ((self.seed << 40) + (self.numbers[p] << 20) + round_) % 2**63
         generator = torch.Generator(p.device).manual_seed(seed)
-        drawn = torch.randn(len(grad), group["rank"], device=p.device, generator=generator)
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        drawn = torch.randn(len(grad), group["rank"], dtype=dtype, device=p.device, generator=generator)
         return distribute_like((drawn / math.sqrt(group["rank"])).to(grad.dtype), grad)
 
     def update(self, grad: Tensor, low: Tensor, normed: Tensor, P: Tensor, state: dict, group: dict) -> Tensor:  # noqa: N803

@@ -23,6 +23,7 @@ Fira and APOLLO also sum one number for each norm over the ranks. To renew P, a 
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cola_lightning.errors import InputError
@@ -115,7 +116,7 @@ def columns_of(x: Tensor, grad: Tensor) -> Tensor:
 
 def limit_growth(x: Tensor, growth: float, state: dict) -> Tensor:
     """Scale ``x`` in place to a norm of at most ``growth`` times that of the last result: Fira's limiter."""
-    norm = to_scalar(x.float().norm())
+    norm = to_scalar(x.to(torch.promote_types(x.dtype, torch.float32)).norm())
     if "norm" in state:
         excess = (norm / (state["norm"] + TINY)).clamp(min=growth) / growth
         x.div_(excess.to(x.dtype))

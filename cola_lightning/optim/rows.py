@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DeviceMesh, DTensor, Shard
+from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Shard
 
 
 class Rows(NamedTuple):
@@ -54,6 +54,17 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def gathered(parameter: Tensor) -> Tensor:
+    """Gather a sharded parameter for a forward pass. Its gradient is the mean over the ranks, as FSDP2's is."""
+    mesh = mesh_of(parameter)
+    if mesh is None or not isinstance(parameter, DTensor):
+        return parameter
+    full = parameter.full_tensor(grad_placements=[Partial()])  # each rank has one term of the gradient's sum
+    if full.requires_grad:
+        full.register_hook(lambda grad: grad / mesh.size())
+    return full
+
+
 def rows_of(x: Tensor) -> Rows:
     """Return this rank's part of a tensor, and which rows that is."""
     return Rows(local(x), own_rows(x), x.shape[0])
@@ -86,17 +97,14 @@ def gather_rows(wanted: Sequence[tuple[Rows, Tensor]], mesh: DeviceMesh | None, 
     """
     if mesh is None or not wanted:
         return [part[rows.to(part.device)].to(device) for (part, _, _), rows in wanted]
-    ranges, flat = [], []
-    for (part, own, _), rows in wanted:
-        found = part.new_zeros(len(rows), part.shape[1])
+    shapes = [(len(rows), part.shape[1]) for (part, _, _), rows in wanted]
+    sent = torch.zeros(sum(rows * columns for rows, columns in shapes), dtype=wanted[0][0].part.dtype, device=device)
+    found = [piece.view(shape) for piece, shape in zip(sent.split([a * b for a, b in shapes]), shapes, strict=True)]
+    for piece, ((part, own, _), rows) in zip(found, wanted, strict=True):
         mine, places = _split(rows, own)
-        found[mine.to(part.device)] = part[places.to(part.device)]
-        ranges.append((len(rows), part.shape[1]))
-        flat.append(found.to(device).flatten())
-    sent = torch.cat(flat)
+        piece[mine.to(device)] = part[places.to(part.device)].to(device)
     dist.all_reduce(sent, group=mesh.get_group())
-    pieces = sent.split([rows * columns for rows, columns in ranges])
-    return [piece.view(shape) for piece, shape in zip(pieces, ranges, strict=True)]
+    return found
 
 
 def set_rows(target: Rows, rows: Tensor, values: Tensor | float) -> None:

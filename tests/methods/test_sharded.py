@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from cola_lightning.checkpoints import read
+from cola_lightning.distributed.row_files import put_rows
 from tests.distributed.parity_run import STEPS
 from tests.methods.sharded_run import METHODS, train_all
 from tests.processes import Run
@@ -71,6 +73,12 @@ def test_a_resumed_run_continues_bit_for_bit_and_on_other_numbers_of_ranks(runs,
 def test_a_checkpoint_of_switch_lora_holds_the_pools_of_one_process(runs, form):
     files = [folder / "switch_lora" / "step_00000010.ckpt" for folder in (runs / "1" / "auto", runs / "2" / form)]
     pools = [read(file).state["callbacks"]["SwitchLoRACallback"]["pools"] for file in files]
+    if form == "fsdp2_sharded":  # each rank wrote its half
+        for rank in range(2):
+            half = load_file(files[1] / "rows" / f"{rank:05}.safetensors")
+            assert len(half) == 2 * len(pools[0])
+            assert all(len(rows) == 8 for rows in half.values())  # of the 16 candidates for each factor
+        pools[1] = [{side: rows.part for side, rows in each.items()} for each in put_rows(pools[1], files[1], 1, 0)]
     for own, theirs in zip(*pools, strict=True):
         for side in "AB":
             assert own[side].shape == theirs[side].shape
