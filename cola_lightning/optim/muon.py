@@ -47,11 +47,13 @@ class Muon(torch.optim.Muon):
 
         def orthogonalize(_: Tensor, matrix: Tensor) -> Tensor:
             """Return minus the learning rate times the orthogonalized matrix: torch's Muon adds that to a matrix of
-            zeros at a step without momentum and weight decay, with ``matrix`` as the gradient."""
+            zeros at a step without weight decay, with ``matrix`` as the momentum, which momentum 1 leaves as it is."""
             weight = torch.zeros_like(matrix)
-            weight.grad = matrix
+            weight.grad = torch.zeros((), dtype=matrix.dtype, device=matrix.device).expand(matrix.shape)  # no memory
             settings = {name: value for name, value in group.items() if name in self.defaults}
-            torch.optim.Muon([weight], **settings | {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}).step()
+            muon = torch.optim.Muon([weight], **settings | {"momentum": 1.0, "nesterov": False, "weight_decay": 0.0})
+            muon.state[weight]["momentum_buffer"] = matrix
+            muon.step()
             return weight
 
         def shape(p: Tensor) -> tuple[int, int]:

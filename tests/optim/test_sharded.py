@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.parity_run import STEPS
-from tests.optim.sharded_run import OPTIMIZERS, compare_with_plain, replay_golden, train, train_each
+from tests.optim.sharded_run import RUNS, compare_with_plain, replay_golden, train_each
 from tests.processes import Run
 
-NAMES = list(OPTIMIZERS)
+NAMES = list(RUNS)
+FORMS = ["fsdp2", "fsdp2_sharded"]  # checkpoints in one file, and in shards
 
 
 @pytest.mark.distributed
@@ -30,22 +31,23 @@ def test_sharded_matrices_give_the_official_weights(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Return runs of one process, and of two ranks that save one file (fsdp2) and shards."""
-    out = tmp_path_factory.mktemp("trained")
-    Run(train_each, NAMES, ["auto", "auto32"], 1, str(out), ranks=1, folder=out / "1").done()
-    strategies = ["fsdp2", "fsdp2_sharded", "fsdp232"]
-    Run(train_each, NAMES, strategies, 2, str(out), ranks=2, folder=out / "2").done()
-    return out
+def runs(tmp_path_factory):
+    """Return the folder of these runs: ``1``, one process; ``2``, two ranks, and ``4``, four, both of which accumulate
+    two micro-batches; ``1_cola_m`` and ``4_cola_m`` the same with CoLA-M; and ``from_2_on_1`` and so on, which continue
+    the runs of two ranks from step 10."""
+    out = tmp_path_factory.mktemp("runs")
 
+    def run(folder: str, ranks: int, strategies: list[str], *more: object) -> None:
+        arguments = NAMES, strategies, ranks, str(out / folder), *more
+        Run(train_each, *arguments, ranks=ranks, folder=out / folder).done()
 
-@pytest.fixture(scope="module")
-def resumed(trained, tmp_path_factory):
-    """Return the same runs continued from step 10, on one rank and on two."""
-    out = tmp_path_factory.mktemp("resumed")
-    for ranks in (1, 2):
-        arguments = NAMES, ["fsdp2", "fsdp2_sharded"], ranks, str(out / str(ranks)), str(trained)
-        Run(train_each, *arguments, ranks=ranks, folder=out / str(ranks)).done()
+    run("1", 1, ["auto", "auto32"])
+    run("2", 2, [*FORMS, "fsdp232"])
+    run("4", 4, ["fsdp232"], None, 1)
+    run("1_cola_m", 1, ["auto"], None, 8, True)
+    run("4_cola_m", 4, ["fsdp2"], None, 1, True)
+    for ranks in (1, 2, 4):
+        run(f"from_2_on_{ranks}", ranks, FORMS, str(out / "2"))
     return out
 
 
@@ -54,16 +56,16 @@ def curve(folder: Path) -> list[list[float]]:
     return json.loads((folder / "curve.json").read_text())
 
 
-CASES = [(name, strategy, "auto", 1e-8) for name in NAMES for strategy in ("fsdp2", "fsdp2_sharded")]
-CASES += [(name, "fsdp232", "auto32", 1e-5) for name in NAMES if name != "muon"]
-"""Muon iterates in bfloat16, where the last bit of a float32 gradient may change a whole matrix (2e-5 was seen). The
-limiter of Fira and APOLLO rounds to float32."""
+CASES = [(name, "2", form, "1/auto", 1e-8) for name in NAMES for form in FORMS]
+CASES += [(name, ranks, "fsdp232", "1/auto32", 1e-5) for name in NAMES for ranks in ("2", "4")]
+CASES += [(name, "4_cola_m", "fsdp2", "1_cola_m/auto", 1e-8) for name in NAMES]
+"""In float64 too, GaLore and Fira decompose gradients in float32, and Muon iterates in bfloat16."""
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("name", "strategy", "alone", "bound"), CASES)
-def test_fsdp2_gives_the_losses_of_one_process(trained, name, strategy, alone, bound):
-    losses, expected = curve(trained / strategy / name)[0], curve(trained / alone / name)[0]
+@pytest.mark.parametrize(("name", "ranks", "form", "alone", "bound"), CASES)
+def test_fsdp2_gives_the_losses_of_one_process(runs, name, ranks, form, alone, bound):
+    losses, expected = curve(runs / ranks / form / name)[0], curve(runs / alone / name)[0]
     assert len(losses) == STEPS
     assert losses == pytest.approx(expected, rel=bound)
     assert losses[-1] < losses[0] - 0.1
@@ -71,17 +73,10 @@ def test_fsdp2_gives_the_losses_of_one_process(trained, name, strategy, alone, b
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2_sharded"])
-def test_a_resumed_run_continues_bit_for_bit_and_on_one_rank_too(trained, resumed, name, strategy):
+@pytest.mark.parametrize("form", FORMS)
+def test_a_resumed_run_continues_bit_for_bit_and_on_other_numbers_of_ranks(runs, name, form):
     """From one file and from shards, between two renewals of the projector."""
-    expected = [values[10:] for values in curve(trained / strategy / name)]
-    assert curve(resumed / "2" / strategy / name) == expected
-    assert curve(resumed / "1" / strategy / name)[0] == pytest.approx(expected[0], rel=1e-6)
-
-
-@pytest.mark.distributed
-def test_four_ranks_with_cola_m_and_accumulation(tmp_path):
-    arguments = "galore", "auto", 1, str(tmp_path / "1"), 8, None, True
-    Run(train, *arguments, ranks=1, folder=tmp_path / "1").done()
-    Run(train, "galore", "fsdp2", 4, str(tmp_path / "4"), 1, None, True, ranks=4, folder=tmp_path / "4").done()
-    assert curve(tmp_path / "4")[0] == pytest.approx(curve(tmp_path / "1")[0], rel=1e-6)
+    expected = [values[10:] for values in curve(runs / "2" / form / name)]
+    assert curve(runs / "from_2_on_2" / form / name) == expected
+    for ranks in (1, 4):
+        assert curve(runs / f"from_2_on_{ranks}" / form / name)[0] == pytest.approx(expected[0], rel=1e-6)
