@@ -166,22 +166,29 @@ def test_schedules_that_restart_keep_the_config_files_warmup(overlay, restart, s
     assert schedule["init_args"]["restart_warmup_steps"] == restart
 
 
-@pytest.mark.parametrize(("file", "scale"), [("plan.yaml", 1), ("plan_gpu.yaml", 4)])
-def test_the_methods_of_the_comparison_differ_in_what_they_are_about_alone(file, scale):
+@pytest.mark.parametrize(("files", "scale"), [(["plan.yaml"], 1), (["plan.yaml", "plan_gpu.yaml"], 8)])
+def test_the_methods_of_the_comparison_differ_in_what_they_are_about_alone(files, scale):
     """Methods may differ in projection and optimizer only, not in clipping, decay, warmup, precision or batch."""
-    plan = yaml.safe_load((REPOSITORY / "recipes" / "compare_methods" / file).read_text())
+    plan = {}
+    for file in files:
+        plan |= yaml.safe_load((REPOSITORY / "recipes" / "compare_methods" / file).read_text())
     methods = {name: Method(**method) for name, method in plan["methods"].items()}
-    names = ("configs", "flags", "matrix_rates", "other_rates", "seeds", "budgets", "weight_decay", "published")
+    names = (
+        "configs", "flags", "matrix_rates", "other_rates", "beta2", "search_trials", "seeds", "budgets", "weight_decay",
+        "published",
+    )  # fmt: skip
     made = Plan(**{name: plan[name] for name in names}, methods=methods, resolve=resolve)
-    assert len(made.trials) == 165
+    assert len(made.trials) == 11 * (4 + 6 + 2 * plan["published"] + 3)
     own = ("model.projection.", "model.optimizer.init_args.matrix.")
     for name in methods:
         assert [key for key in made.differences(name) if not key.startswith(own)] == []
-        parts = made.configuration(name, Rates(0.5, 0.25), 1)["model"]["optimizer"]["init_args"]
+        parts = made.configuration(name, Rates(0.5, 0.25, 0.75), 1)["model"]["optimizer"]["init_args"]
         assert [parts[part]["init_args"]["lr"] for part in ("matrix", "other")] == [0.5, 0.25]
+        betas = [parts[part]["init_args"].get("betas") for part in ("matrix", "other")]
+        assert betas == [None if "Muon" in name else [0.9, 0.75], [0.9, 0.75]]
         assert all(
             made.trunk_steps(name, budget * scale) == steps
-            for budget, steps in ((1_000_000, 390), (2_000_000, 782), (4_000_000, 1562))
+            for budget, steps in ((250_000, 195), (500_000, 390), (1_000_000, 782))
         )
 
 

@@ -7,7 +7,7 @@ def trained_tokens(plan: Plan, method: str) -> dict[str, int]:
     """Count the tokens that all trials of a method train on, by the kind of trial. A shared trunk counts once."""
     counts = {kind: sum(trial.kind == kind and trial.method == method for trial in plan.trials) for kind in KINDS}
     smallest = plan.budgets[0]
-    tokens = {kind: counts[kind] * smallest for kind in ("grid", "published")}
+    tokens = {kind: counts[kind] * smallest for kind in ("grid", "search", "published")}
     if plan.published:  # pairs that the grid has already are not trained again
         tokens["published"] = len({*plan.published_rates(method)} - {*plan.grid(method)}) * smallest
     per_seed: float = plan.budgets[-1]

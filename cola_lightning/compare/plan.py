@@ -19,9 +19,10 @@ Flag = bool | int | float | str | None
 Resolve = Callable[[list[str]], dict[str, Any]]
 """``f(flags)`` returns the whole configuration that ``fit`` makes of these flags."""
 
-Kind = Literal["grid", "published", "seed"]
-KINDS: tuple[Kind, ...] = ("grid", "published", "seed")
+Kind = Literal["grid", "search", "published", "seed"]
+KINDS: tuple[Kind, ...] = ("grid", "search", "published", "seed")
 """Kinds of trials, in the order in which those of a method are carried out."""
+MOST_SEARCH_TRIALS = 20
 SCHEDULE = "WarmupStableDecay"
 
 
@@ -62,11 +63,13 @@ class Trial:
     Args:
         number: Counted from 0; an array job runs one trial by its number.
         method: Name of the method.
-        kind: ``grid`` is part of the sweep. ``published`` uses the ratio of the two rates in the method's own files.
-            ``seed`` uses the best rates of the sweep, and all budgets.
+        kind: ``grid`` and ``search`` are the sweep. A search's rates follow from the trials before it.
+            ``published`` uses the ratio of the two rates in the method's own files. ``seed`` uses the best rates of the
+            sweep, and all budgets.
         seed: Seed of the run.
-        matrix: Learning rate of the matrices; None for the best.
-        other: Learning rate of the other parameters; None for the best, or if the published ratio sets it.
+        matrix: Learning rate of the matrices; None if other trials determine it.
+        other: Learning rate of the other parameters; None likewise, or if the published ratio sets it.
+        place: Number of a search trial among those of its method, from 0.
     """
 
     number: int
@@ -75,10 +78,13 @@ class Trial:
     seed: int
     matrix: float | None = None
     other: float | None = None
+    place: int = 0
 
     @property
     def title(self) -> str:
-        if self.matrix is None:
+        if self.kind == "search":
+            rates = f"further trial {self.place + 1}"
+        elif self.matrix is None:
             rates = "best rates"
         elif self.other is None:
             rates = f"matrix rate {self.matrix:g}, other rate by the published ratio"
@@ -90,8 +96,9 @@ class Trial:
 class Plan:
     """The trials of a comparison.
 
-    For each method, each pair of learning rates is tried with the first seed at the smallest budget. Then all seeds are
-    trained to all budgets at the best pair. Every method has the same number of trials.
+    For each method, each pair of learning rates is tried with the first seed at the smallest budget, and then a number
+    of neighbors of the best, see ``next_rates``. Then all seeds are trained to all budgets at the best. Every method
+    has the same number of trials.
 
     Args:
         configs: Configs that all methods share.
@@ -104,6 +111,8 @@ class Plan:
         budgets: Tokens that a method is trained on. If not given, one: that of the configs' ``trainer.max_steps``.
             Several need the schedule ``WarmupStableDecay``.
         weight_decay: Weight decay of all parameters of all methods; if not given, that of each method's files.
+        search_trials: Trials of each method after the grid, near the best.
+        beta2: Values of β2. The grid has the first, and the search tries the others.
         published: Try also the ratio of the two rates in each method's own files.
         baseline: The method with which the others are compared; the first if not given.
         held_out: Groups of the validation documents; perplexity is then reported for each.
@@ -111,8 +120,8 @@ class Plan:
         include_path: Folder with task files of one's own.
 
     Raises:
-        InputError: If a list is empty or repeats itself, methods have unequal numbers of trials, two names make one
-            folder, or a file is missing.
+        InputError: If a list is empty or repeats itself, a value is out of range, methods have unequal numbers of
+            trials, two names make one folder, or a file is missing.
     """
 
     def __init__(
@@ -126,6 +135,8 @@ class Plan:
         resolve: Resolve,
         budgets: list[int] | None = None,
         weight_decay: float | None = None,
+        search_trials: int = 0,
+        beta2: list[float] | None = None,
         published: bool = False,
         baseline: str | None = None,
         held_out: HeldOut | None = None,
@@ -137,8 +148,9 @@ class Plan:
         }  # fmt: skip
         for name, values in lists.items():
             _check_distinct(name, values)
-        if budgets is not None:
-            _check_distinct("budgets", budgets)
+        for name, optional in (("budgets", budgets), ("beta2", beta2)):
+            if optional is not None:
+                _check_distinct(name, optional)
         for name, method in methods.items():
             for argument, common in (("matrix_rates", matrix_rates), ("other_rates", other_rates)):
                 own = getattr(method, argument)
@@ -153,6 +165,15 @@ class Plan:
                     raise InputError(f"{argument} is {own or common}; each rate must be above 0")
         if min(budgets or [1]) < 1:
             raise InputError(f"budgets is {budgets}; each is a number of tokens above 0")
+        if not all(0 < value < 1 for value in beta2 or ()):
+            raise InputError(f"beta2 is {beta2}; each value must be between 0 and 1")
+        if not 0 <= search_trials <= MOST_SEARCH_TRIALS:
+            raise InputError(f"search_trials is {search_trials}; it must be from 0 to {MOST_SEARCH_TRIALS}")
+        if len(beta2 or ()) > 1 + search_trials:
+            raise InputError(
+                f"beta2 has {len(beta2 or ())} values, but only search_trials reach those after the first, "
+                f"and these are {search_trials}; raise search_trials"
+            )
         folders = [folder_name(method) for method in methods]
         if len(set(folders)) < len(folders):
             raise InputError(f"two of the methods {list(methods)} would share a folder; rename one")
@@ -167,7 +188,7 @@ class Plan:
         self.tasks, self.include_path = tasks or [], include_path
         self.baseline = baseline or next(iter(methods))
         self._budgets = budgets
-        self.published = published
+        self.search_trials, self.beta2, self.published = search_trials, beta2 or [], published
         self.trials = self._number_trials()
         self._resolved: dict[str, dict[str, Any]] = {}
 
@@ -175,12 +196,16 @@ class Plan:
         trials: list[Trial] = []
         for name in self.methods:
             for rates in self.grid(name):
-                trials.append(Trial(len(trials), name, "grid", self.seeds[0], *rates))
+                trials.append(Trial(len(trials), name, "grid", self.seeds[0], rates.matrix, rates.other))
+        # From here on, methods take turns, so that a part of the comparison has all of them.
+        for place in range(self.search_trials):
+            for name in self.methods:
+                trials.append(Trial(len(trials), name, "search", self.seeds[0], place=place))
         for name in self.methods if self.published else ():
             for matrix in self.matrix_rates_of(name):
                 trials.append(Trial(len(trials), name, "published", self.seeds[0], matrix))
-        for name in self.methods:
-            for seed in self.seeds:
+        for seed in self.seeds:
+            for name in self.methods:
                 trials.append(Trial(len(trials), name, "seed", seed))
         return trials
 
@@ -193,22 +218,24 @@ class Plan:
         return sorted(self.methods[method].other_rates or self.other_rates)
 
     def grid(self, method: str) -> list[Rates]:
-        """List all pairs of rates that the sweep tries for a method."""
-        return [Rates(*pair) for pair in product(self.matrix_rates_of(method), self.other_rates_of(method))]
+        """List all pairs of rates that the sweep begins with for a method."""
+        pairs = product(self.matrix_rates_of(method), self.other_rates_of(method))
+        return [Rates(*pair, self.first_beta2) for pair in pairs]
+
+    @property
+    def first_beta2(self) -> float | None:
+        return self.beta2[0] if self.beta2 else None
+
+    @property
+    def sweep_trials(self) -> int:
+        """Number of trials in the sweep of each method."""
+        return len(self.matrix_rates) * len(self.other_rates) + self.search_trials
 
     def published_rates(self, method: str) -> list[Rates]:
         """List the pairs of rates with the ratio of the method's own files."""
         ratio = published_ratio(self._base(method)["model"]["optimizer"])
-        return [Rates(matrix, float(f"{matrix * ratio:.6g}")) for matrix in self.matrix_rates_of(method)]
-
-    def edges(self, method: str, rates: Rates) -> list[str]:
-        """Name those of the two rates that are the lowest or the highest of several that were tried."""
-        tried = (self.matrix_rates_of(method), self.other_rates_of(method))
-        return [
-            name
-            for name, rate, values in zip(Rates._fields, rates, tried, strict=True)
-            if len(values) > 1 and rate in (values[0], values[-1])
-        ]
+        beta2 = self.first_beta2
+        return [Rates(matrix, float(f"{matrix * ratio:.6g}"), beta2) for matrix in self.matrix_rates_of(method)]
 
     # -- budgets ------------------------------------------------------------------------------------------------------
 
@@ -267,11 +294,11 @@ class Plan:
         return config | {"seed_everything": seed}
 
     def differences(self, method: str) -> dict[str, Any]:
-        """Return the settings of a method that differ from the baseline's, without learning rates.
+        """Return the settings of a method that differ from the baseline's, without what is swept.
 
-        Settings that only the baseline's classes have are not included.
+        Settings that only the baseline's classes have are not included, nor is β2 if the sweep has it.
         """
-        rates = Rates(1.0, 1.0)
+        rates = Rates(1.0, 1.0, self.first_beta2)
         own, other = (flatten(self.configuration(name, rates, 0)) for name in (method, self.baseline))
         return {key: value for key, value in own.items() if value != other.get(key)}
 

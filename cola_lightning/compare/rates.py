@@ -1,4 +1,4 @@
-"""Set two learning rates of an optimizer: that of the projections' matrices, and that of all other parameters."""
+"""Set what a sweep varies: the learning rates of the projections' matrices and of all other parameters, and β2."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -10,15 +10,21 @@ HYBRID = "cola_lightning.optim.HybridOptimizer"
 
 
 class Rates(NamedTuple):
-    """Pair of peak learning rates."""
+    """Pair of peak learning rates, and β2, the decay rate of Adam's second moment; None for that of the files."""
 
     matrix: float
     other: float
+    beta2: float | None = None
 
     @property
     def name(self) -> str:
-        """Name of the pair in a folder's name."""
-        return f"m{self.matrix:g}-o{self.other:g}"
+        """Name of the settings in a folder's name."""
+        return f"m{self.matrix:g}-o{self.other:g}" + ("" if self.beta2 is None else f"-b{self.beta2:g}")
+
+    @property
+    def title(self) -> str:
+        text = f"matrix rate {self.matrix:g}, other rate {self.other:g}"
+        return text if self.beta2 is None else f"{text}, β₂ {self.beta2:g}"
 
 
 def parts(optimizer: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -40,10 +46,10 @@ def set_rates(optimizer: dict[str, Any], rates: Rates) -> dict[str, Any]:
 
     Args:
         optimizer: ``class_path`` and ``init_args``.
-        rates: Learning rates. Embedding and head get the other rate, too.
+        rates: Learning rates. Embedding and head get the other rate, too. Every part that has ``betas`` gets β2.
 
     Raises:
-        InputError: If a part has no learning rate.
+        InputError: If a part has no learning rate, or none has ``betas`` for β2.
     """
     made = deepcopy(optimizer)
     if not is_hybrid(made):
@@ -52,6 +58,14 @@ def set_rates(optimizer: dict[str, Any], rates: Rates) -> dict[str, Any]:
         if "lr" not in part["init_args"]:
             raise InputError(f"{part['class_path']} has no lr, so its learning rate cannot be swept")
         part["init_args"]["lr"] = rates.matrix if name == "matrix" else rates.other
+    if rates.beta2 is not None:
+        settings = [part["init_args"] for _, part in parts(made) if part["init_args"].get("betas")]
+        if not settings:
+            raise InputError(
+                f"{optimizer['class_path']} has no betas, so beta2 cannot be swept; remove it from the plan"
+            )
+        for each in settings:
+            each["betas"] = [each["betas"][0], rates.beta2]
     return made
 
 

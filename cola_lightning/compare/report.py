@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cola_lightning.benchmark.report import processor
 from cola_lightning.compare.outcome import write
+from cola_lightning.compare.plan import Plan
 from cola_lightning.compare.rows import make_rows, run_folder_of
 from cola_lightning.compare.statistics import Interval
 from cola_lightning.compare.tasks import Score
@@ -79,7 +80,8 @@ def headline(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, A
             found = row["tokens_to_loss"]
             outside = isinstance(found, str)
             cells.append(f"{found[0]} {float(found[2:].replace(',', '')) / 1e6:.3g}" if outside else millions(found))
-        cells.append(interval(row["loss"][-1], ".4f") if row["loss"] else failed(row))
+        without = "failed" if row["failed"] else "not run"
+        cells.append(interval(row["loss"][-1], ".4f") if row["loss"] else without)
         cells.append(interval(row["perplexity"][-1], ",.2f") if row["perplexity"] else "–")
         flops_there = row["curves"][0]["flops"][-1] if row["curves"] and row["mflops_per_token"] else None
         cells += [number(flops_there and flops_there / 1e12), number(row["parameters_m"])]
@@ -136,38 +138,49 @@ def by_task(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, An
 
 def rates(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list[str]:
     plan = runner.plan
-    header = ["method", "matrix rate", "other rate", "perplexity", "trials"]
+    names = swept(plan)
+    header = ["method", *names.values(), "perplexity", "trials"]
     if plan.published:
         header += ["published ratio", "perplexity at it"]
     lines = []
     for row in rows:
         best = row["rates"]
-        cells = [f"{getattr(best, name):g}{' *' if name in row['edges'] else ''}" if best else "–" for name in
-                 ("matrix", "other")]  # fmt: skip
+        cells = [f"{getattr(best, name):g}{' *' if name in row['edges'] else ''}" if best else "–" for name in names]
         cells += [number(row["best_of_sweep"]), row["trials"]]
         if plan.published:
             cells += [number(row["published_ratio"]), number(row["perplexity_at_published_ratio"])]
         lines.append([row["method"], *cells])
     text = (
         f"The best of {len(plan.matrix_rates)} x {len(plan.other_rates)} pairs of learning rates, of the projections' "
-        f"matrices and of all other parameters, tried for every method with seed {plan.seeds[0]} at "
-        f"{plan.budgets[0] / 1e6:.4g}M tokens. A * marks a rate that is the lowest or the highest that was tried: a "
-        f"further one may be better."
+        f"matrices and of all other parameters"
     )
+    if plan.search_trials:
+        text += f", and of {plan.search_trials} further trials near the best, which go beyond these rates"
+    text += (
+        f", tried for every method with seed {plan.seeds[0]} at {plan.budgets[0] / 1e6:.4g}M tokens. A * marks a value "
+        f"that is the lowest or the highest that was tried: a further one may be better."
+    )
+    if plan.beta2:
+        text += f" β₂ begins with {plan.beta2[0]:g}; of the values {plan.beta2} the best is kept."
     if plan.published:
         text += " The last columns have the best of the same matrix rates with the ratio of the method's own files."
     return ["## Learning rates", "", *markdown(header, lines), "", text, ""]
 
 
 def sweep(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list[str]:
-    lines = []
+    lines, names = [], swept(runner.plan)
     for row in rows:
         for entry in row["sweep"]:
             value = "failed" if entry["failed"] else number(entry["perplexity"])
-            lines.append([row["method"], f"{entry['matrix']:g}", f"{entry['other']:g}", value])
+            lines.append([row["method"], *(f"{entry[name]:g}" for name in names), value])
     head = ["<details><summary>Every trial of the sweep</summary>", ""]
-    table = markdown(["method", "matrix rate", "other rate", "perplexity"], lines)
+    table = markdown(["method", *names.values(), "perplexity"], lines)
     return [*head, *table, "", "</details>", ""]
+
+
+def swept(plan: Plan) -> dict[str, str]:
+    """Return what the sweep varies, each with its heading."""
+    return {"matrix": "matrix rate", "other": "other rate"} | ({"beta2": "β₂"} if plan.beta2 else {})
 
 
 def costs(runner: SweepRunner, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list[str]:
@@ -276,10 +289,6 @@ def rank(value: tuple[int, int] | None) -> str:
     return str(value[0]) if value[0] == value[1] else f"{value[0]}–{value[1]}"
 
 
-def failed(row: dict[str, Any]) -> str:
-    return "failed" if any(entry["failed"] for entry in row["sweep"]) else "not run"
-
-
 def number(value: float | None) -> str:
     if value is None:
         return "–"
@@ -298,7 +307,7 @@ def shorten(value: Any) -> str:
 
 def _write_csv(rows: list[dict[str, Any]], file: Path) -> None:
     columns = (
-        "method", "rank", "seeds", "matrix_rate", "other_rate", "loss", "loss_low", "loss_high", "perplexity",
+        "method", "rank", "seeds", "matrix_rate", "other_rate", "beta2", "loss", "loss_low", "loss_high", "perplexity",
         "loss_at_flops", "parameters_m", "mflops_per_token", "optimizer_mb", "training_mb", "tokens",
     )  # fmt: skip
     stream = io.StringIO(newline="")
@@ -307,10 +316,11 @@ def _write_csv(rows: list[dict[str, Any]], file: Path) -> None:
     for row in rows:
         loss = row["loss"][-1] if row["loss"] else (None, None, None)
         at = row["loss_at_flops"]
-        best = row["rates"] or (None, None)
+        best = row["rates"] or (None, None, None)
         own = dict(zip(("loss", "loss_low", "loss_high"), loss, strict=True)) | {"seeds": len(row["seeds"])}
         own |= {"perplexity": row["perplexity"][-1].mean if row["perplexity"] else None, "rank": rank(row["rank"])}
-        own |= {"matrix_rate": best[0], "other_rate": best[1], "loss_at_flops": at.mean if at else None}
+        own |= dict(zip(("matrix_rate", "other_rate", "beta2"), best, strict=True))
+        own |= {"loss_at_flops": at.mean if at else None}
         table.writerow(row | own)
     write_whole(file, stream.getvalue())
 

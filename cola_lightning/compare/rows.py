@@ -8,6 +8,7 @@ from typing import Any
 from cola_lightning.compare.outcome import loss_of
 from cola_lightning.compare.plan import tokens_per_step
 from cola_lightning.compare.rates import Rates
+from cola_lightning.compare.search import edges
 from cola_lightning.compare.statistics import (
     Interval,
     bootstrap_interval,
@@ -55,26 +56,26 @@ def make_row(runner: SweepRunner, method: str) -> dict[str, Any]:
     """Make the row of one method. What is not known is None or an empty list."""
     plan, best = runner.plan, runner.best(method)
     sweep, seed = runner.sweep(method), plan.seeds[0]
+    ended = {rates: value for rates, value in sweep.items() if value is not None}
     published = plan.published_rates(method) if plan.published else []
-    tried = {rates: value for rates, value in runner.sweep(method, published).items() if math.isfinite(value)}
+    at_published = runner.finite(method, published)
     row: dict[str, Any] = {
         "method": method,
         "rank": None,
         "rates": best,
-        "edges": plan.edges(method, best) if best else [],
+        "edges": edges(ended, best) if best else [],
         "sweep": [
-            {
-                "matrix": rates.matrix,
-                "other": rates.other,
-                "perplexity": sweep.get(rates),
-                "failed": runner.failure(method, rates, seed) is not None,
+            rates._asdict()
+            | {
+                "perplexity": value,
+                "failed": value is not None and runner.result(method, rates, seed, plan.budgets[0]) is None,
             }
-            for rates in plan.grid(method)
+            for rates, value in sweep.items()
         ],
-        "trials": f"{len(sweep)} of {len(plan.grid(method))}",
+        "trials": f"{len(ended)} of {plan.sweep_trials}",
         "best_of_sweep": sweep[best] if best else None,
         "published_ratio": published[0].other / published[0].matrix if published else None,
-        "perplexity_at_published_ratio": min(tried.values()) if tried else None,
+        "perplexity_at_published_ratio": min(at_published.values()) if at_published else None,
         "differences": plan.differences(method),
     }
     row |= spent(runner, method, best)
@@ -82,6 +83,8 @@ def make_row(runner: SweepRunner, method: str) -> dict[str, Any]:
     per_token = (row["mflops_per_token"] or 0) * 1e6
     step = tokens_per_step(plan.configuration(method, best or Rates(1, 1), seed))
     row["seeds"] = list(runs)
+    failed_seed = best and any(runner.failure(method, best, seed) for seed in plan.seeds)
+    row["failed"] = bool(failed_seed or any(entry["failed"] for entry in row["sweep"]))
     row["curves"] = [
         {
             "tokens": [result["tokens"] for result in results],

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from heapq import heappop, heappush
 from pathlib import Path
 from threading import Lock
 
@@ -29,11 +30,14 @@ def compare(
     seeds: list[int] | None = None,
     budgets: list[int] | None = None,
     weight_decay: float | None = None,
+    search_trials: int = 0,
+    beta2: list[float] | None = None,
     published: bool = False,
     baseline: str | None = None,
     held_out: HeldOut | None = None,
     tasks: list[str] | None = None,
     include_path: str | None = None,
+    only: list[str] | None = None,
     jobs: int = 1,
     threads: int | None = None,
     trial: int | None = None,
@@ -61,17 +65,23 @@ def compare(
             run with a constant rate serves all of them, and each ends with a decay of its own. If not given, one: that
             of trainer.max_steps.
         weight_decay: Weight decay of all parameters of all methods; if not given, each has that of its files.
+        search_trials: Trials of each method after the grid, one after another, each a neighbor of the best so far:
+            first one beyond the lowest or the highest rate, if the best has it.
+        beta2: Values of β2 (decay rate of Adam's second moment) that are tried for all parameters; the grid has the
+            first, the search the others. If not given, each method has that of its files.
         published: Also try the ratio of the two rates that each method's own files have, as many trials as
             matrix_rates.
         baseline: The method with which others are compared; the first if not given.
         held_out: Groups of the validation documents, for perplexity by source.
         tasks: Names of lm-eval's tasks, which score each method at the largest budget; needs the extra "eval".
         include_path: Folder with task files of one's own.
+        only: The methods of the plan to train and report now; all if not given. The others can follow in the same
+            folder.
         jobs: Runs at a time, which share the cores; 0 to train nothing and write the report of what is there.
         threads: Threads of a run; the cores shared among the jobs if not given. Results depend on it in their last
             bits.
         trial: Number of the only trial to carry out, from 0, for array jobs: first the grids of all methods, then
-            the published ratios, then the seeds. No report is written.
+            the first further trial of each, the second …, the published ratios, and the seeds. No report is written.
         report: Folder of the report; "report" in the folder if not given.
         keep_checkpoints: Leave the checkpoints of finished runs.
         tokens_per_second: Train nothing, and print how long the plan takes at this speed of the baseline.
@@ -86,9 +96,13 @@ def compare(
     if jobs and tokens_per_second is None:
         start_server(["lm_eval.models.huggingface"] if tasks else [])
     root = Path(folder).expanduser().absolute()
+    if only is not None:
+        if unknown := [name for name in only if name not in methods]:
+            raise InputError(f"only names {unknown}, not of the plan's methods {list(methods)}")
+        methods = {name: method for name, method in methods.items() if name in only}
     plan = Plan(
         configs or [], flags or {}, methods, matrix_rates, other_rates, seeds or [42, 43, 44], resolve, budgets,
-        weight_decay, published, baseline, held_out, tasks, include_path,
+        weight_decay, search_trials, beta2, published, baseline, held_out, tasks, include_path,
     )  # fmt: skip
     share = threads or max(1, (os.cpu_count() or 1) // max(1, jobs))
     runner = SweepRunner(plan, root, share, command, keep_checkpoints)
@@ -114,20 +128,18 @@ def run_one(runner: SweepRunner, number: int) -> None:
     if not 0 <= number < len(trials):
         raise InputError(f"trial is {number}; the plan has trials 0 to {len(trials) - 1}")
     trial = trials[number]
-    if trial.kind == "seed":
-        for other in trials:
-            if other.method != trial.method or other.kind != "grid":
+    if trial.kind in ("search", "seed"):
+        for other in trials[:number]:
+            if other.method != trial.method or other.kind not in ("grid", "search"):
                 continue
             rates = runner.rates(other)
-            assert rates
-            done = runner.result(other.method, rates, other.seed, runner.plan.budgets[0])
-            if not done and not runner.failure(other.method, rates, other.seed):
-                raise InputError(f"trial {number} is {trial.method} at its best rates; run trial {other.number} first")
+            if rates is None or runner.outcome(other.method, rates) is None:
+                raise InputError(f"trial {number} is {trial.title}; run trial {other.number} first")
     print(f"{trial.title}: {runner.run(trial)}")
 
 
 def run_all(runner: SweepRunner, jobs: int) -> None:
-    """Run all trials, ``jobs`` at a time."""
+    """Run all trials, ``jobs`` at a time, in the order of their numbers as far as each can begin."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     trials = runner.plan.trials
     running: list[str] = []
@@ -146,33 +158,38 @@ def run_all(runner: SweepRunner, jobs: int) -> None:
             progress.print(f"{trial.title}: {outcome}", markup=False, highlight=False)
             return trial
 
-        # Of one method, each kind needs the one before: a published pair may be one of the grid, and the best pair is
-        # known only when the sweep has finished. The pool takes them in the order in which they are submitted, so the
-        # seeds of the first method come after the grid of the last.
+        # Of one method, each stage needs the one before: a further trial the outcomes so far, a published pair the
+        # grid, which it may be part of, and the seeds the best pair.
         stages = {method: _stages(trials, method) for method in runner.plan.methods}
         left: dict[str, int] = {}
+        ready: list[tuple[int, Trial]] = []
+        pending: set[Future[Trial]] = set()
 
-        def begin_stage(method: str) -> set[Future[Trial]]:
+        def begin_stage(method: str) -> None:
             stage = next(stages[method], [])
             left[method] = len(stage)
-            return {pool.submit(run, trial) for trial in stage}
+            for trial in stage:
+                heappush(ready, (trial.number, trial))
 
         try:
             runner.prepare_data()
-            pending = set().union(*map(begin_stage, runner.plan.methods))
-            while pending:
+            for method in runner.plan.methods:
+                begin_stage(method)
+            while ready or pending:
+                while ready and len(pending) < jobs:
+                    pending.add(pool.submit(run, heappop(ready)[1]))
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for method in [future.result().method for future in done]:
                     left[method] -= 1
                     if not left[method]:
-                        pending |= begin_stage(method)
+                        begin_stage(method)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 def _stages(trials: list[Trial], method: str) -> Iterator[list[Trial]]:
-    """Yield the trials of a method by their kinds."""
+    """Yield the trials of a method by their kinds; those of the search one by one."""
     for kind in KINDS:
-        if stage := [trial for trial in trials if trial.method == method and trial.kind == kind]:
-            yield stage
+        stage = [trial for trial in trials if trial.method == method and trial.kind == kind]
+        yield from ([trial] for trial in stage) if kind == "search" else [stage] if stage else []

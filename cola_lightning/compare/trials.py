@@ -20,6 +20,7 @@ from cola_lightning.compare.outcome import StoredCosts, StoredResult, read, read
 from cola_lightning.compare.plan import Plan, Trial, folder_name
 from cola_lightning.compare.processes import run
 from cola_lightning.compare.rates import Rates, flatten
+from cola_lightning.compare.search import best_rates, next_rates
 from cola_lightning.compare.tasks import score_tasks
 from cola_lightning.errors import InputError
 from cola_lightning.inference.evaluate import find_tasks
@@ -36,9 +37,9 @@ Command = Callable[[list[str]], None]
 class SweepRunner:
     """Run the trials of a plan in a folder, and read their results.
 
-    A trial has a folder: FOLDER/METHOD/mRATE-oRATE-seed-SEED. In it are ``trial.yaml``, its whole configuration; a run
-    ``tokens-N`` for each budget, with ``result.json``; and, if it is trained to several budgets, the run ``trunk``,
-    with the checkpoints from which the others begin. A trial of the sweep has one budget and no trunk.
+    A trial has a folder: FOLDER/METHOD/mRATE-oRATE-bBETA2-seed-SEED. In it are ``trial.yaml``, its whole configuration;
+    a run ``tokens-N`` for each budget, with ``result.json``; and, if it is trained to several budgets, the run
+    ``trunk``, with the checkpoints from which the others begin. A trial of the sweep has one budget and no trunk.
 
     Args:
         plan: The plan.
@@ -75,17 +76,36 @@ class SweepRunner:
         measured = read(self.root / folder_name(method) / COSTS, StoredCosts)
         return measured and measured["subjects"][0]
 
-    def sweep(self, method: str, pairs: list[Rates] | None = None) -> dict[Rates, float]:
-        """Return the perplexity of the finished runs of the grid, or of ``pairs``, by rates."""
+    def outcome(self, method: str, rates: Rates) -> float | None:
+        """Return the perplexity of a trial of the sweep: infinity if it failed, None if it has not ended."""
         smallest, seed = self.plan.budgets[0], self.plan.seeds[0]
-        pairs = self.plan.grid(method) if pairs is None else pairs
-        found = {rates: self.result(method, rates, seed, smallest) for rates in pairs}
-        return {rates: result["perplexity"] for rates, result in found.items() if result}
+        if result := self.result(method, rates, seed, smallest):
+            return result["perplexity"]
+        return None if self.failure(method, rates, seed) is None else math.inf
+
+    def sweep(self, method: str) -> dict[Rates, float | None]:
+        """Return the outcome of each trial of the sweep whose rates are known: the grid's, and the search's so far.
+
+        Rates of the search follow from the plan and the outcomes before, so that an interruption changes none of them.
+        """
+        found = {rates: self.outcome(method, rates) for rates in self.plan.grid(method)}
+        while len(found) < self.plan.sweep_trials:
+            ended = {rates: value for rates, value in found.items() if value is not None}
+            if len(ended) < len(found):
+                break
+            rates = next_rates(ended, self.plan.beta2)
+            found[rates] = self.outcome(method, rates)
+        return found
+
+    def finite(self, method: str, pairs: list[Rates] | None = None) -> dict[Rates, float]:
+        """Return the perplexities of the sweep, or of ``pairs``, that are numbers."""
+        found = self.sweep(method) if pairs is None else {rates: self.outcome(method, rates) for rates in pairs}
+        return {rates: value for rates, value in found.items() if value is not None and math.isfinite(value)}
 
     def best(self, method: str) -> Rates | None:
-        """Return the rates with the lowest perplexity in the grid; None if no run ended with a finite one."""
-        finite = {rates: value for rates, value in self.sweep(method).items() if math.isfinite(value)}
-        return min(finite, key=lambda rates: finite[rates]) if finite else None
+        """Return the rates with the lowest perplexity in the sweep; None if no run ended with a finite one."""
+        finite = self.finite(method)
+        return best_rates(finite) if finite else None
 
     def check(self) -> None:
         """Refuse a plan that cannot work, or a folder with trials of other settings, before anything runs."""
@@ -128,12 +148,15 @@ class SweepRunner:
     # -- running ------------------------------------------------------------------------------------------------------
 
     def rates(self, trial: Trial) -> Rates | None:
-        """Return the rates of a trial; None if it needs the best of a sweep that has none."""
+        """Return the rates of a trial; None if trials before it have not ended, or the sweep has no best."""
+        if trial.kind == "search":
+            known = list(self.sweep(trial.method))[len(self.plan.grid(trial.method)) :]
+            return known[trial.place] if trial.place < len(known) else None
         if trial.matrix is None:
             return self.best(trial.method)
         if trial.other is None:
             return next(rates for rates in self.plan.published_rates(trial.method) if rates.matrix == trial.matrix)
-        return Rates(trial.matrix, trial.other)
+        return Rates(trial.matrix, trial.other, self.plan.first_beta2)
 
     def run(self, trial: Trial) -> str:
         """Run a trial unless it is finished, and describe the outcome in a few words."""
@@ -155,7 +178,8 @@ class SweepRunner:
         if trial.kind == "seed" and not self.keep_checkpoints:
             shutil.rmtree(self.folder(method, rates, seed) / "trunk" / "checkpoints", ignore_errors=True)
         assert result
-        return f"perplexity {result['perplexity']:.2f}" if made else "finished before"
+        which = f"{rates.title}: " if trial.matrix is None else ""
+        return which + (f"perplexity {result['perplexity']:.2f}" if made else "finished before")
 
     def _train(
         self, method: str, rates: Rates, seed: int, budget: int, config: dict[str, Any], several: bool

@@ -204,7 +204,7 @@ def test_single_trials_and_one_that_fails(config_file, tmp_path, capsys):
     flags = write_plan(tmp_path, config_file, **changes)
     with pytest.raises(SystemExit, match="2"):
         main([*flags, "--trial=2"])
-    assert "trial 2 is good at its best rates; run trial 0 first" in capsys.readouterr().err
+    assert "trial 2 is good, best rates, seed 1; run trial 0 first" in capsys.readouterr().err
     for trial in (0, 1, 2):
         main([*flags, f"--trial={trial}"])
     assert "bad, matrix rate 0.01, other rate 0.02, seed 1: failed, see" in capsys.readouterr().out
@@ -217,12 +217,35 @@ def test_single_trials_and_one_that_fails(config_file, tmp_path, capsys):
     assert "does not divide hidden_size 32" in failure.read_text()
 
 
-def test_budgets_above_the_first_are_added_without_another_sweep(config_file, tmp_path):
-    changes = {"methods": {"CoLA": {}}, "seeds": [1], "held_out": None, "budgets": [5 * STEP]}
+def test_a_search_and_budgets_above_the_first_are_added_without_another_grid(config_file, tmp_path):
+    changes = {
+        "methods": {"CoLA": {}, "later": {}}, "only": ["CoLA"], "seeds": [1], "held_out": None, "budgets": [5 * STEP],
+        "beta2": [0.98],
+    }  # fmt: skip
     plan = write_plan(tmp_path, config_file, **changes)
     main(plan)
+    grid = results(tmp_path / "out")
+    assert len(grid) == 2
+    # Of the two pairs that differ in their matrix rate, the better one is at the edge of both rates. The search goes on
+    # from it to the far side of the matrix rate, and from the best of the three to another.
+    plan += ["--search_trials=2", "--beta2=[0.98, 0.9]"]
+    main([*plan[:-1], "--trial=2"])
+    with pytest.raises(SystemExit, match="2"):
+        main([*plan, "--trial=4"])
+    main(plan)
     swept = results(tmp_path / "out")
-    assert len(swept) == 2
+    assert len(swept) == 4
+    assert {key: swept[key] for key in grid} == grid
+    better = min(grid.values(), key=lambda result: result["perplexity"])["matrix"]
+    first = {0.01: "0.005", 0.02: "0.04"}[better]
+    assert f"cola/m{first}-o0.02-b0.98-seed-1/tokens-640" in swept
+    betas = yaml.safe_load(next((tmp_path / "out").glob("cola/*/tokens-640/stage.yaml")).read_text())
+    parts = betas["model"]["optimizer"]["init_args"]
+    assert [parts[part]["init_args"]["betas"] for part in ("matrix", "other")] == [[0.9, 0.98]] * 2
+    table = (tmp_path / "out" / "report" / "table.md").read_text()
+    assert "| method | matrix rate | other rate | β₂ | perplexity | trials |" in table
+    assert "4 of 4" in table
+    assert "later" not in table
     main([*plan, f"--budgets=[{5 * STEP}, {10 * STEP}]"])
     found = results(tmp_path / "out")
     [added] = found.keys() - swept.keys()

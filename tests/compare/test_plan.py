@@ -47,6 +47,11 @@ def make(configurations: dict | None = None, **changes) -> Plan:
 
 
 def test_trials_are_numbered_grids_first_and_seeds_last():
+    """After the grids, methods take turns, so that a part of the comparison has all of them."""
+    trials = make(published=True, search_trials=2).trials
+    search = [(t.number, t.method, t.kind, t.place, t.seed) for t in trials[8:12]]
+    assert search == [(8, "a", "search", 0, 1), (9, "b", "search", 0, 1), (10, "a", "search", 1, 1),
+                      (11, "b", "search", 1, 1)]  # fmt: skip
     numbered = [(t.number, t.method, t.kind, t.matrix, t.other, t.seed) for t in make(published=True).trials]
     assert numbered[:8] == [
         (0, "a", "grid", 1, 2, 1), (1, "a", "grid", 1, 5, 1), (2, "a", "grid", 3, 2, 1), (3, "a", "grid", 3, 5, 1),
@@ -54,7 +59,7 @@ def test_trials_are_numbered_grids_first_and_seeds_last():
     ]  # fmt: skip
     assert numbered[8:12] == [(8, "a", "published", 1, None, 1), (9, "a", "published", 3, None, 1),
                               (10, "b", "published", 1, None, 1), (11, "b", "published", 3, None, 1)]  # fmt: skip
-    assert [each[1:] for each in numbered[12:]] == [(m, "seed", None, None, s) for m in "ab" for s in (1, 2)]
+    assert [each[1:] for each in numbered[12:]] == [(m, "seed", None, None, s) for s in (1, 2) for m in "ab"]
 
 
 def test_a_method_may_have_rates_of_its_own_but_no_more_of_them():
@@ -97,16 +102,30 @@ def test_weight_decay_is_set_wherever_there_is_one():
 
 def test_published_rates_have_the_ratio_of_the_methods_own_files():
     plan = make({"b": settings(GALORE)}, published=True)
-    assert plan.published_rates("a") == [(1, 1), (3, 3)]
-    assert plan.published_rates("b") == [(1, 2), (3, 6)]
+    assert plan.published_rates("a") == [Rates(1, 1), Rates(3, 3)]
+    assert plan.published_rates("b") == [Rates(1, 2), Rates(3, 6)]
 
 
-def test_edges_are_those_of_each_rate():
-    plan = make(matrix_rates=[1, 2, 3], other_rates=[1, 2, 3])
-    assert plan.edges("a", Rates(2, 2)) == []
-    assert plan.edges("a", Rates(2, 3)) == ["other"]
-    assert plan.edges("a", Rates(1, 3)) == ["matrix", "other"]
-    assert make(matrix_rates=[1], other_rates=[1]).edges("a", Rates(1, 1)) == []
+def test_beta2_is_set_in_every_part_that_has_betas():
+    muon = deepcopy(GALORE)
+    muon["init_args"]["matrix"] = {"class_path": "torch.optim.Muon", "init_args": {"lr": 0.01, "momentum": 0.95}}
+    muon["init_args"]["other"]["init_args"]["betas"] = [0.8, 0.999]
+    made = set_rates(muon, Rates(0.3, 0.7, 0.98))["init_args"]
+    assert made["other"]["init_args"]["betas"] == [0.8, 0.98]
+    assert made["matrix"]["init_args"] == {"lr": 0.3, "momentum": 0.95}
+    assert set_rates(muon, Rates(0.3, 0.7))["init_args"]["other"]["init_args"]["betas"] == [0.8, 0.999]
+    with pytest.raises(
+        InputError, match=r"some\.Thing has no betas, so beta2 cannot be swept; remove it from the plan"
+    ):
+        set_rates({"class_path": "some.Thing", "init_args": {"lr": 1}}, Rates(1, 1, 0.98))
+
+
+def test_the_grid_and_the_published_ratio_have_the_first_beta2():
+    plan = make(beta2=[0.98, 0.9], search_trials=1, published=True)
+    assert {rates.beta2 for rates in plan.grid("a") + plan.published_rates("a")} == {0.98}
+    assert plan.sweep_trials == 5
+    assert Rates(3, 2, 0.98).name == "m3-o2-b0.98"
+    assert Rates(3, 2).name == "m3-o2"
 
 
 def test_budgets_are_tokens_and_become_steps_of_the_whole_batch():
@@ -133,7 +152,9 @@ def test_an_estimate_counts_the_trunk_once():
     plan = make(budgets=[25600, 51200])
     # Sweep: 4 runs of 100 steps. Each of 2 seeds: a trunk of 160 steps, decays of 20 and 40; the sweep has the
     # smaller budget of the first seed, but not the trunk.
-    assert trained_tokens(plan, "a") == {"grid": 4 * 25600, "published": 0, "seed": (2 * 220 - 20) * 256}
+    counted = {"grid": 4 * 25600, "search": 0, "published": 0, "seed": (2 * 220 - 20) * 256}
+    assert trained_tokens(plan, "a") == counted
+    assert trained_tokens(make(budgets=[25600], search_trials=3), "a")["search"] == 3 * 25600
     # Of the published pairs (1, 1) and (3, 3), the grid of 1, 3 x 1, 5 has the first.
     assert trained_tokens(make(budgets=[25600], published=True, other_rates=[1, 5]), "a")["published"] == 25600
 
@@ -176,6 +197,14 @@ def test_settings_become_one_mapping():
         ({"methods": {"A b": Method(), "a-B": Method()}}, "would share a folder"),
         ({"baseline": "c"}, "baseline is 'c', which is not one of the methods"),
         ({"configs": ["gone.yaml"]}, "gone.yaml does not exist"),
+        ({"search_trials": -1}, "search_trials is -1; it must be from 0 to 20"),
+        ({"search_trials": 21}, "search_trials is 21; it must be from 0 to 20"),
+        ({"beta2": [0.98, 1.0], "search_trials": 2}, r"beta2 is \[0.98, 1.0\]; each value must be between 0 and 1"),
+        ({"beta2": [0.98, 0.98]}, "beta2 is .*; it must name at least one, and none twice"),
+        (
+            {"beta2": [0.98, 0.999]},
+            "beta2 has 2 values, but only search_trials reach those after the first, and these ",
+        ),
     ],
 )
 def test_bad_plans_are_refused(changes, message):
