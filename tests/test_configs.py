@@ -168,7 +168,10 @@ def test_schedules_that_restart_keep_the_config_files_warmup(overlay, restart, s
 
 @pytest.mark.parametrize(("files", "scale"), [(["plan.yaml"], 1), (["plan.yaml", "plan_gpu.yaml"], 8)])
 def test_the_methods_of_the_comparison_differ_in_what_they_are_about_alone(files, scale):
-    """Methods may differ in projection and optimizer only, not in clipping, decay, warmup, precision or batch."""
+    """Methods may differ in projection and optimizer only, not in clipping, decay, warmup, precision or batch.
+
+    Full rank is there a second time with a narrower network.
+    """
     plan = {}
     for file in files:
         plan |= yaml.safe_load((REPOSITORY / "recipes" / "compare_methods" / file).read_text())
@@ -178,10 +181,11 @@ def test_the_methods_of_the_comparison_differ_in_what_they_are_about_alone(files
         "published",
     )  # fmt: skip
     made = Plan(**{name: plan[name] for name in names}, methods=methods, resolve=resolve)
-    assert len(made.trials) == 11 * (4 + 6 + 2 * plan["published"] + 3)
+    assert len(made.trials) == 12 * (4 + 6 + 2 * plan["published"] + 3)
     own = ("model.projection.", "model.optimizer.init_args.matrix.")
     for name in methods:
-        assert [key for key in made.differences(name) if not key.startswith(own)] == []
+        narrow = ["model.hidden_size", "model.intermediate_size"] if name == "narrow full rank" else []
+        assert [key for key in made.differences(name) if not key.startswith(own)] == narrow
         parts = made.configuration(name, Rates(0.5, 0.25, 0.75), 1)["model"]["optimizer"]["init_args"]
         assert [parts[part]["init_args"]["lr"] for part in ("matrix", "other")] == [0.5, 0.25]
         betas = [parts[part]["init_args"].get("betas") for part in ("matrix", "other")]
