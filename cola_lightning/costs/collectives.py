@@ -3,11 +3,17 @@
 import math
 from dataclasses import dataclass, replace
 
-from cola_lightning.costs.devices import HOP, NODE_GPUS, NVLINK_SHARE, Device, Network
+from cola_lightning.costs.devices import NODE_GPUS, NVLINK_SHARE, Device, Network
 from cola_lightning.costs.run_costs import Run
 
 BUCKET = 25 * 2**20
-"""Bytes of a bucket of gradients of DDP, by its default. The last one is sent when nothing is left to compute."""
+"""Bytes of a bucket of gradients of DDP (``bucket_cap_mb`` in its documentation). The last one is sent when nothing is
+left to compute."""
+RING_START, RING_STEP = 10e-6, 1.9e-6
+"""Seconds that a ring over NVLink takes at least, and for each further GPU: NCCL's own model, by which it chooses
+between its algorithms (NVIDIA/nccl, src/graph/tuning.cc, ``baseLat`` and ``hwLat`` of protocol LL128)."""
+TREE_START, TREE_STEP = 4.4e-6, 1.2e-6
+"""The same of a tree, which only an all-reduce can use."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +41,34 @@ def bus_bandwidth(gpus: int, device: Device, network: Network) -> float:
     return min(device.link, network.bandwidth * NVLINK_SHARE)
 
 
-def latency(gpus: int, network: Network) -> float:
-    """Return the seconds of a collective that sends nothing: one hop for each doubling of the ranks."""
-    inside = math.log2(min(gpus, NODE_GPUS)) if gpus > 1 else 0
+def ring_latency(gpus: int, network: Network) -> float:
+    """Return the seconds of an all-gather or a reduce-scatter that sends nothing: a step for each further GPU."""
     nodes = math.ceil(gpus / NODE_GPUS)
-    return inside * HOP["intra"] + (math.log2(nodes) if nodes > 1 else 0) * network.latency
+    return RING_START + (gpus - nodes) * RING_STEP + (nodes - 1) * network.ring
+
+
+def tree_latency(gpus: int, network: Network) -> float:
+    """Return the seconds of an all-reduce over a tree that sends nothing: up and down, a chain in each node."""
+    nodes = math.ceil(gpus / NODE_GPUS)
+    return TREE_START + 2 * ((min(gpus, NODE_GPUS) - 1) * TREE_STEP + math.log2(nodes) * network.tree)
 
 
 def gather_seconds(size: float, gpus: int, device: Device, network: Network, calls: float = 1) -> float:
     """Predict the seconds of an all-gather or a reduce-scatter of ``size`` bytes in all, in ``calls`` collectives.
 
-    (N - 1) / N of the bytes pass through each GPU. An all-reduce is one of each.
+    (N - 1) / N of the bytes pass through each GPU.
     """
     if gpus == 1:
         return 0
-    return size * (gpus - 1) / gpus / bus_bandwidth(gpus, device, network) + calls * latency(gpus, network)
+    return size * (gpus - 1) / gpus / bus_bandwidth(gpus, device, network) + calls * ring_latency(gpus, network)
+
+
+def reduce_seconds(size: float, gpus: int, device: Device, network: Network, calls: float = 1) -> float:
+    """Predict the seconds of an all-reduce, which moves as many bytes as a reduce-scatter and an all-gather."""
+    if gpus == 1:
+        return 0
+    least = min(2 * ring_latency(gpus, network), tree_latency(gpus, network))
+    return 2 * gather_seconds(size, gpus, device, network, 0) + calls * least
 
 
 def communication(
@@ -97,7 +116,8 @@ def communication(
         exposed = times * max(reduce * min(1.0, BUCKET / gradients), reduce - backward) + gather
         return Communication("gradients reduced, weights gathered after the step", times * reduce + gather, exposed)
     buckets = math.ceil(gradients / BUCKET)
-    reduce = 2 * seconds(gradients, buckets)
+    reduce = reduce_seconds(gradients, gpus, device, network, buckets)
     # The last bucket holds the embedding's gradient, which is ready at the very end.
-    last = 2 * seconds(min(gradients, max(BUCKET, 2 * run.parameters.parts["embedding"].trained)), 1)
+    end = min(gradients, max(BUCKET, 2 * run.parameters.parts["embedding"].trained))
+    last = reduce_seconds(end, gpus, device, network)
     return Communication("gradients reduced", reduce, max(last, reduce - backward))

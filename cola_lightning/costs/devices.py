@@ -1,7 +1,7 @@
 """Describe devices and networks by what bounds the speed of a training step on them, and list the model's constants.
 
-All constants of the prediction are in this file. Figures of nccl-tests, BabelStream, FlashAttention and of launches,
-and the bandwidths of networks, were written from memory and not looked up again. No run of ours checked them singly.
+All constants of the prediction are in this file; collectives.py has those of NCCL. A constant has its source beside it.
+"Not checked" marks those that have none. "This package's H100" is recipes/benchmark/results/products_h100.json.
 """
 
 from dataclasses import dataclass, field, replace
@@ -11,44 +11,53 @@ from cola_lightning.errors import InputError
 
 TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 64, 0.6))
 """Rows and columns of the result that a GPU's multiprocessor computes at once, and the speed of such a kernel as a
-share of the largest's. The sizes are CUTLASS's; a smaller tile reads more bytes from shared memory for each FLOP."""
+share of the largest's. The sizes and their order are those of NVIDIA's "Matrix Multiplication Background User's Guide",
+section 2.3. The shares are not checked one by one. With them, aligned products of 1,024 to 16,384 tokens of this
+package's H100 are predicted at 0.8 to 1.3 times the measured time."""
 TILE_START = 128
-"""Steps along K that a tile's start and end take: filling the pipeline and writing the result. Seen as the shortfall of
-products with K of 256 to 1,024 in NVIDIA's "Matrix Multiplication Background User's Guide"."""
+"""Steps along K that a tile's start and end take: filling the pipeline and writing the result. Not checked alone."""
 SPLITS = (1, 2, 4, 8, 16)
 """Parts into which a library cuts K where a result has too few tiles. The parts are added up in float32."""
-SUSTAINED = {"ampere": 0.84, "ada": 0.80, "hopper": 0.70, "blackwell": 0.70}
-"""Share of the datasheet's peak that large products of random numbers reach, which is limited by power: 258 of 312
-TFLOP/s on A100 and about 700 of 989 on H100 (H. He, "Strangely, Matrix Multiplications on GPUs Run Faster When Given
-'Predictable' Data!", 2024)."""
+SUSTAINED = {"ampere": 0.83, "ada": 0.80, "hopper": 0.70, "blackwell": 0.70}
+"""Share of the datasheet's peak that large products of random numbers reach, which is limited by power. A100: 257 of
+312 TFLOP/s (H. He, thonking.ai, "Strangely, Matrix Multiplications on GPUs Run Faster When Given 'Predictable' Data!").
+H100: 713 of 989 for 16,384 x 2,048 x 5,472 on this package's H100. Ada and Blackwell are not checked."""
 ATTENTION = {"ampere": (0.60, 0.50), "ada": (0.60, 0.50), "hopper": (0.40, 0.35), "blackwell": (0.40, 0.35)}
-"""Share of the peak that the attention kernel of PyTorch reaches in the forward and the backward pass at long rows:
-FlashAttention-2 (arXiv 2307.08691, figures 4 to 6) on Ampere; the same kernel uses 35 to 40 % of Hopper's peak (arXiv
-2407.08608)."""
+"""Share of the peak that the attention kernel of PyTorch, FlashAttention-2, reaches in the forward and the backward
+pass at long rows: 50 to 73 % on A100 (arXiv 2307.08691), 35 % on H100 (arXiv 2407.08608). Ada and Blackwell are not
+checked."""
 ATTENTION_BLOCK = 128
 """Tokens of a block of the attention kernel. A causal mask saves whole blocks only."""
-BANDWIDTH = 0.88
-"""Share of the datasheet's memory bandwidth that a kernel reaches (BabelStream on A100 and H100: 0.86 to 0.92)."""
-MISALIGNED = {16: 1.0, 8: 0.75, 4: 0.5, 2: 0.3}
-"""Speed of a product whose rows begin at multiples of so many bytes only. nanoGPT's step became 25 % shorter when the
-vocabulary grew from 50,257 to 50,304, so that the head's rows of 2-byte alignment took three to four times as long."""
+BANDWIDTH = 0.90
+"""Share of the datasheet's memory bandwidth that a kernel reaches: a copy moved 3.00 of 3.35 TB/s on this package's
+H100. Other GPUs are not checked."""
+MISALIGNED = {
+    "ampere": {8: 0.75, 4: 0.6, 2: 0.4},
+    "ada": {8: 0.75, 4: 0.6, 2: 0.4},
+    "hopper": {8: 0.6, 4: 0.4, 2: 0.24},
+    "blackwell": {8: 0.6, 4: 0.4, 2: 0.24},
+}
+"""Speed of a product whose rows begin at multiples of so many bytes only. Hopper's 2 bytes: 0.20 to 0.31, median 0.24,
+for 24 products of 1,024 to 16,384 tokens with d_ff 5,461, as shares of the predicted time of aligned ones, on this
+package's H100. Ampere's: with 0.4 this model predicts that GPT-2 of 124M, compiled without padding, takes 25 % longer
+with a vocabulary of 50,257 than with 50,304, as nanoGPT did (A. Karpathy, 2023-02-03). 4 and 8 bytes, Ada and Blackwell
+are not checked."""
+MISALIGNED_RESULT = 0.16
+"""The same on Hopper where the result alone has such rows: 0.15 to 0.17 for six products of the same measurement."""
 LAUNCH = 2.5e-6
-"""Seconds that a GPU takes at least for a kernel, between the end of the one before and its own."""
+"""Seconds that a GPU takes at least for a kernel, between the end of the one before and its own. Not checked."""
 HOST_EAGER = 8e-6
-"""Seconds of the processor for an operation in eager mode with autograd, its views included (5 to 10 us, by PyTorch's
-profiler)."""
+"""Seconds of the processor for an operation in eager mode with autograd, its views included. Not checked."""
 HOST_COMPILED = 4e-6
-"""Seconds of the processor to launch a kernel from code that ``torch.compile`` made."""
+"""Seconds of the processor to launch a kernel from code that ``torch.compile`` made: 4 to 6 us (susun-blog.com,
+"pegainfer (3): From Launch Overhead to CUDA Graph")."""
 HOST_GRAPH = 80e-6
-"""Seconds of the processor to enter one compiled graph: guards, and autograd's wrapper around it."""
+"""Seconds of the processor to enter one compiled graph: guards, and autograd's wrapper around it. Not checked."""
 NVLINK_SHARE = 0.80
-"""Share of a link that NCCL reaches for large buffers: nccl-tests shows a bus bandwidth of 235 of 300 GB/s on A100 and
-365 of 450 on H100."""
+"""Share of a link that NCCL reaches for large buffers, by nccl-tests: 235.6 of 300 GB/s on 8 A100 (tutorials of Oracle
+Cloud; NCCL's src/graph/tuning.cc takes 235, too) and 367.6 of 450 on 8 H100 (DigitalOcean's NCCL tutorial)."""
 NODE_GPUS = 8
 """GPUs of a node."""
-HOP = {"intra": 6e-6, "infiniband": 12e-6, "ethernet": 40e-6}
-"""Seconds of latency of a doubling of the number of ranks, within a node and between nodes (nccl-tests, small buffers).
-"""
 
 
 @dataclass(frozen=True)
@@ -58,18 +67,22 @@ class Network:
     Attributes:
         name: Value of ``--network``.
         bandwidth: Bytes per second of a node in one direction.
-        latency: Seconds of a doubling of the nodes.
+        ring: Seconds that a step of a ring from node to node takes at least.
+        tree: Seconds that a level of a tree of nodes takes at least.
     """
 
     name: str
     bandwidth: float
-    latency: float
+    ring: float
+    tree: float
 
 
+# Latencies of InfiniBand are those of NCCL's own model (src/graph/tuning.cc, protocol LL128). Ethernet's, by TCP, are
+# not checked.
 NETWORKS = (
-    Network("infiniband", 8 * 50e9, HOP["infiniband"]),  # NDR: 400 Gbit/s for each of 8 GPUs, as in a DGX H100
-    Network("infiniband-hdr", 8 * 25e9, HOP["infiniband"]),  # HDR: 200 Gbit/s each, as in a DGX A100
-    Network("ethernet", 12.5e9, HOP["ethernet"]),  # one port of 100 Gbit/s for the node
+    Network("infiniband", 8 * 50e9, 4.0e-6, 8.5e-6),  # NDR: 400 Gbit/s for each of 8 GPUs, as in a DGX H100
+    Network("infiniband-hdr", 8 * 25e9, 4.0e-6, 8.5e-6),  # HDR: 200 Gbit/s each, as in a DGX A100
+    Network("ethernet", 12.5e9, 40e-6, 40e-6),  # one port of 100 Gbit/s for the node
 )
 
 
@@ -97,13 +110,15 @@ class Device:
         multiprocessors: Number of units that compute a tile each; 0 for a processor, whose products follow
             ``thin``.
         attention: FLOP/s of attention in the forward and in the backward pass.
+        misaligned: Speed of a product as a share of an aligned one's, by the bytes to which its rows are aligned.
+        misaligned_result: The same with 2 bytes, where the result alone is misaligned.
         link: Bytes per second between GPUs of a node in one direction, as NCCL reaches them.
         launch: Seconds that a kernel takes at least.
         host_eager, host_compiled, host_graph: Seconds of the processor for an operation, a compiled kernel, and a
             compiled graph. 0 on a processor, where the kernels' own time is all there is.
         thin: Size at which a product of a processor has half its speed, by the bytes of a number.
-        slow: Bytes per second of operations that are bound by arithmetic, by part of their names. A processor's
-            exponentials take longer than its memory.
+        slow: Numbers that operations bound by arithmetic read and write in a second, by part of their names. A
+            processor's exponentials take longer than its memory.
     """
 
     name: str
@@ -113,6 +128,8 @@ class Device:
     multiprocessors: int
     attention: tuple[float, float]
     link: float = 0
+    misaligned: dict[int, float] = field(default_factory=dict)
+    misaligned_result: float = 1.0
     launch: float = LAUNCH
     host_eager: float = HOST_EAGER
     host_compiled: float = HOST_COMPILED
@@ -127,6 +144,7 @@ class Device:
 def device_of(gpu: Gpu) -> Device:
     """Describe a GPU by its datasheet and the constants above."""
     forward, backward = ATTENTION[gpu.generation]
+    misaligned = MISALIGNED[gpu.generation]
     peak = gpu.peak * 1e12
     return Device(
         gpu.name,
@@ -136,4 +154,6 @@ def device_of(gpu: Gpu) -> Device:
         gpu.multiprocessors,
         (forward * peak, backward * peak),
         gpu.link * 1e9 * NVLINK_SHARE,
+        misaligned,
+        min(misaligned[2], MISALIGNED_RESULT) if gpu.generation in ("hopper", "blackwell") else misaligned[2],
     )

@@ -20,6 +20,7 @@ class Tile:
     Attributes:
         batch, m, n, k: The sizes.
         alignment: Largest power of two, in bytes, that divides the distance between the rows of every matrix.
+        only_result: Whether the rows of the result alone are not at multiples of 16 bytes.
     """
 
     batch: int
@@ -27,6 +28,7 @@ class Tile:
     n: int
     k: int
     alignment: int
+    only_result: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,14 @@ def _bytes(tensor: Tensor) -> int:
 
 def _tile(name: str, args: Any, result: Tensor) -> Tile:
     left, right = args[1:3] if name in ("aten::addmm", "aten::baddbmm") else args[:2]
-    matrices = (left, right, result)
+    inputs, whole = _alignment(left, right), _alignment(left, right, result)
+    batch = left.shape[0] if left.dim() == 3 else 1
+    only_result = inputs >= 16 > whole
+    return Tile(batch, left.shape[-2], right.shape[-1], left.shape[-1], whole, only_result)
+
+
+def _alignment(*matrices: Tensor) -> int:
+    """Return the largest power of two, in bytes, that divides the distance between the rows of every matrix."""
     distances = [max(matrix.stride()[-2:]) * matrix.element_size() for matrix in matrices if min(matrix.shape) > 1]
     aligned = math.gcd(*distances, 1024)
-    batch = left.shape[0] if left.dim() == 3 else 1
-    return Tile(batch, left.shape[-2], right.shape[-1], left.shape[-1], aligned & -aligned)
+    return aligned & -aligned

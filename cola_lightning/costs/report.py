@@ -12,7 +12,7 @@ from rich.table import Table
 from cola_lightning.costs.devices import Device, device_of, network_named
 from cola_lightning.costs.gpus import Gpu, gpu_named
 from cola_lightning.costs.plan import Plan, beside
-from cola_lightning.costs.processor import as_gpu, measure_processor
+from cola_lightning.costs.processor import as_gpu, measure_processor, on_processor
 from cola_lightning.costs.run_costs import Run
 from cola_lightning.costs.scaling import misalignment
 from cola_lightning.costs.speed import predict
@@ -98,8 +98,8 @@ def report(
         network: Name of the network between nodes.
     """
     gpu, device = target_of(gpu_name, plans[0].run)
-    if gpu_name == "cpu":  # whose RMSNorm is several operations
-        plans = [replace(plan, run=replace(plan.run, fused_norm=False)) for plan in plans]
+    if gpu_name == "cpu":
+        plans = [replace(plan, run=on_processor(plan.run)) for plan in plans]
     if models:
         named = [replace(plan, name=Path(file).stem) for plan, file in zip(plans, models, strict=True)]
     else:

@@ -2,7 +2,7 @@
 
 import math
 
-from cola_lightning.costs.devices import ATTENTION_BLOCK, MISALIGNED, SPLITS, TILE_START, TILES, Device
+from cola_lightning.costs.devices import ATTENTION_BLOCK, SPLITS, TILE_START, TILES, Device
 from cola_lightning.costs.kernels import Kernel
 from cola_lightning.costs.operations import Tile
 
@@ -18,7 +18,7 @@ def kernel_seconds(kernel: Kernel, device: Device, backward: bool, pads: bool) -
     """
     moving = kernel.bytes / device.bandwidth
     if kernel.slow:
-        moving = max(moving, kernel.bytes / device.slow.get("exp", math.inf))
+        moving = max(moving, kernel.bytes / kernel.itemsize / device.slow.get("exp", math.inf))
     computing, name = 0.0, "products"
     if kernel.product is not None:
         computing = product_seconds(kernel.product, kernel.itemsize, device)
@@ -65,7 +65,9 @@ def alignment_share(tile: Tile, device: Device) -> float:
     """Return the speed of a product as a share of that with aligned rows."""
     if not device.multiprocessors or tile.alignment >= 16:
         return 1
-    return MISALIGNED[max(2, tile.alignment)]
+    if tile.alignment <= 2 and tile.only_result:
+        return device.misaligned_result
+    return device.misaligned[max(2, tile.alignment)]
 
 
 def attention_seconds(kernel: Kernel, device: Device, backward: bool) -> float:

@@ -1,18 +1,21 @@
 """Hold the roofline against closed forms and counts."""
 
+import json
+import statistics
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from cola_lightning.cli.commands.estimate import numbers_of_gpus
 from cola_lightning.costs import Run, gpu_named
-from cola_lightning.costs.collectives import communication, gather_seconds
+from cola_lightning.costs.collectives import communication, gather_seconds, reduce_seconds
 from cola_lightning.costs.devices import NETWORKS, device_of, network_named
-from cola_lightning.costs.kernels import compiled, eager
+from cola_lightning.costs.kernels import Kernel, compiled, eager
 from cola_lightning.costs.operations import Tile
-from cola_lightning.costs.roofline import alignment_share, product_seconds
+from cola_lightning.costs.roofline import alignment_share, kernel_seconds, product_seconds
 from cola_lightning.costs.scaling import misalignment, plot_scaling, scale, scaling_table
 from cola_lightning.costs.speed import predict
 from cola_lightning.errors import InputError
@@ -72,6 +75,59 @@ def test_a_large_product_takes_its_flops_at_the_sustained_peak():
     assert seconds == pytest.approx(2 * size**3 / (989.5e12 * H100.sustained), rel=0.02)
 
 
+MEASURED = json.loads(
+    (Path(__file__).parents[2] / "recipes" / "benchmark" / "results" / "products_h100.json").read_text()
+)
+"""Seconds, in thousandths, of single uncompiled products on an H100, by tokens and intermediate size."""
+
+
+def measured_products(tokens: int, intermediate: int) -> list[tuple[str, Kernel, float]]:
+    """List the products that were measured: name, kernel as it would be traced, seconds."""
+    t, f, odd = tokens, intermediate, intermediate % 8 != 0
+    aligned = 2 if odd else 16
+    sizes = {  # M, K, N; whether the result alone has rows of f numbers
+        "up": (t, 2048, f, True), "up_dx": (t, f, 2048, False), "up_dw": (f, t, 2048, False),
+        "down": (t, f, 2048, False), "B": (t, 512, f, True), "B_dx": (t, f, 512, False), "B_dw": (f, t, 512, False),
+        "A": (t, f, 512, False), "A_dx": (t, 512, f, False), "A_dw": (512, t, f, False),
+    }  # fmt: skip
+    found = []
+    for name, milliseconds in MEASURED[f"{tokens}/{intermediate}"].items():
+        m, k, n, only_result = sizes[name]
+        tile = Tile(1, m, n, k, aligned, odd and only_result)
+        kernel = Kernel("mm", 2 * m * n * k, 2 * (m * k + k * n + m * n), 1, 2, tile)
+        found.append((name, kernel, milliseconds / 1e3))
+    return found
+
+
+@pytest.mark.parametrize("intermediate", [5472, 5461])
+def test_single_products_are_predicted_as_an_h100_computed_them(intermediate):
+    """Each within a third, half of them within 15 %, aligned or not."""
+    errors = []
+    for tokens in (1024, 4096, 16384):
+        for _, kernel, seconds in measured_products(tokens, intermediate):
+            predicted, _ = kernel_seconds(kernel, H100, False, pads=False)
+            errors.append(predicted / seconds)
+    assert min(errors) > 0.75
+    assert max(errors) < 1.37
+    assert 0.85 < statistics.median(errors) < 1.15
+
+
+def test_the_result_alone_is_seen_to_be_misaligned():
+    """x (N, D) times W (F, D) with an odd F: only the result has odd rows. Its input's gradient reads such rows."""
+    tiles = [o.product for _, o in products(run_of(intermediate=511)) if o.product.alignment < 16]
+    up = [tile for tile in tiles if tile.only_result]
+    assert {(tile.k, tile.n) for tile in up} == {(256, 511)}
+    assert any(not tile.only_result for tile in tiles)
+
+
+def test_padding_costs_copies_and_is_taken_where_it_is_faster():
+    _, kernel, _ = next(each for each in measured_products(16384, 5461) if each[0] == "up")
+    alone, padded = (kernel_seconds(kernel, H100, False, pads)[0] for pads in (False, True))
+    aligned = kernel_seconds(replace(kernel, product=replace(kernel.product, alignment=16)), H100, False, False)[0]
+    assert aligned < padded < alone
+    assert padded - aligned == pytest.approx(2 * kernel.bytes / H100.bandwidth)
+
+
 def test_compiling_moves_fewer_bytes_in_fewer_kernels():
     sections = run_of().traced.sections
     apart, joined = eager(sections), compiled(sections)
@@ -105,6 +161,14 @@ def test_collectives_move_the_bytes_of_a_ring():
     assert gather_seconds(size, 8, H100, network) == pytest.approx(size * 7 / 8 / (450e9 * 0.8), rel=0.02)
     assert gather_seconds(size, 16, H100, network) > gather_seconds(size, 8, H100, network)
     assert gather_seconds(size, 16, H100, network_named("ethernet")) > 10 * gather_seconds(size, 16, H100, network)
+
+
+def test_latencies_are_those_of_nccls_model():
+    """A ring's grows with the GPUs, a tree's with the logarithm of the nodes (src/graph/tuning.cc of NCCL)."""
+    network = NETWORKS[0]
+    assert gather_seconds(0, 8, H100, network) == pytest.approx(10e-6 + 7 * 1.9e-6)
+    assert gather_seconds(0, 1024, H100, network) == pytest.approx(10e-6 + 896 * 1.9e-6 + 127 * 4e-6)
+    assert reduce_seconds(0, 1024, H100, network) == pytest.approx(4.4e-6 + 2 * (7 * 1.2e-6 + 7 * 8.5e-6))
 
 
 @pytest.mark.parametrize(
