@@ -1,21 +1,32 @@
-"""Measure this machine's processor for some seconds, so that the roofline can predict steps on it."""
+"""Measure this machine's processor for some seconds, so that the roofline can predict steps on it.
 
+Products go through more memory than caches hold, and every measurement takes the median of its calls, because in a
+training step an operation seldom finds its operands in a cache.
+"""
+
+import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from cola_lightning.costs.counters import count_flops
 from cola_lightning.costs.devices import ATTENTION_BLOCK, Device
 from cola_lightning.costs.gpus import Gpu
 from cola_lightning.costs.run_costs import Run
 from cola_lightning.host_memory import memory_of_machine
+from cola_lightning.training.allocator import keep_freed_memory
 
 SECONDS = 0.8
-"""Seconds of each measurement; there are about a dozen."""
+"""Seconds of each measurement; there are eleven."""
+BEYOND_CACHES = 2**26
+"""Bytes that the operands of a measurement take together."""
+CHAIN = 50
+"""Operations of the chain whose time per operation is measured."""
 
 
 def measure_processor(dtype: torch.dtype, tokens: int, head_size: int) -> Device:
@@ -30,14 +41,14 @@ def measure_processor(dtype: torch.dtype, tokens: int, head_size: int) -> Device
         tokens: Tokens of a row, for attention.
         head_size: Numbers of a head, for attention.
     """
+    keep_freed_memory()  # as in training, so that no measurement waits for pages of the kernel
     large, thin = _products(1024, 1024, 1024, dtype), _products(2048, 64, 512, dtype)
     mean, peak = 3 / sum(1 / speed for speed in large), max(large)
     thin_mean = 3 / sum(1 / speed for speed in thin)
-    x, y = (torch.randn(2**23).to(dtype) for _ in range(2))
+    x, y = (torch.randn(BEYOND_CACHES // 4).to(dtype) for _ in range(2))
     out = torch.empty_like(x)
-    moved = 3 * x.nbytes / _fastest(lambda: torch.add(x, y, out=out))
-    exponential = 2 * x.numel() / _fastest(lambda: torch.nn.functional.silu(x))
-    small = torch.randn(8).to(dtype)
+    moved = 3 * x.nbytes / _typical([lambda: torch.add(x, y, out=out)])
+    exponential = 2 * x.numel() / _typical([lambda: silu(x)])
     forward, backward = _attention(dtype, tokens, head_size)
     return Device(
         "cpu",
@@ -46,7 +57,7 @@ def measure_processor(dtype: torch.dtype, tokens: int, head_size: int) -> Device
         moved,
         0,
         (forward, backward),
-        launch=_fastest(lambda: small + small),
+        launch=_typical([_chain(dtype)]) / (2 * CHAIN),
         host_eager=0,
         host_compiled=0,
         host_graph=0,
@@ -69,9 +80,32 @@ def as_gpu(device: Device) -> Gpu:
 
 def _products(m: int, k: int, n: int, dtype: torch.dtype) -> list[float]:
     """Measure the FLOP/s of a projection (m, k) by (n, k): forward, gradient of the input, gradient of the weight."""
-    x, weight, gradient = (torch.randn(*size).to(dtype) for size in ((m, k), (n, k), (m, n)))
-    forms = (lambda: torch.nn.functional.linear(x, weight), lambda: gradient @ weight, lambda: gradient.T @ x)
-    return [2 * m * k * n / _fastest(form) for form in forms]
+    width = torch.empty(0, dtype=dtype).element_size()
+    number = math.ceil(BEYOND_CACHES / (width * (m * k + n * k + m * n)))
+    operands = [[torch.randn(*size).to(dtype) for size in ((m, k), (n, k), (m, n))] for _ in range(number)]
+
+    def calls(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[Callable[[], object]]:
+        return [lambda each=each: form(*each) for each in operands]  # type: ignore[misc]
+
+    forms = (
+        calls(lambda x, weight, gradient: linear(x, weight)),
+        calls(lambda x, weight, gradient: gradient @ weight),
+        calls(lambda x, weight, gradient: gradient.T @ x),
+    )
+    return [2 * m * k * n / _typical(form) for form in forms]
+
+
+def _chain(dtype: torch.dtype) -> Callable[[], object]:
+    """Return a call that runs a chain of tiny operations, forward and backward: 2 ``CHAIN`` operations."""
+    start = torch.ones(8, dtype=dtype, requires_grad=True)
+
+    def run() -> None:
+        x = start
+        for _ in range(CHAIN):
+            x = x * 1.0
+        x.sum().backward()
+
+    return run
 
 
 def _attention(dtype: torch.dtype, tokens: int, head_size: int) -> tuple[float, float]:
@@ -84,20 +118,21 @@ def _attention(dtype: torch.dtype, tokens: int, head_size: int) -> tuple[float, 
     def both() -> None:
         forward().sum().backward()
 
-    first = _fastest(forward)
-    second = max(1e-9, _fastest(both) - first)
+    first = _typical([forward])
+    second = max(1e-9, _typical([both]) - first)
     counted = count_flops(forward)
     # Roofline counts the blocks that a causal mask leaves, so that the measured speed is that of these.
     share = (1 + min(1.0, ATTENTION_BLOCK / tokens)) / 2
     return share * counted / first, share * (count_flops(both) - counted) / second
 
 
-def _fastest(run: Callable[[], object]) -> float:
-    """Return the shortest time of a call in seconds, out of the calls of ``SECONDS``."""
-    run()
-    best, end = float("inf"), time.perf_counter() + SECONDS
-    while time.perf_counter() < end:
+def _typical(calls: list[Callable[[], object]]) -> float:
+    """Make the calls one after another for ``SECONDS``, and return the median time of one in seconds."""
+    calls[0]()
+    times: list[float] = []
+    end = time.perf_counter() + SECONDS
+    while not times or time.perf_counter() < end:
         begin = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - begin)
-    return best
+        calls[len(times) % len(calls)]()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
