@@ -1,8 +1,12 @@
 """Lay out names and texts in two columns that fit the terminal."""
 
+import shlex
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
 
 NARROWEST = 30
 """Fewest characters of the second column. With less, a text is put below its name."""
@@ -10,6 +14,23 @@ NARROWEST = 30
 
 class Command(str):
     """A command to type. It is never wrapped, so that it can be copied in one piece."""
+
+
+def as_typed(command: str) -> Command:
+    """Begin a command of this package, or of one that it needs, as this process was begun.
+
+    The programs of an environment that is not activated are not on the path.
+
+    Example: ``cola_lightning estimate`` becomes ``.venv/bin/python -m cola_lightning estimate``, and ``tensorboard``
+    becomes ``.venv/bin/tensorboard``, in a process that was begun by ``.venv/bin/python -m cola_lightning fit``.
+    """
+    python, *typed = sys.orig_argv
+    if ("-m", "cola_lightning") not in pairwise(typed):
+        return Command(command)
+    program, _, rest = command.partition(" ")
+    if program == "cola_lightning":
+        return Command(f"{shlex.quote(python)} -m {command}")
+    return Command(f"{shlex.quote(str(Path(python).with_name(program)))} {rest}")
 
 
 def in_columns(entries: Iterable[tuple[str, str]], width: int | None = None, indent: str = "") -> list[str]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jsonargparse
 import lightning as L
@@ -27,8 +27,6 @@ from jsonargparse import _common, _completions, _completions_jsonschema, _loader
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo  # noqa: F401
 from torch.fx import traceback
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
@@ -36,6 +34,9 @@ from torch.utils._pytree import tree_leaves  # noqa: F401
 from torchmetrics import Metric
 
 from cola_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import FileSystemReader  # slow to import
 
 
 class PrivateAPIError(InputError):
@@ -266,11 +267,19 @@ def unscales_by_itself(optimizer: Optimizer) -> bool:
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
-def replace_index_reader(read: Callable[[FileSystemReader, Path], Any]) -> AbstractContextManager[None]:
+def storage_info() -> type:
+    """Return the class that says where a sharded checkpoint stores a tensor."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo  # slow to import
+
+    return _StorageInfo
+
+
+def replace_index_reader(read: "Callable[[FileSystemReader, Path], Any]") -> AbstractContextManager[None]:
     """Let ``torch.distributed.checkpoint`` read the index of a checkpoint by ``read(reader, file)``, not by pickle.
 
     torch asks for the index of one rank by the argument ``rank``.
     """
+    from torch.distributed.checkpoint import FileSystemReader
 
     def read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Any:
         return read(self, Path(self._get_metadata_path(kwargs.get("rank"))))

@@ -1,26 +1,36 @@
-"""Try Lightning's Trainer arguments, callbacks, loggers, profilers and plugins, and torch's optimizers and schedules.
+"""Try all that Lightning's Trainer takes, torch's optimizers and schedules, and this package's callbacks.
 
-``python -m tests.flag_matrix`` runs ``fit`` for 4 steps once per case, each in a process of its own. It prints whether
-the case works, is refused in one line, ends in a traceback, or hangs. ``python -m tests.flag_matrix WORD`` runs the
-cases with the word in their name. ``tests/test_flag_matrix.py`` runs a sample.
+A case is a value of an argument of the Trainer, or a class that is found by looking into the packages of Lightning and
+torch. ``python -m tests.flag_matrix`` runs ``fit`` for 4 steps once per case, each in a process of its own. It prints
+whether the case works, is refused in one line, ends in a traceback, or hangs, and keeps that in ``flag_matrix.json``.
+``python -m tests.flag_matrix WORD`` runs the cases with the word in their name, and compares them with that file.
+``tests/test_flag_matrix.py`` runs a sample, and fails if there is a case that the file lacks.
 """
 
+import importlib
 import inspect
+import json
 import os
+import pkgutil
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import lightning as L
 import torch
-from lightning.pytorch import callbacks, loggers, plugins, profilers
+from lightning.fabric.plugins import environments
+from lightning.pytorch import accelerators, callbacks, loggers, plugins, profilers, strategies
 from torch.optim import lr_scheduler
 
+import cola_lightning.callbacks
 from cola_lightning.cli.app import main
 from tests.processes import Run
 
 SECONDS = 120.0
+VERDICTS = Path(__file__).with_suffix(".json")
+"""Verdict of each case when all were run the last time."""
 
 # An ordinary and an odd value of each argument of the Trainer
 TRAINER = {
@@ -85,22 +95,49 @@ REQUIRED = {
     "OneCycleLR": {"max_lr": "0.01"},
     "CyclicLR": {"base_lr": "0.001", "max_lr": "0.01"},
     "CosineAnnealingWarmRestarts": {"T_0": "2"},
+    "SWALR": {"swa_lr": "0.001"},
 }
+# Flag, package, and base class of the classes that can be named there
+CLASSES = (
+    ("trainer.callbacks+", callbacks, L.Callback),
+    ("trainer.callbacks+", cola_lightning.callbacks, L.Callback),
+    ("trainer.logger", loggers, loggers.Logger),
+    ("trainer.profiler", profilers, profilers.Profiler),
+    ("trainer.plugins+", plugins, object),
+    ("trainer.plugins+", environments, environments.ClusterEnvironment),
+    ("trainer.strategy", strategies, strategies.Strategy),
+    ("trainer.accelerator", accelerators, accelerators.Accelerator),
+    ("model.optimizer", torch.optim, torch.optim.Optimizer),
+    ("model.schedule", torch.optim, lr_scheduler.LRScheduler),
+)
 
 
-def classes(module, base: type) -> list[str]:
-    """List the public classes of a module that derive from ``base``, and are not it."""
-    found = inspect.getmembers(module, lambda each: inspect.isclass(each) and issubclass(each, base))
-    return [name for name, each in found if each is not base and not name.startswith("_")]
+def classes(package: ModuleType, base: type) -> dict[str, str]:
+    """Find the public classes of a package and of its modules that derive from ``base``, without abstract ones.
+
+    Returns:
+        Name and import path of each, as a user would type it.
+    """
+    found, distribution = {}, package.__name__.partition(".")[0]
+    inner = [
+        importlib.import_module(each.name) for each in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+    ]
+    for module in [package, *inner]:
+        for name, each in inspect.getmembers(module, inspect.isclass):
+            # A module imports classes, too, that it does not offer. A package offers what it imports from its own kind.
+            home = distribution if module is package else module.__name__
+            usable = issubclass(each, base) and each is not base and not inspect.isabstract(each)
+            if usable and not name.startswith("_") and f"{each.__module__}.".startswith(f"{home}."):
+                found.setdefault(name, f"{module.__name__}.{name}")
+    return found
 
 
-def of_classes(flag: str, module, base: type) -> dict[str, list[str]]:
+def of_classes(flag: str, package: ModuleType, base: type) -> dict[str, list[str]]:
     """Make a case of each such class, with the arguments that it must have."""
-    cases = {}
-    for name in classes(module, base):
-        flags = [f"--{flag}={module.__name__}.{name}"]
-        flags += [f"--{flag.removesuffix('+')}.{key}={value}" for key, value in REQUIRED.get(name, {}).items()]
-        cases[f"{flag.removesuffix('+').removeprefix('trainer.')} {name}"] = flags
+    cases, key = {}, flag.removesuffix("+")
+    for name, path in classes(package, base).items():
+        required = [f"--{key}.{argument}={value}" for argument, value in REQUIRED.get(name, {}).items()]
+        cases[f"{key.removeprefix('trainer.')} {name}"] = [f"--{flag}={path}", *required]
     return cases
 
 
@@ -109,13 +146,13 @@ def all_cases() -> dict[str, list[str]]:
     arguments = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"}
     assert arguments == set(TRAINER), f"arguments of the Trainer without a case: {arguments ^ set(TRAINER)}"
     cases = {f"{name} {value}": [f"--trainer.{name}={value}"] for name in TRAINER for value in TRAINER[name]}
-    cases |= of_classes("trainer.callbacks+", callbacks, L.Callback)
-    cases |= of_classes("trainer.logger", loggers, loggers.Logger)
-    cases |= of_classes("trainer.profiler", profilers, profilers.Profiler)
-    for base in (plugins.Precision, plugins.CheckpointIO, plugins.LayerSync):
-        cases |= of_classes("trainer.plugins+", plugins, base)
-    cases |= of_classes("model.optimizer", torch.optim, torch.optim.Optimizer)
-    return cases | of_classes("model.schedule", lr_scheduler, lr_scheduler.LRScheduler)
+    for name in strategies.StrategyRegistry.available_strategies():
+        cases[f"strategy {name}"] = [f"--trainer.strategy={name}"]
+    for name in accelerators.AcceleratorRegistry.available_accelerators():
+        cases[f"accelerator {name}"] = [f"--trainer.accelerator={name}"]
+    for flag, package, base in CLASSES:
+        cases |= of_classes(flag, package, base)
+    return cases
 
 
 def base_flags(folder: Path) -> list[str]:
@@ -162,17 +199,22 @@ def verdict(flags: list[str], folder: Path, seconds: float = SECONDS) -> tuple[s
     return ("one line", lines[0]) if len(lines) == 1 else ("silent", tail)
 
 
-def run(cases: dict[str, list[str]]) -> Counter:
-    """Run the cases one after another, print a line for each, and count the verdicts."""
-    counts: Counter = Counter()
+def run(cases: dict[str, list[str]]) -> dict[str, str]:
+    """Run the cases one after another, print a line for each, and return the verdicts."""
+    verdicts = {}
     for name, flags in cases.items():
         with tempfile.TemporaryDirectory() as folder:
             result, said = verdict(flags, Path(folder))
-        counts[result] += 1
+        verdicts[name] = result
         print(f"{result:10} {name:50} {said.splitlines()[-1][:200] if said else ''}", flush=True)
-    return counts
+    return verdicts
 
 
 if __name__ == "__main__":
     word = sys.argv[1] if len(sys.argv) > 1 else ""
-    print(dict(run({name: flags for name, flags in all_cases().items() if word in name})))
+    now = run({name: flags for name, flags in all_cases().items() if word in name})
+    if not word:
+        VERDICTS.write_text(json.dumps(now, indent=1) + "\n")
+    before = json.loads(VERDICTS.read_text())
+    changed = [f"{name}: {before.get(name)} -> {result}" for name, result in now.items() if before.get(name) != result]
+    print(dict(Counter(now.values())), *changed, sep="\n")

@@ -1,33 +1,41 @@
-"""Run a sample of ``tests/flag_matrix.py``: each flag of Lightning works or is refused in one line."""
+"""Run a sample of ``tests/flag_matrix.py``, and compare its cases with those whose verdicts are on record."""
+
+import json
 
 import pytest
 
-from tests.flag_matrix import all_cases, verdict
+from tests.flag_matrix import VERDICTS, all_cases, verdict
 
-SAMPLE = {
-    "max_steps 50": "works",
-    "max_time 00:00:00:02": "works",
-    "val_check_interval 00:00:00:02": "works",
-    "overfit_batches 1": "one line",
-    "callbacks EMAWeightAveraging": "works",
-    "profiler AdvancedProfiler": "works",
-    "logger CSVLogger": "works",
-    "model.optimizer Adagrad": "works",
-    "model.schedule OneCycleLR": "works",
-    "model.schedule ReduceLROnPlateau": "one line",
-    "plugins MixedPrecision": "one line",
-    "plugins XLACheckpointIO": "one line",
-    "logger WandbLogger": "one line",
-    "precision 16-mixed": "one line",
-}
+RECORDED = json.loads(VERDICTS.read_text())
+SAMPLE = [
+    "max_steps 50",
+    "max_time 00:00:00:02",
+    "val_check_interval 00:00:00:02",
+    "overfit_batches 1",
+    "callbacks EMAWeightAveraging",
+    "profiler AdvancedProfiler",
+    "logger CSVLogger",
+    "model.optimizer Adagrad",
+    "model.schedule OneCycleLR",
+    "model.schedule ReduceLROnPlateau",
+    "plugins MixedPrecision",
+    "plugins XLACheckpointIO",
+    "logger WandbLogger",
+    "precision 16-mixed",
+]
 
 
-def test_every_argument_of_the_trainer_has_a_case():
-    assert set(SAMPLE) <= set(all_cases())
+def test_each_argument_and_class_of_lightning_and_torch_has_been_tried():
+    """A class that an upgrade brings is missing from the record, until ``python -m tests.flag_matrix`` has run."""
+    assert set(all_cases()) == set(RECORDED)
+
+
+def test_no_case_ends_in_a_traceback():
+    assert set(RECORDED.values()) <= {"works", "one line"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
 def test_it_works_or_is_refused_in_one_line(name, tmp_path):
     result, said = verdict(all_cases()[name], tmp_path)
-    assert result == SAMPLE[name], said
+    assert result == RECORDED[name], said

@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from cola_lightning.optim.rows import is_dtensor
 from cola_lightning.training.log_steps import at_log_step
 
 GROUPS = {
@@ -58,4 +58,4 @@ def gradient_norms(module: nn.Module) -> dict[str, Tensor]:
         if parameter.grad is not None:
             groups.setdefault(group_of(name), []).append(parameter.grad)
     norms = {group: torch.nn.utils.get_total_norm(gradients) for group, gradients in groups.items()}
-    return {group: norm.full_tensor() if isinstance(norm, DTensor) else norm for group, norm in norms.items()}
+    return {group: norm.full_tensor() if is_dtensor(norm) else norm for group, norm in norms.items()}

@@ -1,14 +1,16 @@
 """The blocks of text at the start and at the end of a run."""
 
+import shlex
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from cola_lightning.callbacks.hyper_parameters import PERPLEXITY, hyper_parameters
 from cola_lightning.callbacks.log_lines import write_lines, write_table
-from cola_lightning.columns import Command
+from cola_lightning.columns import Command, as_typed
 from cola_lightning.provenance import run_folder
 from cola_lightning.training.module import LanguageModel
 from cola_lightning.training.trainer_attributes import datamodule_of, is_fast_dev_run
@@ -131,16 +133,29 @@ def describe_end(trainer: L.Trainer, seconds: float) -> list[tuple[str, str]]:
     return [
         *lines,
         ("checkpoint", checkpoint),
-        *((name, Command(command)) for name, command in next_commands(run)),
+        *next_commands(run, _events_folder(trainer, run)),
     ]
 
 
-def next_commands(run: Path) -> list[tuple[str, str]]:
-    """Return what to type after a run, as (name, command)."""
-    resume = f"cola_lightning fit --config {run}/config.yaml --run_dir {run} --ckpt_path last --trainer.max_steps N"
-    return [
-        ("generate", f"cola_lightning generate {run} --prompt 'Once upon a time'"),
-        ("evaluate", f"cola_lightning evaluate {run} --text notes.jsonl"),
-        ("resume", resume),
-        ("curves", f"tensorboard --logdir {run}"),
+def next_commands(run: Path, events: Path | None) -> list[tuple[str, Command]]:
+    """Return what to type after a run, as (name, command), with quotes where a shell needs them.
+
+    Args:
+        run: Directory of the run.
+        events: Directory of its TensorBoard events; None if there are none.
+    """
+    folder, config = shlex.quote(str(run)), shlex.quote(str(run / "config.yaml"))
+    commands = [
+        ("generate", f"cola_lightning generate {folder} --prompt 'Once upon a time'"),
+        ("evaluate", f"cola_lightning evaluate {folder} --text notes.jsonl"),
+        ("resume", f"cola_lightning fit --config {config} --run_dir {folder} --ckpt_path last --trainer.max_steps N"),
     ]
+    commands += [("curves", f"tensorboard --logdir {shlex.quote(str(events))}")] if events else []
+    return [(name, as_typed(command)) for name, command in commands]
+
+
+def _events_folder(trainer: L.Trainer, run: Path) -> Path | None:
+    """Return the directory in which TensorBoard finds the events of a run; None if no logger writes any."""
+    loggers = (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
+    folders = (Path(logger.log_dir).absolute() for logger in loggers)
+    return next((run if folder.is_relative_to(run.absolute()) else folder for folder in folders), None)

@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as sharded
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from cola_lightning.checkpoints.safe_unpickle import check_no_code, deepspeed_data, plain_data_only, read_index
+from cola_lightning.checkpoints.safe_unpickle import check_no_code, deepspeed_data, plain_data_only
 from cola_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata  # slow to import
 
 NETWORK = "network."
 """Prefix of the names of the network's weights in a checkpoint."""
@@ -191,12 +192,16 @@ def _check_ours(state: Any, file: Path, has_weights: bool) -> None:
         )
 
 
-def shard_entries(path: Path) -> dict[str, TensorStorageMetadata]:
+def shard_entries(path: Path) -> "dict[str, TensorStorageMetadata]":
     """Read shape and dtype of each of the weights in a sharded checkpoint, by name.
 
     Raises:
         InputError: If it cannot be read, or would run code.
     """
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from cola_lightning.checkpoints.shard_index import read_index
+
     return {
         name.removeprefix(_WEIGHTS): entry
         for name, entry in read_index(path).state_dict_metadata.items()
@@ -205,6 +210,8 @@ def shard_entries(path: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def _shards_in_parts(path: Path) -> Iterator[dict[str, Tensor]]:
+    from torch.distributed import checkpoint as sharded
+
     weights = [*shard_entries(path).items()]
     check_no_code(path)
     while weights:

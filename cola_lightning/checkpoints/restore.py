@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from typing_extensions import TypedDict
 
 from cola_lightning.checkpoints.formats import Format, format_of, read_state
-from cola_lightning.checkpoints.safe_unpickle import read_index
 from cola_lightning.errors import InputError, RankError
 from cola_lightning.stored_data import ALTERED, Count, StoredDataError, check_stored, shape_of
 
@@ -35,6 +34,8 @@ def check_complete(path: Path) -> None:
         case Format.FILE:
             has_optimizer = bool(state.get("optimizer_states"))
         case Format.SHARDS:
+            from cola_lightning.checkpoints.shard_index import read_index  # slow to import
+
             has_optimizer = any(name.startswith("optimizer_") for name in read_index(path).state_dict_metadata)
         case Format.DEEPSPEED:
             has_optimizer = any((path / "checkpoint").glob("*optim_states.pt"))

@@ -10,16 +10,12 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import import_module
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 
-from cola_lightning.checkpoints.shard_index import parse_index, tensor_bytes
-from cola_lightning.checkpoints.shard_index_records import ForeignError
 from cola_lightning.errors import InputError
 from cola_lightning.private_apis import replace_fsdp_loader, replace_index_reader
 
@@ -44,14 +40,16 @@ def plain_data_only() -> Iterator[None]:
 
     - ``torch.load`` obeys ``TORCH_FORCE_WEIGHTS_ONLY_LOAD``, even if a library passes ``weights_only=False``. DeepSpeed
       does so, and also ``torch.distributed.checkpoint`` for data other than tensors.
-    - torch unpickles the index of a sharded checkpoint. Here :func:`parse_index` reads it.
+    - torch unpickles the index of a sharded checkpoint. Here :func:`.shard_index.parse_index` reads it.
     - Lightning's FSDP reads one file with its own unpickler. Here it uses ``torch.load``.
     """
+    from cola_lightning.checkpoints.shard_index import read_metadata  # imports torch.distributed.checkpoint: 0.9 s
+
     with ExitStack() as stack:
         for name, value in ((_FORCE, "1"), (_FORCE_NOT, None)):
             stack.callback(_set_variable, name, os.environ.get(name))
             _set_variable(name, value)
-        stack.enter_context(replace_index_reader(_read_metadata))
+        stack.enter_context(replace_index_reader(read_metadata))
         stack.enter_context(replace_fsdp_loader(_load_mapped))
         yield
 
@@ -81,45 +79,6 @@ def deepspeed_data(path: Path) -> AbstractContextManager[Any]:
 
 def _load_mapped(path: str | Path) -> Any:
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-
-
-def _read_metadata(reader: FileSystemReader, file: Path) -> Metadata:
-    """Read the index; this replaces ``FileSystemReader.read_metadata``."""
-    metadata = read_index(file.parent, file.name)
-    metadata.storage_meta = metadata.storage_meta or StorageMeta()
-    metadata.storage_meta.load_id = reader.load_id
-    return metadata
-
-
-def read_index(path: Path, name: str = ".metadata") -> Metadata:
-    """Read the index of a sharded checkpoint: names, shapes and places of its tensors.
-
-    Args:
-        path: Folder of the checkpoint.
-        name: Name of the index in it.
-
-    Raises:
-        InputError: If it cannot be read, would run code, or claims more data than the folder holds.
-    """
-    file = path / name
-    try:
-        metadata = parse_index(file.read_bytes())
-    except ForeignError as error:
-        raise InputError(f"{file} asks to load {error}, which may run code; the checkpoint is not opened") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is not a readable index of a sharded checkpoint: {error}") from error
-    # Compare what the index claims with the files beside it, before anybody allocates the tensors that it describes.
-    sizes = {name.name: name.stat().st_size for name in path.iterdir() if name.is_file()}
-    for place, info in (metadata.storage_data or {}).items():
-        if PurePath(info.relative_path).name != info.relative_path:
-            raise InputError(f"{file} places {place.fqn} in {info.relative_path}, outside of the checkpoint")
-        if info.relative_path not in sizes:
-            raise InputError(f"{path} is not whole: {info.relative_path} with {place.fqn} is missing")
-        if info.offset + info.length > sizes[info.relative_path]:
-            raise InputError(f"{path} is not whole: {info.relative_path} is cut short before the end of {place.fqn}")
-    if (claimed := tensor_bytes(metadata)) > sum(sizes.values()):
-        raise InputError(f"{file} claims {claimed:,} bytes of tensors, but the folder holds {sum(sizes.values()):,}")
-    return metadata
 
 
 # -- beforehand -------------------------------------------------------------------------------------------------------
@@ -207,6 +166,10 @@ def _check_archive(source: Path | io.BytesIO, name: object) -> None:
 
 def _check_index(path: Path) -> None:
     """Check the data in the shards that is not tensors. Each piece is a pickle of its own."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    from cola_lightning.checkpoints.shard_index import read_index
+
     index = read_index(path)
     for place, info in (index.storage_data or {}).items():
         if isinstance(index.state_dict_metadata.get(place.fqn), BytesStorageMetadata):

@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from cola_lightning.private_apis import StorageInfo
+from cola_lightning.private_apis import storage_info
 
+StorageInfo = storage_info()
 Test = Callable[[object], bool]
 """Says whether a value is of the kind that a field holds."""
 

@@ -11,7 +11,6 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import distributed
-from torch.distributed.checkpoint import CheckpointException
 
 from cola_lightning.checkpoints.latest import PARTIAL
 from cola_lightning.checkpoints.manifest import checksum, contents, sync, write_manifest
@@ -70,8 +69,9 @@ class CheckpointWriter:
 
     def _write(self, path: Path, weights_only: bool | None) -> str | None:
         """Write this rank's part of a checkpoint, and return its problem, if any."""
-        strategy = self.trainer.strategy
-        problem = None
+        from torch.distributed.checkpoint import CheckpointException  # slow to import
+
+        strategy, problem = self.trainer.strategy, None
         try:
             self._save(path, weights_only)
         except (OSError, RuntimeError, CheckpointException) as error:

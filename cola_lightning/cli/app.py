@@ -7,11 +7,12 @@ import os
 import re
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
 from cola_lightning.cli.help_pages import asked_for, common_page
-from cola_lightning.columns import in_columns, wrap_paragraph
+from cola_lightning.columns import as_typed, in_columns, wrap_paragraph
 from cola_lightning.errors import InputError, did_you_mean
 from cola_lightning.light_import import import_lightning
 
@@ -59,7 +60,8 @@ def help_text() -> str:
     for group in GROUPS:
         entries = [(f"{name:<{width}}", line) for name, (its, line) in commands.items() if its == group]
         lines += ["", f"{group}:", *in_columns(entries, indent="  ")]
-    lines += ["", "Examples:", *in_columns(EXAMPLES.items(), indent="  ")]
+    examples = [(as_typed(command), line) for command, line in EXAMPLES.items()]
+    lines += ["", "Examples:", *in_columns(examples, indent="  ")]
     return "\n".join([*lines, "", *wrap_paragraph("cola_lightning COMMAND --help shows the options of a command.")])
 
 
@@ -89,9 +91,11 @@ def dispatch(args: list[str]) -> None:
         case _:  # options before the name of one of Lightning's commands are its too
             command, options = _lightning_cli(), args
     import_lightning()
+    from cola_lightning.checkpoints import plain_data_only
     from cola_lightning.cli.guards import guard_run
 
-    with guard_run():
+    # Lightning's commands parse their options first: the guard takes a second to import, and --print_config needs none.
+    with guard_run(), nullcontext() if options is args else plain_data_only():
         command.run(options)
 
 

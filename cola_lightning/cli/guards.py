@@ -1,4 +1,4 @@
-"""Guard a command while it runs: checkpoints run no code, and errors of libraries become one line."""
+"""Guard a command while it runs: errors of libraries become one line."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed import DistBackendError
 
 from cola_lightning.callbacks.out_of_memory import out_of_memory
-from cola_lightning.checkpoints import plain_data_only
 from cola_lightning.checkpoints.restore import explain_settings, lost_connection
 from cola_lightning.errors import InputError, RankError
 
@@ -25,9 +24,9 @@ class OutOfMemoryError(InputError):
 
 @contextmanager
 def guard_run() -> Iterator[None]:
-    """Load plain data only, and turn errors of libraries about settings, memory and lost ranks into an InputError."""
+    """Turn errors of libraries about settings, memory and lost ranks into an InputError."""
     try:
-        with plain_data_only(), explain_settings():
+        with explain_settings():
             yield
     except MisconfigurationException as error:
         raise InputError(str(error)) from error

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cola_lightning.cli.options import OptionParser
-from cola_lightning.columns import in_columns, wrap_paragraph
+from cola_lightning.columns import as_typed, in_columns, wrap_paragraph
 from cola_lightning.errors import InputError
 
 PACKAGE = Path(__file__).parents[1]
@@ -70,7 +70,7 @@ def common_help(command: str) -> str:
         " --run_dir runs/quickstart" if command == "fit" else " --ckpt_path runs/quickstart/checkpoints/last.ckpt"
     )
     options = in_columns(COMMON_OPTIONS.items(), indent="  ")
-    return "\n".join([f"Example: {example}", "", "Options that are used most:", *options, "", ""])
+    return "\n".join([f"Example: {as_typed(example)}", "", "Options that are used most:", *options, "", ""])
 
 
 def common_page(command: str, line: str) -> str:

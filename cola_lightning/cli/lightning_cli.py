@@ -1,7 +1,7 @@
 """Lightning's commands: ``fit``, ``validate``, ``test`` and ``predict``."""
 
 import io
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cola_lightning.callbacks import Progress
 from cola_lightning.callbacks.defaults import default_callbacks, defaults_beside
-from cola_lightning.checkpoints import read_state
+from cola_lightning.checkpoints import plain_data_only, read_state
 from cola_lightning.checkpoints.lock import lock, release
 from cola_lightning.checkpoints.restore import explain_restore, incomplete
 from cola_lightning.cli.parser import reason_of
@@ -46,9 +46,17 @@ USAGE = "[--config FILE] [--NAME VALUE ...]"
 
 
 class CLI(RunSettings):
-    """LightningCLI around :class:`LanguageModel`, with what every run has."""
+    """LightningCLI around :class:`LanguageModel`, with what every run has.
 
-    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+    Args:
+        args: The command line; ``sys.argv[1:]`` by default.
+        run: Whether the command line begins with a command, which is run.
+        guard: Gets :func:`plain_data_only` once the command line is parsed. Not before, because it takes a second to
+            import, and ``--print_config`` ends with parsing.
+    """
+
+    def __init__(self, args: ArgsType = None, run: bool = True, guard: ExitStack | None = None) -> None:
+        self._guard = guard
         self._command = args[0] if isinstance(args, list) and args else ""
         super().__init__(
             LanguageModel,
@@ -72,6 +80,8 @@ class CLI(RunSettings):
 
     def before_instantiate_classes(self) -> None:
         """Find the directory of the run, because loggers need it when they are made."""
+        if self._guard:
+            self._guard.enter_context(plain_data_only())
         if self.subcommand:
             self.config[self.subcommand]["ckpt_path"] = self.checkpoint_path
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -222,7 +232,8 @@ def run(args: list[str]) -> None:
     check_private_apis(only_imported=True)
     began = LISTENER.listen()
     try:
-        await_ranks(CLI(args).trainer)
+        with ExitStack() as guard:
+            await_ranks(CLI(args, guard=guard).trainer)
     finally:
         release()
         if began:

@@ -4,6 +4,7 @@ import argparse
 import re
 from typing import Any, NoReturn
 
+from cola_lightning.columns import as_typed
 from cola_lightning.errors import InputError, did_you_mean
 
 
@@ -25,7 +26,7 @@ class OptionParser(argparse.ArgumentParser):
         self.register("type", int, _parse_int)
 
     def format_help(self) -> str:
-        return f"Example: {self.example}\n\n{super().format_help()}"
+        return f"Example: {as_typed(self.example)}\n\n{super().format_help()}"
 
     def error(self, message: str) -> NoReturn:
         _, unknown, words = message.partition("unrecognized arguments: ")

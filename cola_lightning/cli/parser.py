@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 import cola_lightning.cli.import_policy  # noqa: F401  denies what no config may name
+from cola_lightning.columns import as_typed
 from cola_lightning.errors import did_you_mean, hide_secrets
 from cola_lightning.private_apis import commands_of, options_of
 
@@ -38,7 +39,7 @@ class Parser(ArgumentParser):
     example: str = ""
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
-        return (f"Example: {self.example}\n\n" if self.example else "") + super().format_help(formatter)
+        return (f"Example: {as_typed(self.example)}\n\n" if self.example else "") + super().format_help(formatter)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a parser within another: it tries the next type

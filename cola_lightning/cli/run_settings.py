@@ -116,10 +116,6 @@ class RunSettings(LightningCLI):
         if config.weights_only_start and not (self.config.subcommand == "fit" and config.get("ckpt_path")):
             raise InputError("--weights_only_start begins a run, by fit, with the weights of --ckpt_path; name one")
         if not config.get("ckpt_path"):
-            if self.config.subcommand in ("validate", "test", "predict") and not config.model.initial_weights:
-                rank_zero_warn(
-                    f"{self.config.subcommand} without --ckpt_path or --model.initial_weights: the network is untrained"
-                )
             return
         path = find_checkpoint(config, self.config.subcommand)
         config["ckpt_path"] = path and str(path)

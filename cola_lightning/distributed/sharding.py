@@ -5,13 +5,11 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.fsdp.wrap import wrap
-from torch.distributed.tensor import DeviceMesh, DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from cola_lightning.models import Llama
 from cola_lightning.models.block import Block
-from cola_lightning.optim.rows import chunk, from_rows
+from cola_lightning.optim.rows import chunk, from_rows, is_dtensor
 
 
 def builds_lazily(strategy: Strategy | None) -> bool:
@@ -31,6 +29,8 @@ def shard(network: Llama, strategy: Strategy | None) -> None:
     seed. Other strategies shard the network later, or not at all.
     """
     if isinstance(strategy, ModelParallelStrategy):
+        from torch.distributed.fsdp import fully_shard  # slow to import, as the next one is
+
         mesh = strategy.device_mesh["data_parallel"]
         apart = shard_wider(network, mesh)
         for layer in network.model.layers:
@@ -41,6 +41,8 @@ def shard(network: Llama, strategy: Strategy | None) -> None:
         for module in network.modules():
             fill(module, strategy.root_device)
     elif isinstance(strategy, FSDPStrategy) and builds_lazily(strategy):
+        from torch.distributed.fsdp.wrap import wrap
+
         same_randomness(strategy)
         materialize(network.model.embed_tokens, strategy.root_device)
         for index, layer in enumerate(network.model.layers):
@@ -88,7 +90,7 @@ def fill(module: nn.Module, device: torch.device) -> None:
     if not own and not any(True for _ in module.buffers(recurse=False)):
         return
     # Put a whole parameter in the place of each sharded one, for reset_parameters to fill.
-    sharded = {name: parameter for name, parameter in own.items() if isinstance(parameter, DTensor)}
+    sharded = {name: parameter for name, parameter in own.items() if is_dtensor(parameter)}
     for name, parameter in sharded.items():
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         module.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))
@@ -96,6 +98,8 @@ def fill(module: nn.Module, device: torch.device) -> None:
     reset()
     # Put the sharded ones back, and copy this rank's part of the values into them.
     for name, parameter in sharded.items():
+        from torch.distributed.tensor import distribute_tensor
+
         whole = module.get_parameter(name).detach()
         module.register_parameter(name, parameter)
         part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -15,8 +15,6 @@ from lightning.pytorch.strategies import (
     StrategyRegistry,
 )
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from cola_lightning import optim
@@ -26,7 +24,7 @@ from cola_lightning.checkpoints.safe_unpickle import deepspeed_data, plain_data_
 from cola_lightning.distributed.row_files import put_rows, take_rows, write_rows
 from cola_lightning.errors import InputError, did_you_mean
 from cola_lightning.optim.parameter_groups import needs_whole_matrices
-from cola_lightning.optim.rows import Rows
+from cola_lightning.optim.rows import Rows, is_dtensor
 from cola_lightning.private_apis import guard_engine_writers, set_data_parallel_size
 
 if "DS_ACCELERATOR" not in os.environ:  # without it, DeepSpeed prints to stdout what it looks for
@@ -185,9 +183,12 @@ def clip_gradients(strategy: Strategy, parameters: list[nn.Parameter], limit: fl
     if isinstance(strategy, DeepSpeedStrategy):
         return None
     maximum = limit if limit is not None and limit > 0 else float("inf")
-    root: Any = strategy.model
-    if isinstance(root, FullyShardedDataParallel):
-        return root.clip_grad_norm_(maximum)  # FSDP's own method; Lightning refuses clip-by-norm here
+    if isinstance(strategy, FSDPStrategy):
+        from torch.distributed.fsdp import FullyShardedDataParallel  # slow to import
+
+        root: Any = strategy.model
+        if isinstance(root, FullyShardedDataParallel):
+            return root.clip_grad_norm_(maximum)  # FSDP's own method; Lightning refuses clip-by-norm here
     return clip_by_global_norm(parameters, maximum)
 
 
@@ -199,7 +200,7 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], maximum: float) -> T
     """
     clipped = [parameter for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in clipped if parameter.grad is not None])
-    total = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    total = norm.full_tensor() if is_dtensor(norm) else norm
     if maximum == float("inf") or (_is_on_host(total) and bool(maximum / (total + 1e-6) >= 1)):
         return total
     torch.nn.utils.clip_grads_with_norm_(clipped, maximum, norm)

@@ -33,13 +33,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import normalize
 
 from cola_lightning.methods.arguments import check_at_least_one, check_rank
 from cola_lightning.methods.post_step import PostStepCallback, restart, schedule_cycle
 from cola_lightning.models.projection import Projection
-from cola_lightning.optim.rows import gather_rows, gathered, local, mesh_of, own_rows, rows_of, set_rows, whole
+from cola_lightning.optim.rows import (
+    gather_rows,
+    gathered,
+    is_dtensor,
+    local,
+    mesh_of,
+    own_rows,
+    rows_of,
+    set_rows,
+    whole,
+)
 from cola_lightning.optim.sharded import map_whole, replicate, shard_columns
 from cola_lightning.private_apis import ExactParameters, foreach
 
@@ -243,6 +252,6 @@ class SSTCallback(PostStepCallback[SST]):
             return p.shape[0], p.shape[1] + 1 + owners[p].V.shape[1]
 
         for p, packed in map_whole(list(owners), lambda p: owners[p].matrix(), lambda _, m: decomposition(m), size):
-            if dist.is_initialized() and not isinstance(packed, DTensor):  # because signs may differ between ranks
+            if dist.is_initialized() and not is_dtensor(packed):  # because signs may differ between ranks
                 dist.broadcast(packed, 0)
             owners[p].set_decomposition(packed)

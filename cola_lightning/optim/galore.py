@@ -6,10 +6,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from cola_lightning.optim.gradients import gradient_of
 from cola_lightning.optim.projected import ProjectedAdam, columns_of, is_tall
+from cola_lightning.optim.rows import is_dtensor
 from cola_lightning.optim.sharded import map_whole
 
 
@@ -34,7 +34,7 @@ class LeadingDirections(ProjectedAdam):
 
         due = [p for p in group["params"] if p.grad is not None and self.state[p].get("step", 0) % gap == 0]
         for p, projector in map_whole(due, gradient_of, decompose, shape):
-            if dist.is_initialized() and not isinstance(projector, DTensor):
+            if dist.is_initialized() and not is_dtensor(projector):
                 # Ranks of DDP have the same gradient, but two kinds of device may find two signs for a singular vector.
                 dist.broadcast(projector, 0)
             self.state[p]["projector"] = projector

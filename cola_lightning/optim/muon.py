@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from cola_lightning.optim.gradients import gradient_of
+from cola_lightning.optim.rows import is_dtensor
 from cola_lightning.optim.sharded import map_whole
 
 
@@ -26,7 +26,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        if not any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+        if not any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
             return super().step(closure)
         loss = None
         if closure is not None:

@@ -4,13 +4,18 @@ dimension.
 Every function takes plain tensors too, and then sends nothing, so that a method has one code for both.
 """
 
+import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from typing_extensions import TypeIs
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Rows(NamedTuple):
@@ -27,9 +32,15 @@ class Rows(NamedTuple):
     total: int
 
 
+def is_dtensor(x: object) -> "TypeIs[DTensor]":
+    """Whether an object is a DTensor, without the 0.8 s that it takes to import them: before that there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
 def mesh_of(x: Tensor) -> DeviceMesh | None:
     """Return the ranks that have a tensor together; None for a plain one."""
-    return x.device_mesh if isinstance(x, DTensor) else None
+    return x.device_mesh if is_dtensor(x) else None
 
 
 def chunk(count: int, ranks: int, rank: int) -> slice:
@@ -46,19 +57,21 @@ def own_rows(x: Tensor, count: int | None = None) -> slice:
 
 def local(x: Tensor) -> Tensor:
     """Return this rank's part of a tensor, which shares its memory."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_dtensor(x) else x
 
 
 def whole(x: Tensor) -> Tensor:
     """Gather a tensor on every rank."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_dtensor(x) else x
 
 
 def gathered(parameter: Tensor) -> Tensor:
     """Gather a sharded parameter for a forward pass. Its gradient is the mean over the ranks, as FSDP2's is."""
     mesh = mesh_of(parameter)
-    if mesh is None or not isinstance(parameter, DTensor):
+    if mesh is None or not is_dtensor(parameter):
         return parameter
+    from torch.distributed.tensor import Partial
+
     full = parameter.full_tensor(grad_placements=[Partial()])  # each rank has one term of the gradient's sum
     if full.requires_grad:
         full.register_hook(lambda grad: grad / mesh.size())
@@ -70,8 +83,10 @@ def rows_of(x: Tensor) -> Rows:
     return Rows(local(x), own_rows(x), x.shape[0])
 
 
-def from_rows(part: Tensor, shape: Sequence[int], mesh: DeviceMesh) -> DTensor:
+def from_rows(part: Tensor, shape: Sequence[int], mesh: DeviceMesh) -> "DTensor":
     """Make a DTensor of this shape, a vector or a matrix, of which every rank gives its rows."""
+    from torch.distributed.tensor import DTensor, Shard
+
     stride = (1,) if len(shape) == 1 else (shape[1], 1)
     return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
 
@@ -79,7 +94,7 @@ def from_rows(part: Tensor, shape: Sequence[int], mesh: DeviceMesh) -> DTensor:
 def zero_rows(like: Tensor, *sizes: int) -> Tensor:
     """Make a float32 tensor of zeros (rows of ``like``, *sizes), sharded as ``like`` is; one number for a scalar."""
     zeros = torch.zeros((*local(like).shape[:1], *sizes), device=like.device)
-    return from_rows(zeros, (like.shape[0], *sizes), like.device_mesh) if isinstance(like, DTensor) else zeros
+    return from_rows(zeros, (like.shape[0], *sizes), like.device_mesh) if is_dtensor(like) else zeros
 
 
 def gather_rows(wanted: Sequence[tuple[Rows, Tensor]], mesh: DeviceMesh | None, device: torch.device) -> list[Tensor]:

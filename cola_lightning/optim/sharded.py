@@ -4,44 +4,56 @@ Every function takes plain tensors too, and then sends nothing, so that an optim
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import P2POp, ProcessGroup
-from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
 
-from cola_lightning.optim.rows import Rows, chunk, from_rows, local
+from cola_lightning.optim.rows import Rows, chunk, from_rows, is_dtensor, local
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Shape = tuple[int, int]
 
 
 def replicate(x: Tensor) -> Tensor:
     """Gather a tensor on every rank. The result is still a DTensor."""
-    return x.redistribute(placements=[Replicate()]) if isinstance(x, DTensor) else x
+    if not is_dtensor(x):
+        return x
+    from torch.distributed.tensor import Replicate  # here, because it takes 0.8 s and plain matrices do without
+
+    return x.redistribute(placements=[Replicate()])
 
 
 def shard_columns(x: Tensor) -> Tensor:
     """Shard a matrix by its columns. If each rank has one term of a sum, the terms are added (a reduce-scatter)."""
-    return x.redistribute(placements=[Shard(1)]) if isinstance(x, DTensor) else x
+    if not is_dtensor(x):
+        return x
+    from torch.distributed.tensor import Shard
+
+    return x.redistribute(placements=[Shard(1)])
 
 
 def shard_like(x: Tensor, like: Tensor) -> Tensor:
     """Shard a tensor like another of its shape. It mostly is already; of a matrix with fewer rows than there are ranks,
     torch may return the whole on each rank."""
-    if isinstance(x, DTensor) and isinstance(like, DTensor):
+    if is_dtensor(x) and is_dtensor(like):
         return x.redistribute(placements=like.placements)
     return x
 
 
 def is_sharded_by_rows(x: Tensor) -> bool:
     """Whether each rank has some of the rows. The transpose of a matrix of FSDP2 is sharded by columns."""
-    return isinstance(x, DTensor) and x.placements[0].is_shard(0)
+    return is_dtensor(x) and x.placements[0].is_shard(0)
 
 
 def to_scalar(x: Tensor) -> Tensor:
     """Convert a number that is a DTensor to a plain tensor, which has the same value on all ranks (an all-reduce)."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_dtensor(x) else x
 
 
 def distribute_like(x: Tensor, like: Tensor) -> Tensor:
@@ -52,10 +64,12 @@ def distribute_like(x: Tensor, like: Tensor) -> Tensor:
         like: If plain, the result is ``x``. If sharded by rows, each rank has the same rows of the result. If sharded
             by columns, each rank has the whole result.
     """
-    if not isinstance(like, DTensor):
+    if not is_dtensor(like):
         return x
     mesh = like.device_mesh
     if not is_sharded_by_rows(like):
+        from torch.distributed.tensor import DTensor, Replicate
+
         return DTensor.from_local(x, mesh, [Replicate()], run_check=False)
     return from_rows(x[chunk(x.shape[0], mesh.size(), mesh.get_local_rank())], x.shape, mesh)
 
@@ -82,10 +96,10 @@ def map_whole(
         Each parameter with its result, of the matrix's dtype: plain if the parameter is, else sharded by rows.
     """
     for p in parameters:
-        if not isinstance(p, DTensor):
+        if not is_dtensor(p):
             matrix = matrix_of(p)
             yield p, function(p, matrix).to(matrix.dtype)
-    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    sharded = [p for p in parameters if is_dtensor(p)]
     if not sharded:
         return
     sharded.sort(key=lambda p: p.numel() * min(p.shape), reverse=True)  # the cost of a decomposition
@@ -95,7 +109,7 @@ def map_whole(
 
 
 def _round(
-    owned: list[DTensor],
+    owned: "list[DTensor]",
     mesh: DeviceMesh,
     matrix_of: Callable[[Tensor], Tensor],
     function: Callable[[Tensor, Tensor], Tensor],

@@ -168,8 +168,3 @@ def test_an_error_of_lightning_about_settings_is_one_line():
         L.Trainer(accelerator="cpu", gradient_clip_algorithm="no such", logger=False)
     with pytest.raises(ValueError, match="a user's own"), explain_settings():
         raise ValueError("a user's own")
-
-
-def test_a_warning_says_that_the_validated_network_is_untrained(tiny_run, tmp_path):
-    with pytest.warns(UserWarning, match="validate without --ckpt_path .* the network is untrained"):
-        main(["validate", *tiny_run, f"--run_dir={tmp_path / 'out'}"])

@@ -2,16 +2,19 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from importlib.util import find_spec
 
+import lightning as L
 import pytest
 import rich
 import torch
 import yaml
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint import FileSystemReader
 
 from cola_lightning.cli.app import main
 
@@ -43,6 +46,23 @@ def test_a_run_leaves_events_checkpoints_and_its_configuration(finished):
     assert curve(finished, "train/learning_rate")[1] == pytest.approx(0.0005)
     assert (finished / "checkpoints" / "last.ckpt").is_file()
     assert yaml.safe_load((finished / "config.yaml").read_text())["model"]["projection"]["init_args"] == {"rank": 8}
+
+
+class PlainDataOnly(L.Callback):
+    """Check at the start of a command that no library can unpickle anything else."""
+
+    def setup(self, trainer, pl_module, stage):
+        assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
+        assert FileSystemReader.read_metadata.__module__ == "cola_lightning.private_apis"
+        print("guarded")
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_command_loads_plain_data_only(command, finished, tiny_run, tmp_path, capsys):
+    more = ["--trainer.fast_dev_run=1", "--trainer.callbacks+=tests.cli.test_app.PlainDataOnly"]
+    main([command, *tiny_run, *more, f"--run_dir={tmp_path / 'run'}"])
+    assert "guarded" in capsys.readouterr().out
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 def test_a_checkpoint_is_plain_data(finished):
