@@ -37,6 +37,8 @@ def hide_library_messages() -> None:
         warnings.filterwarnings("ignore", text)
     # torch.compile warns that it does not cache a layer with selective checkpointing, in terms of torch's internals.
     logging.getLogger("torch._functorch._aot_autograd.autograd_cache").setLevel(logging.ERROR)
+    # It tells each of its own attempts to reach the hub in two lines. cola_lightning.data.retry tells them in one.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read when datasets is imported
     if "datasets" in sys.modules:
         sys.modules["datasets"].disable_progress_bars()

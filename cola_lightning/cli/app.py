@@ -32,6 +32,8 @@ FILE_ERRORS = {
     errno.EFBIG, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO, errno.ENODEV, errno.ENXIO,
 }  # fmt: skip
 """Errors of the operating system that are about a file or a disk, and no fault of this program."""
+SYNONYMS = {"train": "fit", "pretrain": "fit", "eval": "evaluate", "sample": "generate", "version": "--version"}
+"""Commands by names that other programs have for them."""
 EXAMPLES = {
     "cola_lightning fit --config configs/quickstart.yaml": "a small model in minutes",
     "cola_lightning estimate --config configs/cola_1b.yaml": "what a run will cost",
@@ -72,7 +74,7 @@ def dispatch(args: list[str]) -> None:
         InputError: If there is no such command, or what was typed cannot work.
     """
     match args:
-        case ["-h" | "--help", *_]:
+        case ["-h" | "--help" | "help", *_]:
             print(help_text())
             return
         case []:
@@ -80,8 +82,14 @@ def dispatch(args: list[str]) -> None:
         case [name, *rest] if name in own_commands():
             command = importlib.import_module(f"cola_lightning.cli.commands.{name}")
             options = command.parse(rest)
+        case ["--version", *_]:
+            from importlib.metadata import version  # slow to import
+
+            print(f"cola_lightning {version('cola-lightning')}")
+            return
         case [name, *_] if not (name in TRAINER_COMMANDS or name.startswith("-")):
-            hint = did_you_mean(name, [*TRAINER_COMMANDS, *own_commands()])
+            known = [*TRAINER_COMMANDS, *own_commands()]
+            hint = f" (did you mean {SYNONYMS[name]}?)" if name in SYNONYMS else did_you_mean(name, known)
             raise InputError(f"{name} is not a command{hint}; --help lists them")
         case [name, *rest] if name in TRAINER_COMMANDS and (topic := asked_for(rest)):
             if topic == "common":

@@ -21,6 +21,7 @@ from cola_lightning.cli.parser import reason_of
 from cola_lightning.cli.run_parser import SaveRunConfig
 from cola_lightning.cli.run_settings import RunSettings
 from cola_lightning.cli.trainer_flags import (
+    check_folder,
     check_settings,
     check_trainer,
     loggers_of_a_measurement,
@@ -86,12 +87,9 @@ class CLI(RunSettings):
             self.config[self.subcommand]["ckpt_path"] = self.checkpoint_path
         config = self.config[self.subcommand] if self.subcommand else self.config
         trainer = config.trainer
+        for name, folder in (("run_dir", config.run_dir), ("checkpoint.dirpath", config.checkpoint.dirpath)):
+            check_folder(f"--{name}", folder)
         self.run_dir = config.run_dir and Path(config.run_dir).absolute()
-        if self.run_dir and self.run_dir.exists() and not self.run_dir.is_dir():
-            raise InputError(f"--run_dir {config.run_dir} is a file; name a directory, which need not exist yet")
-        folder = config.checkpoint.dirpath and Path(config.checkpoint.dirpath)
-        if folder and folder.exists() and not folder.is_dir():
-            raise InputError(f"--checkpoint.dirpath {folder} is a file; name a directory, which need not exist yet")
         if self.run_dir and trainer.default_root_dir not in (None, config.run_dir, str(self.run_dir)):
             raise InputError(
                 f"--run_dir {config.run_dir} and --trainer.default_root_dir {trainer.default_root_dir} both say where "

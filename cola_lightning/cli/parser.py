@@ -7,6 +7,7 @@ import sys
 from argparse import HelpFormatter
 from collections.abc import Callable, Collection, Iterable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -23,6 +24,16 @@ WORDS = {
     "bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text", "list": "a list",
     "dict": "a mapping", "NoneType": "null",
 }  # fmt: skip
+
+
+SYNONYMS = {
+    "lr": "--model.optimizer.lr", "learning_rate": "--model.optimizer.lr", "batch_size": "--data.batch_size",
+    "seq_len": "--data.sequence_length", "rank": "--model.projection.rank", "warmup": "--model.schedule.warmup_steps",
+    "paths": "--data.paths", "seed": "--seed_everything", "steps": "--trainer.max_steps",
+    "epochs": "--trainer.max_epochs", "gpus": "--trainer.devices", "output_dir": "--run_dir",
+    "resume": "--ckpt_path last",
+}  # fmt: skip
+"""Options of Lightning's commands by names that other programs have for them."""
 
 
 class Parser(ArgumentParser):
@@ -110,6 +121,13 @@ def explain(
         return f"{found[1]} is not a command{did_you_mean(found[1], commands)}; --help lists them"
     if 'expected "subcommand"' in message:
         return "no command is given; --help lists them"
+    if found := re.match(r"the following arguments are required: ([\w.]+)", message):
+        return f"--{found[1].rpartition('.')[2]} must be given, by a flag or in a config; --help lists the options"
+    # A config that is not there.
+    if found := re.search(r"Parser key \"config\": (?:File does not exist|Path is not a file): '(.*)'", message):
+        return _no_config(Path(found[1]))
+    if message.strip() == "Unexpected config:":
+        return "--config is empty; name a YAML file"
     # What is left is about a value, and names its place: Parser key "model.projection".
     if 'Parser key "' not in message:
         return " ".join(message.split())
@@ -131,7 +149,7 @@ def explain(
     # A class of a package that is not installed.
     absent = re.search(r"No module named '(\w+)", first)
     if absent and find_spec(absent[1]) is None and (value := re.search(r"Got value: ([\w.]+)", first)):
-        return f"{place} is {value[1]}, of a package that is not installed; pip install {absent[1]}"
+        return f"{place} is {value[1]}, but there is no package {absent[1]}; check the name, or install the package"
     # A class that does not exist, or a value of the wrong type.
     given = re.search(r"Given value: (.*?)(?:\. Got value: .*)?$", first, re.M) or re.search(r"Got value: (.*)", first)
     name = re.search(r"dot import path string: ([\w.]+)|has no attribute '\w+'\. Got value: ([\w.]+)", first)
@@ -143,13 +161,28 @@ def explain(
             "name one of those that --help lists, or any by its import path"
         )
     if given and takes:
-        return f"{place} is {given[1]}; it must be {', '.join(takes[:-1])}{' or ' if takes[1:] else ''}{takes[-1]}"
+        value = given[1].strip() or "empty"
+        return f"{place} is {value}; it must be {', '.join(takes[:-1])}{' or ' if takes[1:] else ''}{takes[-1]}"
     return f"{place}: " + " ".join(message.split(":", 1)[1].split())
 
 
+def _no_config(path: Path) -> str:
+    """Describe a config that is not a file, with a similar one that is."""
+    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    if path.is_dir():
+        return f"--config {path} is a directory; name a YAML file"
+    places = [f"{path}.yaml", f"configs/{path}", f"configs/{path}.yaml"]
+    known = [place for place in places if Path(place).is_file()] or [str(each) for each in path.parent.glob("*.yaml")]
+    hint = f" (did you mean {known[0]}?)" if set(known) & set(places) else did_you_mean(str(path), known)
+    return f"--config {path} does not exist{hint}; name a YAML file"
+
+
 def _no_option(name: str, options: Iterable[str]) -> str:
+    if (other := SYNONYMS.get(name.rpartition(".")[2].lstrip("-"))) and "--trainer.max_steps" in options:
+        return f"{name} is not an option (did you mean {other}?); --help lists them"
     if not name.startswith("-"):
-        return f"{name} is not an option; the names of options begin with --"
+        hint = f" (did you mean --config {name}?)" if name.endswith((".yaml", ".yml", ".json")) else ""
+        return f"{name} is not an option{hint}; the names of options begin with --"
     return f"{name} is not an option{did_you_mean(name, options)}; --help lists them"
 
 

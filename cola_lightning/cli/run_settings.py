@@ -1,5 +1,6 @@
 """Parse the settings of Lightning's commands, and complete them from a checkpoint."""
 
+import os
 import sys
 from typing import Any
 
@@ -22,6 +23,9 @@ from cola_lightning.cli.trainer_flags import check_numbers
 from cola_lightning.errors import InputError
 from cola_lightning.private_apis import commands_of
 from cola_lightning.training.module import LanguageModel
+
+PATHS = ("run_dir", "ckpt_path", "checkpoint.dirpath", "trainer.default_root_dir")
+"""Settings that are paths."""
 
 
 class RunSettings(LightningCLI):
@@ -83,7 +87,7 @@ class RunSettings(LightningCLI):
         self.typed: list[str] = sys.argv[1:] if args is None else args
         for subparser in commands_of(parser).values():
             subparser.set_defaults({"weights_only": True})  # nothing but tensors and plain data is loaded from a file
-        self.config = parser.parse_args(self.typed)
+        self.config = self._parse(self.typed)
         seed = (self.config.get(self.config.get("subcommand") or "") or self.config).get("seed_everything")
         if type(seed) is int and not 0 <= seed < 2**32:
             raise InputError(f"--seed_everything is {seed}; it must lie between 0 and {2**32 - 1}")
@@ -101,6 +105,15 @@ class RunSettings(LightningCLI):
             )
         self._choose_checkpoint()
         self._hide_checkpoint()
+
+    def _parse(self, args: list[str]) -> Namespace:
+        """Parse a command line, with ~ in its paths, which a shell leaves in ``--run_dir=~/runs`` and in a config."""
+        config = self.parser.parse_args(args)
+        settings = config.get(config.get("subcommand") or "") or config
+        for name in PATHS:
+            if isinstance(path := settings.get(name), str) and path.startswith("~"):
+                settings[name] = os.path.expanduser(path)  # which leaves what it cannot expand
+        return config
 
     def _choose_checkpoint(self) -> None:
         """Find the checkpoint that is meant, look whether it can be trusted, and take from it what the command line and
@@ -130,7 +143,7 @@ class RunSettings(LightningCLI):
         trusted = [*config.trust, *class_paths(config.as_dict())]
         stored = check_named_code(stored, LanguageModel, path, trusted)
         merged = merge_settings(stored, self._typed_settings(), stand_ins().values())
-        self.config = self.parser.parse_args([*self.typed, "--config", yaml.safe_dump({"model": merged})])
+        self.config = self._parse([*self.typed, "--config", yaml.safe_dump({"model": merged})])
         self.config[self.config.subcommand]["ckpt_path"] = None if config.weights_only_start else str(path)
         self.begin_weights = str(path) if config.weights_only_start else None
         model = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.config.subcommand]["model"]

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -46,6 +47,26 @@ def place_loggers(loggers: Any, run_dir: Path) -> None:
         arguments = settings.get("init_args")
         if parameter is not None and arguments is not None and arguments.get("save_dir") == parameter.default:
             arguments["save_dir"] = str(run_dir)
+
+
+def check_folder(flag: str, folder: str | None) -> None:
+    """Refuse a directory that cannot be made or written to, before anything is read.
+
+    Raises:
+        InputError: Names what is in its way.
+    """
+    if folder is None:
+        return
+    if not folder.strip():
+        raise InputError(f"{flag} is empty; name a directory, or leave the option out")
+    place = Path(folder).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        above = "" if place == Path(folder).absolute() else f" cannot be made, because {place}"
+        raise InputError(f"{flag} {folder}{above} is a file; name a directory, which need not exist yet")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {folder} cannot be written, because you may not write to {place}; name another")
 
 
 def loggers_of_a_measurement(named: Any) -> list[Logger] | bool:

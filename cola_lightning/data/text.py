@@ -29,7 +29,8 @@ class TextDataModule(TokenDataModule):
     """Trains on .txt, .jsonl and .parquet files, which are tokenized once and cached.
 
     Args:
-        paths: Files, folders, patterns, or ``package:NAME/FOLDER`` for text in an installed Python package.
+        paths: Files, folders, patterns, or ``package:NAME/FOLDER`` for text in an installed Python package; one, or a
+            list.
         tokenizer: Folder with a tokenizer.json, such a file, or a repository on the Hugging Face hub. If not given, a
             byte-level BPE is trained on the training documents.
         vocab_size: Size of the BPE that is trained if no tokenizer is named.
@@ -57,7 +58,7 @@ class TextDataModule(TokenDataModule):
 
     def __init__(
         self,
-        paths: list[str],
+        paths: list[str] | str,
         tokenizer: str | None = None,
         vocab_size: int = 4096,
         sequence_length: int = 256,
@@ -65,7 +66,7 @@ class TextDataModule(TokenDataModule):
         global_batch_size: int | None = None,
         global_batch_tokens: int | None = None,
         rows: Literal["packed", "padded"] = "packed",
-        validation_paths: list[str] | None = None,
+        validation_paths: list[str] | str | None = None,
         validation_fraction: float = 0.05,
         text_column: str = "text",
         separator: str | None = None,
@@ -92,7 +93,13 @@ class TextDataModule(TokenDataModule):
         self.global_batch_size = resolve_global_batch_size(global_batch_size, global_batch_tokens, sequence_length)
         self.seed, self.num_workers = seed, num_workers
         self.text = TextFiles(
-            paths, validation_paths, validation_fraction, text_column, separator, seed, cache_folder(cache_dir)
+            _as_list(paths),
+            None if validation_paths is None else _as_list(validation_paths),
+            validation_fraction,
+            text_column,
+            separator,
+            seed,
+            cache_folder(cache_dir),
         )
         self._train_loader: TrainLoader | None = None
         self._position = 0
@@ -193,3 +200,7 @@ class TextDataModule(TokenDataModule):
     def _identity(self) -> Identity:
         tokenizer = {"name": self.tokenizer_name, "fingerprint": self.tokenizer.fingerprint()}
         return self._settings() | {"tokenizer": tokenizer, "ids": self._digests["train"]}
+
+
+def _as_list(paths: list[str] | str) -> list[str]:
+    return [paths] if isinstance(paths, str) else paths

@@ -20,6 +20,24 @@ STEPS = "(did you mean --trainer.max_steps or --trainer.max_time?); --help lists
         (["--checkpoint.foo", "3"],
          "--checkpoint.foo is not an option (did you mean --checkpoint or --checkpoint.keep?); --help lists them"),
         (["more"], "more is not an option; the names of options begin with --"),
+        (["more.yaml"],
+         "more.yaml is not an option (did you mean --config more.yaml?); the names of options begin with --"),
+        (["--lr=3"], "--lr is not an option (did you mean --model.optimizer.lr?); --help lists them"),
+        (["--model.learning_rate=3"],
+         "--model.learning_rate is not an option (did you mean --model.optimizer.lr?); --help lists them"),
+        (["--batch_size=3"], "--batch_size is not an option (did you mean --data.batch_size?); --help lists them"),
+        (["--trainer.max_steps="], "--trainer.max_steps is empty; it must be a whole number"),
+        (["--config="], "--config is empty; name a YAML file"),
+        (["--config=no/such.yaml"], "--config no/such.yaml does not exist; name a YAML file"),
+        (["--config=/"], "--config / is a directory; name a YAML file"),
+        (["--config=configs/quickstrat.yaml"],
+         "--config configs/quickstrat.yaml does not exist (did you mean configs/quickstart.yaml?); name a YAML file"),
+        (["--config=fast"], "--config fast does not exist (did you mean configs/fast.yaml?); name a YAML file"),
+        (["--run_dir="], "--run_dir is empty; name a directory, or leave the option out"),
+        ([f"--run_dir={QUICKSTART}/a/b"],
+         f"--run_dir {QUICKSTART}/a/b cannot be made, because {QUICKSTART} is a file; name a directory, which need not "
+         "exist yet"),
+        (["--checkpoint.dirpath= "], "--checkpoint.dirpath is empty; name a directory, or leave the option out"),
         (["--model.vocab_size"], "argument --model.vocab_size: expected one argument"),
         (["--trainer.max_steps=many"], "--trainer.max_steps is many; it must be a whole number"),
         (["--model.compile=maybe"], "--model.compile is maybe; it must be true or false"),
@@ -33,7 +51,6 @@ STEPS = "(did you mean --trainer.max_steps or --trainer.max_time?); --help lists
         (["--trainer.accelerator=cpu", "--trainer.devices=x"],
          "`devices` selected with `CPUAccelerator` should be an int > 0."),
         (["--data.batch_size=two"], "--data.batch_size is two; it must be a whole number"),
-        (["--data.paths=5"], "--data.paths is 5; it must be a list"),
         (["--data=Text"], f"--data is Text, a class that cannot be found; {NAMED}"),
         (["--model.projection=Cola2"],
          f"--model.projection is Cola2, a class that cannot be found (did you mean CoLA or CoLAM?); {NAMED}"),
@@ -41,8 +58,8 @@ STEPS = "(did you mean --trainer.max_steps or --trainer.max_time?); --help lists
          f"--model.optimizer is torch.optim.AdamWW, a class that cannot be found (did you mean AdamW or Adam?); "
          f"{NAMED}"),
         (["--model.optimizer=bitsandbyte.optim.AdamW8bit"],
-         "--model.optimizer is bitsandbyte.optim.AdamW8bit, of a package that is not installed; pip install "
-         "bitsandbyte"),
+         "--model.optimizer is bitsandbyte.optim.AdamW8bit, but there is no package bitsandbyte; check the name, or "
+         "install the package"),
         (["--model.projection.rnk=3"], "--model.projection.rnk: CoLA has no option rnk (did you mean rank?)"),
         (["--model.projection.x=3"], "--model.projection.x: CoLA has no option x; it has rank"),
         (["--model.schedule=CosineAnnealingLR", "--model.schedule.T_maxx=3"],
@@ -60,7 +77,8 @@ STEPS = "(did you mean --trainer.max_steps or --trainer.max_time?); --help lists
          "--trainer.callbacks.kep: CoLAM has no option kep (did you mean keep?)"),
     ],
 )  # fmt: skip
-def test_one_line_says_what_and_where_and_how_to_mend_it(flags, line, capsys):
+def test_one_line_says_what_and_where_and_how_to_mend_it(flags, line, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
     with pytest.raises(SystemExit, match="2"):
         main(["fit", f"--config={QUICKSTART}", *flags])
     said = [text for text in capsys.readouterr().err.splitlines() if "Seed set" not in text]
@@ -85,6 +103,8 @@ def test_in_files_too(content, line, capsys, tmp_path):
     ("typed", "line"),
     [(["fitt"], "fitt is not a command (did you mean fit?); --help lists them"),
      ([], "no command is given; --help lists them"),
+     (["train"], "train is not a command (did you mean fit?); --help lists them"),
+     (["fit"], "--data must be given, by a flag or in a config; --help lists the options"),
      (["export", "model", "folder", "--max_shard_sze=1"],
       "--max_shard_sze is not an option (did you mean --max_shard_size?); --help lists them"),
      (["factorize", "model", "folder", "--projection=LoRA"], "--projection.rank must be given, because LoRA needs it"),

@@ -14,12 +14,13 @@ SMALL = [
 
 
 @pytest.mark.parametrize("steps", [3, 50])
-def test_the_quick_start_ends_with_a_validation_after_any_number_of_steps(steps, corpus, tmp_path, capsys):
+def test_the_quick_start_ends_with_a_validation_after_any_number_of_steps(steps, corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     run_dir = tmp_path / "run"
     main([
         "fit", f"--config={REPOSITORY / 'configs/quickstart.yaml'}", *SMALL, f"--trainer.max_steps={steps}",
-        f'--data.paths=["{corpus}"]', "--data.vocab_size=300", "--data.sequence_length=8", "--data.batch_size=1",
-        f"--data.cache_dir={tmp_path / 'cache'}", f"--run_dir={run_dir}",
+        f"--data.paths={corpus}", "--data.vocab_size=300", "--data.sequence_length=8", "--data.batch_size=1",
+        f"--data.cache_dir={tmp_path / 'cache'}", "--run_dir=~/run",
     ])  # fmt: skip
     assert list(curve(run_dir, "val/perplexity")) == [steps - 1]  # fewer than its interval of 250
     shown = capsys.readouterr().err
