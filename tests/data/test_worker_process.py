@@ -33,7 +33,7 @@ def fail(worker: int) -> None:
 def end_of(target: Callable, *arguments: object, method: str = "fork") -> int | None:
     process = multiprocessing.get_context(method).Process(target=target, args=arguments)
     process.start()
-    process.join(60)
+    process.join(300)
     return process.exitcode
 
 
