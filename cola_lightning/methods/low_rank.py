@@ -1,6 +1,7 @@
 """Plain low rank, ``y = B A x`` (Kamalakara et al., arXiv 2209.13569), to which CoLA adds a nonlinearity."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Self
 
 import torch
@@ -33,6 +34,8 @@ class LowRank(Projection):
     """
 
     rank: int
+    keeps_latent = True
+    """Whether CoLA-M keeps the latent for the backward pass; the callback sets it."""
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
@@ -46,8 +49,8 @@ class LowRank(Projection):
         return self.expand(self.latent(x))
 
     def latent(self, x: Tensor) -> Tensor:
-        """Compute ``A x``, (…, in) -> (…, R), before any nonlinearity, and mark it as a latent for CoLA-M."""
-        with mark_operations(LATENT):
+        """Compute ``A x``, (…, in) -> (…, R), before any nonlinearity, and mark what CoLA-M keeps."""
+        with mark_operations(LATENT) if self.keeps_latent else nullcontext():
             return self.A(x)
 
     @staticmethod
@@ -64,7 +67,7 @@ class LowRank(Projection):
         """Compute all latents by one down-projection, then each output by its own up-projection."""
         weights = [projection.A.weight for projection in projections]
         stacked = torch.cat(weights)
-        with mark_operations(LATENT):
+        with mark_operations(LATENT) if projections[0].keeps_latent else nullcontext():
             z = linear(x, stacked)
         parts = cls.activate(z).split([len(weight) for weight in weights], dim=-1)
         return [projection.B(part) for projection, part in zip(projections, parts, strict=True)]

@@ -72,7 +72,8 @@ STEPS = "(did you mean --trainer.max_steps or --trainer.max_time?); --help lists
          "--model.schedule ReduceLROnPlateau follows a metric; name a schedule that follows the step, such as "
          "WarmupCosine or CosineAnnealingLR"),
         (["--trainer.callbacks+=CoLAM", "--trainer.callbacks.keep=all"],
-         "--trainer.callbacks.keep is all; it must be residual_and_latents, latents or block_input"),
+         "--trainer.callbacks.keep is all; it must be residual_and_latents, attention_and_mlp_latents, latents or "
+         "block_input"),
         (["--trainer.callbacks=[{class_path: CoLAM, init_args: {kep: latents}}]"],
          "--trainer.callbacks.kep: CoLAM has no option kep (did you mean keep?)"),
     ],

@@ -16,6 +16,7 @@ from cola_lightning.models.rotary import rotary_table
 SETTINGS = {
     "none": None,
     "residual_and_latents": {},
+    "attention_and_mlp_latents": {"keep": "attention_and_mlp_latents"},
     "latents": {"keep": "latents"},
     "float8": {"keep": "latents", "latents_dtype": "float8"},
     "block_input": {"keep": "block_input"},
@@ -97,6 +98,7 @@ def test_flops_equal_the_arithmetic():
     step = 3 * up(11 * d + 3 * f) + 3.5 * attention
     assert flops("none") == step
     assert flops("residual_and_latents") - step == up(4 * d + 2 * f) + attention
+    assert flops("attention_and_mlp_latents") - step == up(8 * d + 2 * f)  # q, k, v, o whole, in place of attention
     assert flops("latents") - step == up(5 * d + 2 * f) + attention
 
 
@@ -105,6 +107,7 @@ def test_flops_equal_the_arithmetic():
     ("setting", "at_most"),
     [
         ("residual_and_latents", 2.80),
+        ("attention_and_mlp_latents", 2.80),
         ("latents", 1.80),
         ("float8", 0.95),
         ("block_input", 1.0),
@@ -126,7 +129,14 @@ def test_reversal_keeps_one_residual_stream_for_the_whole_network():
 @pytest.mark.slow
 @pytest.mark.parametrize("gate_silu", [True, False])
 @pytest.mark.parametrize(
-    "setting", ["residual_and_latents", "block_input", "residual_and_latents, attention", "block_input, attention"]
+    "setting",
+    [
+        "residual_and_latents",
+        "attention_and_mlp_latents",
+        "block_input",
+        "residual_and_latents, attention",
+        "block_input, attention",
+    ],
 )
 def test_gradients_are_bit_equal_over_24_layers(setting, gate_silu):
     settings = {"layers": 24, "rows": 1, "gate_silu": gate_silu}
@@ -167,8 +177,11 @@ def test_compiled_layers_give_the_same(setting):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("setting", "again"), [("none", 0), ("residual_and_latents", 6), ("block_input", 13)])
-def test_compiled_layers_do_no_down_projection_again(setting, again):
+@pytest.mark.parametrize(
+    ("setting", "again"),
+    [("none", 0), ("residual_and_latents", 6), ("attention_and_mlp_latents", 10), ("block_input", 13)],
+)
+def test_compiled_layers_compute_no_product_again_whose_output_is_kept(setting, again):
     """In the compiled backward pass: two products for each of 14 factors, and those that are done again."""
     products = []
 

@@ -17,7 +17,7 @@ from cola_lightning.training.module import LanguageModel
 from tests.conftest import tiny_llama
 from tests.recorder import Recorder, loss
 
-KEEPS = ["residual_and_latents", "latents", "block_input"]
+KEEPS = ["residual_and_latents", "attention_and_mlp_latents", "latents", "block_input"]
 
 
 def train(tmp_path, *callbacks, skip=0, ckpt_path=None, **trainer):
@@ -84,12 +84,20 @@ def test_a_run_resumes_with_it_and_without(keep, tmp_path):
         assert half + rest == pytest.approx(whole, rel=1e-10)
 
 
+def test_choosing_again_replaces_the_first_choice():
+    network = tiny_llama(partial(CoLA, rank=4))
+    attention = [*network.model.layers[0].self_attn.children()]
+    for keep, kept in (("attention_and_mlp_latents", False), ("residual_and_latents", True)):
+        CoLAM(keep).apply(network)
+        assert [projection.keeps_latent for projection in attention] == [kept] * 4
+
+
 def fake_trainer(*callbacks, strategy=None):
     return SimpleNamespace(callbacks=list(callbacks), strategy=strategy)
 
 
 def test_full_rank_is_refused_but_for_block_input(tmp_path):
-    for keep in ("residual_and_latents", "latents"):
+    for keep in ("residual_and_latents", "attention_and_mlp_latents", "latents"):
         with pytest.raises(InputError, match=r"q_proj is FullRank; set keep: block_input, or --model.projection CoLA"):
             CoLAM(keep).apply(tiny_llama(FullRank))
     CoLAM("block_input").apply(tiny_llama(FullRank))

@@ -95,6 +95,7 @@ def test_where_nothing_is_trained_no_matrices_are_copied():
     [
         {},
         pytest.param({"keep_attention": True}, marks=pytest.mark.slow),
+        {"keep": "attention_and_mlp_latents"},
         {"keep": "latents"},
         pytest.param({"keep": "block_input"}, marks=pytest.mark.slow),
     ],

@@ -46,7 +46,7 @@ def test_a_plain_network_is_made_of_plain_layers():
         assert (type(layer), type(layer.self_attn), type(layer.mlp)) == (Block, Attention, MLP)
 
 
-@pytest.mark.parametrize("keep", ["residual_and_latents", "latents", "block_input"])
+@pytest.mark.parametrize("keep", ["residual_and_latents", "attention_and_mlp_latents", "latents", "block_input"])
 def test_recompute_keeps_names_and_may_be_set_twice(keep):
     network = tiny_llama()
     names = list(network.state_dict())

@@ -26,7 +26,9 @@ class CoLAM(RecomputeCallback):
         keep: ``residual_and_latents`` keeps a layer's input and its seven latents, 2.75 D numbers per token and layer
             at R = D / 4, and computes up-projections and attention again in backward. ``latents`` keeps 1.75 D and
             reconstructs the residual stream from the last layer down. ``block_input`` keeps 1 D and computes everything
-            again; full rank works with this one only.
+            again; full rank works with this one only. ``attention_and_mlp_latents`` keeps as much as
+            ``residual_and_latents``: the attention's output in place of the latents of q, k, v and o. Their four
+            down-projections are then computed again instead of attention.
         latents_dtype: ``float8`` stores the latents in 8 bits, with ``keep: latents``. This costs accuracy, see
             recipes/cola_m.
         keep_attention: Also keep the attention's output (about 1 D more). Attention, whose work grows with the square
@@ -38,11 +40,14 @@ class CoLAM(RecomputeCallback):
 
     def __init__(
         self,
-        keep: Literal["residual_and_latents", "latents", "block_input"] = "residual_and_latents",
+        keep: Literal[
+            "residual_and_latents", "attention_and_mlp_latents", "latents", "block_input"
+        ] = "residual_and_latents",
         latents_dtype: Literal["float8"] | None = None,
         keep_attention: bool = False,
     ) -> None:
-        check_choice("CoLAM", "keep", keep, "residual_and_latents", "latents", "block_input")
+        choices = ("residual_and_latents", "attention_and_mlp_latents", "latents", "block_input")
+        check_choice("CoLAM", "keep", keep, *choices)
         check_choice("CoLAM", "latents_dtype", latents_dtype, "float8", None)
         if latents_dtype and keep != "latents":
             raise InputError(f"CoLAM: latents_dtype {latents_dtype} goes with keep: latents, not with keep: {keep}")
@@ -61,10 +66,16 @@ class CoLAM(RecomputeCallback):
         if self.keep == "latents":
             Reversible(self.latents_dtype == "float8", self.keep_attention).attach(network)
             return
+        attention_in_place_of_latents = self.keep == "attention_and_mlp_latents"
         dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
-        scheme = Selective(self.keep == "residual_and_latents", self.keep_attention, dropout)
+        scheme = Selective(
+            self.keep != "block_input", self.keep_attention or attention_in_place_of_latents, dropout=dropout
+        )
         for block in network.blocks():
             set_recompute(block, scheme)
+            for projection in block.self_attn.children():
+                if isinstance(projection, LowRank):
+                    projection.keeps_latent = not attention_in_place_of_latents
 
     def _check_low_rank(self, network: Llama) -> None:
         for block in network.blocks():

@@ -25,7 +25,8 @@ class Selective:
     """The recompute scheme that keeps a layer's input and the outputs of chosen operations.
 
     Args:
-        latents: Keep the seven latents. Only nonlinearities, up-projections and attention are then computed again.
+        latents: Keep the latents of projections whose ``keeps_latent`` is true, by default all seven. Only
+            nonlinearities, up-projections and attention are then computed again.
         attention: Keep the attention's output and its log-sum-exp, so that attention is not computed again.
         dropout: The layer draws random numbers, and must draw the same numbers again.
     """
