@@ -15,6 +15,7 @@ from cola_lightning.cli.help_pages import asked_for, common_page
 from cola_lightning.columns import as_typed, in_columns, wrap_paragraph
 from cola_lightning.errors import InputError, did_you_mean
 from cola_lightning.light_import import import_lightning
+from cola_lightning.quiet import hide_library_messages
 
 TRAINER_COMMANDS = {
     "fit": ("Train", "Train a model, or go on with a run."),
@@ -102,6 +103,7 @@ def dispatch(args: list[str]) -> None:
     from cola_lightning.checkpoints import plain_data_only
     from cola_lightning.cli.guards import guard_run
 
+    hide_library_messages()
     # Lightning's commands parse their options first: the guard takes a second to import, and --print_config needs none.
     with guard_run(), nullcontext() if options is args else plain_data_only():
         command.run(options)

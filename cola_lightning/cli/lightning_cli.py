@@ -35,7 +35,6 @@ from cola_lightning.errors import InputError
 from cola_lightning.loggers import FaultTolerantTensorBoardLogger
 from cola_lightning.private_apis import check_private_apis, restore_within
 from cola_lightning.provenance import TOKENIZER
-from cola_lightning.quiet import hide_library_messages
 from cola_lightning.signals import LISTENER
 from cola_lightning.training.module import LanguageModel
 from cola_lightning.training.preemption import own_signals
@@ -226,7 +225,6 @@ def resolve(flags: list[str]) -> dict[str, Any]:
 
 def run(args: list[str]) -> None:
     """Run one of Lightning's commands, handling signals and locking the run's directory until it ends."""
-    hide_library_messages()
     check_private_apis(only_imported=True)
     began = LISTENER.listen()
     try:

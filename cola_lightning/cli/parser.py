@@ -121,8 +121,10 @@ def explain(
         return f"{found[1]} is not a command{did_you_mean(found[1], commands)}; --help lists them"
     if 'expected "subcommand"' in message:
         return "no command is given; --help lists them"
-    if found := re.match(r"the following arguments are required: ([\w.]+)", message):
-        return f"--{found[1].rpartition('.')[2]} must be given, by a flag or in a config; --help lists the options"
+    if found := re.match(r"the following arguments are required: ([\w., ]+)", message):
+        names = [re.sub(rf"^({'|'.join(commands)})\.", "", name) for name in found[1].split(", ")]
+        missing = [f"--{name}" if f"--{name}" in options else name for name in names]
+        return f"{' and '.join(missing)} must be given, on the command line or in a config; --help lists the options"
     # A config that is not there.
     if found := re.search(r"Parser key \"config\": (?:File does not exist|Path is not a file): '(.*)'", message):
         return _no_config(Path(found[1]))
@@ -172,8 +174,9 @@ def _no_config(path: Path) -> str:
     if path.is_dir():
         return f"--config {path} is a directory; name a YAML file"
     places = [f"{path}.yaml", f"configs/{path}", f"configs/{path}.yaml"]
-    known = [place for place in places if Path(place).is_file()] or [str(each) for each in path.parent.glob("*.yaml")]
-    hint = f" (did you mean {known[0]}?)" if set(known) & set(places) else did_you_mean(str(path), known)
+    known = [place for place in places if Path(place).is_file()]
+    beside = [each.name for each in path.parent.glob("*.yaml")]
+    hint = f" (did you mean {known[0]}?)" if known else did_you_mean(path.name, beside)
     return f"--config {path} does not exist{hint}; name a YAML file"
 
 
