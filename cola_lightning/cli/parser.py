@@ -123,8 +123,8 @@ def explain(
         return "no command is given; --help lists them"
     if found := re.match(r"the following arguments are required: ([\w., ]+)", message):
         names = [re.sub(rf"^({'|'.join(commands)})\.", "", name) for name in found[1].split(", ")]
-        missing = [f"--{name}" if f"--{name}" in options else name for name in names]
-        return f"{' and '.join(missing)} must be given, on the command line or in a config; --help lists the options"
+        flags = [f"--{name}" if f"--{name}" in options else name for name in names]
+        return f"{' and '.join(flags)} must be given, on the command line or in a config; --help lists the options"
     # A config that is not there.
     if found := re.search(r"Parser key \"config\": (?:File does not exist|Path is not a file): '(.*)'", message):
         return _no_config(Path(found[1]))
@@ -163,8 +163,8 @@ def explain(
             "name one of those that --help lists, or any by its import path"
         )
     if given and takes:
-        value = given[1].strip() or "empty"
-        return f"{place} is {value}; it must be {', '.join(takes[:-1])}{' or ' if takes[1:] else ''}{takes[-1]}"
+        typed = given[1].strip() or "empty"
+        return f"{place} is {typed}; it must be {', '.join(takes[:-1])}{' or ' if takes[1:] else ''}{takes[-1]}"
     return f"{place}: " + " ".join(message.split(":", 1)[1].split())
 
 
