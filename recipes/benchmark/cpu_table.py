@@ -1,15 +1,17 @@
 """Measure CoLA beside full rank and beside the authors' networks on this machine's processor, and print one table.
 
-python recipes/benchmark/cpu_table.py FOLDER [--rounds 5] [--rows 8] [--peer MODULE:COLA --peer MODULE:COLA_M]
+python recipes/benchmark/cpu_table.py FOLDER [--rounds 5] [--rows 8] [--busy] [--peer MODULE:COLA --peer MODULE:COLA_M]
 
 All networks of a comparison take turns in every round. Each has configs/fast.yaml and the same clipping. The products
 are in bf16 where the processor multiplies it, else in float32. FOLDER gets all figures as JSON, and the table.
-Nothing else should run beside it.
+Nothing else should run beside it. On a machine that does other work too, ``--busy`` uses one thread and counts its
+processor time.
 """
 
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -106,8 +108,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--busy", action="store_true", help="one thread, processor time")
     parser.add_argument("--peer", action="append", default=[], help="the authors' CoLA, then their CoLA-M")
     options = parser.parse_args()
+    if options.busy:
+        torch.set_num_threads(1)
+        time.perf_counter = time.process_time  # all clocks of this process
     options.folder.mkdir(parents=True, exist_ok=True)
     precision = "bf16-true" if multiplies_bf16() else "32-true"
     flags = flags_of(precision, options.rows)
@@ -153,7 +159,8 @@ def main() -> None:
     lines = [
         f"{setting['device']}, {setting['threads']} threads, torch {setting['libraries']['torch']}, {setting['date']}, "
         f"commit {setting['commit']}, {precision}, {options.rows} x 256 tokens, {options.rounds} rounds; peak of "
-        f"{setting['peak_tflops']:.3f} TFLOP/s {setting['peak_is']}",
+        f"{setting['peak_tflops']:.3f} TFLOP/s {setting['peak_is']}"
+        + ("; processor time, other work ran beside" if options.busy else ""),
         "",
         "| medians (range of rounds) | goal | measured |",
         "|---|---|---|",
