@@ -31,6 +31,7 @@ from torch.fx import traceback
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
 from torch.utils._pytree import tree_leaves  # noqa: F401
+from torch.utils.data import BatchSampler, DataLoader
 from torchmetrics import Metric
 
 from cola_lightning.errors import InputError
@@ -150,6 +151,21 @@ def _within(function: Callable[..., None], context: Callable[[], AbstractContext
             function(*args, **kwargs)
 
     return call
+
+
+def unwrap_data_loaders() -> None:
+    """Give data loaders and samplers of torch, and subclasses of them, their own methods again.
+
+    Lightning wraps these methods while it asks for a loader, and leaves them wrapped if that raises. The next run in
+    the same process, as in a notebook, would then fail where Lightning makes a loader anew.
+    """
+    classes: list[type] = [DataLoader, BatchSampler]
+    for cls in classes:  # grows on the way
+        classes += cls.__subclasses__()
+        for name in ("__setattr__", "__delattr__", "__init__"):
+            if (own := vars(cls).get(f"__old{name}")) is not None:
+                setattr(cls, name, own)
+                delattr(cls, f"__old{name}")
 
 
 # -- Lightning's callbacks and strategies -----------------------------------------------------------------------------
@@ -472,6 +488,7 @@ EXPECTED = (
     Expected(f"{_STRATEGIES}.ddp:DDPStrategy.__init__", mentions=("_ddp_kwargs",)),
     Expected(f"{_STRATEGIES}.fsdp:FSDPStrategy.__init__", mentions=("_activation_checkpointing_kwargs",)),
     Expected(f"{_STRATEGIES}.fsdp:FSDPStrategy.load_checkpoint", mentions=("_lazy_load",)),
+    Expected("lightning.fabric.utilities.data:_replace_dunder_methods", mentions=("__old", "__old__init__")),
     Expected("torch.amp.grad_scaler:GradScaler.step", mentions=("_step_supports_amp_scaling",)),
     Expected("torch.optim.adam:Adam.__init__", mentions=("_step_supports_amp_scaling",)),
     Expected("torch.fx.traceback:annotate", "annotation_dict"),

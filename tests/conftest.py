@@ -20,12 +20,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 
 from cola_lightning.cli.app import main
 from cola_lightning.methods import CoLA
 from cola_lightning.models import Llama, LlamaConfig
 from cola_lightning.models.projection import MakeProjection
+from cola_lightning.private_apis import unwrap_data_loaders
 from cola_lightning.training.module import LanguageModel
 from tests import processes
 from tests.processes import child_processes, end_all
@@ -95,8 +96,7 @@ def _nothing_stays_behind():
     variables, threads, children = dict(os.environ), set(threading.enumerate()), child_processes()
     yield
     left = end_all()
-    for base in (DataLoader, BatchSampler):
-        _unwrap(base)
+    unwrap_data_loaders()
     if dist.is_initialized():
         dist.destroy_process_group()
         left.append("a process group (use the fixture `process_group`)")
@@ -105,20 +105,6 @@ def _nothing_stays_behind():
     left += [f"thread {t.name}" for t in set(threading.enumerate()) - threads if not t.daemon and not _ends(t)]
     left += [f"process {child}" for child in sorted(child_processes() - children)]
     assert not left, f"the test left behind: {', '.join(left)}"
-
-
-def _unwrap(cls: type) -> None:
-    """Give a class and its subclasses their own methods again.
-
-    Lightning wraps them while it asks for data loaders, and leaves them so if that raises. The next run in this process
-    would then fail where it makes a loader anew, as ``predict`` does.
-    """
-    for name in ("__setattr__", "__delattr__", "__init__"):
-        if (saved := vars(cls).get(f"__old{name}")) is not None:
-            setattr(cls, name, saved)
-            delattr(cls, f"__old{name}")
-    for subclass in cls.__subclasses__():
-        _unwrap(subclass)
 
 
 def _ends(thread: threading.Thread) -> bool:

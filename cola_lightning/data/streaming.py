@@ -279,6 +279,7 @@ class StreamingDataModule(TokenDataModule):
     def on_exception(self, exception: BaseException) -> None:
         """Save a checkpoint from which to resume after the data failed. For any other exception there is none here,
         because it may be this rank's alone, and saving needs all ranks."""
+        super().on_exception(exception)
         trainer = self.trainer
         if isinstance(exception, StreamError) and trainer is not None and trainer.global_step:
             folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir

@@ -16,6 +16,7 @@ from cola_lightning.data.row_loader import EvalLoader
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.distributed.ranks import tell_all
 from cola_lightning.errors import InputError, hide_secrets
+from cola_lightning.private_apis import unwrap_data_loaders
 from cola_lightning.stored_data import ALTERED, check_stored
 
 IDENTITY = "identity"
@@ -97,6 +98,10 @@ class TokenDataModule(L.LightningDataModule):
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Make loaders possible again in this process, after one that could not be made."""
+        unwrap_data_loaders()
 
     # -- what the run began with --------------------------------------------------------------------------------------
 
