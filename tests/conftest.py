@@ -26,7 +26,7 @@ from cola_lightning.cli.app import main
 from cola_lightning.methods import CoLA
 from cola_lightning.models import Llama, LlamaConfig
 from cola_lightning.models.projection import MakeProjection
-from cola_lightning.private_apis import unwrap_data_loaders
+from cola_lightning.private_apis.lightning import unwrap_data_loaders
 from cola_lightning.training.module import LanguageModel
 from tests import processes
 from tests.processes import child_processes, end_all

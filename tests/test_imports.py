@@ -37,6 +37,7 @@ def test_only_the_entry_point_imports_the_command_line():
 
 
 LAYERS = [
+    {"private_apis"},
     {"models"},
     {"methods", "optim"},
     {"checkpoints"},

@@ -20,7 +20,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLAM, CRNetRecompute
 from cola_lightning.models.loss import at_least_float32
 from cola_lightning.optim import Parameters
-from cola_lightning.private_apis import tree_leaves
+from cola_lightning.private_apis.torch import tree_leaves
 from cola_lightning.training.losses import next_token_losses
 from cola_lightning.training.module import LanguageModel
 

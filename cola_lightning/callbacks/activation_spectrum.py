@@ -17,7 +17,7 @@ from cola_lightning.errors import InputError
 from cola_lightning.loggers import write_figure
 from cola_lightning.methods import LowRank
 from cola_lightning.models import Llama
-from cola_lightning.private_apis import is_accumulating
+from cola_lightning.private_apis.lightning import is_accumulating
 from cola_lightning.training.module import LanguageModel
 
 ACTIVATIONS = (

@@ -21,7 +21,7 @@ from cola_lightning.checkpoints import lock
 from cola_lightning.checkpoints.latest import PARTIAL, checkpoint_name, latest_valid
 from cola_lightning.checkpoints.writer import CheckpointWriter, remove
 from cola_lightning.errors import InputError
-from cola_lightning.private_apis import (
+from cola_lightning.private_apis.lightning import (
     LatestCheckpoint,
     is_accumulating,
     is_last_batch,

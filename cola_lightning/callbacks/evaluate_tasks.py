@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from cola_lightning.errors import InputError
 from cola_lightning.inference.evaluate import evaluate_tasks, find_tasks
 from cola_lightning.inference.load import LoadedModel
-from cola_lightning.private_apis import logged_step
+from cola_lightning.private_apis.lightning import logged_step
 from cola_lightning.training.module import LanguageModel
 from cola_lightning.training.trainer_attributes import datamodule_of
 

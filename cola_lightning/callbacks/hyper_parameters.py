@@ -7,7 +7,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 from typing_extensions import TypedDict
 
-from cola_lightning.private_apis import event_writer, logged_step
+from cola_lightning.private_apis.lightning import logged_step
+from cola_lightning.private_apis.torch import event_writer
 from cola_lightning.stored_data import ALTERED, check_stored
 from cola_lightning.training.module import LanguageModel
 

@@ -11,7 +11,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
-from cola_lightning.private_apis import DescribedProgressBar
+from cola_lightning.private_apis.lightning import DescribedProgressBar
 
 BAR, SPEED = 60, 120
 """Smallest widths at which the line has a bar, and the speed in micro-batches per second."""

@@ -6,7 +6,7 @@ import lightning as L
 import torch
 
 from cola_lightning.methods.post_step import mixed_seed
-from cola_lightning.private_apis import global_seed
+from cola_lightning.private_apis.lightning import global_seed
 
 
 class StepSeed(L.Callback):

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from cola_lightning.costs import Flops, Run, gpu_reported
 from cola_lightning.data.packing import IGNORE
 from cola_lightning.distributed.precision import widest_float
-from cola_lightning.private_apis import FETCH
+from cola_lightning.private_apis.lightning import FETCH
 from cola_lightning.stored_data import ALTERED, Count, check_stored
 from cola_lightning.training.log_steps import at_log_step
 from cola_lightning.training.module import LanguageModel

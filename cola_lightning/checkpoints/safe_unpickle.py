@@ -17,7 +17,8 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 import torch
 
 from cola_lightning.errors import InputError
-from cola_lightning.private_apis import replace_fsdp_loader, replace_index_reader
+from cola_lightning.private_apis.lightning import replace_fsdp_loader
+from cola_lightning.private_apis.torch import replace_index_reader
 
 # Classes of plain data in DeepSpeed's checkpoints that torch itself does not regard as safe.
 _OF_DEEPSPEED = {

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from cola_lightning.private_apis import storage_info
+from cola_lightning.private_apis.torch import storage_info
 
 StorageInfo = storage_info()
 Test = Callable[[object], bool]

@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
-from cola_lightning.private_apis import replace_subclass_lists
+from cola_lightning.private_apis.jsonargparse import replace_subclass_lists
 
 
 def json_schema(parser: ArgumentParser) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, SequenceNode
 
-from cola_lightning.private_apis import replace_yaml_loader
+from cola_lightning.private_apis.jsonargparse import replace_yaml_loader
 
 DEPTH = 50
 """Largest depth of nesting. A whole configuration has about ten levels."""

@@ -18,7 +18,12 @@ from typing import Any
 
 from jsonargparse import set_parsing_settings
 
-from cola_lightning.private_apis import ImportDenied, check_import_path, keep_untyped_values, replace_import_check
+from cola_lightning.private_apis.jsonargparse import (
+    ImportDenied,
+    check_import_path,
+    keep_untyped_values,
+    replace_import_check,
+)
 
 _STANDARD = sorted(name for name in sys.stdlib_module_names if name != "__future__")
 

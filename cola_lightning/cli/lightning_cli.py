@@ -33,7 +33,8 @@ from cola_lightning.distributed.precision import check_precision, plugins_beside
 from cola_lightning.distributed.strategies import check_strategy, check_world_size
 from cola_lightning.errors import InputError
 from cola_lightning.loggers import FaultTolerantTensorBoardLogger
-from cola_lightning.private_apis import check_private_apis, restore_within
+from cola_lightning.private_apis.checks import check_private_apis
+from cola_lightning.private_apis.lightning import restore_within
 from cola_lightning.provenance import TOKENIZER
 from cola_lightning.signals import LISTENER
 from cola_lightning.training.module import LanguageModel

@@ -15,7 +15,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 import cola_lightning.cli.import_policy  # noqa: F401  denies what no config may name
 from cola_lightning.columns import as_typed
 from cola_lightning.errors import did_you_mean, hide_secrets
-from cola_lightning.private_apis import commands_of, options_of
+from cola_lightning.private_apis.jsonargparse import commands_of, options_of
 
 GIVEN = ("in_features", "out_features", "params", "optimizer")
 """Arguments that come from the network and the run, not from the command line."""

@@ -21,7 +21,7 @@ from cola_lightning.cli.merge_settings import differences, merge_settings, stand
 from cola_lightning.cli.run_parser import RunParser
 from cola_lightning.cli.trainer_flags import check_numbers
 from cola_lightning.errors import InputError
-from cola_lightning.private_apis import commands_of
+from cola_lightning.private_apis.jsonargparse import commands_of
 from cola_lightning.training.module import LanguageModel
 
 PATHS = ("run_dir", "ckpt_path", "checkpoint.dirpath", "trainer.default_root_dir")

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import (
 )
 
 from cola_lightning.costs.operations import Operation, describe
-from cola_lightning.private_apis import (
+from cola_lightning.private_apis.torch import (
     CPU_ATTENTION,
     CPU_ATTENTION_BACKWARD,
     TorchDispatchMode,

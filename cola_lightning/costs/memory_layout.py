@@ -36,7 +36,7 @@ from lightning.pytorch.strategies import (
 import cola_lightning.distributed.strategies  # noqa: F401  (registers fsdp2)
 from cola_lightning.costs.parameters import Parameters
 from cola_lightning.errors import InputError
-from cola_lightning.private_apis import ddp_options
+from cola_lightning.private_apis.lightning import ddp_options
 
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "64-true": (torch.float64, None),

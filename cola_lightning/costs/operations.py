@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cola_lightning.private_apis import schema_of, tree_leaves
+from cola_lightning.private_apis.torch import schema_of, tree_leaves
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 BARRIERS = ("attention", "embedding", "sort", "index_put", "linalg", "fused_ad", "foreach")

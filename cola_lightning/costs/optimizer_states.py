@@ -12,7 +12,7 @@ from cola_lightning.costs.counters import Recorder
 from cola_lightning.costs.fake_network import TRACED, Build, build_on_meta, default_dtype, make_fake
 from cola_lightning.costs.operations import Operation
 from cola_lightning.optim import Parameters
-from cola_lightning.private_apis import fake_tensors
+from cola_lightning.private_apis.torch import fake_tensors
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from cola_lightning.costs.counters import Recorder
 from cola_lightning.costs.fake_network import TRACED, Build, build_on_meta, default_dtype, fuse_norms, make_fake
 from cola_lightning.costs.operations import Operation
 from cola_lightning.models import Llama
-from cola_lightning.private_apis import fake_tensors
+from cola_lightning.private_apis.torch import fake_tensors
 from cola_lightning.training.losses import next_token_losses
 
 Transforms = tuple[Callable[[Llama], None], ...]

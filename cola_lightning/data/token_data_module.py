@@ -16,7 +16,7 @@ from cola_lightning.data.row_loader import EvalLoader
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.distributed.ranks import tell_all
 from cola_lightning.errors import InputError, hide_secrets
-from cola_lightning.private_apis import unwrap_data_loaders
+from cola_lightning.private_apis.lightning import unwrap_data_loaders
 from cola_lightning.stored_data import ALTERED, check_stored
 
 IDENTITY = "identity"

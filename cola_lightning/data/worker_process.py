@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from cola_lightning.errors import InputError
-from cola_lightning.private_apis import on_unsendable_item
+from cola_lightning.private_apis.multiprocessing import on_unsendable_item
 from cola_lightning.signals import die_with_parent, leave_signals_to_parent, tell
 
 

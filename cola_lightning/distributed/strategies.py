@@ -25,7 +25,8 @@ from cola_lightning.distributed.row_files import put_rows, take_rows, write_rows
 from cola_lightning.errors import InputError, did_you_mean
 from cola_lightning.optim.parameter_groups import needs_whole_matrices
 from cola_lightning.optim.rows import Rows, is_dtensor
-from cola_lightning.private_apis import guard_engine_writers, set_data_parallel_size
+from cola_lightning.private_apis.deepspeed import guard_engine_writers
+from cola_lightning.private_apis.lightning import set_data_parallel_size
 
 if "DS_ACCELERATOR" not in os.environ:  # without it, DeepSpeed prints to stdout what it looks for
     # Child processes inherit the answer. They must not look again, because that initializes CUDA, which a process

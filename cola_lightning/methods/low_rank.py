@@ -12,7 +12,7 @@ from cola_lightning.methods.arguments import check_rank
 from cola_lightning.models.initialization import low_rank_std
 from cola_lightning.models.layers import NormalLinear
 from cola_lightning.models.projection import Projection
-from cola_lightning.private_apis import mark_operations
+from cola_lightning.private_apis.torch import mark_operations
 
 LATENT = {"cola_lightning": "latent"}
 """Mark of the operations that compute a latent. ``torch.compile`` carries it through to the compiled graph."""

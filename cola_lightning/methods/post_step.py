@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from cola_lightning.errors import InputError
 from cola_lightning.models.projection import Projection
 from cola_lightning.optim.rows import local
-from cola_lightning.private_apis import global_seed
+from cola_lightning.private_apis.lightning import global_seed
 from cola_lightning.stored_data import ALTERED, check_stored
 
 

@@ -50,7 +50,7 @@ from cola_lightning.optim.rows import (
     whole,
 )
 from cola_lightning.optim.sharded import map_whole, replicate, shard_columns
-from cola_lightning.private_apis import ExactParameters, foreach
+from cola_lightning.private_apis.torch import ExactParameters, foreach
 
 
 class SST(ExactParameters, Projection):

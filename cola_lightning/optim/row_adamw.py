@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from cola_lightning.errors import InputError
 from cola_lightning.optim.gradients import gradient_of
 from cola_lightning.optim.rows import local, rows_of, set_rows, zero_rows
-from cola_lightning.private_apis import foreach
+from cola_lightning.private_apis.torch import foreach
 
 
 class RowAdamW(Optimizer):

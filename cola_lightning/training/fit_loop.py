@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning as L
 
-from cola_lightning.private_apis import validate_also
+from cola_lightning.private_apis.lightning import validate_also
 from cola_lightning.training.validation_schedule import is_last_step, setup_data_with_shorter_interval
 
 

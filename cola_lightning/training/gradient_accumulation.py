@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 
 from cola_lightning.data.packing import add_step_tokens
 from cola_lightning.errors import InputError
-from cola_lightning.private_apis import is_accumulating
+from cola_lightning.private_apis.lightning import is_accumulating
 from cola_lightning.training.trainer_attributes import callbacks_of
 from cola_lightning.training.validation_schedule import count_interval_in_micro_batches
 

@@ -6,7 +6,7 @@ from torch.optim import Optimizer
 
 from cola_lightning.distributed.strategies import clip_gradients
 from cola_lightning.errors import InputError
-from cola_lightning.private_apis import unscales_by_itself
+from cola_lightning.private_apis.torch import unscales_by_itself
 
 
 def clip_by_norm(

@@ -2,7 +2,7 @@
 
 import lightning as L
 
-from cola_lightning.private_apis import is_accumulating
+from cola_lightning.private_apis.lightning import is_accumulating
 
 
 def at_log_step(trainer: L.Trainer, uncounted: int = 0) -> bool:

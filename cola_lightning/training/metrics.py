@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cola_lightning.private_apis import ExactMetric
+from cola_lightning.private_apis.torchmetrics import ExactMetric
 
 
 class _Sums(ExactMetric):

@@ -23,7 +23,7 @@ from cola_lightning.models import FullRank, Llama, LlamaConfig, MakeProjection
 from cola_lightning.models.llama import build_llama
 from cola_lightning.optim import MakeOptimizer, MakeSchedule, WarmupCosine
 from cola_lightning.optim.schedules import check_schedule
-from cola_lightning.private_apis import is_accumulating
+from cola_lightning.private_apis.lightning import is_accumulating
 from cola_lightning.training.allocator import keep_freed_memory
 from cola_lightning.training.checkpoint_state import adapt_checkpoint, restore_loss, store_loss
 from cola_lightning.training.data_checks import check_data_fits

@@ -29,7 +29,7 @@ from typing_extensions import TypedDict
 
 from cola_lightning.checkpoints.latest import checkpoint_name
 from cola_lightning.errors import InputError
-from cola_lightning.private_apis import count_validation_on_resume, is_validation_due, keep_logging_position
+from cola_lightning.private_apis.lightning import count_validation_on_resume, is_validation_due, keep_logging_position
 from cola_lightning.stored_data import Count, StoredDataError, check_stored
 from cola_lightning.training.fit_loop import wrap_next_run
 from cola_lightning.training.resumed_settings import keep_patience

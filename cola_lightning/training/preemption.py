@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
 
-from cola_lightning.private_apis import ignore_signals, skip_sigterm_broadcast
+from cola_lightning.private_apis.lightning import ignore_signals, skip_sigterm_broadcast
 from cola_lightning.signals import LISTENER, Phase
 
 

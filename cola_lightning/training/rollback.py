@@ -13,7 +13,7 @@ from cola_lightning.checkpoints.latest import written
 from cola_lightning.checkpoints.manifest import find_corruption
 from cola_lightning.checkpoints.restore import explain_restore
 from cola_lightning.errors import InputError
-from cola_lightning.private_apis import set_last_saved_step, set_logged_step
+from cola_lightning.private_apis.lightning import set_last_saved_step, set_logged_step
 from cola_lightning.training.trainer_attributes import callbacks_of
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 
 from cola_lightning.errors import InputError
-from cola_lightning.private_apis import is_accumulating, is_last_batch
+from cola_lightning.private_apis.lightning import is_accumulating, is_last_batch
 
 
 def count_interval_in_micro_batches(trainer: L.Trainer, micro_batches: int, counted_before: int = 1) -> None:

@@ -12,7 +12,7 @@ from cola_lightning.cli import app
 from cola_lightning.cli.app import GROUPS, TRAINER_COMMANDS, main, own_commands
 from cola_lightning.cli.help_pages import COMMON_OPTIONS
 from cola_lightning.cli.parser import function_parser
-from cola_lightning.private_apis import options_of
+from cola_lightning.private_apis.jsonargparse import options_of
 from tests.conftest import REPOSITORY
 
 

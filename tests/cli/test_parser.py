@@ -5,7 +5,7 @@ import pytest
 from cola_lightning.cli.app import main
 from cola_lightning.cli.lightning_cli import CLI, training_parser
 from cola_lightning.cli.parser import explain
-from cola_lightning.private_apis import commands_of
+from cola_lightning.private_apis.jsonargparse import commands_of
 from tests.conftest import REPOSITORY
 
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")

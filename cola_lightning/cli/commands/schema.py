@@ -20,6 +20,6 @@ def run(options: Namespace) -> None:
 
     from cola_lightning.cli.completion import json_schema
     from cola_lightning.cli.lightning_cli import training_parser
-    from cola_lightning.private_apis import commands_of
+    from cola_lightning.private_apis.jsonargparse import commands_of
 
     print(json.dumps(json_schema(commands_of(training_parser())["fit"]), indent=1))

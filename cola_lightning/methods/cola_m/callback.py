@@ -13,7 +13,7 @@ from cola_lightning.methods.low_rank import LowRank
 from cola_lightning.methods.recompute_callback import RecomputeCallback
 from cola_lightning.models import CrossLayer, Llama
 from cola_lightning.models.activation_checkpointing import set_recompute
-from cola_lightning.private_apis import has_own_checkpointing
+from cola_lightning.private_apis.lightning import has_own_checkpointing
 
 
 class CoLAM(RecomputeCallback):

@@ -29,7 +29,7 @@ from cola_lightning.models.block import Block
 from cola_lightning.models.llama import Llama
 from cola_lightning.models.loss import at_least_float32
 from cola_lightning.models.rotary import Rotary
-from cola_lightning.private_apis import ATTENTION_OPS
+from cola_lightning.private_apis.torch import ATTENTION_OPS
 
 MakeLatent = Callable[[LowRank, Tensor], Tensor]
 """``f(projection, x)`` returns the latent (B, T, R) of ``projection`` for its input ``x``, computed or replayed."""

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from cola_lightning.methods.low_rank import LATENT
 from cola_lightning.models.activation_checkpointing import RecomputedBlock
 from cola_lightning.models.rotary import Rotary
-from cola_lightning.private_apis import ATTENTION_OPS, operation_marks
+from cola_lightning.private_apis.torch import ATTENTION_OPS, operation_marks
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
