@@ -57,11 +57,13 @@ def check_batch(batch_size: int, sequence_length: int, micro_batches: int = 1) -
 
 
 def check_workers(num_workers: int) -> None:
-    """Check the memory of worker processes, 16 MiB each. That is less than half of what Python alone takes.
+    """Check the number of worker processes, and their memory, 16 MiB each: less than half of what Python alone takes.
 
     Raises:
-        InputError: If the machine has less.
+        InputError: If there are fewer than none, or the machine has less memory.
     """
+    if num_workers < 0:
+        raise InputError(f"--data.num_workers is {num_workers}; it must be 0 or more")
     check_memory(num_workers * 2**24, f"--data.num_workers {num_workers}", "take about as many as there are cores")
 
 

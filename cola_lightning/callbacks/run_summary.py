@@ -31,6 +31,8 @@ class RunSummary(L.Callback):
         if isinstance(pl_module, LanguageModel):
             write_table(trainer, describe_start(trainer, pl_module))
 
+    on_test_start = on_predict_start = on_fit_start
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step and not is_fast_dev_run(trainer):
             write_lines(trainer, [""])
@@ -38,36 +40,21 @@ class RunSummary(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "validate":
-            self._begin_measurement(trainer, pl_module)
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin_measurement(trainer, pl_module)
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin_measurement(trainer, pl_module)
+            self.on_fit_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "validate":
-            self._end_measurement(trainer)
+            self.on_test_end(trainer, pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._end_measurement(trainer)
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._end_measurement(trainer)
-
-    def _begin_measurement(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._started = time.monotonic()
-        if isinstance(pl_module, LanguageModel):
-            write_table(trainer, describe_start(trainer, pl_module))
-
-    def _end_measurement(self, trainer: L.Trainer) -> None:
         seconds = time.monotonic() - self._started
         metrics = trainer.callback_metrics  # on all ranks
         found = [f"{name} {float(value):,.4f}" for name, value in metrics.items() if name.endswith("/perplexity")]
         done = ", ".join([*found, f"after {timedelta(seconds=round(seconds))}"])
         name = next(name for command, name in DONE.items() if trainer.state.fn == command)
         write_table(trainer, [(name, done)])
+
+    on_predict_end = on_test_end
 
 
 def describe_start(trainer: L.Trainer, module: LanguageModel) -> list[tuple[str, str]]:

@@ -8,13 +8,14 @@ its parent has initialized.
 import io
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver, get_context
 from multiprocessing.connection import wait
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
+
+from cola_lightning.data.worker_process import end_with_parent
 
 IMPORTED_LATE = ("attrs", "pydantic.main", "pydantic.type_adapter", "torch.profiler", "torch.utils.tensorboard")
 """Modules that a run imports only when it needs them."""
@@ -62,7 +63,7 @@ def run(function: Callable[..., Any], arguments: tuple[Any, ...], log: Path, thr
 def _child(function: Callable[..., Any], arguments: tuple[Any, ...], log: str, threads: int, comparison: int) -> None:
     import torch
 
-    Thread(target=_end_with, args=(comparison,), daemon=True).start()
+    end_with_parent(comparison)
     with open(log, "ab", buffering=0) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -70,13 +71,3 @@ def _child(function: Callable[..., Any], arguments: tuple[Any, ...], log: str, t
         sys.stdout.reconfigure(line_buffering=True)
     torch.set_num_threads(threads)
     function(*arguments)
-
-
-def _end_with(comparison: int) -> None:
-    """End when the comparison has ended, also by SIGKILL. The server that forks would outlive it."""
-    while True:
-        time.sleep(0.2)
-        try:
-            os.kill(comparison, 0)
-        except ProcessLookupError:
-            os._exit(1)

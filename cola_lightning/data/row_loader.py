@@ -4,20 +4,18 @@ Lightning sees objects with a length and an iterator, nothing more. So it neithe
 batch ahead, nor restores one rank's position on all ranks.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from cola_lightning.data.packing import IGNORE, Batch, Row, add_step_tokens
 from cola_lightning.data.transfer import SentBatch
-from cola_lightning.data.worker_process import begin_worker, start_workers
-from cola_lightning.errors import InputError
+from cola_lightning.data.worker_process import start_loader
 
 
 @dataclass(eq=False)
@@ -134,17 +132,7 @@ class _Filled(Dataset):
 
 
 def _loader(rows: Dataset, batches: object, workers: int) -> Iterator[Batch]:
-    if workers < 0:
-        raise InputError(f"--data.num_workers is {workers}; it must be 0 or more")
-    loader = DataLoader(
-        rows,
-        batch_sampler=batches,  # type: ignore[arg-type]
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=partial(begin_worker, os.getpid()),
-        collate_fn=_collate,
-    )
-    return (sent.batch for sent in start_workers(loader))
+    return (sent.batch for sent in start_loader(rows, workers, batch_sampler=batches, collate_fn=_collate))
 
 
 def _collate(rows: list[Row]) -> SentBatch:

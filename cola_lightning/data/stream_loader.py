@@ -1,15 +1,11 @@
 """The run as one sequence of batches, drawn from logical shards by ranks and workers, with an exact position."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from enum import IntEnum
-from functools import partial
 from itertools import islice
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader
 from typing_extensions import TypedDict
 
 from cola_lightning.data.assignment import Assignment, Shares
@@ -18,7 +14,7 @@ from cola_lightning.data.packing import Batch, add_step_tokens
 from cola_lightning.data.passes import PassEndError
 from cola_lightning.data.rank_exchange import OneRank
 from cola_lightning.data.transfer import SentBatch
-from cola_lightning.data.worker_process import begin_worker, start_workers
+from cola_lightning.data.worker_process import start_loader
 from cola_lightning.data.worker_streams import ApartStream, JointStream, MakeSomeLogicalShards, States, Stream, Streams
 from cola_lightning.errors import InputError
 from cola_lightning.stored_data import Count
@@ -242,12 +238,4 @@ class StreamLoader:
     def _items(self) -> Iterator[SentBatch | Exception]:
         # Each worker reads its share of a step ahead, and one batch more.
         ahead = max(2, 1 + self.batches_per_step // self.workers) if self.workers else None
-        loader: DataLoader = DataLoader(
-            Streams(self._streams()),
-            batch_size=None,
-            num_workers=self.workers,
-            worker_init_fn=partial(begin_worker, os.getpid()),
-            pin_memory=torch.cuda.is_available(),
-            prefetch_factor=ahead,
-        )
-        return start_workers(loader)
+        return start_loader(Streams(self._streams()), self.workers, batch_size=None, prefetch_factor=ahead)

@@ -19,12 +19,18 @@ from cola_lightning.data.row_beginnings import RowBeginnings, is_safe_to_cut
 from cola_lightning.data.source_lookup import Corpus, SourceLookup, pin_commits
 from cola_lightning.data.sources import DataFiles, Source, TextCorpus, check_weights
 from cola_lightning.data.stream_loader import LoaderState, StreamError, StreamLoader
-from cola_lightning.data.token_data_module import IDENTITY, StoredState, TokenDataModule, resolve_global_batch_size
+from cola_lightning.data.token_data_module import (
+    IDENTITY,
+    StoredState,
+    TokenDataModule,
+    check_sizes,
+    resolve_global_batch_size,
+)
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.data.validation import ValidationSet
 from cola_lightning.distributed.ranks import ask_once
 from cola_lightning.errors import InputError
-from cola_lightning.host_memory import check_batch, check_memory, check_workers
+from cola_lightning.host_memory import check_batch, check_memory
 
 
 class _State(StoredState, LoaderState):
@@ -130,11 +136,8 @@ class StreamingDataModule(TokenDataModule):
         self._held_out: Corpus | None = None
 
     def _check_arguments(self) -> None:
-        for argument, minimum in {"sequence_length": 2, "batch_size": 1, "num_logical_shards": 1}.items():
-            if getattr(self, argument) < minimum:
-                raise InputError(f"{argument} is {getattr(self, argument)}; it must be at least {minimum}")
-        check_batch(self.batch_size, self.sequence_length)
-        check_workers(self.num_workers)
+        sizes = ("sequence_length", "batch_size", "num_logical_shards")
+        check_sizes(self.num_workers, **{name: getattr(self, name) for name in sizes})
         # A checkpoint holds the state of each logical shard, and memory holds its readers.
         check_memory(
             self.num_logical_shards * 2**13,

@@ -14,10 +14,16 @@ from cola_lightning.data.packing import Rows
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.row_loader import TrainLoader
 from cola_lightning.data.text_cache import TextFiles, load
-from cola_lightning.data.token_data_module import IDENTITY, StoredState, TokenDataModule, resolve_global_batch_size
+from cola_lightning.data.token_data_module import (
+    IDENTITY,
+    StoredState,
+    TokenDataModule,
+    check_sizes,
+    resolve_global_batch_size,
+)
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
-from cola_lightning.host_memory import check_batch, check_memory, check_workers
+from cola_lightning.host_memory import check_batch, check_memory
 from cola_lightning.stored_data import Count
 
 
@@ -75,12 +81,7 @@ class TextDataModule(TokenDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        if sequence_length < 2:
-            raise InputError(f"sequence_length is {sequence_length}; a row needs at least 2 tokens")
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
-        check_batch(batch_size, sequence_length)
-        check_workers(num_workers)
+        check_sizes(num_workers, sequence_length=sequence_length, batch_size=batch_size)
         # The trainer allocates a table of all texts at once.
         check_memory(vocab_size * 64, f"a tokenizer of --data.vocab_size {vocab_size}", "choose a smaller one")
         if not 0 < validation_fraction < 1:

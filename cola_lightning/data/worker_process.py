@@ -7,34 +7,48 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from multiprocessing.util import Finalize
 from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from cola_lightning.errors import InputError
 from cola_lightning.private_apis.multiprocessing import on_unsendable_item
 from cola_lightning.signals import die_with_parent, leave_signals_to_parent, tell
 
 
-def start_workers(loader: DataLoader) -> Iterator[Any]:
-    """Begin to iterate a loader, which starts its workers.
+def start_loader(dataset: Dataset, workers: int, **options: Any) -> Iterator[Any]:
+    """Begin to iterate a data set by torch's loader, whose workers are started now.
+
+    Args:
+        dataset: The data set. What it yields or is collated to goes to page-locked memory where there is a GPU.
+        workers: Processes that read ahead; 0 for none.
+        options: Further arguments of ``DataLoader``.
 
     Raises:
         InputError: If the system has no place for their semaphores, or starts no more processes.
     """
-    if not loader.num_workers:
+    loader: DataLoader = DataLoader(
+        dataset,
+        num_workers=workers,
+        worker_init_fn=partial(begin_worker, os.getpid()),
+        pin_memory=torch.cuda.is_available(),
+        **options,
+    )
+    if not workers:
         return iter(loader)
     try:
         # PyTorch's iterator prints a traceback at its deletion if it was made in part. So see first whether there is
         # room for its semaphores: those of an event, of a queue of results, and of a queue of each worker.
         context = loader.multiprocessing_context or multiprocessing
-        needed = [context.Event(), *(context.Queue() for _ in range(1 + loader.num_workers))]
+        needed = [context.Event(), *(context.Queue() for _ in range(1 + workers))]
         del needed
         return iter(loader)
     except OSError as error:
         raise InputError(
-            f"the {loader.num_workers} workers of the data could not be started: {error}; make room in /dev/shm, where "
+            f"the {workers} workers of the data could not be started: {error}; make room in /dev/shm, where "
             "their semaphores are (docker run --shm-size), or in memory, or do without workers: --data.num_workers 0"
         ) from None
 
@@ -84,7 +98,7 @@ def _wait_for_parent(parent: int) -> None:
 
 
 def _end_without_parent(parent: int) -> None:
-    tell(f"error: process {parent}, which started this worker of the data, has ended; so does the worker")
+    tell(f"error: process {parent}, which started this worker, has ended; so does the worker")
     os._exit(1)
 
 

@@ -90,6 +90,12 @@ TOO_LARGE = [
 ]
 
 
+@pytest.mark.parametrize("module", [TEXT, STREAM])
+def test_fewer_than_no_workers_are_refused(module):
+    with pytest.raises(InputError, match="num_workers is -1; it must be 0 or more"):
+        module(num_workers=-1)
+
+
 @pytest.mark.parametrize(("module", "options", "said"), TOO_LARGE)
 def test_data_that_does_not_fit_into_memory_is_refused_before_reading(module, options, said, monkeypatch):
     monkeypatch.setattr(host_memory, "memory_of_machine", lambda: 2.0**40)
