@@ -44,6 +44,22 @@ def hide_secrets(text: str) -> str:
     return _SECRETS.sub(lambda found: f"{found['name']}=***" if found["name"] else "***", text)
 
 
+def check_at_least(least: float, prefix: str = "", /, **values: float | None) -> None:
+    """Check that numbers are not below a limit.
+
+    Args:
+        least: The limit.
+        prefix: Beginning of the message, before the name: ``--data.``, or ``LossGuard: ``.
+        values: Numbers by name; None is allowed.
+
+    Raises:
+        InputError: For the first that is below, or NaN.
+    """
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise InputError(f"{prefix}{name} is {value}; it must be at least {least}")
+
+
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return " (did you mean …?)" with up to two similar names; an empty text if none is similar."""
     by_lower = {candidate.lower(): candidate for candidate in sorted(candidates)}

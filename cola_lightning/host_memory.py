@@ -8,7 +8,7 @@ import math
 import os
 from pathlib import Path
 
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, check_at_least
 
 try:
     import resource
@@ -62,8 +62,7 @@ def check_workers(num_workers: int) -> None:
     Raises:
         InputError: If there are fewer than none, or the machine has less memory.
     """
-    if num_workers < 0:
-        raise InputError(f"--data.num_workers is {num_workers}; it must be 0 or more")
+    check_at_least(0, "--data.", num_workers=num_workers)
     check_memory(num_workers * 2**24, f"--data.num_workers {num_workers}", "take about as many as there are cores")
 
 

@@ -13,7 +13,7 @@ from cola_lightning.callbacks.effective_rank import effective_rank, squared_sing
 from cola_lightning.callbacks.monitoring_forward import monitoring_forward
 from cola_lightning.callbacks.spectrum_figure import draw
 from cola_lightning.data.packing import IGNORE
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, check_at_least
 from cola_lightning.loggers import write_figure
 from cola_lightning.methods import LowRank
 from cola_lightning.models import Llama
@@ -59,12 +59,9 @@ class ActivationSpectrum(L.Callback):
         tokens: int = 4096,
         activations: list[str] = list(ACTIVATIONS),  # noqa: B006 (never changed; the command line needs a list)
     ) -> None:
-        if every_n_steps < 1:
-            raise InputError(f"ActivationSpectrum: every_n_steps is {every_n_steps}; it must be at least 1")
+        check_at_least(1, "ActivationSpectrum: ", every_n_steps=every_n_steps, tokens=tokens)
         if not 0 < share <= 1:
             raise InputError(f"ActivationSpectrum: share is {share}; it must be above 0 and at most 1")
-        if tokens < 1:
-            raise InputError(f"ActivationSpectrum: tokens is {tokens}; it must be at least 1")
         self.every_n_steps, self.share, self.tokens, self.activations = every_n_steps, share, tokens, list(activations)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

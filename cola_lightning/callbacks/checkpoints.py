@@ -20,7 +20,7 @@ from cola_lightning.callbacks.log_lines import write_checkpoint_line
 from cola_lightning.checkpoints import lock
 from cola_lightning.checkpoints.latest import PARTIAL, checkpoint_name, latest_valid
 from cola_lightning.checkpoints.writer import CheckpointWriter, remove
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, check_at_least
 from cola_lightning.private_apis.lightning import (
     LatestCheckpoint,
     is_accumulating,
@@ -74,16 +74,14 @@ class Checkpoints(LatestCheckpoint):
         dirpath: str | None = None,
         minutes_at_end: float = 10.0,
     ) -> None:
-        if every_n_train_steps < 1:
-            raise InputError(f"--checkpoint.every_n_train_steps is {every_n_train_steps}; it must be at least 1")
+        check_at_least(1, "--checkpoint.", every_n_train_steps=every_n_train_steps)
+        check_at_least(0, "--checkpoint.", minutes_at_end=minutes_at_end)
         if keep < 2:
             raise InputError(
                 f"--checkpoint.keep is {keep}; keep at least 2, because what ends a run may damage the newest"
             )
         if dirpath and "://" in dirpath:
             raise InputError(f"--checkpoint.dirpath {dirpath} is not a folder; mount it, or copy from a local one")
-        if not minutes_at_end >= 0:
-            raise InputError(f"--checkpoint.minutes_at_end is {minutes_at_end}; it must be 0 or more")
         # Lightning knows checkpoint callbacks by the class ModelCheckpoint. All that it does is replaced below.
         super().__init__(dirpath, every_n_train_steps=every_n_train_steps, save_top_k=-1)
         self.every_n_train_steps, self.keep, self.minutes_at_end = every_n_train_steps, keep, minutes_at_end

@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, check_at_least
 from cola_lightning.inference.evaluate import evaluate_tasks, find_tasks
 from cola_lightning.inference.load import LoadedModel
 from cola_lightning.private_apis.lightning import logged_step
@@ -39,9 +39,7 @@ class EvaluateTasks(L.Callback):
     ) -> None:
         if not tasks:
             raise InputError("EvaluateTasks: tasks is empty; name at least one")
-        for name, value in (("limit", limit), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise InputError(f"EvaluateTasks: {name} is {value}; it must be at least 1")
+        check_at_least(1, "EvaluateTasks: ", limit=limit, batch_size=batch_size)
         if include_path is not None and not Path(include_path).is_dir():
             raise InputError(f"EvaluateTasks: include_path {include_path} is no folder; name one with task files")
         self.tasks, self.include_path, self.limit, self.batch_size = tasks, include_path, limit, batch_size

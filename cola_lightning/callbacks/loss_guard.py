@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import TypedDict
 
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, check_at_least
 from cola_lightning.loggers import write_text
 from cola_lightning.provenance import run_folder
 from cola_lightning.stored_data import ALTERED, Count, check_stored
@@ -79,13 +79,9 @@ class LossGuard(L.Callback):
         gradient_norm_deviations: float | None = None,
         window: int = 100,
     ) -> None:
-        for name, value, least in (
-            ("patience", patience, 1),
-            ("max_rollbacks", max_rollbacks, 0),
-            ("window", window, 2),
-        ):
-            if value < least:
-                raise InputError(f"LossGuard: {name} is {value}; it must be at least {least}")
+        check_at_least(1, "LossGuard: ", patience=patience)
+        check_at_least(0, "LossGuard: ", max_rollbacks=max_rollbacks)
+        check_at_least(2, "LossGuard: ", window=window)
         for name, limit in (("loss", loss_deviations), ("gradient_norm", gradient_norm_deviations)):
             if limit is not None and limit <= 0:
                 raise InputError(f"LossGuard: {name}_deviations is {limit}; it must be above 0, or null for no limit")

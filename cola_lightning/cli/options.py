@@ -4,6 +4,7 @@ import argparse
 import re
 from typing import Any, NoReturn
 
+from cola_lightning import errors
 from cola_lightning.columns import as_typed
 from cola_lightning.errors import InputError, did_you_mean
 
@@ -59,7 +60,4 @@ def check_at_least(minimum: int, options: argparse.Namespace, *names: str) -> No
     Raises:
         InputError: If one is below the minimum.
     """
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < minimum:
-            raise InputError(f"--{name} is {value}; it must be at least {minimum}")
+    errors.check_at_least(minimum, "--", **{name: getattr(options, name) for name in names})

@@ -14,7 +14,7 @@ from cola_lightning.compare.plan import KINDS, Flag, HeldOut, Method, Plan, Reso
 from cola_lightning.compare.processes import start_server
 from cola_lightning.compare.report import write_report
 from cola_lightning.compare.trials import Command, SweepRunner
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, check_at_least
 
 
 def compare(
@@ -89,10 +89,8 @@ def compare(
     Raises:
         InputError: For values that cannot work.
     """
-    if jobs < 0:
-        raise InputError(f"jobs is {jobs}; it must be 0 or more")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; it must be at least 1")
+    check_at_least(0, jobs=jobs)
+    check_at_least(1, threads=threads)
     if jobs and tokens_per_second is None:
         start_server(["lm_eval.models.huggingface"] if tasks else [])
     root = Path(folder).expanduser().absolute()

@@ -21,7 +21,7 @@ from cola_lightning.data.retry import Retry
 from cola_lightning.data.sources import Source, TextCorpus
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.data.worker_process import end_with_parent
-from cola_lightning.errors import InputError, hide_secrets
+from cola_lightning.errors import InputError, check_at_least, hide_secrets
 from cola_lightning.output_files import write_whole
 from cola_lightning.stored_data import check_stored, read_json
 
@@ -52,8 +52,7 @@ def prepare(
     Raises:
         InputError: If the source cannot be read or is empty, or the folder holds something else.
     """
-    if num_workers < 1:
-        raise InputError(f"num_workers is {num_workers}; it must be at least 1")
+    check_at_least(1, num_workers=num_workers)
     retry = Retry(retries, retry_wait)
     encoder = Tokenizer.load(tokenizer, retry)
     revision = source.revision

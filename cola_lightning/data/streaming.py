@@ -29,7 +29,7 @@ from cola_lightning.data.token_data_module import (
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.data.validation import ValidationSet
 from cola_lightning.distributed.ranks import ask_once
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, check_at_least
 from cola_lightning.host_memory import check_batch, check_memory
 
 
@@ -136,8 +136,8 @@ class StreamingDataModule(TokenDataModule):
         self._held_out: Corpus | None = None
 
     def _check_arguments(self) -> None:
-        sizes = ("sequence_length", "batch_size", "num_logical_shards")
-        check_sizes(self.num_workers, **{name: getattr(self, name) for name in sizes})
+        check_sizes(self.sequence_length, self.batch_size, self.num_workers)
+        check_at_least(1, "--data.", num_logical_shards=self.num_logical_shards)
         # A checkpoint holds the state of each logical shard, and memory holds its readers.
         check_memory(
             self.num_logical_shards * 2**13,

@@ -81,7 +81,7 @@ class TextDataModule(TokenDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(num_workers, sequence_length=sequence_length, batch_size=batch_size)
+        check_sizes(sequence_length, batch_size, num_workers)
         # The trainer allocates a table of all texts at once.
         check_memory(vocab_size * 64, f"a tokenizer of --data.vocab_size {vocab_size}", "choose a smaller one")
         if not 0 < validation_fraction < 1:

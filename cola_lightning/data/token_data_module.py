@@ -15,7 +15,7 @@ from cola_lightning.data.packing import RowShape
 from cola_lightning.data.row_loader import EvalLoader
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.distributed.ranks import tell_all
-from cola_lightning.errors import InputError, hide_secrets
+from cola_lightning.errors import InputError, check_at_least, hide_secrets
 from cola_lightning.host_memory import check_batch, check_workers
 from cola_lightning.private_apis.lightning import unwrap_data_loaders
 from cola_lightning.stored_data import ALTERED, check_stored
@@ -57,20 +57,15 @@ def resolve_global_batch_size(rows: int | None, tokens: int | None, sequence_len
     return whole
 
 
-def check_sizes(num_workers: int, **sizes: int) -> None:
+def check_sizes(sequence_length: int, batch_size: int, num_workers: int) -> None:
     """Check the sizes of a micro-batch and the number of worker processes.
-
-    Args:
-        num_workers: Worker processes.
-        sizes: ``sequence_length``, ``batch_size`` and others of which there must be at least one.
 
     Raises:
         InputError: If one is too small, or needs more memory than this machine has.
     """
-    for name, size in sizes.items():
-        if size < (least := 2 if name == "sequence_length" else 1):
-            raise InputError(f"--data.{name} is {size}; it must be at least {least}")
-    check_batch(sizes["batch_size"], sizes["sequence_length"])
+    check_at_least(2, "--data.", sequence_length=sequence_length)
+    check_at_least(1, "--data.", batch_size=batch_size)
+    check_batch(batch_size, sequence_length)
     check_workers(num_workers)
 
 

@@ -13,13 +13,6 @@ def check_rank(in_features: int, out_features: int, rank: int) -> None:
         )
 
 
-def check_at_least_one(owner: str, **values: int | None) -> None:
-    """Raise InputError for a value below 1; None is allowed."""
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise InputError(f"{owner}: {name} is {value}; it must be at least 1")
-
-
 def check_choice(owner: str, name: str, value: object, *choices: object) -> None:
     """Raise InputError unless the value is one of the choices. The command line checks this, a Python call does not."""
     if value not in choices:

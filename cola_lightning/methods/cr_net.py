@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, check_at_least
 from cola_lightning.light_import import not_compiled
-from cola_lightning.methods.arguments import check_at_least_one, check_choice, check_rank
+from cola_lightning.methods.arguments import check_choice, check_rank
 from cola_lightning.methods.recompute_callback import RecomputeCallback
 from cola_lightning.models.activation_checkpointing import (
     LinearWithKnownOutput,
@@ -116,7 +116,7 @@ class CRNetRecompute(RecomputeCallback):
     """
 
     def __init__(self, anchor_every: int = 8) -> None:
-        check_at_least_one("CRNetRecompute", anchor_every=anchor_every)
+        check_at_least(1, "CRNetRecompute: ", anchor_every=anchor_every)
         self.anchor_every = anchor_every
 
     def apply(self, network: Llama) -> None:

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cola_lightning.errors import InputError
-from cola_lightning.methods.arguments import check_at_least_one, check_choice
+from cola_lightning.errors import InputError, check_at_least
+from cola_lightning.methods.arguments import check_choice
 from cola_lightning.methods.lora import LoRA
 from cola_lightning.methods.post_step import PostStepCallback, schedule_cycle
 from cola_lightning.optim.rows import local, own_rows, whole
@@ -104,7 +104,7 @@ class ReLoRACallback(PostStepCallback[ReLoRA]):
         seed: int | None = None,
     ) -> None:
         super().__init__(seed)
-        check_at_least_one("ReLoRACallback", merge_every=merge_every)
+        check_at_least(1, "ReLoRACallback: ", merge_every=merge_every)
         if not 0 <= prune_ratio <= 1:
             raise InputError(f"ReLoRACallback: prune_ratio is {prune_ratio}; it must lie between 0 and 1")
         check_choice("ReLoRACallback", "reset", reset, "random", "magnitude", "none")

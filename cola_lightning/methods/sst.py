@@ -35,7 +35,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
-from cola_lightning.methods.arguments import check_at_least_one, check_rank
+from cola_lightning.errors import check_at_least
+from cola_lightning.methods.arguments import check_rank
 from cola_lightning.methods.post_step import PostStepCallback, restart, schedule_cycle
 from cola_lightning.models.projection import Projection
 from cola_lightning.optim.rows import (
@@ -214,7 +215,7 @@ class SSTCallback(PostStepCallback[SST]):
         self, iteration_steps: int | None = None, iterations_per_round: int | None = None, seed: int | None = None
     ) -> None:
         super().__init__(seed)
-        check_at_least_one("SSTCallback", iteration_steps=iteration_steps, iterations_per_round=iterations_per_round)
+        check_at_least(1, "SSTCallback: ", iteration_steps=iteration_steps, iterations_per_round=iterations_per_round)
         self.iteration_steps, self.iterations_per_round = iteration_steps, iterations_per_round
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from typing_extensions import TypedDict
 
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, check_at_least
 from cola_lightning.methods.arguments import check_rank
 from cola_lightning.methods.post_step import PostStepCallback
 from cola_lightning.models.projection import Projection
@@ -170,8 +170,7 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
         self, interval: float = 40.0, descent: float = 0.1, hold_steps: int = 5, seed: int | None = None
     ) -> None:
         super().__init__(seed)
-        if hold_steps < 0:
-            raise InputError(f"SwitchLoRACallback: hold_steps is {hold_steps}; it must be 0 or more")
+        check_at_least(0, "SwitchLoRACallback: ", hold_steps=hold_steps)
         if interval < max(1, 2 * hold_steps):
             raise InputError(
                 f"SwitchLoRACallback: interval is {interval}; it must be at least {max(1, 2 * hold_steps)}, twice "

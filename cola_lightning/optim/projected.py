@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, check_at_least
 from cola_lightning.optim.gradients import gradient_of
 from cola_lightning.optim.sharded import is_sharded_by_rows, replicate, shard_columns, shard_like, to_scalar
 from cola_lightning.optim.transformers_adamw import StepEachParameter, advance_moments, decay_weights
@@ -46,10 +46,7 @@ class ProjectedAdam(StepEachParameter):
 
     def __init__(self, params: Iterable, rank: int, update_proj_gap: int, **defaults: Any) -> None:
         name = type(self).__name__
-        if rank < 1:
-            raise InputError(f"{name}: rank is {rank}; it must be at least 1")
-        if update_proj_gap < 1:
-            raise InputError(f"{name}: update_proj_gap is {update_proj_gap}; it must be at least 1 step")
+        check_at_least(1, f"{name}: ", rank=rank, update_proj_gap=update_proj_gap)
         super().__init__(params, {"rank": rank, "update_proj_gap": update_proj_gap, **defaults})
         for group in self.param_groups:
             for p in group["params"]:

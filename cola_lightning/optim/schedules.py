@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from cola_lightning.errors import InputError
+from cola_lightning.errors import InputError, check_at_least
 
 MakeSchedule = Callable[[Optimizer], LRScheduler]
 """``f(optimizer)`` makes the schedule. It may have one of the arguments below."""
@@ -236,8 +236,7 @@ def decay_start(total_steps: int, decay_share: float) -> int:
 
 
 def _check(warmup_steps: int, min_ratio: float) -> None:
-    if warmup_steps < 0:
-        raise InputError(f"warmup_steps is {warmup_steps}; it must be 0 or more")
+    check_at_least(0, warmup_steps=warmup_steps)
     if not 0 <= min_ratio <= 1:
         raise InputError(f"min_ratio is {min_ratio}; it must lie between 0 and 1")
 

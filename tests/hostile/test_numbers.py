@@ -92,7 +92,7 @@ TOO_LARGE = [
 
 @pytest.mark.parametrize("module", [TEXT, STREAM])
 def test_fewer_than_no_workers_are_refused(module):
-    with pytest.raises(InputError, match="num_workers is -1; it must be 0 or more"):
+    with pytest.raises(InputError, match="num_workers is -1; it must be at least 0"):
         module(num_workers=-1)
 
 
