@@ -4,8 +4,8 @@
 # --ipc host, because NCCL's ranks on one node share memory through /dev/shm, of which a container has 64 MB.
 FROM python:3.12-slim
 
-# A C++ compiler, for torch.compile and for DeepSpeed's operators; git, which writes the commit into run.json
-RUN apt-get update && apt-get install --yes --no-install-recommends g++ git ninja-build \
+# A C++ compiler for torch.compile, and ninja, with which DeepSpeed builds operators. Without git, run.json names no commit.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ ninja-build \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /work
