@@ -3,18 +3,26 @@
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
 
 SECONDS_TO_CLOSE = 30.0
 """Seconds that a run waits at its end for TensorBoard's last events to be written."""
+
+
+def read_scalars(run_dir: Path) -> dict[str, dict[int, float]]:
+    """Read what a run has logged, by tag and step. Of a step that was made twice, the last value counts."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
 class FaultTolerantTensorBoardLogger(TensorBoardLogger):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cola_lightning.checkpoints import find_corruption, load_model, read
 from cola_lightning.checkpoints.pretrained import check_finite, check_shapes
+from cola_lightning.checkpoints.projection_formats import example_projection
 from cola_lightning.errors import InputError
 from cola_lightning.models import Llama
 
@@ -32,6 +33,7 @@ def initialize_from_folder(network: Llama, folder: str) -> None:
             "--model.initial_weights cannot be filled into a network that ZeRO-3 has sharded; begin with fsdp2 or "
             "deepspeed_stage_2"
         )
+    # 1. Check everything before a value is changed: names and shapes, then numbers, then settings that are in no shape.
     weights, found = _read(Path(folder).expanduser())
     trouble = f"--model.initial_weights {folder} holds another network ('factorize' makes low rank of full rank)"
     check_shapes(network, weights, trouble)
@@ -40,6 +42,8 @@ def initialize_from_folder(network: Llama, folder: str) -> None:
     for name, value in found.items():
         if wanted[name] != value:
             raise InputError(f"--model.initial_weights {folder} was made with {name} {value}; set --model.{name} to it")
+    # 2. Let each module with weights of its own copy them when it is initialized. Modules on the meta device are
+    #    initialized later, when FSDP has given them memory.
     for name, module in network.named_modules():
         prefix = f"{name}." if name else ""
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -55,7 +59,7 @@ def settings_beside_weights(network: Llama) -> dict[str, Any]:
     """Collect the settings that change the logits of a network but not the shapes of its weights."""
     names = ("num_attention_heads", "rope_theta", "rope_scaling", "rms_norm_eps", "gate_silu")
     settings = {name: getattr(network.config, name) for name in names}
-    return settings | {"projection": type([*network.blocks()][-1].self_attn.q_proj).__name__}
+    return settings | {"projection": type(example_projection(network)).__name__}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from cola_lightning.methods import CoLA, CRNet, LaX, LowRank
 from cola_lightning.methods.cr_net import FirstOfCRNet
-from cola_lightning.models import MakeProjection, Projection
+from cola_lightning.models import Llama, MakeProjection, Projection
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ LAYOUTS = (
     Layout(CRNet, "cr_net_llama", "CRNetLlama", first=FirstOfCRNet),
     Layout(LaX, "lax_llama", "LaXLlama", arguments={"rank": int, "gate": str}),
 )
+
+
+def example_projection(network: Llama) -> Projection:
+    """Return a projection of the last layer. Some methods have another kind in the first layer."""
+    return [*network.blocks()][-1].self_attn.q_proj
 
 
 def layout_of(projection: Projection) -> Layout | None:

@@ -52,9 +52,11 @@ class CheckpointWriter:
         Returns:
             The problem of a rank that could not write, the same on all ranks; None if the checkpoint is on the disk.
         """
+        # 1. All ranks write under another name. Whether a rank could not must be agreed before the next collective.
         partial = path.with_name(path.name + PARTIAL)
         problem = self._agree(self._write(partial, weights_only))
         if problem is None:
+            # 2. Read back what is on the disk, for the manifest. 3. Rank 0 adds it, and renames the checkpoint.
             checksums, problem = self._checksums(partial)
             if problem is None and self.trainer.is_global_zero:
                 try:

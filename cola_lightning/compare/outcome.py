@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
 from annotated_types import Len
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typing_extensions import TypedDict
 
+from cola_lightning.loggers import read_scalars
 from cola_lightning.output_files import write_whole
 from cola_lightning.provenance import read_provenance
 from cola_lightning.stored_data import Count, read_json
@@ -58,14 +58,14 @@ def read_outcome(run_dir: Path, steps: int, trunk: Path | None = None, trunk_ste
         ``seconds`` of training without validation; ``curve``, the training loss as [step, tokens, nats]; commit and
         data.
     """
-    scalars = _read_events(run_dir)
+    scalars = read_scalars(run_dir)
     if not {PERPLEXITY, LOSS, TOKENS} <= scalars.keys():
         return None
     perplexity = scalars[PERPLEXITY]
     if max(perplexity) < steps - 1:
         return None
     from_trunk = trunk is not None and min(scalars[LOSS]) >= trunk_steps
-    parts = [(_read_events(trunk), trunk_steps), (scalars, steps)] if trunk and from_trunk else [(scalars, steps)]
+    parts = [(read_scalars(trunk), trunk_steps), (scalars, steps)] if trunk and from_trunk else [(scalars, steps)]
     curve: list[list[float]] = []
     seconds, begun = 0.0, 0
     for events, end in parts:
@@ -92,12 +92,6 @@ def read_outcome(run_dir: Path, steps: int, trunk: Path | None = None, trunk_ste
             for source in (facts.get("data") or {}).get("sources", [])
         ],
     }
-
-
-def _read_events(run_dir: Path) -> dict[str, dict[int, float]]:
-    """Read scalars by tag and step. If a killed run made a step twice, the last value counts."""
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
 def loss_of(perplexity: float) -> float:

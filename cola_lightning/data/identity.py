@@ -118,6 +118,8 @@ def compare_sources(then: Identity, now: Identity, replaced: bool = False) -> tu
         The first difference with which the run must not continue, and a harmless difference; None for no difference.
     """
     title = now["title"]
+    # From the most general difference to the most special: if the number of files differs, so do their names and sizes,
+    # and the first is what a user has to know. A value that only one of the two has (None) is not compared.
     differ = {key for key in then if None not in (then[key], now.get(key)) and then[key] != now[key]}
     if "place" in differ:
         differ.discard("contents")  # one is a hash of bytes, the other the tag of a server

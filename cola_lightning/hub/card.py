@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typing_extensions import TypedDict
 
+from cola_lightning.checkpoints.projection_formats import example_projection
 from cola_lightning.errors import hide_secrets
 from cola_lightning.inference.load import LoadedModel
+from cola_lightning.loggers import read_scalars
 from cola_lightning.provenance import libraries, read_provenance
 from cola_lightning.stored_data import Count, is_stored_as
 
@@ -64,8 +65,7 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=60)[0]))
 
 def facts(trained: LoadedModel) -> dict[str, str]:
     """Collect what is known of a model, as texts by name."""
-    # Some methods have another projection in the first layer, so take the last.
-    projection = [*trained.network.blocks()][-1].self_attn.q_proj
+    projection = example_projection(trained.network)
     dtype = str(trained.network.lm_head.weight.dtype).removeprefix("torch.")
     rank = "" if projection.rank is None else f", rank {projection.rank}"
     found = {
@@ -146,12 +146,6 @@ def _tokens(state: dict[str, Any]) -> str:
 
 
 def _perplexities(run_dir: Path) -> dict[int, float]:
-    """Read the validation perplexities of a run, by the number of optimizer steps.
-
-    Of a step that was validated twice, the later value counts.
-    """
-    events = EventAccumulator(str(run_dir), {"scalars": 0}).Reload()
-    if "val/perplexity" not in events.Tags()["scalars"]:
-        return {}
+    """Read the validation perplexities of a run, by the number of optimizer steps."""
     # Lightning logs with the index of the last step, which begins at 0.
-    return {event.step + 1: event.value for event in events.Scalars("val/perplexity")}
+    return {step + 1: value for step, value in read_scalars(run_dir).get("val/perplexity", {}).items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cola_lightning.checkpoints.pretrained import HEAD, check_finite, load_model
 from cola_lightning.checkpoints.pretrained_config import rope_keys
-from cola_lightning.checkpoints.projection_formats import LAYOUTS, Layout, layout_of
+from cola_lightning.checkpoints.projection_formats import LAYOUTS, Layout, example_projection, layout_of
 from cola_lightning.data.folder_tokenizer import FolderTokenizer
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
@@ -113,7 +113,7 @@ def _weights(network: Llama, merge: bool) -> tuple[dict[str, Tensor], Layout | N
     if type(network) is not Llama:
         raise InputError(f"a {type(network).__name__} is not LLaMA, so it cannot be written as a Hugging Face folder")
     weights = dict(network.state_dict())
-    example = _example(network)
+    example = example_projection(network)
     layout = layout_of(example)
     if layout is not None and merge:
         if _dense(example) is None:
@@ -144,11 +144,6 @@ def _weights(network: Llama, merge: bool) -> tuple[dict[str, Tensor], Layout | N
             weights[f"{place}.weight"] = dense
     dtype = network.lm_head.weight.dtype
     return {name: tensor.detach().to(dtype).contiguous() for name, tensor in weights.items()}, layout
-
-
-def _example(network: Llama) -> Projection:
-    """Return a projection of the last layer. Some methods have another kind in the first layer."""
-    return [*network.blocks()][-1].self_attn.q_proj
 
 
 def _is_like(projection: Projection, example: Projection, layout: Layout, index: int) -> bool:
@@ -205,7 +200,7 @@ def _config(network: Llama, weights: dict[str, Tensor], layout: Layout | None, t
         config |= tokenizer.ids
     if layout is not None:
         module = layout.modelling_file.removesuffix(".py")
-        config |= layout.describe(_example(network)) | {
+        config |= layout.describe(example_projection(network)) | {
             "architectures": [f"{layout.name}ForCausalLM"],
             "model_type": layout.model_type,
             "auto_map": {
