@@ -37,6 +37,10 @@ class Preempted(SystemExit):
         super().__init__(0 if rank else 128 + number)
 
 
+SILENCE = timedelta(minutes=30)
+"""How long a rank waits for one that is alive but silent."""
+
+
 class StopSignal:
     """Find an optimizer step at which every rank knows of a signal.
 
@@ -54,20 +58,16 @@ class StopSignal:
     ====== ============================= ===========================
 
     The all-reduce fails on every rank if one is gone.
-
-    Args:
-        timeout: How long a rank waits for one that is alive but silent.
     """
 
-    def __init__(self, timeout: timedelta = timedelta(minutes=30)) -> None:
-        self.timeout = timeout
+    def __init__(self) -> None:
         self.group: distributed.ProcessGroup | None = None
         self.exchange: tuple[torch.Tensor, distributed.Work] | None = None
 
     def install(self, trainer: L.Trainer) -> None:
         """Begin to exchange signals, as training begins. From now on, a signal no longer ends the process at once."""
         if trainer.world_size > 1:
-            self.group = distributed.new_group(backend="gloo", timeout=self.timeout)
+            self.group = distributed.new_group(backend="gloo", timeout=SILENCE)
         skip_sigterm_broadcast(trainer)  # because this exchange replaces it
         LISTENER.phase = Phase.TRAINING
 
@@ -75,7 +75,7 @@ class StopSignal:
         """Return the number of the signal for which all ranks stop now, or 0. Every rank calls this equally often.
 
         Raises:
-            RuntimeError: If another rank is gone, or silent for longer than the timeout.
+            RuntimeError: If another rank is gone, or silent for ``SILENCE``.
         """
         if self.group is None:
             return LISTENER.noted

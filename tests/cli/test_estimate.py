@@ -56,6 +56,10 @@ def test_a_run_needs_neither_data_nor_devices(tiny, tmp_path, capsys):
         (["--gpu=cpu", "--gpus=1..4"], "--gpu cpu predicts one process"),
         (["--gpu=cpu"], "--gpu cpu predicts one process, and the run has 8; add --gpus 1"),
         (["--gpus=none"], "--gpus is none; give a number from 1 up, or two as in 1..1024"),
+        (
+            ["--plot=/nowhere/a.png", "--gpus=1..8"],
+            "--plot /nowhere/a.png cannot be written: there is no folder /nowhere",
+        ),
         (["--plot=scaling.png"], "--plot draws the speed over numbers of GPUs; give several, as in --gpus 1..1024"),
         (["--network=token-ring"], "--network token-ring is not known; choose one of infiniband"),
         (["--data.global_batch_size=6"], "the nearest that are: 32"),

@@ -37,7 +37,7 @@ def parse(args: list[str]) -> tuple[Namespace, list[str]]:
         raise InputError("--plot draws the speed over numbers of GPUs; give several, as in --gpus 1..1024")
     if options.models and len(options.gpus) > 1:
         raise InputError("--models compares configs on one number of GPUs; give --gpus a single number")
-    check_output_file(options.plot)
+    check_output_file(options.plot, "--plot")
     if options.mfu is not None and not 0 < options.mfu <= 1:
         raise InputError(f"--mfu is {options.mfu}; it must be above 0 and at most 1")
     check_output_file(options.json)
