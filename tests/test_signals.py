@@ -21,8 +21,9 @@ from cola_lightning.errors import InputError
 from cola_lightning.signals import STOP
 from cola_lightning.training.preemption import own_signals
 from tests.processes import Run
+from tests.signal_outcomes import Trial, documented_statuses, faults
 from tests.signal_phases import fit
-from tests.signal_run import Attack, Trial, documented_statuses, faults, flags
+from tests.signal_run import Attack, flags
 
 pytestmark = pytest.mark.distributed
 
