@@ -24,7 +24,7 @@ PACKAGE = REPOSITORY / "cola_lightning"
 OWN = {"private_apis", "light_import.py"}
 """The second comes before Lightning is imported. tests/test_light_import.py checks what it relies on."""
 PRIVATE = re.compile(r"_[a-z]\w*")
-DOCUMENTED = {"_exit", "_fields", "_replace"}
+DOCUMENTED = {"_asdict", "_exit", "_fields", "_replace"}
 """Names with an underscore that Python documents: ``os._exit``, and attributes of named tuples."""
 TEXTS = {"_stderr", "_local", "_get_layout", "_functorch", "_aot_autograd"}
 """Parts of names in a pickle, of loggers and of lm-eval's results, which are compared but not looked up."""
