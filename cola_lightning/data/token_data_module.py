@@ -113,7 +113,7 @@ class TokenDataModule(L.LightningDataModule):
     predict_dataloader = val_dataloader
 
     def on_exception(self, exception: BaseException) -> None:
-        """Make loaders possible again in this process, after one that could not be made."""
+        """Give torch's loaders their own methods again, in case this one could not be made."""
         unwrap_data_loaders()
 
     # -- what the run began with --------------------------------------------------------------------------------------

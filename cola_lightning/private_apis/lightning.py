@@ -126,8 +126,9 @@ def _within(function: Callable[..., None], context: Callable[[], AbstractContext
 def unwrap_data_loaders() -> None:
     """Give data loaders and samplers of torch, and subclasses of them, their own methods again.
 
-    Lightning wraps these methods while it asks for a loader, and leaves them wrapped if that raises. The next run in
-    the same process, as in a notebook, would then fail where Lightning makes a loader anew.
+    Lightning wraps these methods while it asks for a loader, and leaves them wrapped if that raises. In the same
+    process, as in a notebook, all later loaders would then record their arguments, and Lightning could fail where it
+    makes one anew.
     """
     classes: list[type] = [DataLoader, BatchSampler]
     for cls in classes:  # grows on the way

@@ -6,7 +6,7 @@ import shutil
 import lightning as L
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from cola_lightning.data import C4DataModule, Source, StreamingDataModule
 from cola_lightning.data.packing import IGNORE
@@ -210,15 +210,14 @@ def test_from_python_a_run_on_c4_resumes_as_any_stream_at_the_next_batch(c4, tmp
     assert fit(StreamingDataModule(**arguments(c4)), 3, ckpt_path=str(tmp_path / "last.ckpt")) == 3
 
 
-def test_after_a_loader_that_could_not_be_made_the_same_process_can_use_others(c4):
-    """Lightning leaves the class of torch's loaders wrapped then, and ``predict`` fails, which makes a loader anew."""
-    model = LanguageModel(300, 16, 24, 1, 2)
-    settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+def test_a_loader_that_could_not_be_made_leaves_torchs_loaders_as_they_were(c4):
+    """Lightning wraps their methods while it asks for a loader, and leaves them wrapped if that raises."""
+    names = ("__init__", "__setattr__", "__delattr__")
+    before = [getattr(owner, name) for owner in (DataLoader, BatchSampler) for name in names]
+    trainer = L.Trainer(accelerator="cpu", max_steps=1, overfit_batches=0.5, logger=False, enable_checkpointing=False)
     with pytest.raises(InputError, match="a stream has no length"):
-        L.Trainer(max_steps=1, overfit_batches=0.5, **settings).fit(model, C4DataModule(**arguments(c4)))
-    ids = torch.ones(8, dtype=torch.long)
-    rows = DataLoader([{"input_ids": ids, "labels": ids}] * 3, batch_size=2)
-    assert len(L.Trainer(**settings).predict(model, rows)) == 2
+        trainer.fit(LanguageModel(300, 16, 24, 1, 2), C4DataModule(**arguments(c4)))
+    assert [getattr(owner, name) for owner in (DataLoader, BatchSampler) for name in names] == before
 
 
 def test_a_run_may_change_its_batch_size_and_repeats_no_document(c4):
