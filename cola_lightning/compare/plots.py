@@ -1,4 +1,4 @@
-"""Plot a comparison: held-out loss by budget, and smoothed training loss, both on logarithmic axes."""
+"""Plot a comparison on logarithmic axes: held-out loss by budget, smoothed training loss, and the sweep."""
 
 import io
 import math
@@ -39,12 +39,14 @@ def write_plots(rows: list[dict[str, Any]], terms: dict[str, Any], baseline: str
         Names of the files.
     """
     known = [row for row in rows if row["curves"] and all(math.isfinite(value.mean) for value in row["loss"])]
-    if not known:
-        return []
-    chosen = [row["method"] for row in known if row["method"] != baseline][: MOST_LINES - 1]
+    swept = [row for row in rows if row["rates"]]
+    ordered = [*known, *(row for row in swept if row not in known)]
+    chosen = [row["method"] for row in ordered if row["method"] != baseline][: MOST_LINES - 1]
     colors = {name: plt.get_cmap("tab20")(2 * n % 20 + n // 10) for n, name in enumerate(chosen)} | {baseline: "black"}
+    names = [_save(_draw_sweep(swept, colors, baseline), folder / "sweep.png")] if swept else []
+    if not known:
+        return names
     counted = [row for row in known if row["mflops_per_token"]]
-    names = []
     if len(known[0]["loss"]) > 1:
         figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained", sharey=True)
         _draw(axes[0], [(row["method"], _budgets(row, "tokens", 1e6)) for row in known], colors, baseline, "o")
@@ -70,7 +72,34 @@ def write_plots(rows: list[dict[str, Any]], terms: dict[str, Any], baseline: str
         axis.set(xlabel=label)
     panels[0].set(ylabel="training loss, nats per token (moving mean)")
     names.append(_save(figure, folder / "training_loss.png"))
-    return names
+    return sorted(names)
+
+
+def _draw_sweep(rows: list[dict[str, Any]], colors: dict[str, Any], baseline: str) -> Any:
+    """Draw the lowest perplexity at each value of one rate, up to 1.4 times that of the worst method's best."""
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained", sharey=True)
+    best = [row["best_of_sweep"] for row in rows]
+    panels[0].set_ylim(min(best) * 0.97, max(best) * 1.4)
+    for axis, name in zip(panels, ("matrix", "other"), strict=True):
+        _draw(axis, [(row["method"], _sweep(row, name)) for row in rows], colors, baseline, "o", axis is panels[1])
+        for row in rows:
+            color = colors.get(row["method"], GREY)
+            axis.plot(getattr(row["rates"], name), row["best_of_sweep"], "*", ms=11, color=color)
+    panels[0].set(xlabel="learning rate of the matrices (star: the best)", ylabel="perplexity, the best of all with it")
+    panels[1].set(xlabel="learning rate of the other parameters")
+    return figure
+
+
+def _sweep(row: dict[str, Any], name: str) -> Line:
+    """Return the line of the lowest perplexity at each value of one rate, over the values of the others."""
+    lowest: dict[float, float] = {}
+    for entry in row["sweep"]:
+        value = entry["perplexity"]
+        if value is not None and math.isfinite(value):
+            lowest[entry[name]] = min(value, lowest.get(entry[name], math.inf))
+    xs = sorted(lowest)
+    ys = [lowest[x] for x in xs]
+    return xs, ys, ys, ys
 
 
 def _budgets(row: dict[str, Any], x: str, unit: float) -> Line:
@@ -92,8 +121,10 @@ def _training(row: dict[str, Any], factor: float) -> Line:
     return xs, [i.mean for i in intervals], [i.low for i in intervals], [i.high for i in intervals]
 
 
-def _draw(axis: Any, lines: list[tuple[str, Line]], colors: dict[str, Any], baseline: str, mark: str) -> None:
-    """Draw lines with shaded intervals, and label each at its right end."""
+def _draw(
+    axis: Any, lines: list[tuple[str, Line]], colors: dict[str, Any], baseline: str, mark: str, labels: bool = True
+) -> None:
+    """Draw lines with shaded intervals, and label each at its right end, or at the upper edge if that is above it."""
     axis.set(xscale="log", yscale="log")
     for method, (x, mean, low, high) in reversed(lines):  # the best on top
         color = colors.get(method, GREY)
@@ -102,12 +133,16 @@ def _draw(axis: Any, lines: list[tuple[str, Line]], colors: dict[str, Any], base
         axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
     for ticks in (axis.xaxis, axis.yaxis):
         # Axes of less than two decades have few powers of ten.
-        ticks.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+        low, high = ticks.get_view_interval()
+        ticks.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if high / low < 7 else (1, 2, 5)))
         ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ticks.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    _label(axis, [(method, x[-1], mean[-1], colors[method]) for method, (x, mean, *_) in lines if method in colors])
+    if labels:
+        top = axis.get_ylim()[1]
+        ends = [(name, x[-1], min(mean[-1], top), colors[name]) for name, (x, mean, *_) in lines if name in colors]
+        _label(axis, ends)
 
 
 def _label(axis: Any, ends: list[tuple[str, float, float, Any]]) -> None:

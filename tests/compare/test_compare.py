@@ -134,7 +134,7 @@ def test_the_report_has_what_was_counted_and_measured(compared):
     assert "`model.optimizer.init_args.matrix.class_path` GaLore" in text
     assert (report / "table.md").read_text() in text
     assert len(list(csv.DictReader((report / "results.csv").open()))) == 2
-    for name in ("held_out_loss", "training_loss"):
+    for name in ("held_out_loss", "training_loss", "sweep"):
         assert f"({name}.png)" in text
         assert (report / f"{name}.png").stat().st_size > 10_000
 
