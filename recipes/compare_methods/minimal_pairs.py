@@ -35,7 +35,7 @@ dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: ""
-doc_to_choice: ["{{{{good}}}}", "{{{{bad}}}}"]
+doc_to_choice: "{{{{[good, bad]}}}}"
 doc_to_target: 0
 num_fewshot: 0
 metric_list: [{{metric: acc}}]

@@ -18,6 +18,9 @@ def refuse(*arguments):
 torch.accelerator.is_available = torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = refuse
 import cola_lightning.benchmark, cola_lightning.cli.commands.benchmark, cola_lightning.cli.lightning_cli
 import cola_lightning.compare.sweep, cola_lightning.data, cola_lightning.methods
+import importlib.util
+if importlib.util.find_spec("lm_eval"):  # the server imports it for a plan with tasks
+    import lm_eval.models.huggingface
 """
 
 

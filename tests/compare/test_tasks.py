@@ -82,6 +82,31 @@ def test_the_same_seed_makes_the_same_task(script, tmp_path, capsys):
     assert Path(task["dataset_kwargs"]["data_files"]["test"]).is_file()
 
 
+@pytest.mark.slow
+@needs_lm_eval
+def test_pairs_are_scored_by_the_likelihoods_of_both_sentences(script, trained_run, tmp_path, offline):
+    words = ["the", "people", "of", "this", "great", "nation", "made", "peace", "and", "law", "upon", "land", "in"]
+    draw = random.Random(1)
+    sentences = [" ".join(["Then", *draw.sample(words, 8)]) + "." for _ in range(40)]
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"text": " ".join(sentences)}) + "\n")
+    script.main(["--text", str(tmp_path / "held_out.jsonl"), "--folder", str(tmp_path / "tasks")])
+    trained = load_model_for_inference(trained_run)
+    tokenizer = trained.tokenizer()
+
+    def likelihood(sentence: str) -> float:
+        # lm-eval puts the end-of-document id before a text without context, and a space before the answer.
+        ids = [tokenizer.eos_id, *tokenizer.encode([f" {sentence}"])[0][:-1]]
+        logits = trained.network(torch.tensor([ids]))[0].float().log_softmax(-1)
+        return sum(logits[n, ids[n + 1]].item() for n in range(len(ids) - 1))
+
+    file = tmp_path / "tasks" / "minimal_pairs_word_order.jsonl"
+    pairs = [json.loads(line) for line in file.read_text().splitlines()]
+    right = sum(likelihood(pair["good"]) > likelihood(pair["bad"]) for pair in pairs)
+    found = evaluate_tasks(trained, tokenizer, ["minimal_pairs_word_order"], str(tmp_path / "tasks"))
+    assert 0 < right < len(pairs)
+    assert found["minimal_pairs_word_order"]["acc"] == pytest.approx(right / len(pairs))
+
+
 # -- scores -----------------------------------------------------------------------------------------------------------
 
 

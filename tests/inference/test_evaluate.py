@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -138,9 +139,10 @@ def test_without_lm_eval_it_says_how_to_get_it(trained_run, monkeypatch, capsys)
 def write_task(folder):
     """Which of two words goes on with a text; answers known beforehand are told by the model's own likelihoods."""
     folder.mkdir(exist_ok=True)
-    rows = [{"text": "the people of", "a": "nation", "b": "war", "answer": 0},
-            {"text": "upon the year", "a": "treaty", "b": "law", "answer": 1},
-            {"text": "great commerce", "a": "sum", "b": "peace", "answer": 1}]  # fmt: skip
+    words = ["nation", "war", "treaty", "law", "sum", "peace", "land", "year"]
+    texts = ["the people of", "upon the year", "great commerce", "of the nation"]
+    rows = [{"text": text, "a": a, "b": b, "answer": n % 2}
+            for n, text in enumerate(texts) for a, b in itertools.pairwise(words)]  # fmt: skip
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "which_word.yaml").write_text(
@@ -150,7 +152,7 @@ dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{{{text}}}}"
-doc_to_choice: ["{{{{a}}}}", "{{{{b}}}}"]
+doc_to_choice: "{{{{[a, b]}}}}"
 doc_to_target: answer
 metric_list: [{{metric: acc}}]
 """
@@ -167,7 +169,7 @@ def test_a_task_of_lm_eval_is_scored_as_our_own_network_scores_it(trained_run, t
 
     rows = write_task(tmp_path / "tasks")
     trained = load_model_for_inference(trained_run)
-    tokenizer, right = trained.tokenizer(), 0
+    tokenizer, chosen = trained.tokenizer(), []
     for row in rows:
         scores = []
         prompt = tokenizer.encode([row["text"]])[0][:-1]
@@ -175,11 +177,13 @@ def test_a_task_of_lm_eval_is_scored_as_our_own_network_scores_it(trained_run, t
             ids = tokenizer.encode([f"{row['text']} {word}"])[0][:-1]
             likelihoods = log_softmax(trained.network(torch.tensor([ids]))[0], -1)
             scores.append(sum(likelihoods[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))))
-        right += (scores[1] > scores[0]) == row["answer"]
+        chosen.append(int(scores[1] > scores[0]))
+    right = sum(choice == row["answer"] for choice, row in zip(chosen, rows, strict=True))
+    assert right not in (sum(row["answer"] == always for row in rows) for always in (0, 1))
     main(["evaluate", str(trained_run), "--tasks=which_word", f"--include_path={tmp_path / 'tasks'}",
           f"--json={tmp_path / 'r.json'}"])  # fmt: skip
     result = json.loads((tmp_path / "r.json").read_text())["tasks"]["which_word"]
-    assert result["acc"] == pytest.approx(right / 3)
+    assert result["acc"] == pytest.approx(right / len(rows))
     quick = partial(lm_eval.tasks.TaskManager, include_defaults=False)  # to look through all of lm-eval's takes long
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path, **_: quick(include_path=include_path))
     with pytest.raises(SystemExit, match="2"):
