@@ -7,7 +7,7 @@ a step of 8,192 tokens, uncompiled. All networks take turns in every round. A st
 a row's tokens b is attention's, since the tokens of a step stay; of layers and vocabulary it is theirs. The table
 compares the measured times with the line that fits them best. The products are in bf16 where the processor multiplies
 it, else in float32. The table is printed, and written with a plot and all figures as JSON to FOLDER.
-Nothing else should run beside it; it then takes about five minutes on two cores.
+Nothing else should run beside it; it then takes about four minutes on two cores.
 """
 
 import argparse
@@ -63,6 +63,11 @@ def flags_of(work: dict[str, int], tokens: int, more: list[str]) -> list[str]:
     ]
 
 
+def name_of(work: dict[str, int]) -> str:
+    """Name an amount of work."""
+    return ", ".join(f"{amount:,} {kind}" for kind, amount in work.items())
+
+
 def networks(tokens: int, more: list[str]) -> tuple[list[PackageModel], list[Run]]:
     """Make the network of every amount of work, named by its three sizes, to be measured; and its run."""
     subjects: dict[str, PackageModel] = {}
@@ -70,7 +75,7 @@ def networks(tokens: int, more: list[str]) -> tuple[list[PackageModel], list[Run
     for varied, values in VARIED.items():
         for value in values:
             work = BASE | {varied: value}
-            name = ", ".join(f"{amount:,} {kind}" for kind, amount in work.items())
+            name = name_of(work)
             if name in subjects:  # the base
                 continue
             flags = flags_of(work, tokens, more)
@@ -113,36 +118,20 @@ def line_through(values: tuple[int, ...], seconds: list[float]) -> list[float]:
     return [float(factors[0] + factors[1] * value) for value in x]
 
 
-def main() -> None:
-    """Measure, predict, print and draw."""
+def write(results: dict[str, dict[str, Any]], tokens: int, heading: str, folder: Path) -> None:
+    """Print and write the table, and draw the plot."""
     from matplotlib.figure import Figure
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step")
-    parser.add_argument("--busy", action="store_true", help="one thread, processor time, as predicted_and_measured.py")
-    options, more = parser.parse_known_args()
-    if options.busy:
-        count_processor_time()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    subjects, runs = networks(options.tokens, more)
-    results = measure(subjects, runs, options.rounds)
     figure = Figure(figsize=(12, 4), layout="constrained")
     lines = [
-        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit()}, "
-        f"{subjects[0].trainer.precision}, {options.tokens:,} tokens a step, {options.rounds} rounds"
-        + ("; processor time, other work ran beside" if options.busy else ""),
+        heading,
         "",
         "| varied | value | GFLOPs of a step | measured, s (range) | a line | deviation | predicted, s | error |",
         "|---|---|---|---|---|---|---|---|",
     ]
     worst = {}
     for axes, (varied, values) in zip(figure.subplots(1, 3), VARIED.items(), strict=True):
-        names = [
-            ", ".join(f"{amount:,} {kind}" for kind, amount in (BASE | {varied: value}).items()) for value in values
-        ]
-        found = [results[name] for name in names]
+        found = [results[name_of(BASE | {varied: value})] for value in values]
         line = line_through(values, [each["seconds"] for each in found])
         deviations = [each["seconds"] / straight - 1 for each, straight in zip(found, line, strict=True)]
         worst[varied] = max(deviations, key=abs)
@@ -156,13 +145,36 @@ def main() -> None:
         axes.plot(values, [each["seconds"] for each in found], "o", label="measured")
         axes.plot(values, line, "-", label=f"a + b x, at most {max(map(abs, deviations)):.0%} off")
         axes.plot(values, [each["predicted"] for each in found], "s--", alpha=0.6, label="predicted")
-        axes.set(xlabel=varied, ylabel=f"seconds of a step of {options.tokens:,} tokens", ylim=(0, None))
+        axes.set(xlabel=varied, ylabel=f"seconds of a step of {tokens:,} tokens", xlim=(0, None), ylim=(0, None))
+        axes.locator_params("x", nbins=5)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.legend()
     lines += ["", "Largest deviation from a line: " + ", ".join(f"{k} {v:+.0%}" for k, v in worst.items())]
-    (options.folder / "cost_against_work.md").write_text("\n".join(lines) + "\n")
-    (options.folder / "cost_against_work.json").write_text(json.dumps(results, indent=2))
-    figure.savefig(options.folder / "cost_against_work.png", dpi=120)
+    (folder / "cost_against_work.md").write_text("\n".join(lines) + "\n")
+    figure.savefig(folder / "cost_against_work.png", dpi=100)
     print("\n".join(lines))
+
+
+def main() -> None:
+    """Measure, predict, print and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step")
+    parser.add_argument("--busy", action="store_true", help="one thread, processor time, as predicted_and_measured.py")
+    options, more = parser.parse_known_args()
+    if options.busy:
+        count_processor_time()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    subjects, runs = networks(options.tokens, more)
+    heading = (
+        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit()}, "
+        f"{subjects[0].trainer.precision}, {options.tokens:,} tokens a step, {options.rounds} rounds"
+        + ("; processor time, other work ran beside" if options.busy else "")
+    )
+    results = measure(subjects, runs, options.rounds)
+    (options.folder / "cost_against_work.json").write_text(json.dumps(results, indent=2))
+    write(results, options.tokens, heading, options.folder)
 
 
 if __name__ == "__main__":
