@@ -20,8 +20,11 @@ HIDDEN_MESSAGES = re.compile(
     r"|-{20,}\ndistributed_backend=",
 )
 """Beginnings of messages that Lightning logs."""
-HIDDEN_WARNINGS = (r".*`isinstance\(treespec, LeafSpec\)` is deprecated",)
-"""Beginnings of warnings about other libraries' code, which a user cannot change."""
+HIDDEN_WARNINGS = (
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"The number of training batches .* is smaller than the logging interval",  # the summary of the run says it
+)
+"""Beginnings of warnings about other libraries' code, which a user cannot change, and of one said in other words."""
 
 
 def hide_library_messages() -> None:

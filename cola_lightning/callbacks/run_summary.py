@@ -113,6 +113,9 @@ def describe_end(trainer: L.Trainer, seconds: float) -> list[tuple[str, str]]:
     ):
         if key in metrics:
             reached.append(f"{name} {float(metrics[key]):{form}}")
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
+    if "train/loss" not in metrics and every > trainer.global_step:
+        reached.append(f"no loss logged, because --trainer.log_every_n_steps is {every}")
     lines = [("reached", ", ".join(reached))]
     checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "")
     if not checkpoint:

@@ -11,9 +11,9 @@ from cola_lightning.callbacks.out_of_memory import out_of_memory
 from cola_lightning.checkpoints.restore import explain_settings, lost_connection
 from cola_lightning.errors import InputError, RankError
 
-SETTINGS_ERRORS = "conditioned on metric|but no `dataloader_idx` argument"
-"""RuntimeErrors of Lightning about settings: EarlyStopping on a metric that the run does not log, and validation data
-of several loaders."""
+SETTINGS_ERRORS = "conditioned on metric|but no `dataloader_idx` argument|Found more than one stateful callback"
+"""RuntimeErrors of Lightning about settings: EarlyStopping on a metric that the run does not log, validation data of
+several loaders, and the same callback twice."""
 
 
 class OutOfMemoryError(InputError):

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from cola_lightning.callbacks import Progress
+from cola_lightning.callbacks import Checkpoints, Progress
 from cola_lightning.callbacks.defaults import default_callbacks, defaults_beside
 from cola_lightning.checkpoints import plain_data_only, read_state
 from cola_lightning.checkpoints.lock import lock, release
@@ -83,6 +83,7 @@ class CLI(RunSettings):
         """Find the directory of the run, because loggers need it when they are made."""
         if self._guard:
             self._guard.enter_context(plain_data_only())
+            self._guard = None  # parsers hold this object, and callbacks of Lightning copy them with the module
         if self.subcommand:
             self.config[self.subcommand]["ckpt_path"] = self.checkpoint_path
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -181,6 +182,11 @@ class CLI(RunSettings):
         """Return the callbacks that the user named, and a progress bar. Lightning adds the other defaults."""
         named = trainer["callbacks"] or []
         named = list(named) if isinstance(named, list) else [named]
+        if any(isinstance(callback, Checkpoints) for callback in named):
+            raise InputError(
+                "Checkpoints is among --trainer.callbacks, but every run has it; leave it out there, and set "
+                "--checkpoint.every_n_train_steps, keep and dirpath"
+            )
         defaults = self.trainer_defaults["callbacks"]
         if trainer["barebones"]:
             defaults = []

@@ -165,11 +165,6 @@ def _problems(trainer: L.Trainer, data: L.LightningDataModule | None) -> Iterato
             "--trainer.plugins AsyncCheckpointIO returns before a checkpoint is on the disk, but here one is checked "
             "and named when it is; leave the plugin out"
         )
-    if sum(isinstance(callback, Checkpoints) for callback in callbacks) > 1:
-        yield (
-            "Checkpoints is among --trainer.callbacks, but every run has it; leave it out there, and set "
-            "--checkpoint.every_n_train_steps, keep and dirpath"
-        )
     for callback in callbacks:
         name = type(callback).__name__
         if isinstance(callback, StochasticWeightAveraging) and (

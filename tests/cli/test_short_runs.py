@@ -25,4 +25,6 @@ def test_the_quick_start_ends_with_a_validation_after_any_number_of_steps(steps,
     assert list(curve(run_dir, "val/perplexity")) == [steps - 1]  # fewer than its interval of 250
     shown = capsys.readouterr().err
     assert f"step {steps:,} of {steps:,} after" in shown
+    assert ("no loss logged, because --trainer.log_every_n_steps is 10" in shown) == (steps < 10)
+    assert "logging interval" not in shown
     assert (run_dir / "checkpoints" / f"step_{steps:08}.ckpt").is_file()
