@@ -26,7 +26,7 @@ OWN = {"private_apis", "light_import.py"}
 PRIVATE = re.compile(r"_[a-z]\w*")
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_replace"}
 """Names with an underscore that Python documents: ``os._exit``, and attributes of named tuples."""
-TEXTS = {"_stderr", "_local", "_get_layout", "_functorch", "_aot_autograd"}
+TEXTS = {"_stderr", "_local", "_get_layout", "_functorch", "_aot_autograd", "_http"}
 """Parts of names in a pickle, of loggers and of lm-eval's results, which are compared but not looked up."""
 LANGUAGE = {"_abc_impl", "_backward_cls"}
 """Attributes that Python's and torch's metaclasses set on every subclass."""
