@@ -22,6 +22,7 @@ from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError, UnusableModelError
 from cola_lightning.hub import write_folder
 from cola_lightning.inference.load import LoadedModel, load_model_for_inference, pick_device
+from cola_lightning.inference.prepare import prepare_for_generation
 from cola_lightning.models import Llama
 from cola_lightning.output_files import check_output_file, to_json, write_json
 
@@ -40,6 +41,7 @@ def evaluate(
     device: str | None = None,
     trust: Sequence[str] = (),
     json: str | None = None,
+    int8: bool = False,
 ) -> None:
     """Measure a model on text and on tasks, and print the result as JSON.
 
@@ -57,6 +59,8 @@ def evaluate(
         device: Where to compute; a GPU if there is one.
         trust: Classes or packages whose code a checkpoint may name.
         json: File to which the result is written too.
+        int8: Round the matrices to int8 before text is measured, see
+            :func:`~cola_lightning.inference.prepare.prepare_for_generation`.
 
     Raises:
         InputError: If a file, a task or the model cannot be found, or a value is out of range.
@@ -74,7 +78,10 @@ def evaluate(
     result: dict[str, Any] = {}
     if files:
         length = trained.sequence_length() if sequence_length is None else sequence_length
-        measured = evaluate_text(trained.network.to(where), vocabulary, files, text_column, length, stride, batch_size)
+        network = trained.network.to(where)
+        if int8:
+            prepare_for_generation(network, int8=True)
+        measured = evaluate_text(network, vocabulary, files, text_column, length, stride, batch_size)
         if math.isinf(measured["perplexity"]):
             print(f"the perplexity, exp({measured['loss']:.6g}), is beyond any number: null", file=sys.stderr)
         result["text"] = measured

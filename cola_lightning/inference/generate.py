@@ -1,6 +1,7 @@
 """Let a model continue prompts."""
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from cola_lightning.inference.load import load_model_for_inference, pick_device
+from cola_lightning.inference.prepare import check_compiler, prepare_for_generation
 from cola_lightning.models import Llama
 from cola_lightning.models.generation import pad_left, stream
 from cola_lightning.models.sampling import check_sampling
@@ -28,6 +30,8 @@ def print_continuations(
     seed: int = 42,
     device: str | None = None,
     trust: Sequence[str] = (),
+    int8: bool = False,
+    compile: bool = False,
 ) -> None:
     """Let a model continue prompts, and print them. One is printed token by token, several when all are done.
 
@@ -41,6 +45,7 @@ def print_continuations(
         seed: Of the sampling.
         device: Where to compute; a GPU if there is one.
         trust: Classes or packages whose code a checkpoint may name.
+        int8, compile: As for :func:`cola_lightning.inference.prepare.prepare_for_generation`.
 
     Raises:
         InputError: If there is no prompt, a value is out of range, or the model cannot be loaded.
@@ -49,9 +54,15 @@ def print_continuations(
     check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     _check_texts(prompts, stops)
     where = pick_device(device)
+    if compile:
+        check_compiler(where)
     trained = load_model_for_inference(model, trust)
+    network = trained.network.to(where)
+    prepare_for_generation(network, int8=int8, compile=compile)
+    if compile:
+        print("the second token waits for the compiler, whose result later calls find on disk", file=sys.stderr)
     progress = continue_texts(
-        trained.network.to(where),
+        network,
         trained.tokenizer(tokenizer),
         prompts,
         list(stops),
@@ -99,21 +110,53 @@ def continue_texts(
     tokenizer.check_fits(network.config.vocab_size)
     rows, padding = pad_left(encoded)
     device = network.lm_head.weight.device
-    begun = [len(tokenizer.decode(ids)) for ids in encoded]
-    texts, done = [""] * len(prompts), [False] * len(prompts)
+    continuations = [Continuation(tokenizer, ids, stops) for ids in encoded]
     for tokens in stream(network, rows.to(device), padding=padding, **sampling):
-        for row, token in enumerate(tokens.flatten().tolist()):
-            if done[row] or token in tokenizer.stop_ids:
-                done[row] = True
-                continue
-            encoded[row].append(token)
-            # All of it is decoded anew, for what a token spells depends on those before it.
-            text = tokenizer.decode(encoded[row])[begun[row] :]
-            ends = [text.index(stop) for stop in stops if stop in text]
-            texts[row], done[row] = text[: min(ends, default=None)], bool(ends)
-        yield list(texts)
-        if all(done):
+        for continuation, token in zip(continuations, tokens.flatten().tolist(), strict=True):
+            continuation.append(token)
+        yield [continuation.text for continuation in continuations]
+        if all(continuation.done for continuation in continuations):
             return
+
+
+class Continuation:
+    """The text of a continuation, decoded token by token.
+
+    What a token spells depends on the tokens before it: a letter may be spread over several, and a tokenizer may leave
+    out a space at the beginning of a text. So the last tokens are decoded again with each new one, from the last but
+    one place where the text ended in a whole letter. The time for a token does not grow with the text.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompt: Ids of the prompt.
+        stops: Texts that end a continuation.
+
+    Attributes:
+        text: The continuation so far, up to where it ends.
+        done: Whether it has ended.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: Sequence[str]) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
+        self.text, self.done = "", False
+        self.settled = ""  # text that no later token changes
+        self.before, self.recent = list(prompt), list[int]()  # ids that are decoded again: settled ones, and others
+
+    def append(self, token: int) -> None:
+        """Add an id, unless the continuation has ended."""
+        if self.done or token in self.tokenizer.stop_ids:
+            self.done = True
+            return
+        self.recent.append(token)
+        known = len(self.tokenizer.decode(self.before))
+        added = self.tokenizer.decode(self.before + self.recent)[known:]
+        text = self.settled + added
+        # A stop may begin in the settled text, which held none.
+        begins = [text.find(stop, max(0, len(self.settled) - len(stop) + 1)) for stop in self.stops]
+        self.text = text[: min((begin for begin in begins if begin >= 0), default=None)]
+        self.done = max(begins, default=-1) >= 0
+        if added and not added.endswith("\N{REPLACEMENT CHARACTER}"):
+            self.settled, self.before, self.recent = text, self.recent, []
 
 
 def _certain(text: str, stops: Sequence[str]) -> int:

@@ -50,7 +50,8 @@ class LowRank(Projection):
 
     def latent(self, x: Tensor) -> Tensor:
         """Compute ``A x``, (…, in) -> (…, R), before any nonlinearity, and mark what CoLA-M keeps."""
-        with mark_operations(LATENT) if self.keeps_latent else nullcontext():
+        # Without gradients there is no backward pass to keep it for.
+        with mark_operations(LATENT) if self.keeps_latent and torch.is_grad_enabled() else nullcontext():
             return self.A(x)
 
     @staticmethod

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from cola_lightning.models.generation_step import CompiledStep
 from cola_lightning.models.kv_cache import Cache
 from cola_lightning.models.llama import Llama
 from cola_lightning.models.sampling import sample
@@ -37,6 +38,9 @@ def stream(
 ) -> Iterator[Tensor]:
     """Sample a continuation of each row, token by token.
 
+    A network that :func:`~cola_lightning.inference.prepare.prepare_for_generation` has compiled computes each token of
+    a single row by its compiled step, except where the text is longer than ``max_position_embeddings``.
+
     A row longer than the network's ``max_position_embeddings`` is cut to its last tokens, and the network reads all of
     these again for each new token. Up to that length, it reads each token once.
 
@@ -52,29 +56,37 @@ def stream(
         The next token of each row (B, 1).
     """
     limit = network.config.max_position_embeddings
-    cache = Cache(len(network.model.layers), min(limit, ids.shape[1] + max_new_tokens))
+    step: CompiledStep | None = network.generation_step
+    (rows, begin), device = ids.shape, ids.device
+    cache = Cache(len(network.model.layers), min(limit, begin + max_new_tokens))
+    # All ids in one buffer, so that appending a token does not copy those before it
+    ids = torch.cat((ids, ids.new_empty(rows, max_new_tokens)), dim=1)
     if padding is not None:
-        padding = padding.to(ids.device) if bool(padding.any()) else None
+        padding = padding.to(device) if bool(padding.any()) else None
 
-    def document_ids(begin: int, end: int) -> Tensor | None:
+    def document_ids(first: int, end: int) -> Tensor | None:
         """Make the padding a document of its own. It shifts no position, because only distances count in RoPE."""
         if padding is None:
             return None
-        return (torch.arange(begin, end, device=ids.device) >= padding[:, None]).long()
+        return (torch.arange(first, end, device=device) >= padding[:, None]).long()
 
-    done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
-    for _ in range(max_new_tokens):
-        length = ids.shape[1]
-        with torch.compiler.set_stance("force_eager"):  # a graph for each length would cost more than it saves
-            if length <= limit:
-                logits = network(ids[:, cache.length :], document_ids(0, length), cache, last_only=True)
-            else:
-                logits = network(ids[:, -limit:], document_ids(length - limit, length), last_only=True)
+    done = torch.zeros(rows, 1, dtype=torch.bool, device=device)
+    for length in range(begin, begin + max_new_tokens):
+        unread = ids[:, cache.length : length]
+        if step is not None and length <= limit and padding is None and step.takes(unread, cache):
+            logits = step(unread, cache)
+        else:
+            with torch.compiler.set_stance("force_eager"):  # a graph for each length would cost more than it saves
+                if length <= limit:
+                    logits = network(unread, document_ids(0, length), cache, last_only=True)
+                else:
+                    last = ids[:, length - limit : length]
+                    logits = network(last, document_ids(length - limit, length), last_only=True)
         token = sample(logits[:, -1].float(), temperature, top_k, top_p, generator)
         if stop_id is not None:
             token = token.masked_fill(done, stop_id)
             done = done | (token == stop_id)
-        ids = torch.cat((ids, token), dim=1)
+        ids[:, length : length + 1] = token
         yield token
         if stop_id is not None and bool(done.all()):
             return

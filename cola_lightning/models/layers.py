@@ -1,5 +1,6 @@
 """Linear map, scalar, token embedding and head: modules that own weights and initialize them."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -10,15 +11,32 @@ from cola_lightning.models.initialization import WEIGHT_STD
 from cola_lightning.models.loss import token_losses
 
 
+def plain_product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """Multiply (…, in) by a matrix (out, in); -> (…, out). There is no scale where the matrix is not int8."""
+    return linear(x, weight)
+
+
 class NormalLinear(nn.Linear):
-    """A linear map without bias whose weight is initialized as N(0, ``std``²); (…, in) -> (…, out)."""
+    """A linear map without bias whose weight is initialized as N(0, ``std``²); (…, in) -> (…, out).
+
+    Attributes:
+        scale: One factor per row (out,) where the weight is int8; else None. See :mod:`cola_lightning.inference.int8`.
+        product: Computes the output from input, weight and scale. Generation may replace it.
+    """
+
+    scale: Tensor | None
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(plain_product)
 
     def __init__(self, in_features: int, out_features: int, std: float = WEIGHT_STD) -> None:
         self.std = std  # set first, because nn.Linear's constructor calls reset_parameters
         super().__init__(in_features, out_features, bias=False)
+        self.register_buffer("scale", None)
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.scale)
 
 
 class Scalar(nn.Module):
@@ -35,16 +53,27 @@ class Scalar(nn.Module):
 
 
 class TokenEmbedding(nn.Embedding):
-    """Token embedding (B, T) -> (B, T, D), initialized as N(0, 0.02²); the padding row is zero and stays zero."""
+    """Token embedding (B, T) -> (B, T, D), initialized as N(0, 0.02²); the padding row is zero and stays zero.
+
+    Attributes:
+        scale: One factor per row (V,) where the weight is int8; else None.
+    """
+
+    scale: Tensor | None
 
     def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_idx)
+        self.register_buffer("scale", None)
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=WEIGHT_STD)
         if self.padding_idx is not None:
             with torch.no_grad():
                 self.weight[self.padding_idx].zero_()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = super().forward(ids)
+        return x if self.scale is None else x.to(self.scale.dtype) * self.scale[ids, None]
 
 
 class Head(NormalLinear):
@@ -72,5 +101,5 @@ class Head(NormalLinear):
     def forward(self, x: Tensor, targets: Tensor | None = None, reduction: Literal["none", "sum"] = "none") -> Tensor:
         """Compute logits; or, with ``targets`` (B, T), losses as :func:`~cola_lightning.models.loss.token_losses`."""
         if targets is None:
-            return linear(x, self.weight)
+            return self.product(x, self.weight, self.scale)
         return token_losses(x, self.weight, targets, reduction, self.loss_chunk_size, self.compiles_chunks)

@@ -4,8 +4,9 @@
 Face's ``LlamaForCausalLM``, so its weights load without renaming.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from cola_lightning.models.block import Block
 from cola_lightning.models.config import LlamaConfig
 from cola_lightning.models.cross_layer import CrossLayerBlock
 from cola_lightning.models.fused import FusedAttention, FusedMLP
-from cola_lightning.models.kv_cache import Cache, LayerCache
+from cola_lightning.models.kv_cache import Cache, KeyValueStore
 from cola_lightning.models.layers import Head, TokenEmbedding
 from cola_lightning.models.mlp import MLP
 from cola_lightning.models.projection import CrossLayer, FullRank, MakeProjection
@@ -32,7 +33,7 @@ def make_block(config: LlamaConfig, projection: MakeProjection) -> Block:
 
 
 def run_layers(
-    layers: Iterable[nn.Module], x: Tensor, rotary: Rotary, caches: Sequence[LayerCache] | None = None
+    layers: Iterable[Callable[..., Any]], x: Tensor, rotary: Rotary, caches: Sequence[KeyValueStore] | None = None
 ) -> Tensor:
     """Run decoder layers one after another; residual stream (B, T, D) -> (B, T, D).
 
@@ -71,18 +72,26 @@ class Decoder(nn.Module):
             # Several tokens after a filled cache need a mask, because is_causal aligns the first query with the first
             # key. Make one by numbering all tokens as one document.
             document_ids = ids.new_zeros(1, seen + ids.shape[1])
-        rotary = self.rotary(ids.shape[1], like=x, start=seen)
+        rotary = self.rotary(ids.shape[1], like=x, start=seen, cache=cache)
         if document_ids is not None:
             rotary = rotary._replace(mask=document_mask(document_ids, seen))
         x = run_layers(self.layers, x, rotary, None if cache is None else cache.layers)
         return self.norm(x.to(self.norm.weight.dtype))  # a recompute scheme may run the stream in float32
 
-    def rotary(self, length: int, *, like: Tensor, start: int = 0) -> Rotary:
-        """Compute cosine and sine for ``length`` positions from ``start`` on, in dtype and on device of ``like``."""
+    def rotary(self, length: int, *, like: Tensor, start: int = 0, cache: Cache | None = None) -> Rotary:
+        """Return cosine and sine for ``length`` positions from ``start`` on, in dtype and on device of ``like``.
+
+        With a cache they are computed once for all positions that it can hold, unless they depend on the text's length.
+        """
         config = self.config
-        return rotary_table(
-            length, config.head_dim, config.rope_theta, like=like, start=start, scaling=config.rope_scaling
-        )
+        table = partial(rotary_table, head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
+        if cache is None or (config.rope_scaling or {}).get("rope_type") == "dynamic":
+            return table(length, like=like, start=start)
+        if cache.table is None:
+            rotary = table(cache.capacity, like=like)
+            cache.table = rotary.cos, rotary.sin
+        cos, sin = (part[start : start + length] for part in cache.table)
+        return Rotary(cos, sin)
 
 
 class Llama(nn.Module):
@@ -98,6 +107,8 @@ class Llama(nn.Module):
         self.config = config
         self.model = Decoder(config, projection)
         self.lm_head = Head(config.hidden_size, config.vocab_size, config.loss_chunk_size)
+        # prepare_for_generation may put a CompiledStep here
+        self.generation_step: Any = None
 
     def forward(
         self,

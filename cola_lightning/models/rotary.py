@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cola_lightning.models.kv_cache import LayerCache
+from cola_lightning.models.kv_cache import KeyValueStore
 from cola_lightning.models.rope_scaling import Scaling, frequencies
 
 
@@ -22,7 +22,7 @@ class Rotary(NamedTuple):
     cos: Tensor
     sin: Tensor
     mask: Tensor | None = None
-    cache: LayerCache | None = None
+    cache: KeyValueStore | None = None
 
 
 def rotary_table(

@@ -34,6 +34,9 @@ _FOREACH = ("add_", "sub_", "clamp_min_", "lerp_", "mul_", "addcmul_", "sqrt")
 foreach = SimpleNamespace(**{name: getattr(torch, f"_foreach_{name}") for name in _FOREACH})
 """One operation on each tensor of a list, in few kernels: ``foreach.add_`` is ``torch._foreach_add_``."""
 
+int8_product_of_bfloat16 = torch._weight_int8pack_mm
+"""``f(x, weight, scale)`` multiplies x (N, in) in bfloat16 by a matrix (out, in) in int8 with factors (out,)."""
+
 
 def fake_tensors() -> AbstractContextManager:
     """Make tensors with a shape and a type but no content, while the context lasts."""
@@ -121,6 +124,7 @@ EXPECTED = (
     Expected("torch._subclasses.fake_tensor:FakeTensorMode"),
     Expected("torch._ops:OpOverload.__init__", mentions=("_schema",)),
     Expected("torch:UntypedStorage._cdata"),
+    Expected("torch:_weight_int8pack_mm"),
     Expected(f"{_READER}._get_metadata_path", "self, rank"),
     Expected(f"{_READER}.read_metadata", mentions=("_get_metadata_path",)),
     Expected("torch.utils.tensorboard:SummaryWriter._get_file_writer", "self"),

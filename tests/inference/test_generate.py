@@ -10,9 +10,10 @@ import torch
 from cola_lightning.cli.app import main
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import UnusableModelError
-from cola_lightning.inference.generate import _lines, continue_texts
+from cola_lightning.inference.generate import Continuation, _lines, continue_texts
 from cola_lightning.models import FullRank
 from tests.conftest import tiny_llama
+from tests.data.test_tokenizer import t5_like
 
 
 class Scripted(torch.nn.Module):
@@ -64,6 +65,31 @@ def test_one_prompt_is_written_as_it_comes_but_nothing_is_taken_back(tokenizer, 
     main(["generate", str(trained_run), "--prompt=a", "--stop=##"])
     assert len([text for text in written if text]) > 4
     assert "".join(written) == "a 漢#字"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_a_text_decoded_token_by_token_is_that_of_all_tokens(kind, tokenizer, tmp_path):
+    chosen = tokenizer if kind == "bytes" else Tokenizer.load(str(t5_like(tmp_path / "pieces")))
+    (begun,) = chosen.encode(["a 漢" if kind == "bytes" else "ab c"])
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(chosen.vocab_size, (300,), generator=draw).tolist()  # bytes that make no letters, too
+    ids = [id for id in ids if id not in chosen.stop_ids] + (chosen.encode(["漢字 naïve"])[0][:-1] * 3)
+    continuation = Continuation(chosen, begun[:-1], [])
+    whole = len(chosen.decode(begun[:-1]))
+    for count, id in enumerate(ids, 1):
+        continuation.append(id)
+        assert continuation.text == chosen.decode(begun[:-1] + ids[:count])[whole:]
+
+
+def test_the_time_to_decode_a_token_does_not_grow_with_the_text(tokenizer, monkeypatch):
+    decoded = []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    continuation = Continuation(tokenizer, tokenizer.encode(["the people"])[0][:-1], ["##"])
+    for id in tokenizer.encode(["of the nation " * 50])[0][:-1]:
+        continuation.append(id)
+    assert len(decoded) > 200
+    assert max(decoded[20:]) <= 4
 
 
 def test_from_run_and_folder_alike(trained_run, tmp_path, capsys):

@@ -28,12 +28,17 @@ def parse(args: list[str]) -> Namespace:
     add("--batch_size", type=int, default=8, help="rows at a time")
     add("--tokenizer", help="folder, tokenizer.json or hub repository; the model's if not given")
     add("--device", help="cuda, cpu, …; what there is if not given")
+    add(
+        "--int8", action="store_true", help="round the matrices to int8 first, as generate --int8 does; for --text only"
+    )
     add("--trust", nargs="+", default=[], help="classes or packages whose code a checkpoint may name")
     add("--json", metavar="FILE", help="write the result there too")
     options = parser.parse_args(args)
     options.tasks = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
     if not options.text and not options.tasks:
         raise InputError("there is nothing to evaluate on; give --text FILE_OR_FOLDER, or --tasks NAME,NAME")
+    if options.int8 and options.tasks:
+        raise InputError("--int8 is for --text, because lm-eval reads the model from a folder; leave out one of them")
     check_at_least(1, options, "batch_size", "sequence_length", "limit")
     return options
 
