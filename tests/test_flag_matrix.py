@@ -20,6 +20,9 @@ SAMPLE = [
     "model.schedule ReduceLROnPlateau",
     "plugins MixedPrecision",
     "plugins XLACheckpointIO",
+    "plugins LSFEnvironment",
+    "callbacks Checkpoints",
+    "strategy deepspeed",
     "logger WandbLogger",
     "precision 16-mixed",
 ]
@@ -31,7 +34,7 @@ def test_each_argument_and_class_of_lightning_and_torch_has_been_tried():
 
 
 def test_no_case_ends_in_a_traceback():
-    assert set(RECORDED.values()) <= {"works", "one line", "not tried"}
+    assert set(RECORDED.values()) == {"works", "one line"}
 
 
 @pytest.mark.slow

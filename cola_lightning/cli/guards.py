@@ -11,9 +11,12 @@ from cola_lightning.callbacks.out_of_memory import out_of_memory
 from cola_lightning.checkpoints.restore import explain_settings, lost_connection
 from cola_lightning.errors import InputError, RankError
 
-SETTINGS_ERRORS = "conditioned on metric|but no `dataloader_idx` argument|Found more than one stateful callback"
+SETTINGS_ERRORS = (
+    "conditioned on metric|but no `dataloader_idx` argument|Found more than one stateful callback"
+    "|only supported on CUDA GPUs"
+)
 """RuntimeErrors of Lightning about settings: EarlyStopping on a metric that the run does not log, validation data of
-several loaders, and the same callback twice."""
+several loaders, the same callback twice, and DeepSpeed by another name than those that are checked before."""
 
 
 class OutOfMemoryError(InputError):

@@ -232,6 +232,9 @@ def reason_of(message: str) -> str | None:
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     problems = [line for line in lines if re.search(r"missing \d+ required|Requirement '.*' not met", line)]
     classes = re.findall(r"class_path='([\w.]+)'", message)
+    if classes and not problems and message.startswith("Does not validate against any of the Union subtypes"):
+        # What the constructor said is lost in this report. The class is of the right kind, or parsing had refused it.
+        return f"{classes[0]} cannot be made with these arguments on this machine; make one in Python to see why"
     if not problems or not classes:
         return None
     return f"{classes[0]} cannot be made: {problems[0]}"
