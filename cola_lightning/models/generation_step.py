@@ -17,6 +17,7 @@ from cola_lightning.models.kv_cache import Cache
 from cola_lightning.models.llama import run_layers
 from cola_lightning.models.loss import at_least_float32
 from cola_lightning.models.rotary import Rotary
+from cola_lightning.private_apis.torch import allow_compilations
 
 
 def row_product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
@@ -43,6 +44,7 @@ class CompiledStep:
     """
 
     def __init__(self, network: Any, backend: str | Callable = "inductor") -> None:
+        allow_compilations()
         self.decoder, self.lm_head = network.model, network.lm_head
         layer, self.head = (
             torch.compile(part, dynamic=True, fullgraph=True, backend=backend) for part in (_layer, _head)

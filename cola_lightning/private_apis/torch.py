@@ -37,6 +37,9 @@ foreach = SimpleNamespace(**{name: getattr(torch, f"_foreach_{name}") for name i
 int8_product_of_bfloat16 = torch._weight_int8pack_mm
 """``f(x, weight, scale)`` multiplies x (N, in) in bfloat16 by a matrix (out, in) in int8 with factors (out,)."""
 
+_COMPILATIONS = 8
+"""Compilations of a function's code that are allowed for each network, which is PyTorch's limit for a process."""
+
 
 def fake_tensors() -> AbstractContextManager:
     """Make tensors with a shape and a type but no content, while the context lasts."""
@@ -63,6 +66,19 @@ def mark_operations(mark: dict[str, Any]) -> AbstractContextManager:
 def operation_marks() -> dict[str, Any]:
     """Return the marks of the operation that is run or traced now."""
     return traceback.current_meta.get("custom", {})
+
+
+def allow_compilations() -> None:
+    """Allow PyTorch to compile the code of one more network. Call it for each network that is compiled.
+
+    Layers of all networks share their code, and PyTorch counts the compilations of code in a process: each size, each
+    setting of checkpointing, training and evaluation. From the ninth on it would run layers uncompiled, with a warning
+    only, so that a comparison of networks would measure compiled ones against others.
+    """
+    from torch._dynamo import config  # slow to import
+
+    config.recompile_limit += _COMPILATIONS
+    config.accumulated_recompile_limit += _COMPILATIONS
 
 
 def unscales_by_itself(optimizer: Optimizer) -> bool:

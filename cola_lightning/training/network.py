@@ -11,6 +11,7 @@ from cola_lightning.distributed.sharding import builds_lazily
 from cola_lightning.errors import InputError
 from cola_lightning.host_memory import check_memory
 from cola_lightning.models import Llama
+from cola_lightning.private_apis.torch import allow_compilations
 
 Transform = Callable[[Llama], None]
 """Changes a network in place, such as turning on activation checkpointing."""
@@ -48,6 +49,7 @@ def apply_transforms(network: Llama, transforms: Sequence[Transform], is_finishe
 
 def compile_network(network: Llama) -> None:
     """Compile each decoder layer, and head and loss, with ``torch.compile``."""
+    allow_compilations()
     for layer in network.model.layers:
         layer.compile()
     network.lm_head.compile()
