@@ -3,6 +3,7 @@ import gc
 import os
 import random
 import signal
+import sys
 import threading
 from functools import cache, partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from cola_lightning.methods import CoLA
 from cola_lightning.models import Llama, LlamaConfig
 from cola_lightning.models.projection import MakeProjection
 from cola_lightning.private_apis.lightning import unwrap_data_loaders
+from cola_lightning.private_apis.torch import allow_compilations
 from cola_lightning.training.module import LanguageModel
 from tests import processes
 from tests.processes import child_processes, end_all
@@ -93,6 +95,8 @@ def _nothing_stays_behind():
     the process (daemons) may stay, and so may the servers of pytest and multiprocessing. Environment variables of the
     test are removed: with Lightning's LOCAL_RANK, the next run would wait for other ranks.
     """
+    if "torch._dynamo" in sys.modules:
+        allow_compilations()  # or the tests before would have used up PyTorch's limit, and this one would not compile
     variables, threads, children = dict(os.environ), set(threading.enumerate()), child_processes()
     yield
     left = end_all()
