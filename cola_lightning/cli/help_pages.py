@@ -6,7 +6,7 @@ hundreds of lines.
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cola_lightning.cli.options import OptionParser
@@ -96,6 +96,12 @@ def common_page(command: str, line: str) -> str:
     return "\n".join([example, "", *wrap_paragraph(line), "", options + "More:", *more, "", *end])
 
 
+def show_if_asked(make_page: Callable[[], "FunctionHelp"], args: list[str]) -> None:
+    """Print a page and end the process, if ``--help`` is among the arguments. Otherwise no source is read."""
+    if {"-h", "--help"} & set(args):
+        make_page().parser.parse_args(["--help"])
+
+
 class FunctionHelp:
     """Help of a command whose options are the arguments of a function. It is read from the function's source.
 
@@ -125,11 +131,6 @@ class FunctionHelp:
         self.parser.add_argument("-c", "--config", metavar="FILE", help="YAML file with these arguments")
         self.parser.add_argument("--print_config", action="store_true", help="print the configuration and stop")
         self._add(arguments, "")
-
-    def show_if_asked(self, args: list[str]) -> None:
-        """Print the page and end the process, if ``--help`` is among the arguments."""
-        if {"-h", "--help"} & set(args):
-            self.parser.parse_args(["--help"])
 
     def _add(self, arguments: dict[str, tuple[str, str | None, str]], prefix: str) -> None:
         for name, (kind, default, text) in arguments.items():

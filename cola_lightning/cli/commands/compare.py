@@ -3,7 +3,7 @@
 import shlex
 from typing import Any
 
-from cola_lightning.cli.help_pages import FunctionHelp
+from cola_lightning.cli.help_pages import FunctionHelp, show_if_asked
 from cola_lightning.light_import import import_lightning
 
 GROUP = "Compare"
@@ -25,7 +25,7 @@ def help_page() -> FunctionHelp:
 
 def parse(args: list[str]) -> dict[str, Any]:
     """Parse the arguments of :func:`cola_lightning.compare.sweep.compare`."""
-    help_page().show_if_asked(args)
+    show_if_asked(help_page, args)
     import_lightning()
     from cola_lightning.cli.parser import parse_function
     from cola_lightning.compare.sweep import compare

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cola_lightning.cli.help_pages import FunctionHelp
+from cola_lightning.cli.help_pages import FunctionHelp, show_if_asked
 from cola_lightning.light_import import import_lightning
 
 GROUP = "Use"
@@ -22,7 +22,7 @@ def help_page() -> FunctionHelp:
 
 def parse(args: list[str]) -> dict[str, Any]:
     """Parse the arguments of :func:`cola_lightning.inference.factorize.factorize`."""
-    help_page().show_if_asked(args)
+    show_if_asked(help_page, args)
     import_lightning()
     from cola_lightning.cli.parser import parse_function
     from cola_lightning.inference.factorize import factorize

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cola_lightning.cli.help_pages import FunctionHelp
+from cola_lightning.cli.help_pages import FunctionHelp, show_if_asked
 from cola_lightning.light_import import import_lightning
 
 GROUP = "Train"
@@ -16,7 +16,7 @@ def help_page() -> FunctionHelp:
 
 def parse(args: list[str]) -> dict[str, Any]:
     """Parse the arguments of :func:`cola_lightning.data.prepare.prepare`."""
-    help_page().show_if_asked(args)
+    show_if_asked(help_page, args)
     import_lightning()
     from cola_lightning.cli.parser import parse_function
     from cola_lightning.data.prepare import prepare
