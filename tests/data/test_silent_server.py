@@ -120,6 +120,7 @@ def test_the_page_states_the_real_times():
         assert f"{TRIES} x {requests * remote.ANSWER:.0f} s + 126 s = {least:.0f} s, at most {most:.0f} s" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("door", "name"),
     [

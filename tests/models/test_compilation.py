@@ -12,6 +12,7 @@ from cola_lightning.models.kv_cache import Cache
 from cola_lightning.training.network import compile_network
 from tests.conftest import tiny_llama
 
+pytestmark = pytest.mark.slow
 WIDTHS = range(16, 176, 16)  # ten, of which PyTorch compiles the first eight by itself
 
 
