@@ -61,9 +61,9 @@ def in_columns(entries: Iterable[tuple[str, str]], width: int | None = None, ind
     return lines
 
 
-def wrap_paragraph(text: str, indent: str = "") -> list[str]:
+def wrap_paragraph(text: str) -> list[str]:
     """Wrap a text to the terminal's width."""
-    return _wrap(text, indent, indent, shutil.get_terminal_size().columns)
+    return _wrap(text, "", "", shutil.get_terminal_size().columns)
 
 
 def _wrap(text: str, first: str, following: str, width: int) -> list[str]:

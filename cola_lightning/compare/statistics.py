@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-RESAMPLES, EXACT = 10_000, 5
+LEVEL, RESAMPLES, EXACT = 0.95, 10_000, 5
 
 
 class Interval(NamedTuple):
@@ -18,8 +18,8 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Return the mean of values with its percentile bootstrap interval.
+def bootstrap_interval(values: Sequence[float]) -> Interval:
+    """Return the mean of values with its percentile bootstrap interval of 95 %.
 
     All resamples of up to five values are enumerated, so that the interval is exact; of more, 10,000 are drawn with a
     fixed seed. The interval of three values is from the least to the greatest, because each of the 27 resamples has
@@ -37,7 +37,7 @@ def bootstrap_interval(values: Sequence[float], level: float = 0.95) -> Interval
         means = np.array(list(product(numbers, repeat=len(numbers)))).mean(axis=1)
     else:
         means = np.random.default_rng(0).choice(numbers, (RESAMPLES, len(numbers))).mean(axis=1)
-    tail = (1 - level) / 2
+    tail = (1 - LEVEL) / 2
     # This definition of the percentile makes each end the mean of some resample.
     low, high = np.quantile(means, [tail, 1 - tail], method="inverted_cdf")
     return Interval(float(numbers.mean()), float(low), float(high))

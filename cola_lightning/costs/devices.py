@@ -4,7 +4,7 @@ All constants of the prediction are in this file; collectives.py has those of NC
 "Not checked" marks those that have none. "This package's H100" is recipes/benchmark/results/products_h100.json.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from cola_lightning.costs.gpus import Gpu
 from cola_lightning.errors import InputError
@@ -136,9 +136,6 @@ class Device:
     host_graph: float = HOST_GRAPH
     thin: dict[int, float] = field(default_factory=dict)
     slow: dict[str, float] = field(default_factory=dict)
-
-    def with_changes(self, **changes: object) -> "Device":
-        return replace(self, **changes)  # type: ignore[arg-type]
 
 
 def device_of(gpu: Gpu) -> Device:

@@ -1,4 +1,4 @@
-"""What is expected of a private API, and how one is replaced."""
+"""Expectations of private APIs, and the replacement of one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What each rank of FSDP2 holds and sends, counted, on two ranks and on four, for four matrices and for eight."""
+"""Memory and traffic of each rank of FSDP2, counted on two ranks and on four, for four matrices and for eight."""
 
 import json
 
