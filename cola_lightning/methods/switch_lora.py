@@ -27,7 +27,7 @@ An exchange rounds once, to the dtype of W. With ``precision: bf16-true`` these 
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -38,14 +38,12 @@ from typing_extensions import TypedDict
 from cola_lightning.errors import InputError, check_at_least
 from cola_lightning.methods.arguments import check_rank
 from cola_lightning.methods.post_step import PostStepCallback
+from cola_lightning.methods.switch_lora_schedule import SIDES, Done, Exchange, ExchangeSchedule, Recent, Side
 from cola_lightning.models.projection import Projection
 from cola_lightning.optim.row_adamw import RowAdamW
 from cola_lightning.optim.rows import Rows, gather_rows, local, mesh_of, own_rows, rows_of, set_rows
 from cola_lightning.optim.sharded import gather_on_first
-from cola_lightning.stored_data import ALTERED, Count, check_stored
-
-Side = Literal["A", "B"]
-SIDES: tuple[Side, Side] = ("A", "B")
+from cola_lightning.stored_data import ALTERED, check_stored
 
 
 class SwitchLoRA(Projection):
@@ -104,7 +102,8 @@ class SwitchLoRA(Projection):
             counterparts: The same rows of the other factor.
             candidates: The new rows, like ``switched``.
         """
-        # For A: W += (α / R) b_kᵀ (a_k - c). For B the factors change places: W += (α / R) (b_k - c)ᵀ a_k.
+        # For A: W += (α / R) b_kᵀ (a_k - c). For B the factors change places: W += (α / R) (b_k - c)ᵀ a_k. This is the
+        # product of ``left`` (out, K) and ``right`` (K, in), of which a rank computes its own rows.
         left, right = counterparts.T, switched - candidates
         if side == "B":
             left, right = right.T, counterparts
@@ -112,36 +111,10 @@ class SwitchLoRA(Projection):
         set_rows(rows_of(self.A if side == "A" else self.B), rows, candidates)
 
 
-class _Sides(TypedDict):
-    A: Count
-    B: Count
-
-
-class _Recent(TypedDict):
-    A: list[list[Count]]
-    B: list[list[Count]]
-
-
 class _State(TypedDict):
     pools: list[dict[str, Any]]
-    done: list[_Sides]
-    recent: list[_Recent]
-
-
-class Exchange(NamedTuple):
-    """The exchange of the next rows of one factor.
-
-    Attributes:
-        projection: Its number.
-        side: The factor.
-        first: Its first row.
-        rows: Number K of rows.
-    """
-
-    projection: int
-    side: Side
-    first: int
-    rows: int
+    done: list[Done]
+    recent: list[Recent]
 
 
 class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
@@ -178,11 +151,8 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
             )
         if descent <= 0:
             raise InputError(f"SwitchLoRACallback: descent is {descent}; it must be above 0")
-        self.interval, self.descent, self.hold_steps = interval, descent, hold_steps
+        self.schedule = ExchangeSchedule(interval, descent, hold_steps)
         self.pools: list[dict[str, Tensor]] = []  # this rank's candidates of each projection, in the CPU's memory
-        # Exchanges of each factor since the start; and [step, number] of those within the last hold_steps.
-        self.done: list[dict[str, int]] = []
-        self.recent: list[dict[str, list[list[int]]]] = []
         self.writes_rows = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -196,12 +166,12 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
                 f"SwitchLoRACallback restarts single rows, which {type(self.optimizer).__name__} cannot; "
                 f"set --model.optimizer cola_lightning.optim.RowAdamW"
             )
-        if self.pools:
+        self.schedule.ranks = [projection.A.shape[0] for projection in self.projections]
+        if self.pools:  # of a checkpoint
             self._keep_own()
         else:
             self.pools = [self._candidates(index, projection) for index, projection in enumerate(self.projections)]
-            self.done = [{"A": 0, "B": 0} for _ in self.projections]
-            self.recent = [{"A": [], "B": []} for _ in self.projections]
+            self.schedule.reset()
 
     def _candidates(self, index: int, projection: SwitchLoRA) -> dict[str, Tensor]:
         """Draw the pool of each factor (N, in or out). The last R places are those of the vectors in use at first.
@@ -223,51 +193,15 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
                 if mesh_of(projection.A) and len(pool) == size:
                     pools[side] = pool[own_rows(projection.A, size)].clone()
 
-    def rate(self, step: int, total_steps: int) -> float:
-        """Compute the share of a factor's vectors to exchange before step ``step``, counted from 0."""
-        return max(0.3 ** ((step + 1) / (self.descent * total_steps)), 1e-8) / self.interval
-
     def after_step(self, trainer: L.Trainer, step: int) -> None:
-        rate = self.rate(step, trainer.max_steps)
-        counts = []
-        for projection, chance in zip(self.projections, self.chances(step), strict=True):
-            wanted = rate * projection.A.shape[0]
-            # Round once for both factors, so that B's turn stays half a round of rows from A's.
-            counts.append(int(wanted) + (chance < wanted % 1))
-        for side in SIDES:
-            free = [self._free(index, side, step, count) for index, count in enumerate(counts)]
-            due = [Exchange(index, side, self._first(index, side), count) for index, count in enumerate(free) if count]
-            for batch in self._batches(due):
+        counts = self.schedule.counts(step, trainer.max_steps, self.chances(step))
+        for side in SIDES:  # all exchanges of A first, because they hold rows of B
+            for batch in self._batches(self.schedule.due(side, step, counts)):
                 self._exchange(batch, step)
 
     def chances(self, step: int) -> list[float]:
         """Draw the number in [0, 1) by which each projection rounds, the same on all ranks."""
         return torch.rand(len(self.projections), generator=self.draw(step)).tolist()
-
-    def _first(self, index: int, side: str) -> int:
-        """Compute the row whose turn it is.
-
-        A and B begin half a round apart, so that an exchange in one does not hold the rows that are next in the other.
-        Example: R = 8. A begins at row 0 and holds rows of B from 0 on; B begins at row 4 and holds rows of A from 4.
-        """
-        rank = self.projections[index].A.shape[0]
-        return (self.done[index][side] + (rank // 2 if side == "B" else 0)) % rank
-
-    def _free(self, index: int, side: str, step: int, count: int) -> int:
-        """Count how many of the next ``count`` rows can be exchanged before one that is held."""
-        rank = self.projections[index].A.shape[0]
-        other = "B" if side == "A" else "A"
-        recent = self.recent[index]
-        recent[other] = [[s, n] for s, n in recent[other] if step - s < self.hold_steps]
-        # The other factor's last exchanges were of the rows before its next one. They hold these rows of this factor.
-        held = sum(n for _, n in recent[other])
-        last = self._first(index, other) - 1
-        held_rows = {(last - back) % rank for back in range(min(held, rank))}
-        first = self._first(index, side)
-        for n in range(min(count, rank)):
-            if (first + n) % rank in held_rows:
-                return n
-        return min(count, rank)
 
     def _batches(self, due: list[Exchange]) -> Iterator[list[Exchange]]:
         """Divide exchanges so that a batch takes at most as much memory as a matrix W.
@@ -295,9 +229,9 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
 
     def _read(self, due: list[Exchange]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Read for each exchange the vectors to switch, their counterparts, and the candidates: (K, in or out) each."""
-        wanted = []
+        wanted = []  # three of each exchange, so that one exchange between the ranks reads them all
         for index, side, first, count in due:
-            projection, pool, done = self.projections[index], self.pools[index][side], self.done[index][side]
+            projection, pool, done = self.projections[index], self.pools[index][side], self.schedule.done[index][side]
             switched, counterpart = (projection.A, projection.B) if side == "A" else (projection.B, projection.A)
             rank, size = switched.shape[0], min(projection.weight.shape)
             rows = _turns(first, count, rank)
@@ -310,23 +244,28 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
     def _switch(self, due: Exchange, step: int, switched: Tensor, counterparts: Tensor, candidates: Tensor) -> None:
         """Exchange the next rows of one factor, and restart their counterparts."""
         index, side, first, count = due
-        projection, done = self.projections[index], self.done[index][side]
+        projection, done = self.projections[index], self.schedule.done[index][side]
         factor, other = (projection.A, projection.B) if side == "A" else (projection.B, projection.A)
         rank, size = factor.shape[0], min(projection.weight.shape)
-        # Rows and candidates are both taken in turn, so a row's vector goes R places before its candidate. Example: R =
-        # 2, N = 6. The first exchange takes candidate 0 for row 0, whose vector goes to place -2 = 4 of the pool. It
-        # is the candidate of the fifth exchange, which is of row 0 again.
+        # 1. Put the vectors into the pool. Rows and candidates are both taken in turn, so a row's vector goes R places
+        #    before its candidate. Example: R = 2, N = 6. The first exchange takes candidate 0 for row 0, whose vector
+        #    goes to place -2 = 4 of the pool. It is the candidate of the fifth exchange, which is of row 0 again.
         pool = Rows(self.pools[index][side], own_rows(factor, size), size)
         set_rows(pool, _turns(done - rank, count, size), switched)
-        if count > size - rank:  # a vector that has just gone into the pool is a candidate at once
-            back = _turns(rank, count, size)
-            at_once = back < count
-            candidates[at_once] = switched[back[at_once]]
+        # 2. The candidates were read before step 1. In a pool that is hardly larger than R, a vector that has just gone
+        #    in is a candidate at once. Row i takes the candidate at place done + i, and the vector of row j went to
+        #    place done + j - R. The place is the same if j = i + R, modulo N. Example: R = 4, N = 5, three rows. j is
+        #    4, 0 and 1, so row 1 takes the vector of row 0, row 2 that of row 1, and row 0 the candidate as read.
+        if count > size - rank:
+            put_by = _turns(rank, count, size)
+            at_once = put_by < count
+            candidates[at_once] = switched[put_by[at_once]]
+        # 3. Replace the rows, and add to W what the branch loses.
         rows = _turns(first, count, rank)
         projection.switch(side, rows, switched, counterparts, candidates)
-        self.optimizer.restart(other, rows, self.hold_steps)
-        self.done[index][side] += count
-        self.recent[index][side].append([step, count])
+        # 4. The counterparts' moments belong to the vectors that have left.
+        self.optimizer.restart(other, rows, self.schedule.hold_steps)
+        self.schedule.record(due, step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state. All ranks must call this.
@@ -339,12 +278,12 @@ class SwitchLoRACallback(PostStepCallback[SwitchLoRA]):
             rows = {side: Rows(pool, own_rows(projection.A, size), size) for side, pool in own.items()}
             shards = mesh and self.writes_rows
             pools.append({side: each if shards else gather_on_first(each, mesh) for side, each in rows.items()})
-        return super().state_dict() | {"pools": pools, "done": self.done, "recent": self.recent}
+        return super().state_dict() | {"pools": pools, "done": self.schedule.done, "recent": self.schedule.recent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         check_stored(state_dict, _State, "in the state of SwitchLoRACallback", ALTERED)
-        self.done, self.recent = state_dict["done"], state_dict["recent"]
+        self.schedule.done, self.schedule.recent = state_dict["done"], state_dict["recent"]
         self.pools = [
             {side: pool.part if isinstance(pool, Rows) else pool for side, pool in pools.items()}
             for pools in state_dict["pools"]

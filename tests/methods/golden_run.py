@@ -127,7 +127,7 @@ def replay_switch_lora(shard: Shard | None = None) -> None:
         if number + 1 < 40:
             with torch.no_grad():
                 switch.after_step(trainer, number + 1)
-    assert sum(count for each in switch.done for count in each.values()) > 50
+    assert sum(count for each in switch.schedule.done for count in each.values()) > 50
 
 
 def replay_sharded() -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from cola_lightning.errors import InputError
 from cola_lightning.methods import SwitchLoRA, SwitchLoRACallback
-from cola_lightning.methods.switch_lora import Exchange
+from cola_lightning.methods.switch_lora_schedule import Exchange, ExchangeSchedule
 from cola_lightning.optim import RowAdamW
 from tests.conftest import loader, tiny_llama, tiny_trainer
 from tests.methods.runs import train
@@ -29,7 +29,7 @@ def switching(modules, total_steps=100, **settings):
 @torch.no_grad()
 def exchange(callback, side, step, count):
     """Exchange the next rows of a factor of the first projection."""
-    due = Exchange(0, side, callback._first(0, side), count)
+    due = Exchange(0, side, callback.schedule.first(0, side), count)
     callback._switch(due, step, *callback._read([due])[0])
 
 
@@ -119,7 +119,7 @@ def test_rows_that_are_held_are_left():
 
     callback._switch = watched
     refused = 0
-    free = callback._free
+    free = callback.schedule.free
 
     def counted(index, side, step, count):
         nonlocal refused
@@ -127,11 +127,23 @@ def test_rows_that_are_held_are_left():
         refused += count - found
         return found
 
-    callback._free = counted
+    callback.schedule.free = counted
     for step in range(1, 200):
         callback.after_step(step)
     assert refused > 0
     assert min(switches.values()) > 100
+
+
+@pytest.mark.parametrize(("step", "free"), [(14, 1), (15, 3), (16, 3), (17, 4)])
+def test_an_exchange_holds_the_same_rows_of_the_other_factor_for_five_steps(step, free):
+    """A exchanged rows 0 and 1 at step 10, and row 2 at step 12. Four rows of B are asked for: 7, 0, 1 and 2."""
+    schedule = ExchangeSchedule(interval=40, descent=0.1, hold_steps=5)
+    schedule.ranks = [8]
+    schedule.reset()
+    for exchange, made in ((Exchange(0, "A", 0, 2), 10), (Exchange(0, "A", 2, 1), 12), (Exchange(0, "B", 4, 3), 1)):
+        schedule.record(exchange, made)
+    assert schedule.first(0, "B") == 7
+    assert schedule.free(0, "B", step, 4) == free
 
 
 def test_rate_and_number_follow_the_formula():
@@ -139,11 +151,11 @@ def test_rate_and_number_follow_the_formula():
     modules = [SwitchLoRA(16, 16, rank=16) for _ in range(8)]
     callback = switching(modules, total_steps=2000, hold_steps=0)
     expected = [16 / 40 * 0.3 ** ((step + 1) / 200) for step in range(1, 401)]
-    assert [16 * callback.rate(step, 2000) for step in range(1, 401)] == pytest.approx(expected)
+    assert [16 * callback.schedule.rate(step, 2000) for step in range(1, 401)] == pytest.approx(expected)
     for step in range(1, 401):
         callback.after_step(step)
-    assert all(each["A"] == each["B"] for each in callback.done)  # rounding is drawn once for both factors
-    done = [each["A"] for each in callback.done]
+    assert all(each["A"] == each["B"] for each in callback.schedule.done)  # rounding is drawn once for both factors
+    done = [each["A"] for each in callback.schedule.done]
     assert sum(done) / len(done) == pytest.approx(sum(expected), abs=4 * (sum(expected) / len(done)) ** 0.5)
     assert len(set(done)) > 1  # and for each projection apart
 
@@ -154,8 +166,8 @@ def test_the_turn_of_b_stays_half_a_round_from_that_of_a():
     callback = switching([module], interval=10, hold_steps=2, descent=1e6)
     for step in range(1, 300):
         callback.after_step(step)
-        assert (callback._first(0, "B") - callback._first(0, "A")) % 16 == 8
-    assert callback.done[0]["A"] > 3 * 16
+        assert (callback.schedule.first(0, "B") - callback.schedule.first(0, "A")) % 16 == 8
+    assert callback.schedule.done[0]["A"] > 3 * 16
 
 
 def test_initial_weights_as_a_whole_are_distributed_as_usual():

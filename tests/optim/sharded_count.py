@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from cola_lightning.methods import SST, ReLoRA, ReLoRACallback, SSTCallback, SwitchLoRA, SwitchLoRACallback
 from cola_lightning.methods.sst import decomposition
-from cola_lightning.methods.switch_lora import Exchange
+from cola_lightning.methods.switch_lora_schedule import Exchange
 from cola_lightning.optim import RowAdamW
 from tests.conftest import tiny_llama
 from tests.optim.sharded_run import GAP, OPTIMIZERS, join
@@ -193,8 +193,8 @@ def count_methods(mesh, matrices: int) -> dict[str, dict]:
                     callback = SwitchLoRACallback(seed=0)
                     callback.projections, callback.optimizer = list(network), optimizer
                     callback.pools = [callback._candidates(n, module) for n, module in enumerate(network)]
-                    callback.done = [{"A": 0, "B": 0} for _ in network]
-                    callback.recent = [{"A": [], "B": []} for _ in network]
+                    callback.schedule.ranks = [RANK] * matrices
+                    callback.schedule.reset()
                     for side in "AB":
                         with measured(row, side, most()):
                             for batch in callback._batches([Exchange(n, side, 0, 2) for n in range(matrices)]):
