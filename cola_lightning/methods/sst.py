@@ -102,14 +102,6 @@ class SST(ExactParameters, Projection):
         U, V = (rest.index_copy(0, self.active, own) for rest, own in ((self.U, self.u), (self.V, self.v)))  # noqa: N806
         return (U.to(self.sigma.dtype).T * self.sigma) @ V.to(self.sigma.dtype)
 
-    @torch.no_grad()
-    def next_iteration(self, draw: torch.Generator, decompose: bool) -> None:
-        """Write the active pairs back, decompose the matrix again if asked to, and sample other pairs by ``draw``."""
-        self.deactivate()
-        if decompose:
-            self.set_decomposition(decomposition(self.matrix()))
-        self.activate(draw)
-
     def deactivate(self) -> None:
         """Write the active pairs back into U and V."""
         for rest, own in ((self.U, self.u), (self.V, self.v)):

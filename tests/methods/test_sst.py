@@ -5,7 +5,6 @@ import torch
 
 from cola_lightning.errors import InputError
 from cola_lightning.methods import SST, SSTCallback
-from cola_lightning.methods.post_step import generator
 from tests.methods.runs import train
 
 
@@ -26,11 +25,14 @@ def test_start_is_the_decomposition_of_an_ordinary_matrix(sizes):
 @pytest.mark.parametrize("decompose", [False, True])
 def test_iterations_and_rounds_leave_the_matrix_as_it_was(decompose):
     module = projection()
+    rounds = SSTCallback(iteration_steps=1, iterations_per_round=1 if decompose else 2, seed=0)
+    rounds.projections, rounds.optimizer = [module], torch.optim.AdamW(module.parameters())
     with torch.no_grad():
         module.sigma.mul_(torch.rand(20) * 2)
         module.u.copy_(torch.nn.functional.normalize(torch.randn(5, 30), dim=-1))
     before, active = module.dense(), module.active.clone()
-    module.next_iteration(generator(0, 0, 0), decompose)
+    with torch.no_grad():
+        rounds.after_step(SimpleNamespace(), 1)
     torch.testing.assert_close(module.dense(), before, atol=1e-6, rtol=0)
     assert not torch.equal(module.active, active)
     assert not module.U[module.active].any()
