@@ -16,6 +16,8 @@ except ImportError:  # on Windows
     resource = None  # type: ignore[assignment]
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
+GIB = 2**30
+"""Bytes of a GiB."""
 BYTES_PER_TOKEN = 16
 """Bytes of a token in a batch: ``input_ids`` and ``labels``, int64."""
 
@@ -33,7 +35,7 @@ def check_memory(needed: float, what: str, fix: str) -> None:
     """
     if needed > (most := memory_of_machine()):
         raise InputError(
-            f"{what} would take {needed / 2**30:,.0f} GiB of memory; this machine has {most / 2**30:,.0f} GiB; {fix}"
+            f"{what} would take {needed / GIB:,.0f} GiB of memory; this machine has {most / GIB:,.0f} GiB; {fix}"
         )
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import lightning as L
 import torch
 
+from cola_lightning.host_memory import GIB
 from cola_lightning.training.log_steps import at_log_step
 
-GIB = 2**30
 STATM = Path("/proc/self/statm")
 
 

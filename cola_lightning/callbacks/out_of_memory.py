@@ -11,12 +11,11 @@ import torch
 
 from cola_lightning.costs import Run
 from cola_lightning.errors import InputError
+from cola_lightning.host_memory import GIB
 from cola_lightning.methods.cola_m.callback import CoLAM
 from cola_lightning.methods.low_rank import LowRank
 from cola_lightning.training.module import LanguageModel
 from cola_lightning.training.trainer_attributes import callbacks_of, datamodule_of
-
-GIB = 2**30
 
 
 class OutOfMemoryAdvice(L.Callback):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cola_lightning.errors import InputError
+from cola_lightning.host_memory import GIB
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Gpu:
     @property
     def usable(self) -> float:
         """Bytes for a training run: 92 %. The rest is CUDA's context, libraries, and gaps between blocks."""
-        return 0.92 * self.memory * 2**30
+        return 0.92 * self.memory * GIB
 
 
 # Where one name is part of another, the longer comes first.

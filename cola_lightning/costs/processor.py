@@ -18,7 +18,7 @@ from cola_lightning.costs.counters import count_flops
 from cola_lightning.costs.devices import ATTENTION_BLOCK, Device
 from cola_lightning.costs.gpus import Gpu
 from cola_lightning.costs.run_costs import Run
-from cola_lightning.host_memory import memory_of_machine
+from cola_lightning.host_memory import GIB, memory_of_machine
 from cola_lightning.training.allocator import keep_freed_memory
 
 SECONDS = 0.8
@@ -74,7 +74,7 @@ def on_processor(run: Run) -> Run:
 def as_gpu(device: Device) -> Gpu:
     """Return the processor's entry in the table of GPUs: its memory in GiB, and the measured peak in TFLOP/s."""
     peak = max(device.peak.values()) / 1e12
-    memory = memory_of_machine() / 2**30
+    memory = memory_of_machine() / GIB
     return Gpu("cpu", memory, peak, peak, device.bandwidth / 1e9, 0, 0, "cpu", ())
 
 

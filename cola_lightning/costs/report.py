@@ -18,9 +18,9 @@ from cola_lightning.costs.scaling import misalignment
 from cola_lightning.costs.speed import predict
 from cola_lightning.costs.speed_report import speed_figures, speed_table, table
 from cola_lightning.errors import InputError
+from cola_lightning.host_memory import GIB
 from cola_lightning.output_files import write_json
 
-GIB = 2**30
 MEMORY = {
     "weights": "weights",
     "gradients": "gradients",
