@@ -169,6 +169,7 @@ class _Keep(CrossLayerState):
         if isinstance(projection, CRNet):
             z = projection.A(x)
             self.latents.append(z)
+            # Projections are called in one order in every layer, so the n-th takes the n-th tensor of the layer before.
             y, passed_on = projection.join(z, self.received[len(self.passed_on)])
         else:
             y, passed_on = projection(x, None)
@@ -214,9 +215,12 @@ class _Run(Function):
         ctx: Any, scheme: Recompute, block: CrossLayerBlock, rotary: Rotary, count: int, x: Tensor, *rest: Tensor
     ) -> Any:
         # ``rest`` is the ``count`` tensors received, then the weights, which are here only to get their gradients.
+        # What the last layer passes on is used by nobody. Its gradients come as None rather than as zeros.
         ctx.set_materialize_grads(False)
         state = _Keep(rest[:count])
         out = block.run(x, rotary, state)
+        # Keep the input and the latents, and of an anchor also the outputs. What was received is not kept: the backward
+        # pass recovers it, as outputs of the layer before. This is what the scheme saves.
         anchored = state.passed_on if block in scheme.anchors else []
         ctx.save_for_backward(x, *state.latents, *anchored)
         ctx.scheme, ctx.block, ctx.rotary, ctx.count, ctx.latents = scheme, block, rotary, count, len(state.latents)
@@ -238,10 +242,12 @@ class _Run(Function):
             # The module gets a view of x, because hooks that wait for the gradients of a module's inputs cannot watch a
             # leaf of a backward pass inside this one.
             out = block.run(x.view_as(x), ctx.rotary, state)
-        # 3. Go backward from the stream and the seven outputs, leaving out those without a gradient.
+        # 3. Go backward from the stream and the seven outputs, leaving out those without a gradient. ``below`` has the
+        #    values of what forward received, so its gradients are those of the tensors received.
         pairs = [(y, g) for y, g in zip([out, *state.passed_on], grads, strict=True) if g is not None]
         ends, starts = zip(*pairs, strict=True)
         found = torch.autograd.grad(ends, [x, *state.below, *weights], starts, allow_unused=True)
         # 4. Leave the recovered outputs for the layer below, whose backward pass is next.
         scheme.recovered = [below.detach() for below in state.below]
+        # One for each argument of forward: scheme, block, rotary and count have none, then x, received, weights.
         return None, None, None, None, *found

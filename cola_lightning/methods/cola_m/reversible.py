@@ -102,7 +102,7 @@ class _Run(Function):
     def forward(ctx: Any, scheme: Reversible, block: Block, x: Tensor, rotary: Rotary, *parameters: Tensor) -> Tensor:
         # The parameters are arguments only so that autograd takes their gradients from backward().
         kept: list[Tensor] = []
-        o_proj, down_proj = low_rank_projections(block)[3::3]
+        o_proj, down_proj = low_rank_projections(block)[3::3]  # numbers 3 and 6 of q, k, v, o, gate, up, down
 
         def make(projection: LowRank, h: Tensor) -> Tensor:
             z = projection.latent(h)
@@ -119,6 +119,7 @@ class _Run(Function):
         ctx.remember_attention, ctx.recall_attention = nullcontext(), nullcontext()
         if scheme.attention:
             ctx.remember_attention, ctx.recall_attention = create_selective_checkpoint_contexts(list(ATTENTION_OPS))
+        # Attention, then the MLP, as in Block. ``make`` keeps the seven latents in the order of their projections.
         z = attention_latent(block, x, rotary, make, ctx.remember_attention)
         ctx.latent_dtype = z.dtype
         x = x + o_proj.expand(z)
@@ -126,6 +127,8 @@ class _Run(Function):
         x = x + down_proj.expand(z)
         ctx.save_for_backward(*kept)
         ctx.block, ctx.rotary, ctx.stream, ctx.float8 = block, rotary, scheme.stream, scheme.float8
+        # All layers share one place for the stream, and each replaces the value. After the forward pass it is the last
+        # layer's output, where the backward pass begins; no layer's input is kept.
         ctx.stream.value = x
         ctx.autocast = autocast_settings(x.device.type)
         return x
@@ -135,6 +138,7 @@ class _Run(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         block, rotary = ctx.block, ctx.rotary
         o_proj, down_proj = low_rank_projections(block)[3::3]
+        # In 8 bits the saved tensors alternate: a latent, then its scales, which next() takes from the same iterator.
         saved = iter(ctx.saved_tensors)
         latents = [from_float8(q, next(saved), ctx.latent_dtype) if ctx.float8 else q for q in saved]
         grads: dict[Tensor, Tensor] = {}
@@ -156,6 +160,7 @@ class _Run(Function):
             # 4. Compute z3 from x0 again, and go back through it.
             z = attention_latent(block, x.view_as(x), rotary, replay(latents[:4]), ctx.recall_attention)
             grad = grad + sublayer_grad(z, grad_latent, x, (block.input_layernorm, block.self_attn), o_proj, grads)
+        # x is now this layer's input, which is the output of the layer below, whose backward pass is next.
         ctx.stream.value = x.detach()
         return None, None, grad, None, *(grads.get(weight) for weight in weights_of(block))
 
@@ -168,6 +173,8 @@ def invert_residual_add(
     Returns:
         The stream before the addition, as a leaf, and the latent's gradient.
     """
+    # expand(latent) is needed twice: its value, to subtract it, and its graph, for the gradients of latent and B. The
+    # stream was x' = x + expand(latent), so the gradient of expand(latent) is that of x'.
     latent = latent.detach().requires_grad_()
     added = projection.expand(latent.view_as(latent))
     weights = weights_of(projection.B)
@@ -178,6 +185,7 @@ def invert_residual_add(
 
 def sublayer_grad(z: Tensor, grad_z: Tensor, x: Tensor, modules: tuple, last: LowRank, grads: dict) -> Tensor:
     """Compute the gradient of the stream ``x`` through a sub-layer that ends in the latent ``z`` of ``last``."""
+    # B of ``last`` comes after z, and has its gradient from invert_residual_add. All other weights come before z.
     done = set(weights_of(last.B))
     weights = [weight for module in modules for weight in weights_of(module) if weight not in done]
     grad_x, *found = torch.autograd.grad(z, [x, *weights], grad_z)
