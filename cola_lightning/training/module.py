@@ -1,7 +1,6 @@
-"""The LightningModule: training, validation and prediction steps of a LLaMA, and what its checkpoints hold."""
+"""The LightningModule: training, validation and prediction steps of a LLaMA."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from typing import Any, cast
@@ -9,14 +8,12 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from cola_lightning.checkpoints.initialize import initialize_from_folder
-from cola_lightning.checkpoints.restore import explain_restore, first_step_explained
+from cola_lightning.checkpoints.restore import explain_restore
 from cola_lightning.distributed.sharding import shard
 from cola_lightning.errors import InputError
 from cola_lightning.models import FullRank, Llama, LlamaConfig, MakeProjection
@@ -25,7 +22,7 @@ from cola_lightning.optim import MakeOptimizer, MakeSchedule, WarmupCosine
 from cola_lightning.optim.schedules import check_schedule
 from cola_lightning.private_apis.lightning import is_accumulating
 from cola_lightning.training.allocator import keep_freed_memory
-from cola_lightning.training.checkpoint_state import adapt_checkpoint, restore_loss, store_loss
+from cola_lightning.training.checkpoint_state import CheckpointState
 from cola_lightning.training.data_checks import check_data_fits
 from cola_lightning.training.fit_loop import prepare_fit_loop
 from cola_lightning.training.gradient_accumulation import (
@@ -43,7 +40,6 @@ from cola_lightning.training.losses import next_token_losses
 from cola_lightning.training.metrics import Perplexity, PublishedPerplexity, TokenLoss
 from cola_lightning.training.network import Transform, allocate_network, apply_transforms, compile_network
 from cola_lightning.training.optimizers import make_optimizer_and_schedule
-from cola_lightning.training.resumed_settings import OptimizerSettings
 from cola_lightning.training.trainer_attributes import attached_trainer, datamodule_of
 
 BeforeUpdate = Callable[["LanguageModel", Optimizer, Tensor | None], None]
@@ -138,11 +134,7 @@ class LanguageModel(L.LightningModule):
         self.config = config
         self.transforms: list[Transform] = []
         self.before_update: list[BeforeUpdate] = []
-        self._optimizer_settings: OptimizerSettings  # set when the optimizer is made
-        self._stored_settings: list[dict[str, Any]] | None = None  # of the run that wrote the checkpoint
-        self._stored_position = 0  # steps of the schedule of that run
-        self._is_restored = False  # a checkpoint was loaded, and no step made since
-        self._has_weights = initial_weights is not None  # not random ones
+        self.checkpoint_state = CheckpointState(has_weights=initial_weights is not None)
         self._applied_transforms = 0  # how many of ``transforms`` the network has
         self._is_finished = False  # compiled or sharded, so that no transform can follow
         self.train_loss = TokenLoss()
@@ -217,16 +209,12 @@ class LanguageModel(L.LightningModule):
         prepare_fit_loop(self.trainer)
 
     def on_train_start(self) -> None:
-        self._has_weights = True
+        self.checkpoint_state.has_weights = True
         check_last_group(self.trainer)
         self._step_tokens = None
         if self.trainer.global_step:
             with explain_restore(lambda: self.trainer.ckpt_path):
-                self.restore_settings()
-
-    def restore_settings(self) -> None:
-        """Replace settings of optimizer and schedule that a checkpoint brought by those of this run."""
-        self._optimizer_settings.restore(self._stored_settings, self._stored_position)
+                self.checkpoint_state.restore_settings()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the share of a micro-batch in the loss of its optimizer step.
@@ -255,9 +243,8 @@ class LanguageModel(L.LightningModule):
         The host waits for the device only at logging steps. Logging happens here and not at the end of the batch,
         because callbacks write checkpoints there, and the mean must be complete before.
         """
-        with first_step_explained(self.trainer.ckpt_path) if self._is_restored else nullcontext():
+        with self.checkpoint_state.explain_first_step(self.trainer.ckpt_path):
             super().optimizer_step(*arguments, **options)
-        self._is_restored = False
         if not is_accumulating(self.trainer):  # DeepSpeed comes here for every micro-batch
             self._step_tokens = None
             resume_stop(self.trainer)  # before callbacks ask whether this step is the last
@@ -272,34 +259,17 @@ class LanguageModel(L.LightningModule):
             self.log("train/gradient_norm", norm if norm is not None else float("nan"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the sums of the next logged mean over all ranks, and what ``on_load_checkpoint`` compares."""
-        store_loss(self.trainer, self.train_loss, checkpoint)
-        checkpoint["optimizer_settings"] = self._optimizer_settings.groups
-        checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
+        self.checkpoint_state.store(self.trainer, self.train_loss, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trainer = attached_trainer(self)
-        trains = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-        if trainer:
-            adapt_checkpoint(trainer, checkpoint)
-        self._stored_settings, self._is_restored = checkpoint.get("optimizer_settings"), trains
-        if schedules := checkpoint.get("lr_schedulers"):
-            # The stored schedule may be of another class. ``restore_settings`` steps the schedule of this run instead.
-            self._stored_position, checkpoint["lr_schedulers"] = schedules[0]["last_epoch"], []
-        self._has_weights = True
-        restore_loss(trainer, self.train_loss, checkpoint)
+        self.checkpoint_state.load(attached_trainer(self), self.train_loss, checkpoint)
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
-        self._has_weights = True
+        self.checkpoint_state.has_weights = True
         return super().load_state_dict(*arguments, **options)
 
     def _warn_if_untrained(self) -> None:
-        command = self.trainer.state.fn
-        if not self._has_weights and command and command != TrainerFn.FITTING:
-            rank_zero_warn(
-                f"The network is untrained: {command.value} was given no checkpoint, so its weights are "
-                "those that training would begin with; name one by --ckpt_path"
-            )
+        self.checkpoint_state.warn_if_untrained(self.trainer)
 
     on_validation_start = on_test_start = on_predict_start = _warn_if_untrained
 
@@ -328,7 +298,7 @@ class LanguageModel(L.LightningModule):
         optimizer, schedule = make_optimizer_and_schedule(
             self.trainer, self.network, self.make_optimizer, self.make_schedule
         )
-        self._optimizer_settings = OptimizerSettings(optimizer, schedule)
+        self.checkpoint_state.set_optimizer(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(

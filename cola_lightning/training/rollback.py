@@ -96,7 +96,7 @@ def _restore(trainer: L.Trainer, path: Path, exclude: type[Callback]) -> None:
     if strategy.lightning_restore_optimizer:
         strategy.load_optimizer_state_dict(checkpoint)
     # 2. Settings and schedule of this run, and the callbacks. A callback gets a copy, because it may keep the dict.
-    module.restore_settings()  # also brings the schedule to its step
+    module.checkpoint_state.restore_settings()  # also brings the schedule to its step
     for callback in callbacks_of(trainer):
         if not isinstance(callback, Checkpoint | exclude):
             callback.on_load_checkpoint(trainer, module, checkpoint)
