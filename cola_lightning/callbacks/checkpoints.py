@@ -102,6 +102,7 @@ class Checkpoints(LatestCheckpoint):
         if self.writer is None or self.writer.trainer is not trainer:
             self.writer = CheckpointWriter(trainer)
         if trainer.is_global_zero:
+            # A run that was killed while it wrote left a file such as step_00000020.ckpt.partial.
             for leftover in Path(self.dirpath).glob(f"*{PARTIAL}"):
                 with suppress(OSError):
                     remove(leftover)
@@ -176,6 +177,8 @@ class Checkpoints(LatestCheckpoint):
         loop = trainer.fit_loop
         progress: Any = loop.epoch_progress.current
         epochs = loop.max_epochs
+        # Lightning counts an epoch as processed when it is over, so the one under way is not in it. Example: in the
+        # last of 3 epochs, 2 are processed.
         last_epoch = epochs is not None and epochs != -1 and progress.processed + 1 >= epochs
         over = last_epoch and is_last_batch(trainer)
         return trainer.should_stop or trainer.global_step == trainer.max_steps or over
@@ -215,7 +218,7 @@ class Checkpoints(LatestCheckpoint):
 
     # -- how ----------------------------------------------------------------------------------------------------------
 
-    _saving_at_end = False
+    _saving_at_end = False  # while on_train_end saves; on_save_checkpoint, which is called within, asks for it
 
     def save(self, trainer: L.Trainer, at_end: bool = False) -> None:
         """Write a checkpoint of the step just made, unless there is one; all ranks call this.
@@ -225,6 +228,7 @@ class Checkpoints(LatestCheckpoint):
         """
         if self.last_saved_step == trainer.global_step:
             return
+        # 1. Write it.
         if not at_end:
             log_step_now(trainer)  # a run that goes on from this checkpoint does not log this step again
         path = Path(self.dirpath or "", checkpoint_name(trainer.global_step))
@@ -233,6 +237,7 @@ class Checkpoints(LatestCheckpoint):
             problem = self._save_with_retries(trainer, path) if at_end else self._try_save(trainer, path)
         finally:
             self._saving_at_end = False
+        # 2. A problem ends the run only if no later step can be saved in its place.
         newest = self.last_model_path or "none"
         if problem and at_end:
             raise UnsavedError(
@@ -247,6 +252,7 @@ class Checkpoints(LatestCheckpoint):
                 f"checkpoint is {newest}"
             )
             return
+        # 3. Note what is on the disk now.
         self.last_saved_step = trainer.global_step
         self.best_model_path = self.last_model_path = str(path)
         write_checkpoint_line(trainer, f"{path.parent.name}/{path.name}")
@@ -255,6 +261,7 @@ class Checkpoints(LatestCheckpoint):
         """Try for ``minutes_at_end``, with pauses of 1, 2, 4 … 30 s; return the last error, or None when saved."""
         began, pause = time.monotonic(), 1.0
         while problem := self._try_save(trainer, path):
+            # Rank 0's clock decides, because all ranks must try equally often. A signal ends the trying, too.
             left = trainer.strategy.broadcast(self.minutes_at_end * 60 - (time.monotonic() - began))
             if left <= 0 or self.stop.agreed():
                 return problem
@@ -272,7 +279,8 @@ class Checkpoints(LatestCheckpoint):
         if trainer.is_global_zero:
             make_room(path.parent, self.keep)
         problem = self.writer.try_save(path)
-        # ``make_room`` cannot see a quota, which shows only when writing fails. Then free the oldest and try again.
+        # ``make_room`` cannot see a quota, which shows only when writing fails. Then free the oldest and try again. The
+        # problem is the same on all ranks, so all come to the broadcast, by which rank 0 says whether it freed one.
         if says_disk_is_full(problem) and trainer.strategy.broadcast(
             trainer.is_global_zero and free_oldest(path.parent, self.keep)
         ):

@@ -75,6 +75,9 @@ class _Check:
         """Check a value of any type."""
         if depth > _DEPTH:
             raise self.refuse(f"nests the settings of {place[:60]}… more than {_DEPTH} deep")
+        # From harmless to harmful: numbers; texts, which may name a class; lists of values; then mappings. A mapping is
+        # {"class_path": "cola_lightning.methods.CoLA", "init_args": {"rank": 128}} where a class belongs, and any other
+        # settings, such as {"rope_type": "linear", "factor": 2.0}, elsewhere.
         if value is None or isinstance(value, bool | int | float):
             return value
         if isinstance(value, str):
@@ -183,6 +186,7 @@ def _takes_text(annotation: Any) -> bool:
 def _makes_a_class(annotation: Any) -> bool:
     """Say whether an annotation is a class, or a callable that makes an instance of one."""
     for each in _members(annotation):
+        # Of Callable[[int, int], Projection], what it returns decides: Projection.
         if get_origin(each) is Callable:
             each = (get_args(each) or (Any,))[-1]
         # typing.Any is itself a class since Python 3.11.
@@ -193,6 +197,8 @@ def _makes_a_class(annotation: Any) -> bool:
 
 def _of_items(annotation: Any) -> Any:
     """Make the annotation of the items of a list or tuple, as one union. The items of Any are Any."""
+    # Examples: list[int | str] gives int | str, and tuple[float, ...] gives float. The arguments of Callable, Literal
+    # and type are not annotations of items.
     items = [
         item
         for each in _members(annotation)
@@ -205,5 +211,6 @@ def _of_items(annotation: Any) -> Any:
 
 def _of_values(annotation: Any) -> Any:
     """Make the annotation of the values of a mapping; ``_UNKNOWN`` if the annotation is of no mapping."""
+    # Example: dict[str, bool | int] | None gives bool | int.
     values = [get_args(each)[1] for each in _members(annotation) if get_origin(each) in (dict, Mapping)]
     return Union[tuple(values)] if values else _UNKNOWN  # noqa: UP007

@@ -138,6 +138,8 @@ def weights_in_parts(path: Path) -> Iterator[dict[str, Tensor]]:
             for file in sorted((path / "checkpoint").glob("*.pt")):
                 with plain_data_only(), deepspeed_data(path):
                     state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                # A file with states of the optimizer has the float32 masters among them; one with model states has the
+                # weights under "module".
                 parts = state if isinstance(state, dict) else {}
                 optimizer, module = parts.get("optimizer_state_dict"), parts.get("module")
                 weights: dict[str, Any] = {}
@@ -163,6 +165,8 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         InputError: If it cannot be read, or would run code.
     """
+    # Of DeepSpeed's files, the first by name is rank 0's. If there is none, loading its folder fails below, with a
+    # message.
     files = {
         Format.FILE: lambda: path,
         Format.SHARDS: lambda: path / "meta.pt",

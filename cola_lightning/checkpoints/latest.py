@@ -63,6 +63,9 @@ def written(folder: Path) -> list[Path]:
     link = folder / LINK
     current = step_of(Path(os.readlink(link))) if link.is_symlink() and link.exists() else None
     left = {path for path, step in steps.items() if current is not None and step > current}
+    # Example: steps 10, 20 and 30 are there, and the run went back and wrote 20 last, so that the link names it. The
+    # order is 20, 10, 30. If last.ckpt is a copy of step 20 instead of a link, the order is by steps alone: 30, 20,
+    # last.ckpt, 10.
     return sorted(steps, key=lambda path: (path not in left, steps[path], path.name != LINK), reverse=True)
 
 

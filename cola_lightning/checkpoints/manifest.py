@@ -64,7 +64,7 @@ def find_corruption(path: Path) -> str | None:
         if path.is_dir():
             return _folder_corruption(path)
         with ZipFile(path) as archive:
-            broken = archive.testzip()
+            broken = archive.testzip()  # name of the first part whose checksum differs, or None
         return broken and f"checksum of {broken} differs"
     except BadZipFile:
         return "cut short, or no checkpoint at all"

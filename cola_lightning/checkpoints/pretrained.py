@@ -156,6 +156,8 @@ def _parts(index: Path) -> list[str]:
 
 def _translate(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     """Translate a tensor of the reference: return its name and its layout in this package's network."""
+    # Example: "model.layers.4.last_layer_post_mlp.post_down_proj.cola_b" is B of layer 3's down_proj. It becomes
+    # "model.layers.3.mlp.down_proj.cola_b" and then "model.layers.3.mlp.down_proj.B.weight", transposed.
     name = _NEXT_LAYER.sub(lambda match: f"layers.{int(match[1]) - 1}.mlp.down_proj.", name)
     for pattern, plain in _REGIONS:
         name = pattern.sub(plain, name)

@@ -68,6 +68,8 @@ def network_arguments(config: dict[str, Any], file: Path) -> tuple[LlamaConfig, 
     hidden_size, heads = get("hidden_size", int), get("num_attention_heads", int)
     if heads < 1 or hidden_size % heads:
         raise InputError(f"{file} sets num_attention_heads to {heads}, which does not divide hidden_size {hidden_size}")
+    # True where the file asks for something that this package's LLaMA does not have. ``export`` writes "linear" for a
+    # gate without SiLU; the reference's CoLA says that by only_lr_act instead, so "linear" is not accepted of it.
     different = {
         "hidden_act": get("hidden_act", str, "silu") not in ("silu", "swish", "linear")[: 2 if kind == "cola" else 3],
         "attention_bias": get("attention_bias", bool, False),
@@ -147,7 +149,8 @@ def _rope(config: dict[str, Any], file: Path, longest: int, head_dim: int) -> di
     if kind == "yarn" and "factor" in rope and rope["factor"] is None:
         settings["factor"] = longest / settings["original_max_position_embeddings"]
     if kind == "dynamic":
-        # Stretching begins beyond max_position_embeddings, and allows rows that are longer by the factor.
+        # Stretching begins beyond max_position_embeddings, and allows rows that are longer by the factor. Example: 2048
+        # in the file and factor 2 are original_max_position_embeddings 2048 and max_position_embeddings 4096 here.
         settings["original_max_position_embeddings"] = longest
     scaling = check_scaling(settings, head_dim, str(place))
     found: dict[str, Any] = {"rope_theta": theta, "rope_scaling": scaling}

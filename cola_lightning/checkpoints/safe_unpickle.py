@@ -135,7 +135,7 @@ def _check_globals(source: Path | io.BytesIO, name: object = None) -> None:
     try:
         _check_archive(source, name)
         if not isinstance(source, Path):
-            source.seek(0)
+            source.seek(0)  # the archive was read from it
         wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(source))
     except InputError:
         raise

@@ -163,43 +163,44 @@ class Interpreter:
         self.push(record)
 
 
+# The comments are the names in ``pickletools``. MEMOIZE takes the next number, which is how many values are kept.
 OPCODES: dict[bytes, Callable[[Interpreter], Any]] = {
-    b"\x80": Interpreter.protocol,
-    b"\x95": Interpreter.frame,
-    b"(": lambda r: r.push(_MARK),
+    b"\x80": Interpreter.protocol,  # PROTO
+    b"\x95": Interpreter.frame,  # FRAME
+    b"(": lambda r: r.push(_MARK),  # MARK
     # values
-    b"N": lambda r: r.push(None),
-    b"\x88": lambda r: r.push(True),
-    b"\x89": lambda r: r.push(False),
-    b"J": lambda r: r.push(r.number("i")),
-    b"K": lambda r: r.push(r.number("B")),
-    b"M": lambda r: r.push(r.number("H")),
-    b"\x8a": Interpreter.long,
-    b"\x8c": lambda r: r.text("B"),
-    b"X": lambda r: r.text("I"),
+    b"N": lambda r: r.push(None),  # NONE
+    b"\x88": lambda r: r.push(True),  # NEWTRUE
+    b"\x89": lambda r: r.push(False),  # NEWFALSE
+    b"J": lambda r: r.push(r.number("i")),  # BININT
+    b"K": lambda r: r.push(r.number("B")),  # BININT1
+    b"M": lambda r: r.push(r.number("H")),  # BININT2
+    b"\x8a": Interpreter.long,  # LONG1
+    b"\x8c": lambda r: r.text("B"),  # SHORT_BINUNICODE
+    b"X": lambda r: r.text("I"),  # BINUNICODE
     # containers
-    b"}": lambda r: r.push({}),
-    b"]": lambda r: r.push([]),
-    b")": lambda r: r.push(()),
-    b"\x85": lambda r: r.push(tuple(r.pop(1))),
-    b"\x86": lambda r: r.push(tuple(r.pop(2))),
-    b"\x87": lambda r: r.push(tuple(r.pop(3))),
-    b"t": lambda r: r.push(tuple(r.pop_to_mark())),
-    b"a": lambda r: r.extend(r.pop(1)),
-    b"e": lambda r: r.extend(r.pop_to_mark()),
-    b"s": lambda r: r.set_items(r.pop(2)),
-    b"u": lambda r: r.set_items(r.pop_to_mark()),
+    b"}": lambda r: r.push({}),  # EMPTY_DICT
+    b"]": lambda r: r.push([]),  # EMPTY_LIST
+    b")": lambda r: r.push(()),  # EMPTY_TUPLE
+    b"\x85": lambda r: r.push(tuple(r.pop(1))),  # TUPLE1
+    b"\x86": lambda r: r.push(tuple(r.pop(2))),  # TUPLE2
+    b"\x87": lambda r: r.push(tuple(r.pop(3))),  # TUPLE3
+    b"t": lambda r: r.push(tuple(r.pop_to_mark())),  # TUPLE
+    b"a": lambda r: r.extend(r.pop(1)),  # APPEND
+    b"e": lambda r: r.extend(r.pop_to_mark()),  # APPENDS
+    b"s": lambda r: r.set_items(r.pop(2)),  # SETITEM
+    b"u": lambda r: r.set_items(r.pop_to_mark()),  # SETITEMS
     # memo
-    b"\x94": lambda r: r.memoize(len(r.memo)),
-    b"q": lambda r: r.memoize(r.number("B")),
-    b"r": lambda r: r.memoize(r.number("I")),
-    b"h": lambda r: r.recall(r.number("B")),
-    b"j": lambda r: r.recall(r.number("I")),
+    b"\x94": lambda r: r.memoize(len(r.memo)),  # MEMOIZE
+    b"q": lambda r: r.memoize(r.number("B")),  # BINPUT
+    b"r": lambda r: r.memoize(r.number("I")),  # LONG_BINPUT
+    b"h": lambda r: r.recall(r.number("B")),  # BINGET
+    b"j": lambda r: r.recall(r.number("I")),  # LONG_BINGET
     # names and records
-    b"\x93": lambda r: r.name(*r.pop(2)),
-    b"c": lambda r: r.name(r.line(), r.line()),
-    b"\x81": Interpreter.new,
-    b"R": Interpreter.call,
-    b"b": Interpreter.build,
+    b"\x93": lambda r: r.name(*r.pop(2)),  # STACK_GLOBAL
+    b"c": lambda r: r.name(r.line(), r.line()),  # GLOBAL
+    b"\x81": Interpreter.new,  # NEWOBJ
+    b"R": Interpreter.call,  # REDUCE
+    b"b": Interpreter.build,  # BUILD
 }
 """Methods by opcode; ``.``, which ends a pickle, is in :meth:`Interpreter.run`."""

@@ -156,6 +156,7 @@ def _tensor_properties(state: Any) -> dict[str, Any]:
         "memory_format": torch.memory_format,
         "pin_memory": bool,
     }
+    # Example of a state: (torch.float32, torch.strided, False, torch.contiguous_format, False)
     fields = dict(zip(kinds, state, strict=True))
     if not all(isinstance(value, kinds[name]) for name, value in fields.items()):
         raise ForeignError(f"TensorProperties of {state!r}"[:200])

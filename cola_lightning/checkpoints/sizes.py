@@ -46,7 +46,9 @@ def compare_sizes(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     Raises:
         InputError: If they do not fit together.
     """
+    # Numbers of the layers: 3 from "model.layers.3.mlp.up_proj.A.weight".
     layers = {int(match[1]) for name in shapes if (match := _LAYER.search(name))}
+    # Both sizes are None if the embedding is missing: (32000, 512, None, None)[:2] or (None, None)[:2].
     vocab_size, hidden_size = (*shapes.get(_EMBEDDING, ()), None, None)[:2]
     found = {"num_hidden_layers": len(layers), "vocab_size": vocab_size, "hidden_size": hidden_size}
     trouble = f"{place} holds other weights than its hyper-parameters describe"

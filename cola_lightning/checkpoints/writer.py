@@ -81,6 +81,8 @@ class CheckpointWriter:
             causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
             problem = str(causes[0])
             strategy.barrier("Trainer.save_checkpoint")  # the ranks without an error wait there
+        # Who writes a part of its own (FileWriter, a strategy) keeps its error there instead of raising it on one rank
+        # only.
         for owner in (strategy.checkpoint_io, strategy):
             problem = problem or getattr(owner, "problem", None)
         return problem
@@ -105,6 +107,7 @@ class CheckpointWriter:
         trainer, problem = self.trainer, None
         try:
             if folder.is_dir():
+                # Of 5 files and 2 ranks, rank 0 reads files 0, 2 and 4, and rank 1 reads 1 and 3.
                 names = contents(folder)[trainer.global_rank :: trainer.world_size]
                 own = {name: checksum(folder / name) for name in names}
         except OSError as error:
@@ -141,6 +144,8 @@ def move_into_place(partial: Path, path: Path, checksums: dict[str, int]) -> Non
     """Add the manifest to a folder, and rename a written checkpoint to its final name."""
     if partial.is_dir():
         write_manifest(partial, checksums)
+    # Example for a folder step_00000020.ckpt that is there already: it becomes step_00000020.ckpt.replaced.partial, the
+    # new one takes its name, and then the old one is removed.
     replaced = path.with_name(f"{path.name}.replaced{PARTIAL}")
     if path.is_dir():  # unlike a file, a folder cannot be replaced by one rename
         if replaced.exists():

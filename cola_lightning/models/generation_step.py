@@ -25,8 +25,8 @@ def row_product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
 
     Uncompiled it would keep all products of two numbers.
     """
-    row = at_least_float32(x.flatten())
-    y = (weight.to(row.dtype) * row).sum(-1)
+    row = at_least_float32(x.flatten())  # (in,)
+    y = (weight.to(row.dtype) * row).sum(-1)  # (out, in) times (in,), summed over in: (out,)
     if scale is not None:
         y = y * scale.to(row.dtype)
     return y.to(x.dtype).view(1, 1, -1)
@@ -50,15 +50,21 @@ class CompiledStep:
             torch.compile(part, dynamic=True, fullgraph=True, backend=backend) for part in (_layer, _head)
         )
         # Layers with the same shapes share one compiled function, which takes their weights as arguments.
+        # That is why _layer takes the layer as an argument: it is the same function for all of them.
         self.layers = [partial(layer, each) for each in self.decoder.layers]
 
     @staticmethod
     def takes(ids: Tensor, cache: Cache) -> bool:
         """Say whether this step can compute these next tokens (B, T). Lengths 0 and 1 would be compiled separately."""
+        # With dynamic=True, torch.compile takes the sizes 0 and 1 for constants and makes other code for them. After a
+        # prompt of one token, the second is therefore computed by the plain path, and the step takes over from the
+        # third on.
         return ids.shape == (1, 1) and cache.length > 1
 
     def __call__(self, ids: Tensor, cache: Cache) -> Tensor:
         """Compute the logits (1, 1, V) of the token (1, 1) after those in the cache, and append it to the cache."""
+        # As in Decoder.forward, but each layer gets buffers and a position (Slots), of which it changes nothing but the
+        # buffers' content. Example: with 7 tokens in the cache, the new one has position 7, its keys go into slot 7.
         x = self.decoder.embed_tokens(ids)
         rotary = self.decoder.rotary(1, like=x, start=cache.length, cache=cache)
         return self.head(self.decoder.norm, self.lm_head, run_layers(self.layers, x, rotary, cache.next_slots(1)))

@@ -63,6 +63,8 @@ def note_validation(trainer: L.Trainer) -> None:
     # model of that step will be another, so what is noted of it is void.
     note, now = _read(folder), trainer.global_step
     steps = [step for step in note["steps"] if step < now] + [now]
+    # A run can only go back to a step whose checkpoint is there. Example: checkpoints of steps 20 and 30 are left, and
+    # step 30 was validated now. Then "steps" is [10, 20, 30], and "callbacks" has the states after 20 and 30.
     kept = {
         step: noted
         for step, noted in note["callbacks"].items()
@@ -108,6 +110,7 @@ def _states(trainer: L.Trainer) -> dict[str, Any]:
     """Return the states of the callbacks that act when a validation ends, if they are plain data."""
     states = {}
     for callback in callbacks_of(trainer):
+        # It acts if its class has a method of its own for one of these hooks, as EarlyStopping and ModelCheckpoint do.
         hooks = ("on_validation_end", "on_validation_epoch_end")
         acts = any(getattr(type(callback), hook) is not getattr(L.Callback, hook) for hook in hooks)
         if not acts or not callback.state_dict():
@@ -174,6 +177,8 @@ def _is_finished(trainer: L.Trainer, note: _Note) -> bool:
     another callback, such as ModelCheckpoint, is written after the validation."""
     # "steps" says that step S was validated, "callbacks" what callbacks knew afterwards. Without the latter, the state
     # must be in the checkpoint. A step_S.ckpt of this package lacks it, because it is written before the validation.
+    # Example: the note has step 10, but no states after it. From step_00000010.ckpt, 10 is validated again; from
+    # best.ckpt, which a ModelCheckpoint wrote after that validation, it is not.
     step = trainer.global_step
     own = Path(trainer.ckpt_path or "").resolve().name == checkpoint_name(step)
     return step in note["callbacks"] or (step in note["steps"] and not own)
