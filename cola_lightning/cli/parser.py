@@ -130,12 +130,22 @@ def explain(
         return _no_config(Path(found[1]))
     if message.strip() == "Unexpected config:":
         return "--config is empty; name a YAML file"
-    # What is left is about a value, and names its place: Parser key "model.projection".
+    # What is left is about a value. It names the place and, within the class that was given there, the argument.
+    # Example of --model.schedule.T_max soon, shortened:
+    #
+    #     Parser key "model.schedule":
+    #       Type Callable[[Optimizer], LRScheduler] expects a function or a callable class: Parser key "T_max":
+    #         Does not validate against any of the Union subtypes
+    #         Errors:
+    #           - Expected a <class 'int'>
+    #           - Expected a <class 'NoneType'>
+    #         Given value: soon. Got value: Namespace(class_path='torch.optim.lr_scheduler.CosineAnnealingLR', …)
     if 'Parser key "' not in message:
         return " ".join(message.split())
     # The classes that a value may belong to are tried one after another; the first is the one that was typed.
     tried = re.search(r"^( *)- (Problem with given class_path .*?)(?=\n\1\S|\n *Given value|\Z)", message, re.S | re.M)
     first = message[: tried.start()] + tried[2] if tried else message
+    # The keys of the example, "model.schedule" and "T_max", are the place --model.schedule.T_max.
     place = "--" + ".".join(re.findall(r'Parser key "([^"]+)"', first))
     # An import path that the import policy denies.
     if found := re.search(r"Importing '([\w.]+)' is not allowed(?:: (\S+) holds no (\w+)\.)?", message):
@@ -152,10 +162,13 @@ def explain(
     absent = re.search(r"No module named '(\w+)", first)
     if absent and find_spec(absent[1]) is None and (value := re.search(r"Got value: ([\w.]+)", first)):
         return f"{place} is {value[1]}, but there is no package {absent[1]}; check the name, or install the package"
-    # A class that does not exist, or a value of the wrong type.
+    # A class that does not exist, or a value of the wrong type. In the example, what was given is "soon", and it takes
+    # a whole number or null.
     given = re.search(r"Given value: (.*?)(?:\. Got value: .*)?$", first, re.M) or re.search(r"Got value: (.*)", first)
     name = re.search(r"dot import path string: ([\w.]+)|has no attribute '\w+'\. Got value: ([\w.]+)", first)
     takes = _types(first)
+    # A place that takes numbers or choices, too, is described by these. Only true, false and null may stand beside a
+    # class.
     if name and not set(takes) - {"true or false", "null"}:
         path = name[1] or name[2]
         return (
@@ -173,6 +186,7 @@ def _no_config(path: Path) -> str:
     path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     if path.is_dir():
         return f"--config {path} is a directory; name a YAML file"
+    # Of "fast", for example, configs/fast.yaml may be meant; of "configs/quickstrat.yaml" a file beside it.
     places = [f"{path}.yaml", f"configs/{path}", f"configs/{path}.yaml"]
     known = [place for place in places if Path(place).is_file()]
     beside = [each.name for each in path.parent.glob("*.yaml")]
@@ -181,6 +195,8 @@ def _no_config(path: Path) -> str:
 
 
 def _no_option(name: str, options: Iterable[str]) -> str:
+    # The last word counts: --model.learning_rate is compared as learning_rate. The synonyms are options of the commands
+    # with a Trainer, which have --trainer.max_steps.
     if (other := SYNONYMS.get(name.rpartition(".")[2].lstrip("-"))) and "--trainer.max_steps" in options:
         return f"{name} is not an option (did you mean {other}?); --help lists them"
     if not name.startswith("-"):
@@ -208,6 +224,8 @@ def _lacks(class_path: str, name: str) -> str:
 def _types(text: str) -> list[str]:
     """Describe in words the types that a value may have, without classes."""
     words: list[str] = []
+    # Examples: "Expected a <class 'int'>" is "a whole number"; "Expected a typing.Literal['latents', 'block_input']"
+    # is the two words in it.
     for kind in re.findall(r"Expected (?:an? )?(<class '[^']+'>|typing\.Literal\[[^\]]*\])", text):
         if kind.startswith("typing.Literal"):
             words += re.findall(r"[^\s\[\],']+", kind.removeprefix("typing.Literal"))
