@@ -33,6 +33,15 @@ class Clock:
         return [(name, b - a) for (_, a), (name, b) in pairwise(marks)]
 
 
+def count_processor_time() -> None:
+    """Use one thread, and let all clocks of this process count its processor time, from now on.
+
+    Other work on the machine then disturbs measurements less. It is for scripts that measure a CPU.
+    """
+    torch.set_num_threads(1)  # because the times of several threads would be added up
+    time.perf_counter = time.process_time  # Clock, measure_generation and measure_processor look it up at each call
+
+
 def peak_of(device: torch.device, precision: str) -> tuple[float, str]:
     """Return the peak of a device in FLOP/s, and where the number is from: its maker, or a large matrix product."""
     known = peak_flops(device)

@@ -6,39 +6,42 @@ from typing import Any
 
 import torch
 
-from cola_lightning.benchmark.targets import PackageModel, eagerly
+from cola_lightning.benchmark.targets import GeneratingModel, eagerly
 from cola_lightning.benchmark.training import turns
 from cola_lightning.costs.counters import Recorder
 from cola_lightning.models.generation import stream
 
 
-def measure_generation(subjects: list[PackageModel], warmup: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
+def measure_generation(subjects: list[GeneratingModel], warmup: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
     """Time greedy continuations of a micro-batch of random prompts (B, T), with a KV cache.
 
     Args:
         subjects: The networks.
-        warmup: Tokens of a continuation that is made first and not timed.
+        warmup: Tokens of a continuation that is made first and not timed, after its first token. Of a compiled network
+            it has one at least, which waits for the compiler.
         rounds: Continuations of every subject.
         tokens: Length of a continuation.
 
     Returns:
-        For each subject ``tokens_per_second`` of each round, over all rows, without the first token;
-        ``first_token_seconds``, the median of the time in which the prompt is read; ``parameter_bytes``;
-        ``peak_memory_bytes`` of the allocator on CUDA; ``counted_peak_bytes``, the most that is alive, with weights.
+        For each subject ``prepared``, how it was prepared; ``tokens_per_second`` of each round, over all rows, without
+        the first token; ``first_token_seconds``, the median of the time in which the prompt is read;
+        ``parameters``, their number; ``parameter_bytes``, with the factors of int8; ``peak_memory_bytes`` of the
+        allocator on CUDA; ``counted_peak_bytes``, the most that is alive, with weights, uncompiled.
     """
     results: dict[str, dict[str, Any]] = {}
     firsts: dict[str, list[float]] = {}
     for number, subject in turns(subjects, rounds):
         if not number:
-            _generate(subject, warmup + 1)
-            weights = list(subject.network.parameters())
+            _generate(subject, 1 + max(warmup, int(subject.compiled)))
+            parameters = list(subject.network.parameters())
+            weights = [*parameters, *subject.network.buffers()]
             with eagerly(), Recorder([*weights, subject.batch]) as recorder:
                 _generate(subject, tokens)
             held = sum(weight.nbytes for weight in weights)
             results[subject.name] = {
-                "name": subject.name, "batch": list(subject.shape), "new_tokens": tokens, "tokens_per_second": [],
-                "parameters": sum(weight.numel() for weight in weights), "parameter_bytes": held,
-                "counted_peak_bytes": held + recorder.peak,
+                "name": subject.name, "prepared": subject.prepared, "batch": list(subject.shape), "new_tokens": tokens,
+                "tokens_per_second": [], "parameters": sum(each.numel() for each in parameters),
+                "parameter_bytes": held, "counted_peak_bytes": held + recorder.peak,
             }  # fmt: skip
             firsts[subject.name] = []
             subject.reset_peak_memory()
@@ -51,7 +54,7 @@ def measure_generation(subjects: list[PackageModel], warmup: int, rounds: int, t
     return list(results.values())
 
 
-def _generate(subject: PackageModel, tokens: int) -> tuple[float, float]:
+def _generate(subject: GeneratingModel, tokens: int) -> tuple[float, float]:
     """Return the seconds until the first token, and those of the rest."""
     wait = torch.cuda.synchronize if subject.device.type == "cuda" else lambda: None
     ids = subject.batch.to(subject.device)

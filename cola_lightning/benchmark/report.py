@@ -4,20 +4,19 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from cola_lightning.benchmark.clock import peak_of
 from cola_lightning.benchmark.targets import BenchmarkTarget
 from cola_lightning.benchmark.training import PARTS
 from cola_lightning.output_files import write_json
 from cola_lightning.provenance import commit, libraries
+from cola_lightning.tables import Line, side_by_side, table_console
 
 
 def report(results: list[dict[str, Any]], subject: BenchmarkTarget, file: str | None) -> None:
@@ -40,17 +39,15 @@ def report(results: list[dict[str, Any]], subject: BenchmarkTarget, file: str | 
     first = results[0]
     ratios = [_ratios(first, other) for other in results[1:]]
     write_json(file, {"setting": setting, "subjects": results, "ratios": ratios})
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140
+    console = table_console()
     rows, columns = first["batch"]
     console.print(
         f"{setting['device']}, {setting['threads']} threads, {setting['precision']}, micro-batches of {rows} x "
         f"{columns} tokens; peak {peak / 1e12:.3g} TFLOP/s ({source})"
     )
-    console.print(_table(results, TRAINING if "seconds" in first else GENERATION))
+    console.print(side_by_side("", results, TRAINING if "seconds" in first else GENERATION))
     if ratios:
-        console.print(_table(ratios, RATIOS))
+        console.print(side_by_side("", ratios, RATIOS))
 
 
 def processor() -> str:
@@ -73,9 +70,6 @@ def _ratios(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 def spread(values: Sequence[float], form: str) -> str:
     """Write the median, the least and the greatest of values."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
-
-Line = Callable[[dict[str, Any]], str]
 
 
 def _plain(name: str, form: str, unit: float = 1.0) -> Line:
@@ -105,10 +99,11 @@ TRAINING = {
 }
 GENERATION = {
     "parameters, M": _plain("parameters", ",.1f", MILLION),
+    "prepared": lambda result: result["prepared"],
     SPEED: _speed(",.0f"),
     "first token, ms": _plain("first_token_seconds", ",.1f", 1e-3),
     "peak memory, MB": _plain("peak_memory_bytes", ",.0f", MILLION),
-    "  as counted": _plain("counted_peak_bytes", ",.0f", MILLION),
+    "  as counted, uncompiled": _plain("counted_peak_bytes", ",.0f", MILLION),
 }
 RATIOS = {
     SPEED: _speed(".3f"),
@@ -116,13 +111,3 @@ RATIOS = {
     "peak memory": _plain("peak_memory_bytes", ".3f"),
     "  as counted": _plain("counted_peak_bytes", ".3f"),
 }
-
-
-def _table(results: list[dict[str, Any]], lines: dict[str, Line]) -> Table:
-    table = Table()
-    table.add_column("")
-    for result in results:
-        table.add_column(result["name"], justify="right")
-    for label, line in lines.items():
-        table.add_row(label, *(line(result) for result in results))
-    return table

@@ -1,4 +1,4 @@
-"""Networks whose training steps are measured: of this package, or of others."""
+"""Networks that are measured, in training steps or in generation: of this package, or of others."""
 
 import sys
 from abc import ABC, abstractmethod
@@ -17,6 +17,7 @@ from cola_lightning.callbacks.throughput import flops_per_token
 from cola_lightning.costs.counters import count_flops
 from cola_lightning.distributed.strategies import clip_by_global_norm
 from cola_lightning.errors import InputError
+from cola_lightning.inference.prepare import check_compiler, prepare_for_generation
 from cola_lightning.methods import CoLAM, CRNetRecompute
 from cola_lightning.models.loss import at_least_float32
 from cola_lightning.optim import Parameters
@@ -63,17 +64,22 @@ class BenchmarkTarget(ABC):
         """Count the FLOPs of a step, forward and backward, without recompute."""
 
     def build(self) -> None:
-        """Make network, optimizer and a random batch, on the device."""
+        """Make the network, prepare it, and make a random batch, on the device."""
         with self.precision.module_init_context():
             network = self.make_network()
         self.network = self.precision.convert_module(network.to(self.device))
-        self.optimizer = self.make_optimizer()
+        self.prepare()
         # A data loader leaves a batch in pinned host memory, so that a GPU copies it while it computes.
         self.batch = torch.randint(self.vocab_size, self.shape, pin_memory=self.device.type == "cuda")
 
+    def prepare(self) -> None:
+        """Prepare the network for what is measured: for steps, make the optimizer."""
+        self.optimizer = self.make_optimizer()
+
     def release(self) -> None:
         """Free the device's memory."""
-        del self.network, self.optimizer, self.batch
+        for name in ("network", "optimizer", "batch"):
+            vars(self).pop(name, None)
         torch.compiler.reset()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -153,6 +159,45 @@ class PackageModel(BenchmarkTarget):
         super().release()
         del self.model.network
         self.model.transforms.clear()
+
+
+class GeneratingModel(PackageModel):
+    """The network of a run of this package, prepared as the command ``generate`` prepares it. It cannot be trained.
+
+    Args:
+        name, trainer, model, data: As for :class:`PackageModel`.
+        int8, compile: As for :func:`~cola_lightning.inference.prepare.prepare_for_generation`.
+
+    Raises:
+        InputError: If generation cannot be compiled: on a GPU, without a compiler, or of several rows.
+    """
+
+    def __init__(
+        self, name: str, trainer: L.Trainer, model: LanguageModel, data: Any, int8: bool = False, compile: bool = False
+    ) -> None:
+        super().__init__(name, trainer, model, data)
+        self.int8, self.compiled = int8, compile
+        if compile:
+            check_compiler(self.device, "--trainer.accelerator cpu")
+            if self.shape[0] != 1:  # other rows would be generated uncompiled
+                raise InputError(
+                    f"--compile is for one row, and --data.batch_size is {self.shape[0]}; leave it out, or add "
+                    "--data.batch_size 1"
+                )
+
+    def make_network(self) -> LanguageModel:
+        self.model.compile_layers = False  # for training steps; generation is compiled by ``prepare``
+        self.model.configure_model()
+        return self.model
+
+    def prepare(self) -> None:
+        # There is no optimizer: it would keep the matrices that int8 replaces.
+        prepare_for_generation(self.model.network, int8=self.int8, compile=self.compiled)
+
+    @property
+    def prepared(self) -> str:
+        """How the network was prepared, in words for the table."""
+        return ", ".join(["int8"] * self.int8 + ["compiled"] * self.compiled) or "plain"
 
 
 class ExternalModel(BenchmarkTarget):

@@ -1,12 +1,10 @@
 """Print the tables of the command ``estimate``."""
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from cola_lightning.costs.devices import Device, device_of, network_named
@@ -16,10 +14,11 @@ from cola_lightning.costs.processor import as_gpu, measure_processor, on_process
 from cola_lightning.costs.run_costs import Run
 from cola_lightning.costs.scaling import misalignment
 from cola_lightning.costs.speed import predict
-from cola_lightning.costs.speed_report import speed_figures, speed_table, table
+from cola_lightning.costs.speed_report import speed_figures, speed_table
 from cola_lightning.errors import InputError
 from cola_lightning.host_memory import GIB
 from cola_lightning.output_files import write_json
+from cola_lightning.tables import Line, make_table, side_by_side, table_console
 
 MEMORY = {
     "weights": "weights",
@@ -106,9 +105,7 @@ def report(
         named = [plans[0], *beside(plans[0])]
     results = [summary(each, gpu, device, mfu, network) for each in named]
     write_json(json, results)  # first, because the reader of the output may close it early
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140
+    console = table_console()
     console.print(_title(plans[0].run, gpu, several=len(plans) > 1))
     if not models:
         for each in (_parameters, _flops, partial(_memory, gpu=gpu), speed_table):
@@ -140,7 +137,7 @@ def _parameters(result: dict[str, Any]) -> Table:
     rows.append(("all", f"{counts['total']:,}", ""))
     if counts["trained"] != counts["total"]:
         rows.append(("of which trained", f"{counts['trained']:,}", f"{counts['trained'] / counts['total']:.1%}"))
-    return table("Parameters", ("part", "number", "share"), rows)
+    return make_table("Parameters", ("part", "number", "share"), rows)
 
 
 def _flops(result: dict[str, Any]) -> Table:
@@ -150,18 +147,18 @@ def _flops(result: dict[str, Any]) -> Table:
         (names.get(name, name), f"{value / 1e9:.3f}", f"{value * result['tokens']:.3g}")
         for name, value in per_token.items()
     ]
-    return table("FLOPs", ("", "of a token, G", f"of {result['tokens'] / 1e9:.2f}B tokens"), rows)
+    return make_table("FLOPs", ("", "of a token, G", f"of {result['tokens'] / 1e9:.2f}B tokens"), rows)
 
 
 def _memory(result: dict[str, Any], gpu: Gpu) -> Table:
     sizes = result["memory"]
     rows = [(label, f"{sizes[name] / GIB:.2f}") for name, label in MEMORY.items() if sizes[name]]
     rows.append((f"all, of {gpu.memory:g}", f"{sizes['total'] / GIB:.2f}"))
-    return table(f"Memory of a GPU ({result['checkpointing']})", ("part", "GiB"), rows)
+    return make_table(f"Memory of a GPU ({result['checkpointing']})", ("part", "GiB"), rows)
 
 
 def _side_by_side(results: list[dict[str, Any]], mfu: float | None, transposed: bool) -> Table:
-    lines: dict[str, Callable[[dict[str, Any]], str]] = {
+    lines: dict[str, Line] = {
         "parameters": lambda r: f"{r['parameters']['total'] / 1e6:,.1f}M",
         "GFLOPs a token": lambda r: f"{r['flops_per_token']['model'] / 1e9:.3f}",
         "recomputed": lambda r: f"{r['flops_per_token']['recomputed'] / 1e9:.3f}",
@@ -178,9 +175,7 @@ def _side_by_side(results: list[dict[str, Any]], mfu: float | None, transposed: 
     else:
         lines[f"days at MFU {mfu:g}"] = lambda r: f"{r['days_at_mfu']:.2f}"
         lines[f"days at HFU {mfu:g}"] = lambda r: f"{r['days_at_hfu']:.2f}"
-    names = [result["name"] for result in results]
-    if transposed:
-        rows = [(name, *(line(result) for line in lines.values())) for name, result in zip(names, results, strict=True)]
-        return table("Side by side", ("", *lines), rows)
-    rows = [(label, *(line(result) for result in results)) for label, line in lines.items()]
-    return table("Side by side", ("", *names), rows)
+    if not transposed:
+        return side_by_side("Side by side", results, lines)
+    rows = [(result["name"], *(line(result) for line in lines.values())) for result in results]
+    return make_table("Side by side", ("", *lines), rows)

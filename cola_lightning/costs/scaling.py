@@ -6,15 +6,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from cola_lightning.costs.devices import Device, Network, device_of, network_named
 from cola_lightning.costs.gpus import gpu_named
 from cola_lightning.costs.run_costs import Run
 from cola_lightning.costs.speed import Speed, predict
-from cola_lightning.costs.speed_report import table
 from cola_lightning.errors import InputError
+from cola_lightning.tables import make_table, table_console
 
 GOOD_ALIGNMENT = 16
 """Bytes to which the rows of a matrix are aligned where products are fast: CUTLASS loads 16 bytes at once, and NVIDIA's
@@ -79,7 +78,7 @@ def scaling_table(scaled: list[Scaling]) -> Table:
             )
         )
     columns = ("GPUs", "weak: ms", "tokens/s", "efficiency", "MFU", "strong: ms", "tokens/s", "efficiency")
-    return table("Scaling: weak (batch grows with the GPUs) and strong (batch of the run)", columns, rows)
+    return make_table("Scaling: weak (batch grows with the GPUs) and strong (batch of the run)", columns, rows)
 
 
 def plot_scaling(scaled: list[Scaling], file: str) -> None:
@@ -133,9 +132,6 @@ def misalignment(run: Run, device: Device, network: Network, step_seconds: float
 def report_scaling(run: Run, gpu_name: str, network_name: str, numbers: list[int], file: str | None) -> None:
     """Print the table of scaling, and draw it to a file if one is named."""
     scaled = scale(run, device_of(gpu_named(gpu_name)), network_named(network_name), numbers)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140
-    console.print(scaling_table(scaled))
+    table_console().print(scaling_table(scaled))
     if file:
         plot_scaling(scaled, file)

@@ -1,11 +1,11 @@
 """Print the predicted speed of a run."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from rich.table import Table
 
 from cola_lightning.costs.speed import Speed
+from cola_lightning.tables import make_table
 
 BOUNDS = {"host": "launches by the processor", "launch": "launches", "memory": "memory bandwidth"}
 
@@ -44,14 +44,4 @@ def speed_table(result: dict[str, Any]) -> Table:
         speed_of = f"{part['flops'] / seconds / 1e12:.1f}" if part["flops"] and seconds else ""
         rows.append((part["name"], f"{seconds * 1e3:.2f}", f"{seconds / step:.1%}", speed_of, ", ".join(shares)))
     rows.append(("a step", f"{step * 1e3:.2f}", "", "", f"{speed['tokens_per_second']:,.0f} tokens/s"))
-    return table("Speed (predicted)", ("part", "ms", "share", "TFLOP/s", "bound by"), rows)
-
-
-def table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, ...]]) -> Table:
-    """Make a table whose first column is aligned to the left, the others to the right."""
-    made = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="right" if index else "left", no_wrap=not index)
-    for row in rows:
-        made.add_row(*row)
-    return made
+    return make_table("Speed (predicted)", ("part", "ms", "share", "TFLOP/s", "bound by"), rows)

@@ -22,8 +22,8 @@ def prepare_for_generation(network: Llama, *, int8: bool = False, compile: bool 
 
     Args:
         network: The network, on the device that will generate.
-        int8: Round matrices to int8, see :func:`~cola_lightning.inference.int8.quantize_int8`. It takes half the memory
-            of bfloat16.
+        int8: Round matrices to int8, see :func:`~cola_lightning.inference.int8.quantize_int8`: half the bytes of
+            bfloat16's matrices.
         compile: Compute each token of a single row by a :class:`~cola_lightning.models.generation_step.CompiledStep`.
             The second token of a continuation then waits for the compiler, once for each network.
 
@@ -64,16 +64,18 @@ def merge(network: Llama) -> None:
             setattr(block.self_attn if hasattr(block.self_attn, name) else block.mlp, name, merged.eval())
 
 
-def check_compiler(device: torch.device) -> None:
+def check_compiler(device: torch.device, instead: str = "--device cpu") -> None:
     """Check that generation can be compiled.
+
+    Args:
+        device: Where to compute.
+        instead: Option that chooses the processor, for the message.
 
     Raises:
         InputError: If the device is no processor, or there is no C++ compiler.
     """
     if device.type != "cpu":
-        raise InputError(
-            f"--compile is for processors, and the model is on {device}; leave it out, or add --device cpu"
-        )
+        raise InputError(f"--compile is for processors, and the model is on {device}; leave it out, or add {instead}")
     default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     compiler = os.environ.get("CXX") or default
     if shutil.which(compiler) is None:

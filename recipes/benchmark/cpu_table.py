@@ -11,7 +11,6 @@ processor time.
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cola_lightning.benchmark import PackageModel, measure_training
+from cola_lightning.benchmark.clock import count_processor_time
 from cola_lightning.benchmark.report import spread
 from cola_lightning.cli.commands import benchmark
 from cola_lightning.cli.lightning_cli import CLI
@@ -112,8 +112,7 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], help="the authors' CoLA, then their CoLA-M")
     options = parser.parse_args()
     if options.busy:
-        torch.set_num_threads(1)
-        time.perf_counter = time.process_time  # all clocks of this process
+        count_processor_time()
     options.folder.mkdir(parents=True, exist_ok=True)
     precision = "bf16-true" if multiplies_bf16() else "32-true"
     flags = flags_of(precision, options.rows)

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from predicted_and_measured import CONFIGS, count_processor_time, step_seconds
+from predicted_and_measured import CONFIGS, step_seconds
 
 from cola_lightning.benchmark import PackageModel
+from cola_lightning.benchmark.clock import count_processor_time
 from cola_lightning.benchmark.report import processor
 from cola_lightning.benchmark.training import turns
 from cola_lightning.cli.commands.benchmark import ONE_DEVICE

@@ -12,7 +12,6 @@ as JSON. On a machine that does other work too, ``--busy`` uses one thread and c
 import argparse
 import json
 import statistics
-import time
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 from cola_lightning.benchmark import PackageModel
-from cola_lightning.benchmark.clock import Clock
+from cola_lightning.benchmark.clock import Clock, count_processor_time
 from cola_lightning.benchmark.report import processor, spread
 from cola_lightning.benchmark.training import turns
 from cola_lightning.cli.commands.benchmark import ONE_DEVICE
@@ -55,12 +54,6 @@ def networks(flags: list[str]) -> tuple[list[PackageModel], dict[str, Run]]:
             planned = Settings(settings, run=False)
             runs[name] = on_processor(plan(planned.model, planned.datamodule, planned.trainer, 1).run)
     return subjects, runs
-
-
-def count_processor_time() -> None:
-    """Use one thread and count its processor time in this process, so that other work does not matter."""
-    torch.set_num_threads(1)
-    time.perf_counter = time.process_time
 
 
 def step_seconds(subject: PackageModel) -> float:

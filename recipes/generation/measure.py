@@ -12,7 +12,6 @@ printed, and ratios round by round with their range. The compiler's time is prin
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from cola_lightning.benchmark.report import spread
 from cola_lightning.costs.counters import Recorder
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.hub import write_folder
@@ -73,19 +73,14 @@ def compare(contenders: dict[str, Callable[[], Tensor]], rounds: int, tokens: in
             run()
             speeds[name].append(tokens / (time.perf_counter() - begin))
     for name, values in speeds.items():
-        print(f"{name}: {middle(values)} tokens/s; the first call took {first[name]:.1f} s", flush=True)
+        print(f"{name}: {spread(values, '.2f')} tokens/s; the first call took {first[name]:.1f} s", flush=True)
     return speeds
 
 
 def ratio(speeds: dict[str, list[float]], one: str, other: str) -> None:
     """Print the ratio of two contenders."""
     values = [a / b for a, b in zip(speeds[one], speeds[other], strict=True)]
-    print(f"{one} / {other}: {middle(values)}", flush=True)
-
-
-def middle(values: list[float]) -> str:
-    """Write median and range."""
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    print(f"{one} / {other}: {spread(values, '.2f')}", flush=True)
 
 
 def against_transformers(options: argparse.Namespace) -> None:

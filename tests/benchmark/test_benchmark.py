@@ -1,14 +1,19 @@
 import json
+import sys
+import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cola_lightning.benchmark import ExternalModel, PackageModel
-from cola_lightning.benchmark.clock import Clock
+from cola_lightning.benchmark.clock import Clock, count_processor_time
 from cola_lightning.cli.app import main
 from cola_lightning.cli.commands.benchmark import parse
 from cola_lightning.cli.lightning_cli import CLI
 from cola_lightning.errors import InputError
+from cola_lightning.models.generation_step import CompiledStep
 from tests.conftest import REPOSITORY
 
 
@@ -91,9 +96,10 @@ def test_traces_are_written_in_chromes_format(flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_generation_is_counted_and_timed(flags, tmp_path):
+def test_generation_is_counted_and_timed(flags, tmp_path, capsys):
     result = run(tmp_path, *flags, "--generate=5", "--data.batch_size=2")
     [subject] = result["subjects"]
+    assert subject["prepared"] == "plain" in capsys.readouterr().out
     assert len(subject["tokens_per_second"]) == 2
     assert min(subject["tokens_per_second"]) > 0
     cache = 2 * 2 * 2 * (32 + 5) * 32 * 4  # keys and values, two layers, two rows
@@ -101,11 +107,72 @@ def test_generation_is_counted_and_timed(flags, tmp_path):
     assert "flops_step" not in subject
 
 
+@pytest.mark.slow
+def test_generation_is_prepared_as_the_command_generate_does_and_compiled_before_it_is_timed(
+    flags, tmp_path, monkeypatch, capsys
+):
+    compiled, now = [], [0.0]
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        now[0] += 1000
+        return graph.forward
+
+    def perf_counter():
+        now[0] += 1
+        return now[0]
+
+    monkeypatch.setattr("cola_lightning.inference.prepare.CompiledStep", partial(CompiledStep, backend=backend))
+    monkeypatch.setattr("cola_lightning.benchmark.generating.time", SimpleNamespace(perf_counter=perf_counter))
+    result = run(tmp_path, *flags, "--generate=5", "--data.batch_size=1", "--compile", "--int8", "--model.compile=true")
+    [subject] = result["subjects"]
+    assert subject["prepared"] == "int8, compiled" in capsys.readouterr().out
+    assert len(compiled) == 2  # a layer, and the head
+    assert subject["tokens_per_second"] == [4.0, 4.0]  # four tokens between two readings of the clock
+    matrices = 300 * 32 * 2 + 2 * 8 * (11 * 32 + 3 * 48)
+    rows = 300 * 2 + 2 * (7 * 8 + 5 * 32 + 2 * 48)
+    assert subject["parameter_bytes"] == matrices + 4 * (rows + 5 * 32)  # factors of the rows, and norms, in float32
+
+
+@pytest.mark.slow
+def test_generation_is_measured_with_methods_merged(flags, tmp_path):
+    result = run(tmp_path, *flags, "--generate=2", "--model.projection=LoRA", "--model.projection.rank=8")
+    assert result["subjects"][0]["parameters"] == 300 * 32 * 2 + 5 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 48)
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        (4, "error: --compile is for one row, and --data.batch_size is 4; leave it out, or add --data.batch_size 1"),
+        (1, "error: --compile needs a C++ compiler, and there is no no-compiler"),
+    ],
+)
+def test_generation_that_cannot_be_compiled_is_refused(rows, line, flags, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-compiler" if rows == 1 else sys.executable)
+    with pytest.raises(SystemExit, match="2"):
+        main(["benchmark", *flags, "--generate=5", "--compile", f"--data.batch_size={rows}"])
+    assert line in capsys.readouterr().err
+
+
 def test_a_clock_gives_the_time_between_marks():
     clock = Clock(torch.device("cpu"))
     clock.marks = [("", 1.0), ("a", 1.5), ("b", 3.5), ("a", 4.0)]
     assert clock.read() == [("a", 0.5), ("b", 2.0), ("a", 0.5)]
     assert clock.read() == []
+
+
+def test_processor_time_does_not_grow_while_a_process_waits(monkeypatch):
+    threads = []
+    monkeypatch.setattr(time, "perf_counter", time.perf_counter)  # so that it is restored after the test
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    count_processor_time()
+    clock = Clock(torch.device("cpu"))
+    clock.mark("")
+    time.sleep(0.5)
+    clock.mark("a")
+    [(_, seconds)] = clock.read()
+    assert seconds < 0.25
+    assert threads == [1]
 
 
 def test_flags_beside_the_configs_apply_to_every_network():
@@ -120,6 +187,8 @@ def test_flags_beside_the_configs_apply_to_every_network():
     [
         (["--rounds=0"], "--rounds is 0; it must be at least 1"),
         (["--generate=4", "--peer=a:b"], "leave --peer and --profile out"),
+        (["--int8"], "--int8 and --compile prepare a network for generation; add --generate N"),
+        (["--compile"], "--int8 and --compile prepare a network for generation; add --generate N"),
     ],
 )
 def test_what_cannot_be_is_refused(args, message):

@@ -41,6 +41,14 @@ def parse(args: list[str]) -> tuple[Namespace, dict[str, list[str]]]:
         "--generate", type=int, metavar="N",
         help="measure generation of N tokens after a prompt of a micro-batch's size instead",
     )  # fmt: skip
+    parser.add_argument(
+        "--int8", action="store_true", help="with --generate: hold the matrices in int8, as generate does"
+    )
+    parser.add_argument(
+        "--compile", action="store_true",
+        help="with --generate: compile the step of a token, as generate does (one row, on a CPU); the compiler's time "
+        "is not measured",
+    )  # fmt: skip
     parser.add_argument("--profile", metavar="FOLDER", help="also write traces there, for TensorBoard and Perfetto")
     parser.add_argument("--json", metavar="FILE", help="write the result there too")
     options, rest = parser.parse_known_args(args)
@@ -49,6 +57,11 @@ def parse(args: list[str]) -> tuple[Namespace, dict[str, list[str]]]:
     check_output_file(options.json)
     if options.generate and (options.peer or options.profile):
         raise InputError("--generate measures this package's networks, untraced; leave --peer and --profile out")
+    if (options.int8 or options.compile) and not options.generate:
+        raise InputError(
+            "--int8 and --compile prepare a network for generation; add --generate N (--model.compile true compiles "
+            "training steps)"
+        )
     several = [options.config, *(files.split(",") for files in options.against)]
     subjects: dict[str, list[str]] = {}
     for files in several:
@@ -66,10 +79,13 @@ def run(parsed: tuple[Namespace, dict[str, list[str]]]) -> None:
 
     options, flags = parsed
     runs = {name: CLI(each, run=False) for name, each in flags.items()}
-    own = [benchmark.PackageModel(name, cli.trainer, cli.model, cli.datamodule) for name, cli in runs.items()]
+    parts = [(name, cli.trainer, cli.model, cli.datamodule) for name, cli in runs.items()]
     if options.generate:
-        results = benchmark.measure_generation(own, options.warmup, options.rounds, options.generate)
-    else:
-        targets = [*own, *(benchmark.ExternalModel(path, own[0]) for path in options.peer)]
-        results = benchmark.measure_training(targets, options.warmup, options.rounds, options.steps, options.profile)
+        generating = [benchmark.GeneratingModel(*each, options.int8, options.compile) for each in parts]
+        results = benchmark.measure_generation(generating, options.warmup, options.rounds, options.generate)
+        benchmark.report(results, generating[0], options.json)
+        return
+    own = [benchmark.PackageModel(*each) for each in parts]
+    targets = [*own, *(benchmark.ExternalModel(path, own[0]) for path in options.peer)]
+    results = benchmark.measure_training(targets, options.warmup, options.rounds, options.steps, options.profile)
     benchmark.report(results, own[0], options.json)

@@ -27,7 +27,7 @@ def parse(args: list[str]) -> Namespace:
     add("--stop", dest="stops", action="append", default=[], help="end before this text; may be given several times")
     add("--seed", type=any_int, default=42, help="of the sampling")
     add("--device", help="cuda, cpu, …; what there is if not given")
-    add("--int8", action="store_true", help="hold the matrices in int8, in half the memory of bfloat16")
+    add("--int8", action="store_true", help="hold the matrices in int8, in half the bytes of bfloat16")
     about = (
         "compile the step of a token (one prompt, on a CPU): later tokens are faster, the second waits for the compiler"
     )
