@@ -145,7 +145,9 @@ class Llama(nn.Module):
             )
         hidden = self.model(ids, document_ids, cache)
         if last_only:
-            hidden = hidden[:, -1:]
+            # Two-dimensional, because PyTorch multiplies a slice (B, 1, D) by a frozen head as a batch of matrices, and
+            # on a processor in bf16 that copies the whole head.
+            return self.lm_head(hidden[:, -1]).unsqueeze(1)
         return self.lm_head(hidden) if targets is None else self.lm_head(hidden, targets, reduction)
 
     def blocks(self) -> Iterator[Block]:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from cola_lightning.methods import LowRank
 from cola_lightning.models import Llama, generate
@@ -39,10 +40,24 @@ def test_each_token_is_computed_once_and_only_the_last_has_logits():
     network = tiny_llama().eval()
     read, scored = [], []
     network.model.norm.register_forward_hook(lambda module, args, out: read.append(out.shape[1]))
-    network.lm_head.register_forward_hook(lambda module, args, out: scored.append(out.shape[1]))
+    network.lm_head.register_forward_hook(lambda module, args, out: scored.append(out.shape[:-1].numel()))
     generate(network, torch.randint(300, (2, 7)), 5)
     assert read == [7, 1, 1, 1, 1]
-    assert scored == [1] * 5
+    assert scored == [2] * 5  # the last token of each row
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_head_of_a_prompts_last_tokens_is_one_product_of_two_matrices(rows):
+    """A batch of products copies the head's matrix on a processor in bf16, which took longer than all layers."""
+    network = tiny_llama().eval().requires_grad_(False)  # as for generation: a frozen weight is treated differently
+    ids = torch.randint(0, network.config.vocab_size, (rows, 9))
+    with FlopCounterMode(display=False) as counter:
+        network(ids, last_only=True)
+    sizes = network.config
+    assert torch.ops.aten.bmm not in counter.get_flop_counts()["Global"]
+    assert counter.get_flop_counts()["Llama.lm_head"] == {
+        torch.ops.aten.mm: 2 * rows * sizes.hidden_size * sizes.vocab_size
+    }
 
 
 def test_prompts_of_different_lengths_are_continued_as_each_alone():
