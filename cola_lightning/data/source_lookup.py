@@ -2,12 +2,8 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_info
-
-from cola_lightning.data.identity import Identity
 from cola_lightning.data.inventory import describe, describe_repeated_reads
 from cola_lightning.data.prepared import PreparedCorpus, is_prepared
 from cola_lightning.data.retry import Retry
@@ -104,29 +100,3 @@ class SourceLookup:
         )
         if num_logical_shards:
             yield from describe_repeated_reads(corpus.title, corpus.shards, num_logical_shards)
-
-
-def pin_commits(sources: list[Source], revisions: list[str | None], began: Identity) -> list[Source]:
-    """Pin each source to the commit of the hub that the run began with, unless another revision is named now.
-
-    Args:
-        sources: The sources of the run, and last that of validation.
-        revisions: The revision of each as the user named it.
-        began: Identity of the data that the run began with.
-
-    Returns:
-        The sources, in the same order. A line tells of each that is pinned.
-    """
-    before = [*began["sources"], began["validation"]]
-    if len(before) != len(sources):  # compare_runs refuses that in words
-        return sources
-    pinned = [
-        replace(source, revision=then["commit"])
-        if source.title == then["title"] and revision == then["revision"] and then["commit"]
-        else source
-        for source, revision, then in zip(sources, revisions, before, strict=True)
-    ]
-    changed = [(now.title, now.revision) for now, source in zip(pinned, sources, strict=True) if now != source]
-    for title, commit in dict.fromkeys(changed):
-        rank_zero_info(f"{title} is read at commit {commit}, which the run began with")
-    return pinned

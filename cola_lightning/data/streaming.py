@@ -1,7 +1,6 @@
 """The data module for text that is too much for one machine: streamed, or tokenized beforehand."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +11,12 @@ from cola_lightning.data.held_out import HeldOut
 from cola_lightning.data.identity import Identity
 from cola_lightning.data.logical_shards import MakeLogicalShards
 from cola_lightning.data.packing import Rows
-from cola_lightning.data.prepared import PreparedCorpus, is_prepared
 from cola_lightning.data.rank_exchange import AllRanks, OneRank
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.row_beginnings import RowBeginnings, is_safe_to_cut
-from cola_lightning.data.source_lookup import Corpus, SourceLookup, pin_commits
-from cola_lightning.data.sources import DataFiles, Source, TextCorpus, check_weights
+from cola_lightning.data.run_sources import RunSources
+from cola_lightning.data.source_lookup import Corpus
+from cola_lightning.data.sources import DataFiles, Source, TextCorpus
 from cola_lightning.data.stream_loader import LoaderState, StreamError, StreamLoader
 from cola_lightning.data.token_data_module import (
     IDENTITY,
@@ -28,7 +27,6 @@ from cola_lightning.data.token_data_module import (
 )
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.data.validation import ValidationSet
-from cola_lightning.distributed.ranks import ask_once
 from cola_lightning.errors import InputError, check_at_least
 from cola_lightning.host_memory import check_batch, check_memory
 
@@ -112,13 +110,8 @@ class StreamingDataModule(TokenDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        if sources:
-            self.sources = sources
-        elif path is not None:
-            self.sources = [Source(path, name, revision, "train", data_files, text_column)]
-        else:
+        if not sources and path is None:
             raise InputError("no text is named; set --data.path, or --data.sources for several")
-        self.validation = validation or replace(self.sources[0], split="validation")
         self.tokenizer_name, self.sequence_length = tokenizer, sequence_length
         self.batch_size = batch_size
         self.global_batch_size = resolve_global_batch_size(global_batch_size, global_batch_tokens, sequence_length)
@@ -128,12 +121,10 @@ class StreamingDataModule(TokenDataModule):
         self.seed, self.num_workers, self.verify = seed, num_workers, verify
         self._check_arguments()
         self.retry, self.cache_dir = Retry(retries, retry_wait), cache_folder(cache_dir)
-        self._revisions = [source.revision for source in [*self.sources, self.validation]]  # as they were named
-        self._lookup = SourceLookup(self.retry)
+        alone = [Source(path, name, revision, "train", data_files, text_column)] if path is not None else []
+        self.sources = RunSources(sources or alone, validation, self.retry)
         self._loader: StreamLoader | None = None
         self._state: dict[str, Any] | None = None
-        self._corpora: list[Corpus] = []
-        self._held_out: Corpus | None = None
 
     def _check_arguments(self) -> None:
         check_sizes(self.sequence_length, self.batch_size, self.num_workers)
@@ -144,7 +135,6 @@ class StreamingDataModule(TokenDataModule):
             f"--data.num_logical_shards {self.num_logical_shards}",
             "take a small multiple of ranks x workers",
         )
-        check_weights(self.sources)
         if self.mask_documents and self.row_type == "padded":
             raise InputError("mask_documents is for packed rows; a padded row holds one document")
 
@@ -154,55 +144,39 @@ class StreamingDataModule(TokenDataModule):
         """Check the files of prepared sources, and tokenize the validation set unless the cache holds it. One process
         of a node calls this."""
         if self.verify:
-            for source in filter(is_prepared, [*self.sources, self.validation]):
-                PreparedCorpus(source).verify()
-        self._validation_set(self._load_tokenizer()).make()
+            self.sources.verify()
+        tokenizer = self._load_tokenizer()
+        self._validation_set(self.sources.open_validation(tokenizer), tokenizer).make()
 
     def setup(self, stage: str) -> None:
-        self._stage = stage
-        # 1. Rank 0 asks the hub, and tells the other ranks. With what it found, opening a corpus takes no request.
-        self._lookup = ask_once(lambda: self._look_up(stage))
+        self._stage, training = stage, stage == "fit"
+        # 1. Find the files and the tokenizer.
+        self.sources.look_up(self._load_tokenizer, training)
         self.tokenizer = self._load_tokenizer()
         self.row_shape = self._row_shape()
-        if stage == "fit":
+        if training:
             self._loader = None  # a new fit begins at the position that it is given
-            self._corpora = [self._lookup.open(source, self.tokenizer) for source in self.sources]
-        validation = self._validation_set(self.tokenizer)
-        self._held_out = validation.corpus
+        self.sources.open(self.tokenizer, training)
+        assert self.sources.validation_corpus is not None
+        validation = self._validation_set(self.sources.validation_corpus, self.tokenizer)
         # 2. Compare the data with what the run began with, before anything is read from it.
         self._compare()
         # 3. Say what was found, also what was left out, so that a file that is missing is noticed at the start.
-        for source, corpus in zip(self.sources, self._corpora, strict=False):  # no corpora where nothing is trained
-            for line in self._lookup.describe(source, corpus, self.num_logical_shards):
-                rank_zero_info(f"train on {line}")
-        for line in self._lookup.describe(self.validation, self._held_out):
-            rank_zero_info(f"validate on {line}")
+        for line in self.sources.describe(self.num_logical_shards):
+            rank_zero_info(line)
         # 4. Load the validation set, which ``prepare_data`` made. Training needs it too, to leave out copies of it.
         self._validation_documents = validation.load()
         rank_zero_info(f"validate on {self._validation_documents.summary()} of {validation.corpus.title}")
         self.validation_rows = Rows(self._validation_documents, self.row_shape)
 
-    def _look_up(self, stage: str) -> SourceLookup:
-        """Ask other machines for what setup needs."""
-        self._load_tokenizer()
-        for source in [*(self.sources if stage == "fit" else []), self.validation]:
-            if not is_prepared(source):
-                self._lookup.find(source)
-        return self._lookup
-
     def _load_tokenizer(self) -> Tokenizer:
-        sources = [*self.sources, self.validation]
-        tokenizer = self._choose_tokenizer(lambda: self._lookup.load_tokenizer(sources, self.tokenizer_name))
+        tokenizer = self._choose_tokenizer(lambda: self.sources.load_tokenizer(self.tokenizer_name))
         assert tokenizer is not None
         return tokenizer
 
-    def _validation_set(self, tokenizer: Tokenizer) -> ValidationSet:
+    def _validation_set(self, corpus: Corpus, tokenizer: Tokenizer) -> ValidationSet:
         longest = self.sequence_length if self.row_type == "padded" else None
-        corpus = self._lookup.open(self.validation, tokenizer)
-        shared = any(
-            replace(source, weight=1.0) == replace(self.validation, weight=1.0, text_column=source.text_column)
-            for source in self.sources
-        )
+        shared = self.sources.is_validation_shared
         return ValidationSet(corpus, tokenizer, self.validation_tokens, longest, self.cache_dir, shared)
 
     # -- batches ------------------------------------------------------------------------------------------------------
@@ -222,7 +196,7 @@ class StreamingDataModule(TokenDataModule):
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not outlive the fork of a worker
         held_out = HeldOut(self._validation_documents)
         # A padded row holds only the beginning of a long document, so only that is tokenized, where this is safe.
-        corpora: list[Any] = list(self._corpora)
+        corpora: list[Any] = list(self.sources.corpora)
         if self.row_type == "padded" and is_safe_to_cut(self.tokenizer):
             corpora = [
                 RowBeginnings(corpus, self.sequence_length, held_out) if isinstance(corpus, TextCorpus) else corpus
@@ -231,7 +205,7 @@ class StreamingDataModule(TokenDataModule):
         self._loader = StreamLoader(
             MakeLogicalShards(
                 corpora,
-                [source.weight for source in self.sources],
+                [source.weight for source in self.sources.training],
                 self.num_logical_shards,
                 self.shuffle_buffer,
                 str(self.seed),
@@ -263,7 +237,7 @@ class StreamingDataModule(TokenDataModule):
                 kind: sum(logical_shard[kind][index] for logical_shard in states)
                 for kind in ("documents", "tokens", "held_out")
             }
-            for index, source in enumerate(self.sources)
+            for index, source in enumerate(self.sources.training)
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -297,12 +271,9 @@ class StreamingDataModule(TokenDataModule):
 
     def _remember(self, state: dict[str, Any], training: bool, path: object = "the checkpoint") -> None:
         super()._remember(state, training, path)
-        named = [*self.sources, self.validation]
-        pinned = pin_commits(named, self._revisions, state[IDENTITY])
-        *self.sources, self.validation = pinned
         # The command line calls this before setup. From Python it may come after setup, which then looked up the newest
         # commits and has to be done again at those of the run.
-        if pinned != named and self._held_out:
+        if self.sources.pin(state[IDENTITY]) and self.sources.validation_corpus is not None:
             self.prepare_data()
             self.setup(self._stage)
 
@@ -322,13 +293,5 @@ class StreamingDataModule(TokenDataModule):
         }
 
     def _identity(self) -> Identity:
-        assert self._held_out is not None
-        sources = [
-            corpus.identity() | {"revision": revision, "weight": source.weight}
-            for corpus, source, revision in zip(self._corpora, self.sources, self._revisions, strict=False)
-        ]
-        found = {
-            "tokenizer": {"name": self.tokenizer_name, "fingerprint": self.tokenizer.fingerprint()},
-            "validation": self._held_out.identity() | {"revision": self._revisions[-1]},
-        }
-        return self._settings() | found | ({"sources": sources} if sources else {})
+        tokenizer = {"name": self.tokenizer_name, "fingerprint": self.tokenizer.fingerprint()}
+        return self._settings() | {"tokenizer": tokenizer} | self.sources.identity()

@@ -59,7 +59,7 @@ def stream(arguments: dict, ranks: int, rank: int, batches: int) -> dict:
     seen = [batch["input_ids"].tolist() for batch in take(data, batches)]
     texts = [data.tokenizer.decode(row) for batch in seen for row in batch]
     held_out = [data.tokenizer.decode(batch["input_ids"][0].tolist()) for batch in data.val_dataloader()]
-    return {"texts": texts, "held_out": held_out, "shards": len(data._corpora[0].shards)}
+    return {"texts": texts, "held_out": held_out, "shards": len(data.sources.corpora[0].shards)}
 
 
 def stream_on_rank(job: dict, rank: int, port: int) -> dict:

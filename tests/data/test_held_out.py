@@ -59,7 +59,7 @@ def test_validation_on_the_training_split_holds_out_documents_by_hash(c4, tmp_pa
     assert len(trained) == 600 - due
     assert not held_out & trained
     # 1,200 rows are more than two passes. Each pass leaves those documents out.
-    left_out = data.source_counts()[data.sources[0].title]["held_out"]
+    left_out = data.source_counts()[data.sources.training[0].title]["held_out"]
     assert 2 * due <= left_out <= 3 * due
 
 
@@ -132,7 +132,7 @@ def test_a_run_reports_files_that_patterns_match_twice_and_files_that_are_not_re
     files = {"train": [f"{folder}/*", f"{folder}/train-[01]*"], "validation": f"{c4}/c4-validation*"}
     with caplog.at_level(logging.INFO):
         data = ready(streamed(c4, data_files=files))
-    assert len(data._corpora[0].shards) == 3
+    assert len(data.sources.corpora[0].shards) == 3
     assert "train on json: 2 files named more than once, read once" in caplog.messages
     assert "train on json: left out: 1 other file (train-9.json.gz.part)" in caplog.messages
 

@@ -85,7 +85,7 @@ def test_a_run_stays_at_the_commit_of_the_hub_that_it_began_with(case, named, ex
     data.options["sources"][0].revision = named
     module = data.module(**data.options)
     module.begin_from({"C4DataModule": began}, None, training=True)
-    assert [source.revision for source in [*module.sources, module.validation]] == expected
+    assert [source.revision for source in module.sources.all] == expected
 
 
 @pytest.mark.parametrize(

@@ -55,13 +55,13 @@ def test_validation_is_the_first_tokens_and_the_same_for_every_world_size(c4, ro
 
 
 def test_a_folder_has_no_configuration_and_c4_has_en(c4, tmp_path):
-    assert C4DataModule().sources[0].title == "allenai/c4/en"
-    assert C4DataModule(name="realnewslike").sources[0].title == "allenai/c4/realnewslike"
+    assert C4DataModule().sources.training[0].title == "allenai/c4/en"
+    assert C4DataModule(name="realnewslike").sources.training[0].title == "allenai/c4/realnewslike"
     for shard in c4.glob("*.json.gz"):
         shutil.copy(shard, tmp_path)
     data = ready(C4DataModule(path=str(tmp_path), tokenizer=f"{c4}/tokenizer", cache_dir=f"{c4}/cache"))
-    assert data.sources[0].name is None
-    assert len(data._corpora[0].shards) == 5
+    assert data.sources.training[0].name is None
+    assert len(data.sources.corpora[0].shards) == 5
 
 
 def test_validation_set_is_made_once(c4, tmp_path):
