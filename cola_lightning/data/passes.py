@@ -34,7 +34,17 @@ from cola_lightning.stored_data import Count
 
 
 class Share(NamedTuple):
-    """Parts ``first`` to ``last`` - 1 of a shard that is divided into ``parts``."""
+    """Parts ``first`` to ``last`` - 1 of a shard that is divided into ``parts``.
+
+    Example: parts 1 and 2 of 4, of a shard of 10 rows. If a part is every 4th row, they are rows 1, 5 and 9, and 2 and
+    6. If a part is a range, the four ranges begin at 0, 10 * 1 // 4 = 2, 10 * 2 // 4 = 5 and 10 * 3 // 4 = 7.
+
+        >>> share = Share(1, 3, 4)
+        >>> [row for row in range(10) if share.has(row)]
+        [1, 2, 5, 6, 9]
+        >>> share.bounds(10)
+        (2, 7)
+    """
 
     first: int = 0
     last: int = 1
@@ -109,6 +119,19 @@ class Reader:
     begins. So the state of a reader is the beginning of its block and the number of its documents that were taken.
     Resuming reads that block again, and tokenizes only documents that were not taken.
 
+    Example: blocks of 3 documents, and a stretch of two shards: 7 with rows 0 to 3 at place 0, and 4 with rows 0 and 1
+    at place 1. In the order of reading, "7:0" being row 0 of shard 7, the blocks are 7:0, 7:1, 7:2 and 7:3, 4:0, 4:1.
+    Say the first is shuffled to 7:2, 7:0, 7:1, and the second to 4:0, 7:3, 4:1. The state after each document:
+
+        document taken      -    7:2  7:0  7:1  4:0  7:3  4:1  none is left
+        unit (place)        0     0    0    0    0    0    1    0
+        row                 0     0    0    3    3    3    2    0
+        taken               0     1    2    0    1    2    0    0
+        through             0     0    0    0    0    0    0    1
+
+    After 7:1 the first block is used up, so the state is where the second begins: the row after 7:2, the last that was
+    read. A reader that resumes after 7:0 reads 7:0, 7:1 and 7:2, shuffles them as before, and tokenizes only 7:1.
+
     Args:
         corpus: The documents.
         logical_shard: Number of the logical shard.
@@ -172,7 +195,8 @@ class Reader:
         shuffled = list(range(len(self.corpus.shards)))
         Random(f"{self.seed}/shards/{turn}" if turn else f"{self.seed}/shards").shuffle(shuffled)
         # Every L-th shard of the shuffled ones, from the first, the second … on: if L divides S, each stretch is whole
-        # shards, shuffled[i::L] for logical shard i.
+        # shards, shuffled[i::L] for logical shard i. Example: of 3, 1, 0, 2 and L = 2 the order is 3, 0, 1, 2. So
+        # logical shard 0 gets shards 3 and 0, and logical shard 1 gets shards 1 and 2.
         order = [
             shard for first in range(self.num_logical_shards) for shard in shuffled[first :: self.num_logical_shards]
         ]
@@ -236,6 +260,7 @@ class SourceReaders:
             PassEndError: If its own stretch has none left, and another process has the other stretches.
             InputError: If the source has no document, or cannot be read.
         """
+        # Example: of 4 logical shards, number 2 takes from its own stretch, then from those of 3, 0 and 1.
         count = len(self.readers)
         turns = [(logical_shard + step) % count for step in range(count)] if self.complete else [logical_shard]
         for _ in range(2):  # what is left of this pass, then a whole pass; a source without a document ends here

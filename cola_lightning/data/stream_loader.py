@@ -66,6 +66,21 @@ class StreamLoader:
     it does not, processes that read apart draw from their logical shards in turn. The order then depends on R and the
     workers, but the sequence of each logical shard does not, and each document still comes once before any comes twice.
 
+    Example: L = 4 logical shards, R = 2 ranks without workers, and steps of 2 micro-batches on each rank, so that each
+    step adds 4 to the position. Logical shard 3 is the first to have no document left:
+
+        position when the step begins    4000        4004        4008        4008        4012
+        read                             apart       apart       apart       jointly     jointly
+        micro-batches m of rank 0     4000 4002   4004 4006   4008 4010   4008 4010   4012 4014
+        micro-batches m of rank 1     4001 4003   4005 4007   4009   -    4009 4011   4013 4015
+        logical shards, m % 4          0 1 2 3     0 1 2 3     0 1 2 -     0 1 2 3     0 1 2 3
+
+    In the third step rank 1 has not enough documents for m = 4011. Both ranks drop the step: the position stays 4008,
+    and the states are those after m = 4007. Each rank tells the other its states, and both make the four micro-batches
+    from all logical shards. The first three are the same as before; for the fourth, logical shard 3 takes what it lacks
+    from logical shard 0. Rank 0 trains on 4008 and 4010, rank 1 on 4009 and 4011. When no logical shard has a document
+    left, the next pass begins for all of them, and after that step the ranks read apart again.
+
     Reading jointly costs every process the reading of all there is. It is short, because logical shards get equal
     shares of the shards. Passes shorter than LONG_PASS micro-batches of a rank are read jointly throughout.
 
@@ -172,7 +187,7 @@ class StreamLoader:
 
     def _own_states(self) -> States:
         """Return the states that this rank contributes. Of logical shards read jointly every rank knows all, and
-        contributes a part."""
+        contributes a part. Example: of 5, rank 0 of 2 contributes 0, 2 and 4, and rank 1 contributes 1 and 3."""
         if self.assignment["jointly"]:
             own = set(range(self.rank, self.num_logical_shards, self.replicas))
         else:
@@ -236,6 +251,7 @@ class StreamLoader:
         return streams
 
     def _items(self) -> Iterator[SentBatch | Exception]:
-        # Each worker reads its share of a step ahead, and one batch more.
+        # Each worker reads its share of a step ahead, and one batch more. Example: of steps of 8 batches, each of 3
+        # workers makes 2 or 3, and reads 1 + 8 // 3 = 3 ahead.
         ahead = max(2, 1 + self.batches_per_step // self.workers) if self.workers else None
         return start_loader(Streams(self._streams()), self.workers, batch_size=None, prefetch_factor=ahead)

@@ -50,6 +50,9 @@ class Stream(ABC):
 class ApartStream(Stream):
     """Draws from some logical shards in rotation.
 
+    Example: with turns 1, 5 its micro-batches come from logical shards 1, 5, 1, 5 …, each with the new state of that
+    logical shard alone. How turns follow from ranks, workers and position: :meth:`Shares.of_process`.
+
     Args:
         turns: Their numbers, in the order in which it draws from them.
     """
