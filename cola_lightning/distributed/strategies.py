@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from cola_lightning import optim
 from cola_lightning.checkpoints import check_no_code, read_state
 from cola_lightning.checkpoints.formats import Format, format_of
+from cola_lightning.checkpoints.restore import FLAG
 from cola_lightning.checkpoints.safe_unpickle import deepspeed_data, plain_data_only
 from cola_lightning.distributed.row_files import put_rows, take_rows, write_rows
 from cola_lightning.errors import InputError, did_you_mean
@@ -65,9 +66,41 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = Path(checkpoint_path)
         check_no_code(path)
         with plain_data_only():
-            found = super().load_checkpoint(path, weights_only=True)
+            found = self._load_one_file(path) if path.is_file() else super().load_checkpoint(path, weights_only=True)
         if path.is_dir():
             found["callbacks"] = put_rows(found.get("callbacks", {}), path, self.world_size, self.global_rank)
+        return found
+
+    def _load_one_file(self, path: Path) -> dict[str, Any]:
+        """Load a file, also that of an optimizer whose parameters have no state, such as SGD without momentum.
+
+        Lightning looks at the first state in the file, and torch at that of the first parameter, without a check that
+        there is one. So where the file has none, they load the weights alone, and the optimizer loads the settings of
+        its groups by its own method.
+
+        Raises:
+            InputError: If the file has states and the optimizer takes none.
+        """
+        optimizers = self.optimizers
+        stored = read_state(path).get("optimizer_states", []) if optimizers else []
+        if not stored or any(each["state"] for each in stored):
+            try:
+                return super().load_checkpoint(path, weights_only=True)
+            except AssertionError as error:
+                if any(optimizer.state for optimizer in optimizers):  # torch has made the states by then
+                    raise
+                raise InputError(
+                    f"{path} holds states of an optimizer, but {type(optimizers[0]).__name__} as it is set keeps none; "
+                    f"resume with the settings that it was written under, or begin a new run with its weights by "
+                    f"{FLAG} true"
+                ) from error
+        self.optimizers = []
+        try:
+            found = super().load_checkpoint(path, weights_only=True)
+        finally:
+            self.optimizers = optimizers
+        for optimizer, settings in zip(optimizers, found["optimizer_states"], strict=True):
+            optimizer.load_state_dict(settings)
         return found
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import lightning as L
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
@@ -14,6 +15,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, AdamW
 
 from cola_lightning.callbacks import Checkpoints
+from cola_lightning.errors import InputError
 from cola_lightning.methods import CoLA, CoLAM
 from cola_lightning.models import FullRank
 from cola_lightning.optim import APOLLO, Fira, GaLore, HybridOptimizer, Muon, WarmupCosine
@@ -38,8 +40,9 @@ RUNS = {
     name: partial(HybridOptimizer, matrix=make, other=ADAMW, embedding=partial(AdamW, lr=0.01))
     for name, make in OPTIMIZERS.items()
 }
-# SGD without momentum makes no state for its parameters, here embedding, head and norms.
+# SGD without momentum makes no state for its parameters: here for embedding, head and norms …
 RUNS["sgd"] = partial(HybridOptimizer, matrix=ADAMW, other=partial(SGD, lr=0.1))
+RUNS["plain_sgd"] = partial(SGD, lr=0.5)  # … and here for none at all
 
 
 @contextmanager
@@ -162,6 +165,13 @@ def train(
         trainer.fit(model, datamodule=Data(micro_batch), ckpt_path=resume, weights_only=True)
     if trainer.is_global_zero:
         Path(out, "curve.json").write_text(json.dumps([curve.losses, curve.norms]))
+
+
+def refuse(name: str, out: str, resume: str, message: str) -> None:
+    """Check that a run under FSDP2 does not resume from a checkpoint, with one line that says why."""
+    with pytest.raises(InputError, match=message) as error:
+        train(name, "fsdp2", 1, out, resume=resume)
+    assert "\n" not in str(error.value)
 
 
 def train_each(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.parity_run import STEPS
-from tests.optim.sharded_run import RUNS, compare_with_plain, replay_golden, train_each
+from tests.optim.sharded_run import RUNS, compare_with_plain, refuse, replay_golden, train, train_each
 from tests.processes import Run
 
 NAMES = list(RUNS)
@@ -80,3 +80,18 @@ def test_a_resumed_run_continues_bit_for_bit_and_on_other_numbers_of_ranks(runs,
     assert curve(runs / "from_2_on_2" / form / name) == expected
     for ranks in (1, 4):
         assert curve(runs / f"from_2_on_{ranks}" / form / name)[0] == pytest.approx(expected[0], rel=1e-6)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("first", "then", "ranks"), [("2/fsdp2", "auto", 1), ("1/auto", "fsdp2", 2)])
+def test_a_file_without_states_of_parameters_goes_on_under_another_strategy(runs, tmp_path, first, then, ranks):
+    resume = str(runs / first / "plain_sgd" / "step_00000010.ckpt")
+    Run(train, "plain_sgd", then, ranks, str(tmp_path), 8 // ranks, resume, ranks=ranks, folder=tmp_path).done()
+    expected = [values[10:] for values in curve(runs / "1" / "auto" / "plain_sgd")]
+    assert curve(tmp_path)[0] == pytest.approx(expected[0], rel=1e-8)
+
+
+@pytest.mark.distributed
+def test_states_that_the_optimizer_does_not_keep_are_refused_in_one_line(runs, tmp_path):
+    resume, line = str(runs / "2" / "fsdp2" / "sgd" / "step_00000010.ckpt"), "holds states .* but SGD .* keeps none; "
+    Run(refuse, "plain_sgd", str(tmp_path), resume, line, ranks=1, folder=tmp_path).done()
