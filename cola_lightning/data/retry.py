@@ -21,10 +21,13 @@ Item = TypeVar("Item")
 TRANSIENT_ERRORS = (OSError, EOFError, zlib.error)
 # By name, because the version of the hub's client decides which of them is installed.
 HTTP_CLIENTS = {"aiohttp", "httpx", "httpx2", "requests"}
+# Raised where no connection is made, by httpx, by aiohttp and by Python; a silent server raises others.
+UNREACHABLE = {"ConnectError", "ClientConnectorError", "ClientConnectorDNSError", "ConnectionRefusedError", "gaierror"}
 PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 PERMANENT_STATUS = (401, 403, 404, 410)
 SILENCE = 15.0  # seconds between two warnings that a read is waiting
 LONGEST_PAUSE = 3600.0  # seconds; a longer Retry-After is cut to it
+AT_START = 30.0  # seconds until a run that finds no network at its start says so
 
 
 @dataclass
@@ -37,28 +40,47 @@ class Retry:
     Args:
         times: Failures in a row, without a document between them, that are retried.
         wait: Seconds before the first retry; each further wait is twice as long.
+        started: Whether the run has read something before, as one that resumes has. It then waits for a network, too.
     """
 
     times: int = 6
     wait: float = 2.0
+    started: bool = False
 
-    def call(self, function: Callable[[], Result], name: str) -> Result:
+    def call(self, function: Callable[[], Result], name: str, server: str | None = None) -> Result:
         """Call ``function``, and call it again after a transient error.
 
         Args:
             function: Function to call.
             name: What is read, for messages.
+            server: Address of the server, if these may be the first requests that a run sends to it. If its name is
+                unknown or it accepts no connection, this machine most likely has no network, and there is nothing yet
+                that waiting could save. So no try begins that would end more than ``AT_START`` seconds after the first
+                one began.
 
         Raises:
             InputError: After the last try, or at once for a permanent error; names ``name``.
         """
-        failures = 0
+        failures, began = 0, time.monotonic()
         while True:
+            begins = time.monotonic()
             try:
                 with _said(name):
                     return function()
             except Exception as error:
                 failures += 1
+                unreachable = _unreachable(error)
+                if unreachable is None or self.started:
+                    server = None  # it is there, or it was there, so it may recover
+                elif server is not None:
+                    # Example: the client of the hub retries too, so that its try lasts 23 s. A pause of 2 s and another
+                    # such try would end after 48 s.
+                    now = time.monotonic()
+                    if (now - began) + self._pause(failures) + (now - begins) >= AT_START:
+                        raise InputError(
+                            f"{name} cannot be read, because {server} cannot be reached ({_reason(unreachable)}); "
+                            f"check the network, or name files that are on this machine"
+                        ) from error
                 self._wait_or_raise(error, name, failures)
 
     def iterate(
@@ -97,8 +119,7 @@ class Retry:
             raise error
         request = failed_request(error)
         # fsspec raises FileNotFoundError for any failed request; its cause tells what happened.
-        shown = request if request is not None and isinstance(error, PERMANENT_ERRORS) else error
-        reason = f"{type(shown).__name__}: {str(shown).splitlines()[0] if str(shown) else 'no reason given'}"
+        reason = _reason(request if request is not None and isinstance(error, PERMANENT_ERRORS) else error)
         if _offline(error):
             raise InputError(
                 f"{name} is not on this machine, and HF_HUB_OFFLINE is set; unset it, or name files that are here"
@@ -108,10 +129,18 @@ class Retry:
         if failures > self.times:
             raise InputError(f"{name} could not be read in {failures} tries: {reason}") from error
         # The pause is random, so that workers that failed together do not retry together.
-        pause = max(self.wait * 2 ** (failures - 1), _retry_after(error)) * random.uniform(1, 1.25)
+        pause = max(self._pause(failures), _retry_after(error)) * random.uniform(1, 1.25)
         message = hide_secrets(f"{name}: {reason}; try {failures} of {self.times} in {pause:.1f} s")
         warnings.warn(message, stacklevel=3)
         time.sleep(pause)
+
+    def _pause(self, failures: int) -> float:
+        """Return the seconds to wait after that many failures, at least."""
+        return self.wait * 2 ** (failures - 1)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -135,6 +164,12 @@ def failed_request(error: BaseException) -> BaseException | None:
 
 def _from_client(error: BaseException) -> bool:
     return any(kind.__module__.partition(".")[0] in HTTP_CLIENTS for kind in type(error).__mro__)
+
+
+def _unreachable(error: BaseException) -> BaseException | None:
+    """Return the error, or its cause, that says that no connection could be made: the server's name is unknown, or
+    nothing answers at its address. None if the server was there."""
+    return next((one for one in _chain(error) if type(one).__name__ in UNREACHABLE), None)
 
 
 def _status(error: BaseException) -> int | None:

@@ -9,14 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import numpy as np
 from fsspec.core import url_to_fs
+from huggingface_hub.utils import get_session
 
 from cola_lightning.data.fingerprints import commit_of, fingerprint_files
 from cola_lightning.data.identity import Identity, describe_files
 from cola_lightning.data.passes import WHOLE, Share
 from cola_lightning.data.readers import Row, is_parquet, is_plain_lines, parquet_rows, read_file, read_table
-from cola_lightning.data.remote import storage_options, use_hub, with_package
+from cola_lightning.data.remote import CONNECT, storage_options, use_hub, with_package
 from cola_lightning.data.retry import Retry, failed_request
 from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError, hide_secrets
@@ -105,7 +107,8 @@ def find(source: Source, retry: Retry) -> Found:
     # Messages name the addresses of the files, because the title is only their format then.
     addresses = _addresses(source)
     asked = addresses[0] + f" and {len(addresses) - 1} more" * (len(addresses) > 1) if addresses else source.title
-    builder = retry.call(lambda: _resolve(source), asked)
+    hub = None if addresses else huggingface_hub.constants.ENDPOINT
+    builder = retry.call(lambda: _resolve(source), asked, server=hub)
     found = Found({})
     for split, some in (builder.config.data_files or {}).items():
         # Patterns may overlap; each file is read once.
@@ -249,6 +252,15 @@ def _resolve(source: Source) -> "DatasetBuilder":
             f"data set {source.title} is a script, and no code of a data set is run; read its text from files: the hub "
             f"keeps those of many under --data.revision refs/convert/parquet"
         ) from error
+    except ConnectionError as error:
+        if _addresses(source):
+            raise
+        # The hub could not be reached, and datasets does not say why. Ask once more, so that the cause is known.
+        try:
+            get_session().head(huggingface_hub.constants.ENDPOINT, timeout=CONNECT)
+        except Exception as cause:
+            raise error from cause
+        raise
     except (DatasetsError, FileNotFoundError, ValueError) as error:
         # The same errors are raised for a server that is busy or silent.
         if "Unable to find 'http" in str(error) or failed_request(error) is not None:

@@ -271,6 +271,7 @@ class StreamingDataModule(TokenDataModule):
 
     def _remember(self, state: dict[str, Any], training: bool, path: object = "the checkpoint") -> None:
         super()._remember(state, training, path)
+        self.retry.started = training
         # The command line calls this before setup. From Python it may come after setup, which then looked up the newest
         # commits and has to be done again at those of the run.
         if self.sources.pin(state[IDENTITY]) and self.sources.validation_corpus is not None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -130,7 +131,8 @@ class _HubFiles:
         return self.file if file == TOKENIZER else self._call(file, self.commit)
 
     def _call(self, file: str, revision: str | None) -> Path | None:
-        return self.retry.call(lambda: self._download(file, revision), f"tokenizer {self.name} ({file})")
+        name, server = f"tokenizer {self.name} ({file})", huggingface_hub.constants.ENDPOINT
+        return self.retry.call(lambda: self._download(file, revision), name, server)
 
     def _download(self, file: str, revision: str | None) -> Path | None:
         try:

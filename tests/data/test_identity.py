@@ -86,6 +86,7 @@ def test_a_run_stays_at_the_commit_of_the_hub_that_it_began_with(case, named, ex
     module = data.module(**data.options)
     module.begin_from({"C4DataModule": began}, None, training=True)
     assert [source.revision for source in module.sources.all] == expected
+    assert module.retry.started  # so it waits for the hub, unlike a run that begins
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """A server that accepts connections and never answers: the time until the run stops, and its messages."""
 
+import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
 import pytest
 
-from cola_lightning.data import C4DataModule, remote
+from cola_lightning.data import C4DataModule, remote, retry, sources
 from cola_lightning.data.prepare import prepare
 from cola_lightning.data.retry import Retry
 from cola_lightning.data.sources import Found, Source, TextCorpus, find
@@ -15,6 +17,7 @@ from cola_lightning.data.tokenizer import Tokenizer
 from cola_lightning.errors import InputError
 from tests.data.conftest import arguments
 from tests.data.server import Server, SilentServer
+from tests.data.test_retry import BusyError
 from tests.data.test_streaming import ready
 
 PAGE = Path(__file__).parents[2] / "recipes/data_loading/README.md"
@@ -59,6 +62,7 @@ def silent_hub(server, monkeypatch, tmp_path):
     }.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr(huggingface_hub.file_download, "_ETAG_RETRY_TIMEOUT", 0.01)
+    monkeypatch.setattr(sources, "CONNECT", 0.01)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # was read when datasets was imported
     return server
@@ -138,6 +142,65 @@ def test_waiting_for_a_silent_hub_ends_and_names_what_was_asked_for(silent_hub, 
     # The hub's client has retries of its own, so that each of the 7 tries is several requests.
     assert silent_hub.requests > TRIES
     assert sum(pauses) >= PAUSES
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """Make sleeping take no time, and the clock of ``retry`` go on by it."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds))
+    clock.monotonic, clock.sleep, clock.time = lambda: clock.now, time.sleep, time.time
+    monkeypatch.setattr(retry, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("door", "name"),
+    [
+        (lambda: Tokenizer.load("someone/tokenizer", Retry()), r"tokenizer someone/tokenizer \(tokenizer.json\)"),
+        (lambda: find(Source("allenai/c4", "en"), Retry()), "allenai/c4/en"),
+    ],
+    ids=["tokenizer", "data set"],
+)
+@pytest.mark.parametrize("fault", ["refused", "unknown"])
+def test_a_run_that_finds_no_network_at_its_start_says_so_within_30_s(
+    silent_hub, clock, monkeypatch, door, name, fault
+):
+    def unknown(*address, **options):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    silent_hub.close()  # nothing listens on its port now
+    if fault == "unknown":
+        monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    line = f"^{name} cannot be read, because {silent_hub.url} cannot be reached .*; check the network, or name files"
+    with pytest.raises(InputError, match=line) as error:
+        door()
+    assert "\n" not in str(error.value)
+    assert 20 < clock.now <= 30  # the hub's client retries for 23 s by itself
+
+
+def test_a_network_that_fails_after_the_start_is_waited_for(clock):
+    def ask():
+        raise ConnectionRefusedError("[Errno 111] Connection refused")
+
+    with pytest.raises(InputError, match="shard could not be read in 7 tries"):
+        Retry().call(ask, "shard")
+    assert PAUSES <= clock.now <= 1.25 * PAUSES
+
+
+@pytest.mark.parametrize(("answered", "started"), [(False, False), (True, False), (False, True)])
+def test_a_server_that_answered_before_is_waited_for(clock, answered, started):
+    """One that never answered is given up after pauses of 2, 4 and 8 s, because the next try would end after 30 s."""
+    answers = iter([BusyError("0")] * answered + [ConnectionRefusedError()] * 9)
+
+    def ask():
+        raise next(answers)
+
+    waits = answered or started
+    with pytest.raises(InputError, match="in 7 tries" if waits else "http://hub cannot be reached"):
+        Retry(started=started).call(ask, "data", "http://hub")
+    least = PAUSES if waits else 14
+    assert least <= clock.now <= 1.25 * least
 
 
 @pytest.mark.parametrize(("status", "door"), [(429, fingerprints), (503, fingerprints), (503, read)])
