@@ -55,6 +55,8 @@ def print_continuations(
     _check_texts(prompts, stops)
     where = pick_device(device)
     if compile:
+        if len(prompts) > 1:  # several would be continued uncompiled
+            raise InputError(f"--compile is for one prompt, and there are {len(prompts)}; leave it out, or give one")
         check_compiler(where)
     trained = load_model_for_inference(model, trust)
     network = trained.network.to(where)

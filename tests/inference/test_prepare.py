@@ -195,6 +195,9 @@ def test_a_copy_with_the_same_weights_leaves_the_network_unchanged():
 def test_where_it_cannot_be_compiled_one_line_says_so(trained_run, monkeypatch, capsys):
     with pytest.raises(InputError, match="--compile is for processors, and the model is on cuda; leave it out, or add"):
         check_compiler(torch.device("cuda"))
+    with pytest.raises(SystemExit):
+        main(["generate", str(trained_run), "--prompt=the", "--prompt=a", "--compile"])
+    assert "error: --compile is for one prompt, and there are 2; leave it out, or give one" in capsys.readouterr().err
     monkeypatch.setenv("CXX", "no-compiler")
     with pytest.raises(SystemExit, match="2"):
         main(["generate", str(trained_run), "--prompt=the", "--compile"])
