@@ -182,6 +182,19 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def tokens_of(state: dict[str, Any]) -> int | None:
+    """Return the tokens that a run was trained on, which the callback Throughput counts; None if it did not.
+
+    Args:
+        state: Content of the checkpoint.
+    """
+    callbacks = state.get("callbacks")
+    for name, kept in callbacks.items() if isinstance(callbacks, dict) else ():
+        if str(name).startswith("Throughput") and isinstance(kept, dict) and type(kept.get("tokens")) is int:
+            return kept["tokens"]
+    return None
+
+
 def _check_ours(state: Any, file: Path, has_weights: bool) -> None:
     """Refuse a file that torch can load but that no run of Lightning wrote, such as the weights of another program."""
     expected = {"global_step": int} | ({"state_dict": dict} if has_weights else {})

@@ -1,4 +1,4 @@
-"""Read the outcome of a training run from its events, and keep it in files."""
+"""Read the outcome of a training run from its events and its checkpoint, and keep it in files."""
 
 import json
 import math
@@ -8,6 +8,9 @@ from typing import Annotated, Any, NotRequired
 from annotated_types import Len
 from typing_extensions import TypedDict
 
+from cola_lightning.checkpoints.formats import read_state, tokens_of
+from cola_lightning.checkpoints.latest import LINK
+from cola_lightning.errors import InputError
 from cola_lightning.loggers import read_scalars
 from cola_lightning.output_files import write_whole
 from cola_lightning.provenance import read_provenance
@@ -26,7 +29,7 @@ class StoredResult(TypedDict):
     tasks: NotRequired[dict[str, dict[str, float]]]
     steps: Count
     tokens: Count
-    seconds: float
+    seconds: float | None
     curve: list[list[float]]
     commit: str | None
     data: list[dict[str, Any]]
@@ -43,7 +46,7 @@ class StoredCosts(TypedDict):
     subjects: Annotated[list[dict[str, Any]], Len(1)]
 
 
-def read_outcome(run_dir: Path, steps: int, trunk: Path | None = None, trunk_steps: int = 0) -> dict[str, Any] | None:
+def read_outcome(run_dir: Path, steps: int, trunk: Path | None = None, trunk_steps: int = 0) -> dict[str, Any]:
     """Read the result of a finished run.
 
     Args:
@@ -54,24 +57,32 @@ def read_outcome(run_dir: Path, steps: int, trunk: Path | None = None, trunk_ste
         trunk_steps: Step of that checkpoint.
 
     Returns:
-        None if the run did not reach its end. Otherwise the perplexities; ``tokens`` that it was trained on;
-        ``seconds`` of training without validation; ``curve``, the training loss as [step, tokens, nats]; commit and
-        data.
+        The perplexities; ``tokens`` that the run was trained on; ``seconds`` of training without validation, None if
+        they are not known; ``curve``, the training loss as [step, tokens, nats] at each logged step; commit and data.
+        Only the curve depends on how often the run has logged, and is empty if it never did. Seconds of the steps
+        after the last log are those of the others, by the token.
+
+    Raises:
+        InputError: If the last step was not validated, or the last checkpoint does not have the count of tokens.
     """
     scalars = read_scalars(run_dir)
-    if not {PERPLEXITY, LOSS, TOKENS} <= scalars.keys():
-        return None
-    perplexity = scalars[PERPLEXITY]
-    if max(perplexity) < steps - 1:
-        return None
-    from_trunk = trunk is not None and min(scalars[LOSS]) >= trunk_steps
+    perplexity = scalars.get(PERPLEXITY, {})
+    reached = max(perplexity, default=-1) + 1  # events count steps from 0
+    if reached < steps:
+        validated = f"the last validation was after step {reached:,}" if reached else "there was no validation"
+        raise InputError(f"it ends with step {steps:,}, but {validated}")
+    checkpoint = run_dir / "checkpoints" / LINK
+    tokens = tokens_of(read_state(checkpoint))
+    if tokens is None:
+        raise InputError(f"{checkpoint} does not have the count of tokens, which the callback Throughput stores")
+    from_trunk = trunk is not None and min(scalars.get(LOSS, ()), default=trunk_steps) >= trunk_steps
     parts = [(read_scalars(trunk), trunk_steps), (scalars, steps)] if trunk and from_trunk else [(scalars, steps)]
     curve: list[list[float]] = []
     seconds, begun = 0.0, 0
     for events, end in parts:
         for step in sorted(events.get(LOSS, {})):
-            # Events count steps from 0. Those of a trunk that went on after this budget do not belong to it.
-            if not begun <= step < end or step not in events[TOKENS]:
+            # Events of a trunk that went on after this budget do not belong to it.
+            if not begun <= step < end or step not in events.get(TOKENS, {}):
                 continue
             before = curve[-1][1] if curve else 0
             curve.append([step + 1, int(events[TOKENS][step]), events[LOSS][step]])
@@ -83,8 +94,8 @@ def read_outcome(run_dir: Path, steps: int, trunk: Path | None = None, trunk_ste
         "perplexity": perplexity[max(perplexity)],
         "perplexity_as_published": scalars[PUBLISHED][max(perplexity)],
         "steps": steps,
-        "tokens": int(curve[-1][1]) if curve else 0,
-        "seconds": seconds,
+        "tokens": tokens,
+        "seconds": seconds * (tokens / curve[-1][1]) if seconds else None,
         "curve": curve,
         "commit": facts.get("commit"),
         "data": [

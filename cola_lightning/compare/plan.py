@@ -6,9 +6,16 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal
 
+from cola_lightning.compare.plan_checks import (
+    check_budgets,
+    check_files,
+    check_lists,
+    check_names,
+    check_rates,
+    check_search,
+)
 from cola_lightning.compare.rates import Rates, flatten, published_ratio, set_rates, set_weight_decay
 from cola_lightning.data.token_data_module import resolve_global_batch_size
 from cola_lightning.errors import InputError
@@ -22,7 +29,6 @@ Resolve = Callable[[list[str]], dict[str, Any]]
 Kind = Literal["grid", "search", "published", "seed"]
 KINDS: tuple[Kind, ...] = ("grid", "search", "published", "seed")
 """Kinds of trials, in the order in which those of a method are carried out."""
-MOST_SEARCH_TRIALS = 20
 SCHEDULE = "WarmupStableDecay"
 
 
@@ -143,45 +149,13 @@ class Plan:
         tasks: list[str] | None = None,
         include_path: str | None = None,
     ) -> None:
-        lists: dict[str, list[Any]] = {
-            "methods": list(methods), "matrix_rates": matrix_rates, "other_rates": other_rates, "seeds": seeds,
-        }  # fmt: skip
-        for name, values in lists.items():
-            _check_distinct(name, values)
-        for name, optional in (("budgets", budgets), ("beta2", beta2)):
-            if optional is not None:
-                _check_distinct(name, optional)
-        for name, method in methods.items():
-            for argument, common in (("matrix_rates", matrix_rates), ("other_rates", other_rates)):
-                own = getattr(method, argument)
-                if own is not None:
-                    _check_distinct(f"{argument} of {name}", own)
-                    if len(own) != len(common):
-                        raise InputError(
-                            f"{argument} of {name} has {len(own)} values, but the plan's has {len(common)}; every "
-                            f"method must have the same number of trials"
-                        )
-                if min(own or common) <= 0:
-                    raise InputError(f"{argument} is {own or common}; each rate must be above 0")
-        if min(budgets or [1]) < 1:
-            raise InputError(f"budgets is {budgets}; each is a number of tokens above 0")
-        if not all(0 < value < 1 for value in beta2 or ()):
-            raise InputError(f"beta2 is {beta2}; each value must be between 0 and 1")
-        if not 0 <= search_trials <= MOST_SEARCH_TRIALS:
-            raise InputError(f"search_trials is {search_trials}; it must be from 0 to {MOST_SEARCH_TRIALS}")
-        if len(beta2 or ()) > 1 + search_trials:
-            raise InputError(
-                f"beta2 has {len(beta2 or ())} values, but only search_trials reach those after the first, "
-                f"and these are {search_trials}; raise search_trials"
-            )
-        folders = [folder_name(method) for method in methods]
-        if len(set(folders)) < len(folders):
-            raise InputError(f"two of the methods {list(methods)} would share a folder; rename one")
-        if baseline is not None and baseline not in methods:
-            raise InputError(f"baseline is {baseline!r}, which is not one of the methods {list(methods)}")
-        for file in [*configs, *(file for method in methods.values() for file in method.configs)]:
-            if not Path(file).is_file():
-                raise InputError(f"{file} does not exist; name configs relative to {Path.cwd()}")
+        check_lists(methods=[*methods], matrix_rates=matrix_rates, other_rates=other_rates, seeds=seeds)
+        check_lists(budgets=budgets, beta2=beta2)
+        check_rates(methods, matrix_rates=matrix_rates, other_rates=other_rates)
+        check_budgets(budgets)
+        check_search(search_trials, beta2 or [])
+        check_names({method: folder_name(method) for method in methods}, baseline)
+        check_files([*configs, *(file for method in methods.values() for file in method.configs)])
         self.configs, self.common, self.methods = configs, flags, methods
         self.matrix_rates, self.other_rates, self.seeds = matrix_rates, other_rates, seeds
         self.resolve, self.weight_decay, self.held_out = resolve, weight_decay, held_out
@@ -319,8 +293,3 @@ def as_text(value: Flag) -> str:
 
 def folder_name(method: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", method.lower()).strip("-")
-
-
-def _check_distinct(name: str, values: list[Any]) -> None:
-    if not values or len(set(values)) < len(values):
-        raise InputError(f"{name} is {values}; it must name at least one, and none twice")

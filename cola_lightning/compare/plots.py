@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cola_lightning.compare.statistics import Interval, bootstrap_interval, smooth
@@ -56,6 +57,14 @@ def write_plots(rows: list[dict[str, Any]], terms: dict[str, Any], baseline: str
         axes[0].set(xlabel="tokens, M", ylabel="held-out loss, nats per token")
         axes[1].set(xlabel="TFLOPs (dotted: where methods are compared)")
         names.append(_save(figure, folder / "held_out_loss.png"))
+    drawn = [row for row in known if all(row["training_curves"])]
+    if missing := [row["method"] for row in known if not all(row["training_curves"])]:
+        rank_zero_warn(
+            f"the training loss of {', '.join(missing)} is not drawn, because it was not logged; lower "
+            f"trainer.log_every_n_steps to see it next time"
+        )
+    if not drawn:
+        return sorted(names)
     figure, panels = plt.subplots(1, 3, figsize=(18, 5.5), layout="constrained", sharey=True)
     per_token: dict[str, Callable[[dict[str, Any]], float | None]] = {
         "tokens, M": lambda row: 1e-6,
@@ -63,7 +72,7 @@ def write_plots(rows: list[dict[str, Any]], terms: dict[str, Any], baseline: str
         "seconds of training": lambda row: row["seconds"] and row["seconds"] / row["tokens"],
     }
     for axis, (label, scale) in zip(panels, per_token.items(), strict=True):
-        lines = [(row["method"], _training(row, factor)) for row in known if (factor := scale(row))]
+        lines = [(row["method"], _training(row, factor)) for row in drawn if (factor := scale(row))]
         if lines and axis is panels[0]:
             # Show the part where curves differ, without the fall from the loss of an untrained network.
             early = [np.interp(0.25, np.linspace(0, 1, len(line[1])), line[1]) for _, line in lines]

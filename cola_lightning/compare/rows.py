@@ -8,6 +8,7 @@ from typing import Any
 from cola_lightning.compare.outcome import loss_of
 from cola_lightning.compare.plan import tokens_per_step
 from cola_lightning.compare.rates import Rates
+from cola_lightning.compare.results import TrialResults
 from cola_lightning.compare.search import edges
 from cola_lightning.compare.statistics import (
     Interval,
@@ -19,25 +20,24 @@ from cola_lightning.compare.statistics import (
     x_of_loss,
 )
 from cola_lightning.compare.tasks import mean_scores
-from cola_lightning.compare.trials import SweepRunner
 
 COSTS = ("parameters_m", "optimizer_mb", "activations_mb", "training_mb", "mflops_per_token")
 
 
-def make_rows(runner: SweepRunner) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def make_rows(trials: TrialResults) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Make the row of each method, and choose the FLOPs and the loss at which they are compared.
 
     Returns:
         The rows, the best first; and ``flops`` (None if FLOPs are not known), ``loss`` and ``loss_tokens``: the
         baseline's loss, and the tokens at which it has that loss.
     """
-    rows = [make_row(runner, method) for method in runner.plan.methods]
+    rows = [make_row(trials, method) for method in trials.plan.methods]
     terms: dict[str, Any] = {"flops": None, "loss": None, "loss_tokens": None}
     largest = [row["curves"][0]["flops"][-1] for row in rows if row["curves"] and row["mflops_per_token"]]
-    if largest and len(runner.plan.budgets) > 1:
+    if largest and len(trials.plan.budgets) > 1:
         terms["flops"] = equal_flops(largest)
-    baseline = next(row for row in rows if row["method"] == runner.plan.baseline)
-    if baseline["curves"] and len(runner.plan.budgets) > 1:
+    baseline = next(row for row in rows if row["method"] == trials.plan.baseline)
+    if baseline["curves"] and len(trials.plan.budgets) > 1:
         points = mean_curve(baseline, "tokens")
         terms["loss_tokens"] = middle(points[0][0], points[-1][0])
         terms["loss"] = loss_at(points, terms["loss_tokens"])
@@ -52,13 +52,13 @@ def make_rows(runner: SweepRunner) -> tuple[list[dict[str, Any]], dict[str, Any]
     return rows, terms
 
 
-def make_row(runner: SweepRunner, method: str) -> dict[str, Any]:
+def make_row(trials: TrialResults, method: str) -> dict[str, Any]:
     """Make the row of one method. What is not known is None or an empty list."""
-    plan, best = runner.plan, runner.best(method)
-    sweep, seed = runner.sweep(method), plan.seeds[0]
+    plan, best = trials.plan, trials.best(method)
+    sweep, seed = trials.sweep(method), plan.seeds[0]
     ended = {rates: value for rates, value in sweep.items() if value is not None}
     published = plan.published_rates(method) if plan.published else []
-    at_published = runner.finite(method, published)
+    at_published = trials.finite(method, published)
     row: dict[str, Any] = {
         "method": method,
         "rank": None,
@@ -68,7 +68,7 @@ def make_row(runner: SweepRunner, method: str) -> dict[str, Any]:
             rates._asdict()
             | {
                 "perplexity": value,
-                "failed": value is not None and runner.result(method, rates, seed, plan.budgets[0]) is None,
+                "failed": value is not None and trials.result(method, rates, seed, plan.budgets[0]) is None,
             }
             for rates, value in sweep.items()
         ],
@@ -78,12 +78,12 @@ def make_row(runner: SweepRunner, method: str) -> dict[str, Any]:
         "perplexity_at_published_ratio": min(at_published.values()) if at_published else None,
         "differences": plan.differences(method),
     }
-    row |= spent(runner, method, best)
-    runs = trained_seeds(runner, method, best)
+    row |= spent(trials, method, best)
+    runs = trained_seeds(trials, method, best)
     per_token = (row["mflops_per_token"] or 0) * 1e6
     step = tokens_per_step(plan.configuration(method, best or Rates(1, 1), seed))
     row["seeds"] = list(runs)
-    failed_seed = best and any(runner.failure(method, best, seed) for seed in plan.seeds)
+    failed_seed = best and any(trials.failure(method, best, seed) for seed in plan.seeds)
     row["failed"] = bool(failed_seed or any(entry["failed"] for entry in row["sweep"]))
     row["curves"] = [
         {
@@ -104,18 +104,19 @@ def make_row(runner: SweepRunner, method: str) -> dict[str, Any]:
         for name in (finals[0]["by_source"] if finals else {})
     }
     row["tasks"] = mean_scores([result.get("tasks", {}) for result in finals])
-    row["seconds"] = statistics.mean(result["seconds"] for result in finals) if finals else None
+    seconds = [result["seconds"] for result in finals]
+    row["seconds"] = statistics.mean(seconds) if seconds and None not in seconds else None
     row["training_curves"] = [result["curve"] for result in finals]
     row["commits"] = sorted({result["commit"] for results in runs.values() for result in results if result["commit"]})
     return row
 
 
-def trained_seeds(runner: SweepRunner, method: str, best: Rates | None) -> dict[int, list[dict[str, Any]]]:
+def trained_seeds(trials: TrialResults, method: str, best: Rates | None) -> dict[int, list[dict[str, Any]]]:
     """Return the results at the best rates, by seed and in the order of budgets, of seeds trained to all budgets."""
     found = {}
-    for seed in runner.plan.seeds if best else ():
+    for seed in trials.plan.seeds if best else ():
         assert best
-        results = [runner.result(method, best, seed, budget) for budget in runner.plan.budgets]
+        results = [trials.result(method, best, seed, budget) for budget in trials.plan.budgets]
         if all(results):
             found[seed] = [result for result in results if result]
     return found
@@ -153,12 +154,12 @@ def tokens_to_loss(row: dict[str, Any], loss: float | None) -> Interval | str | 
     return f"< {curve['tokens'][0]:,.0f}" if below else f"> {curve['tokens'][-1]:,.0f}"
 
 
-def spent(runner: SweepRunner, method: str, best: Rates | None) -> dict[str, Any]:
+def spent(trials: TrialResults, method: str, best: Rates | None) -> dict[str, Any]:
     """Return parameters, bytes and FLOPs per token, as ``benchmark`` counted them."""
-    costs = runner.costs(method)
+    costs = trials.costs(method)
     if costs is None:
         return dict.fromkeys(COSTS)
-    config = runner.plan.configuration(method, best or Rates(1, 1), runner.plan.seeds[0])
+    config = trials.plan.configuration(method, best or Rates(1, 1), trials.plan.seeds[0])
     data = config["data"]["init_args"]
     tokens = data["batch_size"] * data["sequence_length"]  # tokens of the micro-batch that was measured
     micro_batches = tokens_per_step(config) / tokens
@@ -175,8 +176,8 @@ def spent(runner: SweepRunner, method: str, best: Rates | None) -> dict[str, Any
     return dict(zip(COSTS, values, strict=True))
 
 
-def run_folder_of(runner: SweepRunner, row: dict[str, Any]) -> Path | None:
+def run_folder_of(trials: TrialResults, row: dict[str, Any]) -> Path | None:
     """Return the run of a method at its best rates, with the first seed, to the largest budget."""
     if row["rates"] is None:
         return None
-    return runner.run_dir(row["method"], row["rates"], runner.plan.seeds[0], runner.plan.budgets[-1])
+    return trials.run_dir(row["method"], row["rates"], trials.plan.seeds[0], trials.plan.budgets[-1])

@@ -13,6 +13,7 @@ from cola_lightning.compare.estimate import print_estimate
 from cola_lightning.compare.plan import KINDS, Flag, HeldOut, Method, Plan, Resolve, Trial
 from cola_lightning.compare.processes import start_server
 from cola_lightning.compare.report import write_report
+from cola_lightning.compare.results import TrialResults
 from cola_lightning.compare.trials import Command, SweepRunner
 from cola_lightning.errors import InputError, check_at_least
 
@@ -103,7 +104,8 @@ def compare(
         weight_decay, search_trials, beta2, published, baseline, held_out, tasks, include_path,
     )  # fmt: skip
     share = threads or max(1, (os.cpu_count() or 1) // max(1, jobs))
-    runner = SweepRunner(plan, root, share, command, keep_checkpoints)
+    results = TrialResults(plan, root)
+    runner = SweepRunner(results, share, command, keep_checkpoints)
     if tokens_per_second is not None:
         print_estimate(plan, tokens_per_second, jobs)
         return
@@ -113,7 +115,7 @@ def compare(
     if jobs:
         runner.check()
         run_all(runner, jobs)
-    write_report(runner, Path(report) if report else root / "report", command_line)
+    write_report(results, Path(report) if report else root / "report", command_line, share)
 
 
 def run_one(runner: SweepRunner, number: int) -> None:
@@ -130,8 +132,8 @@ def run_one(runner: SweepRunner, number: int) -> None:
         for other in trials[:number]:
             if other.method != trial.method or other.kind not in ("grid", "search"):
                 continue
-            rates = runner.rates(other)
-            if rates is None or runner.outcome(other.method, rates) is None:
+            rates = runner.results.rates(other)
+            if rates is None or runner.results.outcome(other.method, rates) is None:
                 raise InputError(f"trial {number} is {trial.title}; run trial {other.number} first")
     print(f"{trial.title}: {runner.run(trial)}")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from cola_lightning.checkpoints.formats import tokens_of
 from cola_lightning.checkpoints.projection_formats import example_projection
 from cola_lightning.errors import hide_secrets
 from cola_lightning.inference.load import LoadedModel
@@ -75,6 +76,7 @@ def facts(trained: LoadedModel) -> dict[str, str]:
     if trained.checkpoint is None:
         return found | {"exported from": trained.path.name}
     step, run = trained.checkpoint.step, read_provenance(trained.run_dir)
+    tokens = tokens_of(trained.checkpoint.state)
     perplexity = NOT_KNOWN
     measured = _perplexities(trained.run_dir) if trained.run_dir else {}
     if step in measured:
@@ -84,7 +86,7 @@ def facts(trained: LoadedModel) -> dict[str, str]:
     return found | {
         "data": _data(trained.configuration().get("data") or {}, run.get("data") or {}),
         "steps": f"{step:,}",
-        "tokens seen": _tokens(trained.checkpoint.state),
+        "tokens seen": NOT_KNOWN if tokens is None else f"{tokens:,}",
         "validation perplexity": perplexity,
         "trained with": ", ".join(f"{key} {value}" for key, value in run.get("libraries", {}).items()) or NOT_KNOWN,
         "commit of cola_lightning": run.get("commit") or NOT_KNOWN,
@@ -134,15 +136,6 @@ def _data(data: dict[str, Any], identity: dict[str, Any]) -> str:
             for entry in names for part in (entry if isinstance(entry, list) else [entry]) if part]  # fmt: skip
     rows = f", rows of {arguments['sequence_length']} tokens" if "sequence_length" in arguments else ""
     return hide_secrets(", ".join(flat)) + rows if flat else NOT_KNOWN
-
-
-def _tokens(state: dict[str, Any]) -> str:
-    """Read the count of tokens from the state of the Throughput callback in a checkpoint."""
-    callbacks = state.get("callbacks")
-    for name, kept in callbacks.items() if isinstance(callbacks, dict) else ():
-        if str(name).startswith("Throughput") and isinstance(kept, dict) and type(kept.get("tokens")) is int:
-            return f"{kept['tokens']:,}"
-    return NOT_KNOWN
 
 
 def _perplexities(run_dir: Path) -> dict[int, float]:

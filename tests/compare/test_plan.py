@@ -6,6 +6,7 @@ import pytest
 
 from cola_lightning.compare.estimate import trained_tokens
 from cola_lightning.compare.plan import Method, Plan
+from cola_lightning.compare.plan_checks import check_results_can_be_read
 from cola_lightning.compare.rates import HYBRID, Rates, flatten, set_rates, set_weight_decay
 from cola_lightning.errors import InputError
 
@@ -210,3 +211,29 @@ def test_settings_become_one_mapping():
 def test_bad_plans_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         make(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"limit_val_batches": 0.0},
+            r"CoLA has trainer\.limit_val_batches 0\.0, with which a run validates nothing; a ",
+        ),
+        (
+            {"logger": False},
+            r"CoLA has trainer\.logger False, with which a run logs where a comparison does not read; ",
+        ),
+        ({"logger": [{"class_path": "CSVLogger"}]}, "logs where a comparison does not read"),
+        ({"fast_dev_run": 2}, r"CoLA has trainer\.fast_dev_run 2, with which a run stores nothing"),
+        ({"barebones": True}, r"trainer\.barebones True, with which a run stores nothing"),
+        ({"enable_checkpointing": False}, r"stores no checkpoint; .*; leave trainer\.enable_checkpointing out"),
+    ],
+)
+def test_settings_that_leave_no_result_are_refused(changes, message):
+    usual = {"limit_val_batches": 1.0, "logger": None, "fast_dev_run": False, "barebones": False}
+    check_results_can_be_read("CoLA", {"trainer": usual, "checkpoint": {"dirpath": None}})
+    with pytest.raises(InputError, match=message):
+        check_results_can_be_read("CoLA", {"trainer": usual | changes})
+    with pytest.raises(InputError, match=r"CoLA has checkpoint\.dirpath here, which all runs would share"):
+        check_results_can_be_read("CoLA", {"trainer": usual, "checkpoint": {"dirpath": "here"}})

@@ -16,7 +16,7 @@ from cola_lightning.compare.tasks import Score, mean_scores
 from cola_lightning.errors import InputError
 from cola_lightning.inference.evaluate import evaluate_tasks
 from cola_lightning.inference.load import load_model_for_inference
-from tests.compare.test_compare import config_file, write_plan  # noqa: F401 (a fixture)
+from tests.compare.small_plans import write_plan
 from tests.conftest import REPOSITORY
 from tests.inference.test_evaluate import needs_lm_eval, write_task
 
@@ -122,7 +122,7 @@ def test_scores_are_means_over_seeds_and_errors_do_not_shrink_with_them():
 
 @pytest.mark.slow
 @needs_lm_eval
-def test_tasks_of_a_plan_are_in_the_table(config_file, tmp_path, offline):  # noqa: F811
+def test_tasks_of_a_plan_are_in_the_table(config_file, tmp_path, offline):
     write_task(tmp_path / "tasks")
     changes = {
         "methods": {"CoLA": {}}, "matrix_rates": [0.01], "seeds": [1, 2], "budgets": [5 * 128], "held_out": None,
@@ -142,7 +142,7 @@ def test_tasks_of_a_plan_are_in_the_table(config_file, tmp_path, offline):  # no
 
 
 @needs_lm_eval
-def test_a_task_that_nobody_knows_is_refused_before_anything_runs(config_file, tmp_path, capsys, offline):  # noqa: F811
+def test_a_task_that_nobody_knows_is_refused_before_anything_runs(config_file, tmp_path, capsys, offline):
     write_task(tmp_path / "tasks")
     plan = write_plan(tmp_path, config_file, held_out=None, tasks=["no_task"], include_path=str(tmp_path / "gone"))
     with pytest.raises(SystemExit, match="2"):

@@ -7,6 +7,7 @@ from typing import NotRequired
 import pytest
 from typing_extensions import TypedDict
 
+from cola_lightning.checkpoints.formats import tokens_of
 from cola_lightning.compare import outcome
 from cola_lightning.data import C4DataModule, TextDataModule
 from cola_lightning.data.prepared import FORMAT, PreparedCorpus
@@ -99,8 +100,8 @@ def test_a_card_ignores_the_arguments_of_a_users_data_module(arguments):
 
 
 @pytest.mark.parametrize("callbacks", [None, [], {"Throughput": 3}, {"Throughput": {"tokens": "x"}}, {3: 4}])
-def test_a_card_ignores_invalid_counts(callbacks):
-    assert card._tokens({"callbacks": callbacks}) == card.NOT_KNOWN
+def test_invalid_counts_of_tokens_are_ignored(callbacks):
+    assert tokens_of({"callbacks": callbacks}) is None
 
 
 def test_an_index_of_a_prepared_corpus_is_checked(tmp_path):

@@ -1,0 +1,89 @@
+"""Read the results of a comparison's trials: where each is, which have ended, and which rates are best so far."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from cola_lightning.compare.outcome import StoredCosts, StoredResult, read
+from cola_lightning.compare.plan import Plan, Trial, folder_name
+from cola_lightning.compare.rates import Rates
+from cola_lightning.compare.search import best_rates, next_rates
+
+RESULT, FAILED, COSTS, CONFIG, STAGE, LOG = (
+    "result.json", "failed.txt", "costs.json", "trial.yaml", "stage.yaml", "output.log",
+)  # fmt: skip
+
+
+class TrialResults:
+    """Results of the trials of a plan in a folder.
+
+    A trial has a folder: FOLDER/METHOD/mRATE-oRATE-bBETA2-seed-SEED. In it are ``trial.yaml``, its whole configuration;
+    a run ``tokens-N`` for each budget, with ``result.json``; and, if it is trained to several budgets, the run
+    ``trunk``, with the checkpoints from which the others begin. A trial of the sweep has one budget and no trunk.
+
+    Args:
+        plan: The plan.
+        folder: Folder of the comparison.
+    """
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self.plan, self.root = plan, folder
+
+    def folder(self, method: str, rates: Rates, seed: int) -> Path:
+        return self.root / folder_name(method) / f"{rates.name}-seed-{seed}"
+
+    def run_dir(self, method: str, rates: Rates, seed: int, budget: int) -> Path:
+        return self.folder(method, rates, seed) / f"tokens-{budget}"
+
+    def result(self, method: str, rates: Rates, seed: int, budget: int) -> dict[str, Any] | None:
+        return read(self.run_dir(method, rates, seed, budget) / RESULT, StoredResult)
+
+    def failure(self, method: str, rates: Rates, seed: int) -> str | None:
+        file = self.folder(method, rates, seed) / FAILED
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+
+    def costs(self, method: str) -> dict[str, Any] | None:
+        measured = read(self.root / folder_name(method) / COSTS, StoredCosts)
+        return measured and measured["subjects"][0]
+
+    def outcome(self, method: str, rates: Rates) -> float | None:
+        """Return the perplexity of a trial of the sweep: infinity if it failed, None if it has not ended."""
+        smallest, seed = self.plan.budgets[0], self.plan.seeds[0]
+        if result := self.result(method, rates, seed, smallest):
+            return result["perplexity"]
+        return None if self.failure(method, rates, seed) is None else math.inf
+
+    def sweep(self, method: str) -> dict[Rates, float | None]:
+        """Return the outcome of each trial of the sweep whose rates are known: the grid's, and the search's so far.
+
+        Rates of the search follow from the plan and the outcomes before, so that an interruption changes none of them.
+        """
+        found = {rates: self.outcome(method, rates) for rates in self.plan.grid(method)}
+        while len(found) < self.plan.sweep_trials:
+            ended = {rates: value for rates, value in found.items() if value is not None}
+            if len(ended) < len(found):
+                break
+            rates = next_rates(ended, self.plan.beta2)
+            found[rates] = self.outcome(method, rates)
+        return found
+
+    def finite(self, method: str, pairs: list[Rates] | None = None) -> dict[Rates, float]:
+        """Return the perplexities of the sweep, or of ``pairs``, that are numbers."""
+        found = self.sweep(method) if pairs is None else {rates: self.outcome(method, rates) for rates in pairs}
+        return {rates: value for rates, value in found.items() if value is not None and math.isfinite(value)}
+
+    def best(self, method: str) -> Rates | None:
+        """Return the rates with the lowest perplexity in the sweep; None if no run ended with a finite one."""
+        finite = self.finite(method)
+        return best_rates(finite) if finite else None
+
+    def rates(self, trial: Trial) -> Rates | None:
+        """Return the rates of a trial; None if trials before it have not ended, or the sweep has no best."""
+        if trial.kind == "search":
+            known = list(self.sweep(trial.method))[len(self.plan.grid(trial.method)) :]
+            return known[trial.place] if trial.place < len(known) else None
+        if trial.matrix is None:
+            return self.best(trial.method)
+        if trial.other is None:
+            return next(rates for rates in self.plan.published_rates(trial.method) if rates.matrix == trial.matrix)
+        return Rates(trial.matrix, trial.other, self.plan.first_beta2)
