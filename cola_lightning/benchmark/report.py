@@ -100,7 +100,7 @@ TRAINING = {
 GENERATION = {
     "parameters, M": _plain("parameters", ",.1f", MILLION),
     "prepared": lambda result: result["prepared"],
-    SPEED: _speed(",.0f"),
+    SPEED: _speed(",.1f"),
     "first token, ms": _plain("first_token_seconds", ",.1f", 1e-3),
     "peak memory, MB": _plain("peak_memory_bytes", ",.0f", MILLION),
     "  as counted, uncompiled": _plain("counted_peak_bytes", ",.0f", MILLION),
