@@ -77,7 +77,7 @@ class TokenEmbedding(nn.Embedding):
 
 
 class Head(NormalLinear):
-    """The output layer: hidden states (B, T, D) -> logits (B, T, V), or losses of the target tokens.
+    """The output layer: hidden states (…, D) -> logits (…, V), or (B, T, D) -> losses of the target tokens.
 
     Args:
         hidden_size: D.

@@ -24,9 +24,9 @@ class Scripted(torch.nn.Module):
         self.weight, self.scripts, self.step = network.lm_head.weight, scripts, 0
 
     def forward(self, x):
-        logits = torch.zeros(*x.shape[:2], 300)
+        logits = torch.zeros(*x.shape[:-1], 300)
         for row, script in enumerate(self.scripts):
-            logits[row, -1, script[self.step]] = 1
+            logits[row, ..., script[self.step]] = 1
         self.step += 1
         return logits
 
