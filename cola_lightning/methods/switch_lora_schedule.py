@@ -44,7 +44,7 @@ class Recent(TypedDict):
 
 
 class ExchangeSchedule:
-    """Which rows of each projection are exchanged before a step.
+    """Decides which rows of each projection are exchanged before a step.
 
     Args:
         interval: Steps between two exchanges of a vector when training starts.

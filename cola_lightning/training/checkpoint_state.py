@@ -1,4 +1,4 @@
-"""What the module stores in a checkpoint, and what it takes from one when a run resumes."""
+"""Store state of the module in a checkpoint, and take it from one when a run resumes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

@@ -46,7 +46,7 @@ def test_single_trials_and_one_that_fails(config_file, tmp_path, capsys):
 
 
 def test_results_do_not_depend_on_how_often_a_run_logs(config_file, tmp_path):
-    """Of a run of 10 steps, one that logs every 4 leaves out the last two, and one that logs every 1,000 all."""
+    """Log every 4 of 10 steps, so that the last two have no log, and every 1,000, so that none has."""
     every = {"some": 4, "none": 1000}
     methods = {name: {"flags": {"trainer.log_every_n_steps": steps}} for name, steps in every.items()}
     changes = {"methods": methods, "matrix_rates": [0.01], "seeds": [1], "budgets": [10 * STEP], "held_out": None}
