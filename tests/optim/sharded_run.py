@@ -21,12 +21,14 @@ from cola_lightning.models import FullRank
 from cola_lightning.optim import APOLLO, Fira, GaLore, HybridOptimizer, Muon, WarmupCosine
 from cola_lightning.optim.parameter_groups import ELEMENTWISE
 from cola_lightning.training.module import LanguageModel
-from tests.distributed.parity_run import GLOBAL_BATCH, STEPS, Data
+from tests.distributed.parity_run import GLOBAL_BATCH, Data
 from tests.golden.replay import golden
 from tests.optim.test_golden import GIVEN, MUON, replay, with_given_projectors
 from tests.recorder import Curve
 
-GAP = 8  # projectors are renewed at steps 1, 9 and 17; a checkpoint of step 10 is between two
+STEPS, SAVED, GAP = 12, 6, 4
+"""Projectors are renewed at steps 1, 5 and 9: the checkpoint of step 6 is between two."""
+CHECKPOINT = f"step_{SAVED:08}.ckpt"
 OPTIMIZERS = {
     "galore": partial(GaLore, lr=0.05, rank=4, update_proj_gap=GAP),
     "fira": partial(Fira, lr=0.01, rank=4, update_proj_gap=GAP),
@@ -140,7 +142,7 @@ def train(
     resume: str | None = None,
     cola_m: bool = False,
 ) -> None:
-    """Train for twenty steps, and write the curve to OUT/curve.json and checkpoints of steps 10 and 20.
+    """Train one layer for twelve steps, and write the curve to OUT/curve.json and checkpoints of steps 6 and 12.
 
     ``strategy`` ends in ``32`` for float32, in which Muon iterates then, too; otherwise the run is in float64, and Muon
     iterates in bfloat16.
@@ -152,11 +154,11 @@ def train(
         accumulate_grad_batches=GLOBAL_BATCH // (ranks * micro_batch), log_every_n_steps=1, gradient_clip_val=0.5,
         precision="32-true" if strategy.endswith("32") else "64-true",
         logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[curve, Checkpoints(10, dirpath=out, minutes_at_end=0), *([CoLAM()] if cola_m else [])],
+        callbacks=[curve, Checkpoints(SAVED, dirpath=out, minutes_at_end=0), *([CoLAM()] if cola_m else [])],
     )  # fmt: skip
     L.seed_everything(0, verbose=False)
     model = LanguageModel(
-        64, 16, 24, 2, 2,
+        64, 16, 24, 1, 2,
         projection=partial(CoLA, rank=8) if cola_m else FullRank,
         optimizer=RUNS[name],
         schedule=partial(WarmupCosine, warmup_steps=3),
@@ -185,9 +187,9 @@ def train_each(
 ) -> None:
     """Train with each optimizer under each strategy, in OUT/STRATEGY/NAME.
 
-    If BEGUN is given, each run continues from step 10 of BEGUN/STRATEGY/NAME.
+    If BEGUN is given, each run continues from BEGUN/STRATEGY/NAME/CHECKPOINT.
     """
     for strategy in strategies:
         for name in names:
-            resume = f"{begun}/{strategy}/{name}/step_00000010.ckpt" if begun else None
+            resume = f"{begun}/{strategy}/{name}/{CHECKPOINT}" if begun else None
             train(name, strategy, ranks, f"{out}/{strategy}/{name}", micro_batch, resume, cola_m)

@@ -5,8 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.parity_run import STEPS
-from tests.optim.sharded_run import RUNS, compare_with_plain, refuse, replay_golden, train, train_each
+from tests.optim.sharded_run import (
+    CHECKPOINT,
+    RUNS,
+    SAVED,
+    STEPS,
+    compare_with_plain,
+    refuse,
+    replay_golden,
+    train,
+    train_each,
+)
 from tests.processes import Run
 
 NAMES = list(RUNS)
@@ -34,7 +43,7 @@ def test_sharded_matrices_give_the_official_weights(tmp_path):
 def runs(tmp_path_factory):
     """Return the folder of these runs: ``1``, one process; ``2``, two ranks, and ``4``, four, both of which accumulate
     two micro-batches; ``1_cola_m`` and ``4_cola_m`` the same with CoLA-M; and ``from_2_on_1`` and so on, which continue
-    the runs of two ranks from step 10."""
+    the runs of two ranks from their checkpoint."""
     out = tmp_path_factory.mktemp("runs")
 
     def run(folder: str, ranks: int, strategies: list[str], *more: object) -> None:
@@ -76,7 +85,7 @@ def test_fsdp2_gives_the_losses_of_one_process(runs, name, ranks, form, alone, b
 @pytest.mark.parametrize("form", FORMS)
 def test_a_resumed_run_continues_bit_for_bit_and_on_other_numbers_of_ranks(runs, name, form):
     """From one file and from shards, between two renewals of the projector."""
-    expected = [values[10:] for values in curve(runs / "2" / form / name)]
+    expected = [values[SAVED:] for values in curve(runs / "2" / form / name)]
     assert curve(runs / "from_2_on_2" / form / name) == expected
     for ranks in (1, 4):
         assert curve(runs / f"from_2_on_{ranks}" / form / name)[0] == pytest.approx(expected[0], rel=1e-6)
@@ -85,13 +94,13 @@ def test_a_resumed_run_continues_bit_for_bit_and_on_other_numbers_of_ranks(runs,
 @pytest.mark.distributed
 @pytest.mark.parametrize(("first", "then", "ranks"), [("2/fsdp2", "auto", 1), ("1/auto", "fsdp2", 2)])
 def test_a_file_without_states_of_parameters_goes_on_under_another_strategy(runs, tmp_path, first, then, ranks):
-    resume = str(runs / first / "plain_sgd" / "step_00000010.ckpt")
+    resume = str(runs / first / "plain_sgd" / CHECKPOINT)
     Run(train, "plain_sgd", then, ranks, str(tmp_path), 8 // ranks, resume, ranks=ranks, folder=tmp_path).done()
-    expected = [values[10:] for values in curve(runs / "1" / "auto" / "plain_sgd")]
+    expected = [values[SAVED:] for values in curve(runs / "1" / "auto" / "plain_sgd")]
     assert curve(tmp_path)[0] == pytest.approx(expected[0], rel=1e-8)
 
 
 @pytest.mark.distributed
 def test_states_that_the_optimizer_does_not_keep_are_refused_in_one_line(runs, tmp_path):
-    resume, line = str(runs / "2" / "fsdp2" / "sgd" / "step_00000010.ckpt"), "holds states .* but SGD .* keeps none; "
+    resume, line = str(runs / "2" / "fsdp2" / "sgd" / CHECKPOINT), "holds states .* but SGD .* keeps none; "
     Run(refuse, "plain_sgd", str(tmp_path), resume, line, ranks=1, folder=tmp_path).done()
