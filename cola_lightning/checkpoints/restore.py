@@ -21,6 +21,8 @@ from cola_lightning.stored_data import ALTERED, Count, StoredDataError, check_st
 
 FLAG = "--weights_only_start"
 """Flag by which a new run begins with the weights of a checkpoint."""
+AS_WRITTEN = f"resume with the settings that it was written under, or begin a new run with its weights by {FLAG} true"
+"""What to do about a checkpoint that does not fit the run's optimizer."""
 
 
 def check_complete(path: Path) -> None:
@@ -68,6 +70,7 @@ class _Progress(TypedDict, total=False):
     global_step: Count
     callbacks: dict[str, dict[Any, Any]]
     lr_schedulers: list[_Schedule]
+    optimizer_classes: list[str]
     optimizer_settings: list[dict[str, Any]]
     micro_batches: Annotated[int, Ge(1)]
     train_loss: Annotated[list[float], Len(2, 2)]
@@ -122,8 +125,8 @@ def first_step_explained(path: object) -> Iterator[None]:
         if isinstance(error, (InputError, *of_machine)) or lost_connection(error) or not _in_optimizer(error):
             raise
         raise InputError(
-            f"{path} holds a state that the optimizer cannot continue from ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}); {ALTERED}"
+            f"{path} holds a state that the optimizer cannot continue from, because it does not fit the run, or was "
+            f"altered ({type(error).__name__}: {' '.join(str(error).split())[:300]}); {AS_WRITTEN}"
         ) from error
 
 
@@ -170,10 +173,7 @@ def explain_restore(path: Callable[[], object]) -> Iterator[None]:
             raise RankError(line) from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         reason = reason if len(reason) < 400 else f"{reason[:400]} …"
-        raise InputError(
-            f"{path()} does not fit the run, or was altered ({reason}); resume with the settings that it was written "
-            f"under, or begin a new run with its weights by {FLAG} true"
-        ) from error
+        raise InputError(f"{path()} does not fit the run, or was altered ({reason}); {AS_WRITTEN}") from error
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from cola_lightning import optim
 from cola_lightning.checkpoints import check_no_code, read_state
 from cola_lightning.checkpoints.formats import Format, format_of
-from cola_lightning.checkpoints.restore import FLAG
+from cola_lightning.checkpoints.restore import AS_WRITTEN
 from cola_lightning.checkpoints.safe_unpickle import deepspeed_data, plain_data_only
 from cola_lightning.distributed.row_files import put_rows, take_rows, write_rows
 from cola_lightning.errors import InputError, did_you_mean
@@ -91,8 +91,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                     raise
                 raise InputError(
                     f"{path} holds states of an optimizer, but {type(optimizers[0]).__name__} as it is set keeps none; "
-                    f"resume with the settings that it was written under, or begin a new run with its weights by "
-                    f"{FLAG} true"
+                    f"{AS_WRITTEN}"
                 ) from error
         self.optimizers = []
         try:

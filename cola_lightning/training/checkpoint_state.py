@@ -37,7 +37,8 @@ class CheckpointState:
     def __init__(self, has_weights: bool) -> None:
         self.has_weights = has_weights
         self._settings: OptimizerSettings  # of this run; set when the optimizer is made
-        self._stored_settings: list[Group] | None = None  # of the run that wrote the checkpoint
+        self._stored_classes: list[str] | None = None  # of the optimizer of the run that wrote the checkpoint …
+        self._stored_settings: list[Group] | None = None  # … and its settings
         self._stored_position = 0  # steps of the schedule of that run
         self._is_restored = False  # a checkpoint was loaded, and no step made since
 
@@ -54,6 +55,7 @@ class CheckpointState:
             checkpoint: The checkpoint, to which entries are added.
         """
         store_loss(trainer, loss, checkpoint)
+        checkpoint["optimizer_classes"] = self._settings.classes
         checkpoint["optimizer_settings"] = self._settings.groups
         checkpoint["micro_batches"] = trainer.accumulate_grad_batches
 
@@ -70,6 +72,7 @@ class CheckpointState:
         """
         if trainer:
             adapt_checkpoint(trainer, checkpoint)
+        self._stored_classes = checkpoint.get("optimizer_classes")
         self._stored_settings = checkpoint.get("optimizer_settings")
         self._is_restored = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         if schedules := checkpoint.get("lr_schedulers"):
@@ -80,6 +83,8 @@ class CheckpointState:
 
     def restore_settings(self) -> None:
         """Replace settings of optimizer and schedule that a checkpoint brought by those of this run."""
+        if self._stored_classes is not None:
+            self._settings.warn_of_other_classes(self._stored_classes)
         self._settings.restore(self._stored_settings, self._stored_position)
 
     @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import TypedDict
@@ -35,11 +36,13 @@ class OptimizerSettings:
         schedule: Its schedule, a function of the number of steps.
 
     Attributes:
+        classes: Name of the optimizer's class, or of each part's of a ``HybridOptimizer``. A checkpoint holds them.
         groups: Settings of each parameter group that are plain data. A checkpoint holds them.
     """
 
     def __init__(self, optimizer: Optimizer, schedule: LRScheduler) -> None:
         self.optimizer, self.schedule = optimizer, schedule
+        self.classes = [type(part).__name__ for part in getattr(optimizer, "parts", [optimizer])]
         self.groups: list[Group] = [
             {key: value for key, value in group.items() if key != "params" and _is_plain(value)}
             for group in optimizer.param_groups
@@ -68,6 +71,18 @@ class OptimizerSettings:
             if any(key in changed for key in ON_DEVICE):
                 self._place_steps(group)
         self._replay(position)
+
+    def warn_of_other_classes(self, stored: list[str]) -> None:
+        """Warn if the checkpoint was written under optimizers of other classes than this run's.
+
+        torch loads any state into any optimizer. What the optimizer does not find there begins anew, or is missed in
+        the first step.
+        """
+        if stored != self.classes:
+            rank_zero_warn(
+                f"The checkpoint was written under {', '.join(stored)}, and this run goes on with "
+                f"{', '.join(self.classes)}: states that the former did not keep begin anew"
+            )
 
     def _place_steps(self, group: Group) -> None:
         """Move the counts of steps to the device where this run's optimizer expects them."""

@@ -1,6 +1,7 @@
 """Settings of optimizer and schedule when a run goes on: what is given now wins, the rest is as in an unbroken run."""
 
 import math
+import warnings
 from copy import deepcopy
 from functools import partial
 
@@ -8,11 +9,12 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from torch.optim import SGD, AdamW, lr_scheduler
+from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
 from cola_lightning.callbacks import LossGuard
+from cola_lightning.errors import InputError
 from cola_lightning.methods import ReLoRACallback
-from cola_lightning.optim import WarmupCosine, WarmupCosineRestarts
+from cola_lightning.optim import HybridOptimizer, WarmupCosine, WarmupCosineRestarts
 from cola_lightning.training.rollback import restore_checkpoint
 from tests.recorder import Recorder
 from tests.training.test_fit_loop import WholeRun, fit
@@ -115,6 +117,35 @@ def test_a_schedule_of_another_class_goes_on_from_the_same_step(tmp_path):
     for schedule in (cosine, partial(lr_scheduler.CyclicLR, base_lr=0.001, max_lr=0.01, step_size_up=3)):
         resumed = run(tmp_path / "new", 8, adam, schedule, tmp_path / "step_00000004.ckpt")
         assert resumed.curve() == run(tmp_path / "begun", 8, adam, schedule).curve()[4:]
+
+
+def hybrid(matrix, other):
+    return partial(HybridOptimizer, matrix=partial(matrix, lr=0.01), other=partial(other, lr=0.01))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "named"),
+    [
+        (partial(SGD, lr=0.01), adam, ("SGD", "AdamW")),
+        (adam, partial(Adam, lr=0.01), ("AdamW", "Adam")),
+        (hybrid(AdamW, SGD), hybrid(Adam, SGD), ("AdamW, SGD", "Adam, SGD")),
+        (adam, partial(AdamW, lr=0.02), None),
+    ],
+)
+def test_another_optimizer_is_warned_of(before, now, named, tmp_path):
+    run(tmp_path, 8, before, cosine)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        run(tmp_path / "new", 8, now, cosine, tmp_path / "step_00000004.ckpt")
+    lines = [str(each.message) for each in found if "was written under" in str(each.message)]
+    expected = [f"The checkpoint was written under {named[0]}, and this run goes on with {named[1]}: "] if named else []
+    assert [line.split("states that")[0] for line in lines] == expected
+
+
+def test_a_missing_state_is_explained_by_the_settings(tmp_path):
+    run(tmp_path, 8, adam, cosine)
+    with pytest.raises(InputError, match=r"'max_exp_avg_sq'.*; resume with the settings that it was written under"):
+        run(tmp_path / "new", 8, partial(adam, amsgrad=True), cosine, tmp_path / "step_00000004.ckpt")
 
 
 class Estimating(SGD):
