@@ -170,7 +170,7 @@ def test_schedules_that_restart_keep_the_config_files_warmup(overlay, restart, s
 def test_the_methods_of_the_comparison_differ_in_what_they_are_about_alone(files, scale):
     """Methods may differ in projection and optimizer only, not in clipping, decay, warmup, precision or batch.
 
-    Full rank is there a second time with a narrower network.
+    Full rank and Muon are there a second time with a narrower network.
     """
     plan = {}
     for file in files:
@@ -181,10 +181,10 @@ def test_the_methods_of_the_comparison_differ_in_what_they_are_about_alone(files
         "published",
     )  # fmt: skip
     made = Plan(**{name: plan[name] for name in names}, methods=methods, resolve=resolve)
-    assert len(made.trials) == 12 * (4 + 6 + 2 * plan["published"] + 3)
+    assert len(made.trials) == 13 * (4 + 6 + 2 * plan["published"] + 3)
     own = ("model.projection.", "model.optimizer.init_args.matrix.")
     for name in methods:
-        narrow = ["model.hidden_size", "model.intermediate_size"] if name == "narrow full rank" else []
+        narrow = ["model.hidden_size", "model.intermediate_size"] if name.startswith("narrow ") else []
         assert [key for key in made.differences(name) if not key.startswith(own)] == narrow
         parts = made.configuration(name, Rates(0.5, 0.25, 0.75), 1)["model"]["optimizer"]["init_args"]
         assert [parts[part]["init_args"]["lr"] for part in ("matrix", "other")] == [0.5, 0.25]
