@@ -11,6 +11,7 @@ from typing import Any, Literal
 from cola_lightning.compare.plan_checks import (
     check_budgets,
     check_files,
+    check_finalists,
     check_lists,
     check_names,
     check_rates,
@@ -26,8 +27,8 @@ Flag = bool | int | float | str | None
 Resolve = Callable[[list[str]], dict[str, Any]]
 """``f(flags)`` returns the whole configuration that ``fit`` makes of these flags."""
 
-Kind = Literal["grid", "search", "published", "seed"]
-KINDS: tuple[Kind, ...] = ("grid", "search", "published", "seed")
+Kind = Literal["grid", "search", "published", "final", "seed"]
+KINDS: tuple[Kind, ...] = ("grid", "search", "published", "final", "seed")
 """Kinds of trials, in the order in which those of a method are carried out."""
 SCHEDULE = "WarmupStableDecay"
 
@@ -70,12 +71,12 @@ class Trial:
         number: Counted from 0; an array job runs one trial by its number.
         method: Name of the method.
         kind: ``grid`` and ``search`` are the sweep. A search's rates follow from the trials before it.
-            ``published`` uses the ratio of the two rates in the method's own files. ``seed`` uses the best rates of the
-            sweep, and all budgets.
+            ``published`` uses the ratio of the two rates in the method's own files. ``final`` uses one of the best
+            pairs of rates of the sweep, and ``seed`` the best of these at the largest budget; both use all budgets.
         seed: Seed of the run.
         matrix: Learning rate of the matrices; None if other trials determine it.
         other: Learning rate of the other parameters; None likewise, or if the published ratio sets it.
-        place: Number of a search trial among those of its method, from 0.
+        place: Number of a search or final trial among those of its method, from 0.
     """
 
     number: int
@@ -90,6 +91,8 @@ class Trial:
     def title(self) -> str:
         if self.kind == "search":
             rates = f"further trial {self.place + 1}"
+        elif self.kind == "final":
+            rates = f"finalist {self.place + 1}"
         elif self.matrix is None:
             rates = "best rates"
         elif self.other is None:
@@ -103,8 +106,8 @@ class Plan:
     """The trials of a comparison.
 
     For each method, each pair of learning rates is tried with the first seed at the smallest budget, and then a number
-    of neighbors of the best, see ``next_rates``. Then all seeds are trained to all budgets at the best. Every method
-    has the same number of trials.
+    of neighbors of the best, see ``next_rates``. Then the best few of these are trained to all budgets, and the best of
+    them at the largest budget with all seeds. Every method has the same number of trials.
 
     Args:
         configs: Configs that all methods share.
@@ -119,6 +122,7 @@ class Plan:
         weight_decay: Weight decay of all parameters of all methods; if not given, that of each method's files.
         search_trials: Trials of each method after the grid, near the best.
         beta2: Values of β2. The grid has the first, and the search tries the others.
+        finalists: Number of the best pairs of rates that are trained to all budgets with the first seed.
         published: Try also the ratio of the two rates in each method's own files.
         baseline: The method with which the others are compared; the first if not given.
         held_out: Groups of the validation documents; perplexity is then reported for each.
@@ -143,6 +147,7 @@ class Plan:
         weight_decay: float | None = None,
         search_trials: int = 0,
         beta2: list[float] | None = None,
+        finalists: int = 1,
         published: bool = False,
         baseline: str | None = None,
         held_out: HeldOut | None = None,
@@ -154,6 +159,7 @@ class Plan:
         check_rates(methods, matrix_rates=matrix_rates, other_rates=other_rates)
         check_budgets(budgets)
         check_search(search_trials, beta2 or [])
+        check_finalists(finalists, len(matrix_rates) * len(other_rates))
         check_names({method: folder_name(method) for method in methods}, baseline)
         check_files([*configs, *(file for method in methods.values() for file in method.configs)])
         self.configs, self.common, self.methods = configs, flags, methods
@@ -163,6 +169,7 @@ class Plan:
         self.baseline = baseline or next(iter(methods))
         self._budgets = budgets
         self.search_trials, self.beta2, self.published = search_trials, beta2 or [], published
+        self.finalists = finalists
         self.trials = self._number_trials()
         self._resolved: dict[str, dict[str, Any]] = {}
 
@@ -178,6 +185,9 @@ class Plan:
         for name in self.methods if self.published else ():
             for matrix in self.matrix_rates_of(name):
                 trials.append(Trial(len(trials), name, "published", self.seeds[0], matrix))
+        for place in range(self.finalists if self.finalists > 1 else 0):
+            for name in self.methods:
+                trials.append(Trial(len(trials), name, "final", self.seeds[0], place=place))
         for seed in self.seeds:
             for name in self.methods:
                 trials.append(Trial(len(trials), name, "seed", seed))

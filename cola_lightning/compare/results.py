@@ -7,7 +7,7 @@ from typing import Any
 from cola_lightning.compare.outcome import StoredCosts, StoredResult, read
 from cola_lightning.compare.plan import Plan, Trial, folder_name
 from cola_lightning.compare.rates import Rates
-from cola_lightning.compare.search import best_rates, next_rates
+from cola_lightning.compare.search import best_pairs, best_rates, next_rates
 
 RESULT, FAILED, COSTS, CONFIG, STAGE, LOG = (
     "result.json", "failed.txt", "costs.json", "trial.yaml", "stage.yaml", "output.log",
@@ -19,7 +19,7 @@ class TrialResults:
 
     A trial has a folder: FOLDER/METHOD/mRATE-oRATE-bBETA2-seed-SEED. In it are ``trial.yaml``, its whole configuration;
     a run ``tokens-N`` for each budget, with ``result.json``; and, if it is trained to several budgets, the run
-    ``trunk``, with the checkpoints from which the others begin. A trial of the sweep has one budget and no trunk.
+    ``trunk``, with the checkpoints from which the others begin. A trial of the sweep alone has one budget and no trunk.
 
     Args:
         plan: The plan.
@@ -48,8 +48,11 @@ class TrialResults:
 
     def outcome(self, method: str, rates: Rates) -> float | None:
         """Return the perplexity of a trial of the sweep: infinity if it failed, None if it has not ended."""
-        smallest, seed = self.plan.budgets[0], self.plan.seeds[0]
-        if result := self.result(method, rates, seed, smallest):
+        return self._outcome(method, rates, self.plan.budgets[0])
+
+    def _outcome(self, method: str, rates: Rates, budget: int) -> float | None:
+        seed = self.plan.seeds[0]
+        if result := self.result(method, rates, seed, budget):
             return result["perplexity"]
         return None if self.failure(method, rates, seed) is None else math.inf
 
@@ -72,16 +75,38 @@ class TrialResults:
         found = self.sweep(method) if pairs is None else {rates: self.outcome(method, rates) for rates in pairs}
         return {rates: value for rates, value in found.items() if value is not None and math.isfinite(value)}
 
+    def finals(self, method: str) -> dict[Rates, float | None]:
+        """Return the outcome at the largest budget of each finalist: of the best pairs of rates of the sweep, the best
+        first."""
+        pairs = best_pairs(self.finite(method), self.plan.finalists)
+        return {rates: self._outcome(method, rates, self.plan.budgets[-1]) for rates in pairs}
+
     def best(self, method: str) -> Rates | None:
-        """Return the rates with the lowest perplexity in the sweep; None if no run ended with a finite one."""
-        finite = self.finite(method)
-        return best_rates(finite) if finite else None
+        """Return the finalist with the lowest perplexity at the largest budget. While one has not ended, or if none
+        ended with a number, that is the best of the sweep. None if that has no run with a number."""
+        finals = self.finals(method)
+        if not finals:
+            return None
+        ended = {rates: value for rates, value in finals.items() if value is not None and math.isfinite(value)}
+        is_open = any(value is None for value in finals.values())
+        return next(iter(finals)) if is_open or not ended else best_rates(ended)
+
+    def has_ended(self, trial: Trial) -> bool:
+        """Say whether a trial of the sweep, or a finalist of a finished sweep, has a result, failed or is skipped."""
+        if trial.kind == "final":
+            outcomes = list(self.finals(trial.method).values())
+            return trial.place >= len(outcomes) or outcomes[trial.place] is not None
+        rates = self.rates(trial)
+        return rates is not None and self.sweep(trial.method)[rates] is not None
 
     def rates(self, trial: Trial) -> Rates | None:
-        """Return the rates of a trial; None if trials before it have not ended, or the sweep has no best."""
+        """Return the rates of a trial; None if trials before it have not ended, or too few of them with a number."""
         if trial.kind == "search":
             known = list(self.sweep(trial.method))[len(self.plan.grid(trial.method)) :]
             return known[trial.place] if trial.place < len(known) else None
+        if trial.kind == "final":
+            pairs = list(self.finals(trial.method))
+            return pairs[trial.place] if trial.place < len(pairs) else None
         if trial.matrix is None:
             return self.best(trial.method)
         if trial.other is None:

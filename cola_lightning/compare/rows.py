@@ -74,6 +74,7 @@ def make_row(trials: TrialResults, method: str) -> dict[str, Any]:
         ],
         "trials": f"{len(ended)} of {plan.sweep_trials}",
         "best_of_sweep": sweep[best] if best else None,
+        "finals": [rates._asdict() | {"perplexity": value} for rates, value in trials.finals(method).items()],
         "published_ratio": published[0].other / published[0].matrix if published else None,
         "perplexity_at_published_ratio": min(at_published.values()) if at_published else None,
         "differences": plan.differences(method),

@@ -32,6 +32,16 @@ def best_rates(tried: Mapping[Rates, float]) -> Rates:
     return min(tried, key=lambda rates: (_or_infinity(tried[rates]), rates.matrix, rates.other))
 
 
+def best_pairs(tried: Mapping[Rates, float], number: int) -> list[Rates]:
+    """Return the best pairs of learning rates, the best first, each with the best of its values of β2."""
+    left, found = dict(tried), list[Rates]()
+    while left and len(found) < number:
+        best = best_rates(left)
+        found.append(best)
+        left = {rates: value for rates, value in left.items() if rates[:2] != best[:2]}
+    return found
+
+
 def edges(tried: Mapping[Rates, float], rates: Rates) -> list[str]:
     """Name those of the settings that are the lowest or the highest of several that were tried."""
     found = []

@@ -33,6 +33,7 @@ def compare(
     weight_decay: float | None = None,
     search_trials: int = 0,
     beta2: list[float] | None = None,
+    finalists: int = 1,
     published: bool = False,
     baseline: str | None = None,
     held_out: HeldOut | None = None,
@@ -61,7 +62,8 @@ def compare(
         folder: Folder of runs and results.
         configs: Configs that all methods share.
         flags: Settings after all configs and all methods' flags, as on the command line.
-        seeds: The sweep has the first; the best pair of rates is trained with all. [42, 43, 44] if not given.
+        seeds: The sweep and the finalists have the first; the best pair of rates is trained with all. If not given,
+            [42, 43, 44].
         budgets: Numbers of tokens. The sweep has the smallest. Several need the schedule WarmupStableDecay; then one
             run with a constant rate serves all of them, and each ends with a decay of its own. If not given, one: that
             of trainer.max_steps.
@@ -70,6 +72,8 @@ def compare(
             first one beyond the lowest or the highest rate, if the best has it.
         beta2: Values of β2 (decay rate of Adam's second moment) that are tried for all parameters; the grid has the
             first, the search the others. If not given, each method has that of its files.
+        finalists: Number of the best pairs of rates of a sweep that are trained to all budgets with the first seed. The
+            best at the largest budget is the method's.
         published: Also try the ratio of the two rates that each method's own files have, as many trials as
             matrix_rates.
         baseline: The method with which others are compared; the first if not given.
@@ -82,7 +86,8 @@ def compare(
         threads: Threads of a run; the cores shared among the jobs if not given. Results depend on it in their last
             bits.
         trial: Number of the only trial to carry out, from 0, for array jobs: first the grids of all methods, then
-            the first further trial of each, the second …, the published ratios, and the seeds. No report is written.
+            the first further trial of each, the second …, the published ratios, the finalists, and the seeds. No report
+            is written.
         report: Folder of the report; "report" in the folder if not given.
         keep_checkpoints: Leave the checkpoints of finished runs.
         tokens_per_second: Train nothing, and print how long the plan takes at this speed of the baseline.
@@ -101,7 +106,7 @@ def compare(
         methods = {name: method for name, method in methods.items() if name in only}
     plan = Plan(
         configs or [], flags or {}, methods, matrix_rates, other_rates, seeds or [42, 43, 44], resolve, budgets,
-        weight_decay, search_trials, beta2, published, baseline, held_out, tasks, include_path,
+        weight_decay, search_trials, beta2, finalists, published, baseline, held_out, tasks, include_path,
     )  # fmt: skip
     share = threads or max(1, (os.cpu_count() or 1) // max(1, jobs))
     results = TrialResults(plan, root)
@@ -128,12 +133,10 @@ def run_one(runner: SweepRunner, number: int) -> None:
     if not 0 <= number < len(trials):
         raise InputError(f"trial is {number}; the plan has trials 0 to {len(trials) - 1}")
     trial = trials[number]
-    if trial.kind in ("search", "seed"):
+    if trial.kind in ("search", "final", "seed"):
+        before = ("grid", "search", "final") if trial.kind == "seed" else ("grid", "search")
         for other in trials[:number]:
-            if other.method != trial.method or other.kind not in ("grid", "search"):
-                continue
-            rates = runner.results.rates(other)
-            if rates is None or runner.results.outcome(other.method, rates) is None:
+            if other.method == trial.method and other.kind in before and not runner.results.has_ended(other):
                 raise InputError(f"trial {number} is {trial.title}; run trial {other.number} first")
     print(f"{trial.title}: {runner.run(trial)}")
 
@@ -159,7 +162,7 @@ def run_all(runner: SweepRunner, jobs: int) -> None:
             return trial
 
         # Of one method, each stage needs the one before: a further trial the outcomes so far, a published pair the
-        # grid, which it may be part of, and the seeds the best pair.
+        # grid, which it may be part of, the finalists the sweep, and the seeds the best finalist.
         stages = {method: _stages(trials, method) for method in runner.plan.methods}
         left: dict[str, int] = {}
         ready: list[tuple[int, Trial]] = []

@@ -18,7 +18,7 @@ INTERVALS = (
 
 def tables(plan: Plan, rows: list[dict[str, Any]], terms: dict[str, Any]) -> str:
     """Return all tables that do not depend on the speed of the machine."""
-    sections = [headline, by_budget, by_source, by_task, rates, sweep, costs, differences]
+    sections = [headline, by_budget, by_source, by_task, rates, finals, sweep, costs, differences]
     return "\n".join(line for section in sections for line in section(plan, rows, terms))
 
 
@@ -121,9 +121,30 @@ def rates(plan: Plan, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list
     )
     if plan.beta2:
         text += f" β₂ begins with {plan.beta2[0]:g}; of the values {plan.beta2} the best is kept."
+    if plan.finalists > 1:
+        text += (
+            f" The best {plan.finalists} pairs of each method were trained to {plan.budgets[-1] / 1e6:.4g}M tokens, "
+            f"and here is the one that is best there."
+        )
     if plan.published:
         text += " The last columns have the best of the same matrix rates with the ratio of the method's own files."
     return ["## Learning rates", "", *markdown(header, lines), "", text, ""]
+
+
+def finals(plan: Plan, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list[str]:
+    if plan.finalists == 1:
+        return []
+    names = swept(plan)
+    lines = [
+        [row["method"], *(f"{entry[name]:g}" for name in names), number(entry["perplexity"])]
+        for row in rows
+        for entry in row["finals"]
+    ]
+    note = (
+        f"Perplexity at {plan.budgets[-1] / 1e6:.4g}M tokens with seed {plan.seeds[0]} of the pairs of rates that were "
+        f"best at {plan.budgets[0] / 1e6:.4g}M, in that order."
+    )
+    return ["## Finalists", "", *markdown(["method", *names.values(), "perplexity"], lines), "", note, ""]
 
 
 def sweep(plan: Plan, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list[str]:

@@ -90,19 +90,20 @@ class SweepRunner:
         plan, method, seed = self.plan, trial.method, trial.seed
         rates = self.results.rates(trial)
         if rates is None:
-            return "skipped, because no run of the sweep ended with a number"
+            return "skipped, because too few runs of the sweep ended with a number"
         config = self._configuration(method, rates, seed)
         if trial.kind == "grid" and rates == plan.grid(method)[0]:
             self.count(method)
         result, made = None, False
-        for budget in plan.budgets if trial.kind == "seed" else plan.budgets[:1]:
+        is_long = trial.kind in ("final", "seed")
+        for budget in plan.budgets if is_long else plan.budgets[:1]:
             result = self.results.result(method, rates, seed, budget)
             if result is None:
-                several = trial.kind == "seed" and len(plan.budgets) > 1
+                several = is_long and len(plan.budgets) > 1
                 result, made = self._train(method, rates, seed, budget, config, several), True
             if result is None:
                 return f"failed, see {self.results.folder(method, rates, seed) / FAILED}"
-        if trial.kind == "seed" and not self.keep_checkpoints:
+        if is_long and not self.keep_checkpoints:
             shutil.rmtree(self.results.folder(method, rates, seed) / "trunk" / "checkpoints", ignore_errors=True)
         assert result
         which = f"{rates.title}: " if trial.matrix is None else ""
