@@ -178,10 +178,10 @@ def test_the_methods_of_the_comparison_differ_in_what_they_are_about_alone(files
     methods = {name: Method(**method) for name, method in plan["methods"].items()}
     names = (
         "configs", "flags", "matrix_rates", "other_rates", "beta2", "search_trials", "seeds", "budgets", "weight_decay",
-        "published",
+        "published", "finalists",
     )  # fmt: skip
     made = Plan(**{name: plan[name] for name in names}, methods=methods, resolve=resolve)
-    assert len(made.trials) == 13 * (4 + 6 + 2 * plan["published"] + 3)
+    assert len(made.trials) == 13 * (4 + 6 + 2 * plan["published"] + 2 + 3)
     own = ("model.projection.", "model.optimizer.init_args.matrix.")
     for name in methods:
         narrow = ["model.hidden_size", "model.intermediate_size"] if name.startswith("narrow ") else []

@@ -63,6 +63,17 @@ def test_trials_are_numbered_grids_first_and_seeds_last():
     assert [each[1:] for each in numbered[12:]] == [(m, "seed", None, None, s) for s in (1, 2) for m in "ab"]
 
 
+def test_finalists_come_before_the_seeds_and_are_at_most_the_pairs_of_the_grid():
+    numbered = [(t.number, t.method, t.kind, t.place, t.seed) for t in make(finalists=2).trials]
+    assert numbered[8:13] == [(8, "a", "final", 0, 1), (9, "b", "final", 0, 1), (10, "a", "final", 1, 1),
+                              (11, "b", "final", 1, 1), (12, "a", "seed", 0, 1)]  # fmt: skip
+    assert make(finalists=2).trials[10].title == "a, finalist 2, seed 1"
+    assert all(trial.kind != "final" for trial in make().trials)
+    for number in (0, 5):
+        with pytest.raises(InputError, match=f"finalists is {number}; it must be from 1 to 4, the pairs of rates in"):
+            make(finalists=number)
+
+
 def test_a_method_may_have_rates_of_its_own_but_no_more_of_them():
     plan = make(methods={"a": Method(), "b": Method(matrix_rates=[0.1, 0.2])})
     assert {rates.matrix for rates in plan.grid("b")} == {0.1, 0.2}
@@ -153,8 +164,11 @@ def test_an_estimate_counts_the_trunk_once():
     plan = make(budgets=[25600, 51200])
     # Sweep: 4 runs of 100 steps. Each of 2 seeds: a trunk of 160 steps, decays of 20 and 40; the sweep has the
     # smaller budget of the first seed, but not the trunk.
-    counted = {"grid": 4 * 25600, "search": 0, "published": 0, "seed": (2 * 220 - 20) * 256}
+    counted = {"grid": 4 * 25600, "search": 0, "published": 0, "final": 0, "seed": (2 * 220 - 20) * 256}
     assert trained_tokens(plan, "a") == counted
+    # The sweep has the smaller budget of each finalist, and the first seed is that of a finalist.
+    finals = trained_tokens(make(budgets=[25600, 51200], finalists=3), "a")
+    assert (finals["final"], finals["seed"]) == (3 * 200 * 256, 220 * 256)
     assert trained_tokens(make(budgets=[25600], search_trials=3), "a")["search"] == 3 * 25600
     # Of the published pairs (1, 1) and (3, 3), the grid of 1, 3 x 1, 5 has the first.
     assert trained_tokens(make(budgets=[25600], published=True, other_rates=[1, 5]), "a")["published"] == 25600

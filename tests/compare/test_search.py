@@ -7,7 +7,8 @@ import pytest
 
 from cola_lightning.compare.plan import Method, Plan
 from cola_lightning.compare.rates import Rates
-from cola_lightning.compare.search import best_rates, edges, next_rates
+from cola_lightning.compare.results import TrialResults
+from cola_lightning.compare.search import best_pairs, best_rates, edges, next_rates
 from cola_lightning.compare.sweep import run_all
 
 GRID = [Rates(matrix, other, 0.98) for matrix in (0.001, 0.003) for other in (0.01, 0.03)]
@@ -68,6 +69,60 @@ def test_runs_that_failed_count_as_tried_and_never_as_best():
     assert best_rates(tried | {GRID[3]: 900.0}) == GRID[3]
 
 
+def test_the_best_pairs_of_rates_differ_in_a_rate_not_only_in_beta2():
+    tried = {Rates(1, 2, 0.9): 5.0, Rates(1, 2, 0.98): 4.0, Rates(1, 3, 0.98): 7.0, Rates(2, 2, 0.98): 6.0}
+    assert best_pairs(tried, 2) == [Rates(1, 2, 0.98), Rates(2, 2, 0.98)]
+    assert best_pairs(tried, 9) == [Rates(1, 2, 0.98), Rates(2, 2, 0.98), Rates(1, 3, 0.98)]
+
+
+LOW, HIGH, FAR = Rates(1, 1), Rates(1, 3), Rates(3, 3)
+
+
+class Known(TrialResults):
+    """Results of a sweep of three pairs at 10 tokens, of which some were trained to 40."""
+
+    def __init__(self, largest: dict[Rates, float], failed: Rates | None = None, finalists: int = 2):
+        grid = [LOW, HIGH, FAR]
+        super().__init__(
+            SimpleNamespace(
+                budgets=[10, 40], seeds=[7], finalists=finalists, grid=lambda method: grid, sweep_trials=3, beta2=()
+            ),
+            None,
+        )
+        self.found = {(rates, 10): value for rates, value in zip(grid, (6.0, 5.0, 9.0), strict=True)}
+        self.found |= {(rates, 40): value for rates, value in largest.items()}
+        self.failed = failed
+
+    def result(self, method, rates, seed, budget):
+        assert seed == 7
+        return {"perplexity": self.found[rates, budget]} if (rates, budget) in self.found else None
+
+    def failure(self, method, rates, seed):
+        return "out of memory" if rates == self.failed else None
+
+
+def test_the_largest_budget_decides_between_the_finalists():
+    """A high rate is often best in a short run and worse in a long one."""
+    assert list(Known({}).finals("a")) == [HIGH, LOW]
+    assert Known({}).best("a") == HIGH  # none has ended: the best of the sweep
+    assert Known({LOW: 2.0}).best("a") == HIGH  # nor has the other
+    assert Known({LOW: 2.0, HIGH: 3.0}).best("a") == LOW
+    assert Known({LOW: 4.0, HIGH: 3.0}).best("a") == HIGH
+    assert Known({LOW: 2.0, HIGH: 3.0, FAR: 1.0}).best("a") == LOW  # no finalist
+    assert Known({LOW: 2.0, HIGH: 3.0}, finalists=1).best("a") == HIGH
+    assert Known({LOW: 2.0, HIGH: math.nan}).best("a") == LOW
+    assert Known({LOW: 2.0}, failed=HIGH).best("a") == LOW
+    assert Known({LOW: math.nan, HIGH: math.nan}).best("a") == HIGH
+
+
+def test_the_seeds_wait_for_all_finalists():
+    final = [SimpleNamespace(kind="final", method="a", place=place, matrix=None) for place in range(4)]
+    known = Known({LOW: 2.0}, finalists=4)
+    assert [known.rates(trial) for trial in final] == [HIGH, LOW, FAR, None]
+    assert [known.has_ended(trial) for trial in final] == [False, True, False, True]
+    assert Known({}, failed=HIGH, finalists=4).has_ended(final[0])
+
+
 def test_edges_are_the_outermost_of_several_values_that_were_tried():
     tried = dict.fromkeys([Rates(m, o, b) for m in (1, 2, 3) for o in (1, 2, 3) for b in (0.9, 0.95, 0.98)], 0.0)
     assert edges(tried, Rates(2, 2, 0.95)) == []
@@ -82,7 +137,7 @@ def test_trials_begin_in_the_order_of_their_numbers_and_each_method_waits_for_it
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0, "betas": [0.9, 0.999]}}
     settings = {"model": {"optimizer": optimizer}}
     plan = Plan([], {}, {"a": Method(), "b": Method()}, [1, 3], [2], [7, 8], lambda flags: settings, [9],
-                search_trials=2, published=True)  # fmt: skip
+                search_trials=2, published=True, finalists=2)  # fmt: skip
     begun, ended = [], []
 
     def run(trial):
@@ -92,12 +147,13 @@ def test_trials_begin_in_the_order_of_their_numbers_and_each_method_waits_for_it
         if trial.kind == "search":
             assert (kinds.count("grid"), kinds.count("search")) == (2, trial.place)
         elif trial.kind == "seed":
-            assert (kinds.count("grid"), kinds.count("search"), kinds.count("published")) == (2, 2, 2)
+            counts = [kinds.count(kind) for kind in ("grid", "search", "published", "final")]
+            assert counts == [2, 2, 2, 2]
         ended.append(trial)
         return "done"
 
     run_all(SimpleNamespace(plan=plan, run=run, prepare_data=lambda: None), jobs)
-    assert sorted(trial.number for trial in begun) == list(range(16))
+    assert sorted(trial.number for trial in begun) == list(range(20))
     if jobs == 1:
-        assert [trial.number for trial in begun] == list(range(16))
+        assert [trial.number for trial in begun] == list(range(20))
         assert [(trial.method, trial.seed) for trial in begun[-4:]] == [("a", 7), ("b", 7), ("a", 8), ("b", 8)]

@@ -1,6 +1,8 @@
 """Trials, in real processes: carried out one by one, added to others, failed, and killed."""
 
+import json
 import random
+import shutil
 import time
 from multiprocessing import get_context
 from types import SimpleNamespace
@@ -96,6 +98,22 @@ def test_a_search_and_budgets_above_the_first_are_added_without_another_grid(con
     assert added.endswith("tokens-1280")
     assert {key: found[key] for key in swept} == swept
     assert [point[0] for point in found[added]["curve"]] == list(range(1, 11))
+    # The second best pair of rates follows to the larger budget, where the better of both is the method's.
+    plan += [f"--budgets=[{5 * STEP}, {10 * STEP}]", "--finalists=2"]
+    main(plan)
+    finals = {key: result for key, result in results(tmp_path / "out").items() if key.endswith("tokens-1280")}
+    [other] = finals.keys() - {added}
+    assert finals[added] == found[added]
+    pairs = {(result["matrix"], result["other"]): result["perplexity"] for result in finals.values()}
+    assert len(pairs) == 2
+    [row] = json.loads((tmp_path / "out" / "report" / "results.json").read_text())["methods"]
+    assert tuple(row["rates"][:2]) == min(pairs, key=pairs.get)
+    assert {(entry["matrix"], entry["other"]): entry["perplexity"] for entry in row["finals"]} == pairs
+    assert row["perplexity"][-1][0] == min(pairs.values())
+    assert "## Finalists" in (tmp_path / "out" / "report" / "table.md").read_text()
+    shutil.rmtree(tmp_path / "out" / other)
+    with pytest.raises(SystemExit, match="2"):
+        main([*plan, "--trial=6"])
 
 
 def test_a_process_that_was_killed_is_said_to_have_been(tmp_path):
