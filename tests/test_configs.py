@@ -181,7 +181,7 @@ def test_the_methods_of_the_comparison_differ_in_what_they_are_about_alone(files
         "published", "finalists",
     )  # fmt: skip
     made = Plan(**{name: plan[name] for name in names}, methods=methods, resolve=resolve)
-    assert len(made.trials) == 13 * (4 + 6 + 2 * plan["published"] + 2 + 3)
+    assert len(made.trials) == 13 * (4 + 6 + 2 * plan["published"] + 4 + 3)
     own = ("model.projection.", "model.optimizer.init_args.matrix.")
     for name in methods:
         narrow = ["model.hidden_size", "model.intermediate_size"] if name.startswith("narrow ") else []

@@ -71,8 +71,8 @@ class Trial:
         number: Counted from 0; an array job runs one trial by its number.
         method: Name of the method.
         kind: ``grid`` and ``search`` are the sweep. A search's rates follow from the trials before it.
-            ``published`` uses the ratio of the two rates in the method's own files. ``final`` uses one of the best
-            pairs of rates of the sweep, and ``seed`` the best of these at the largest budget; both use all budgets.
+            ``published`` uses the ratio of the two rates in the method's own files. ``final`` uses the best
+            rates of the sweep or neighbors, and ``seed`` the best of these at the largest budget; both use all budgets.
         seed: Seed of the run.
         matrix: Learning rate of the matrices; None if other trials determine it.
         other: Learning rate of the other parameters; None likewise, or if the published ratio sets it.
@@ -106,8 +106,9 @@ class Plan:
     """The trials of a comparison.
 
     For each method, each pair of learning rates is tried with the first seed at the smallest budget, and then a number
-    of neighbors of the best, see ``next_rates``. Then the best few of these are trained to all budgets, and the best of
-    them at the largest budget with all seeds. Every method has the same number of trials.
+    of neighbors of the best, see ``next_rates``. Then the best of these and some neighbors are trained to all budgets,
+    see ``next_finalist``, and the best at the largest budget with all seeds. Every method has the same number of
+    trials.
 
     Args:
         configs: Configs that all methods share.
@@ -122,7 +123,7 @@ class Plan:
         weight_decay: Weight decay of all parameters of all methods; if not given, that of each method's files.
         search_trials: Trials of each method after the grid, near the best.
         beta2: Values of β2. The grid has the first, and the search tries the others.
-        finalists: Number of the best pairs of rates that are trained to all budgets with the first seed.
+        finalists: Trials of each method at all budgets with the first seed, before the other seeds.
         published: Try also the ratio of the two rates in each method's own files.
         baseline: The method with which the others are compared; the first if not given.
         held_out: Groups of the validation documents; perplexity is then reported for each.
@@ -159,7 +160,7 @@ class Plan:
         check_rates(methods, matrix_rates=matrix_rates, other_rates=other_rates)
         check_budgets(budgets)
         check_search(search_trials, beta2 or [])
-        check_finalists(finalists, len(matrix_rates) * len(other_rates))
+        check_finalists(finalists)
         check_names({method: folder_name(method) for method in methods}, baseline)
         check_files([*configs, *(file for method in methods.values() for file in method.configs)])
         self.configs, self.common, self.methods = configs, flags, methods

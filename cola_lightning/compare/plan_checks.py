@@ -58,10 +58,9 @@ def check_search(search_trials: int, beta2: list[float]) -> None:
         )
 
 
-def check_finalists(finalists: int, pairs: int) -> None:
-    """Refuse more finalists than the grid has pairs of rates."""
-    if not 1 <= finalists <= pairs:
-        raise InputError(f"finalists is {finalists}; it must be from 1 to {pairs}, the pairs of rates in the grid")
+def check_finalists(finalists: int) -> None:
+    if not 1 <= finalists <= MOST_SEARCH_TRIALS:
+        raise InputError(f"finalists is {finalists}; it must be from 1 to {MOST_SEARCH_TRIALS}")
 
 
 def check_names(folders: Mapping[str, str], baseline: str | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from cola_lightning.compare.outcome import StoredCosts, StoredResult, read
 from cola_lightning.compare.plan import Plan, Trial, folder_name
 from cola_lightning.compare.rates import Rates
-from cola_lightning.compare.search import best_pairs, best_rates, next_rates
+from cola_lightning.compare.search import best_rates, next_finalist, next_rates
 
 RESULT, FAILED, COSTS, CONFIG, STAGE, LOG = (
     "result.json", "failed.txt", "costs.json", "trial.yaml", "stage.yaml", "output.log",
@@ -76,31 +76,38 @@ class TrialResults:
         return {rates: value for rates, value in found.items() if value is not None and math.isfinite(value)}
 
     def finals(self, method: str) -> dict[Rates, float | None]:
-        """Return the outcome at the largest budget of each finalist: of the best pairs of rates of the sweep, the best
-        first."""
-        pairs = best_pairs(self.finite(method), self.plan.finalists)
-        return {rates: self._outcome(method, rates, self.plan.budgets[-1]) for rates in pairs}
+        """Return the outcome at the largest budget of each finalist whose rates are known: the best of the sweep, then
+        neighbors of the best finalist so far, see ``next_finalist``. They follow from the plan and the outcomes."""
+        swept, largest = self.finite(method), self.plan.budgets[-1]
+        if not swept:
+            return {}
+        first = best_rates(swept)
+        found = {first: self._outcome(method, first, largest)}
+        while len(found) < self.plan.finalists:
+            ended = {rates: value for rates, value in found.items() if value is not None}
+            if len(ended) < len(found):
+                break
+            rates = next_finalist(ended, swept, self.plan.beta2)
+            found[rates] = self._outcome(method, rates, largest)
+        return found
 
     def best(self, method: str) -> Rates | None:
-        """Return the finalist with the lowest perplexity at the largest budget. While one has not ended, or if none
-        ended with a number, that is the best of the sweep. None if that has no run with a number."""
+        """Return the finalist with the lowest perplexity at the largest budget so far. Before one has ended, that is
+        the best of the sweep; None if the sweep has no run with a number."""
         finals = self.finals(method)
-        if not finals:
-            return None
         ended = {rates: value for rates, value in finals.items() if value is not None and math.isfinite(value)}
-        is_open = any(value is None for value in finals.values())
-        return next(iter(finals)) if is_open or not ended else best_rates(ended)
+        return best_rates(ended) if ended else next(iter(finals), None)
 
     def has_ended(self, trial: Trial) -> bool:
-        """Say whether a trial of the sweep, or a finalist of a finished sweep, has a result, failed or is skipped."""
-        if trial.kind == "final":
-            outcomes = list(self.finals(trial.method).values())
-            return trial.place >= len(outcomes) or outcomes[trial.place] is not None
+        """Say whether a trial of the sweep, or a finalist after it, has a result, failed, or is skipped."""
         rates = self.rates(trial)
-        return rates is not None and self.sweep(trial.method)[rates] is not None
+        if rates is None:
+            return trial.kind == "final" and not self.finals(trial.method)
+        found = self.finals(trial.method) if trial.kind == "final" else self.sweep(trial.method)
+        return found[rates] is not None
 
     def rates(self, trial: Trial) -> Rates | None:
-        """Return the rates of a trial; None if trials before it have not ended, or too few of them with a number."""
+        """Return the rates of a trial; None if trials before it have not ended, or the sweep has no best."""
         if trial.kind == "search":
             known = list(self.sweep(trial.method))[len(self.plan.grid(trial.method)) :]
             return known[trial.place] if trial.place < len(known) else None

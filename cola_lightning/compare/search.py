@@ -1,4 +1,5 @@
-"""Choose further trials of a sweep near the best, so that it goes on where the best lies at an edge of the grid."""
+"""Choose further trials near the best: of a sweep, also beyond the edge of its grid, and of what follows at the largest
+budget."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,14 +33,26 @@ def best_rates(tried: Mapping[Rates, float]) -> Rates:
     return min(tried, key=lambda rates: (_or_infinity(tried[rates]), rates.matrix, rates.other))
 
 
-def best_pairs(tried: Mapping[Rates, float], number: int) -> list[Rates]:
-    """Return the best pairs of learning rates, the best first, each with the best of its values of β2."""
-    left, found = dict(tried), list[Rates]()
-    while left and len(found) < number:
-        best = best_rates(left)
-        found.append(best)
-        left = {rates: value for rates, value in left.items() if rates[:2] != best[:2]}
-    return found
+def next_finalist(tried: Mapping[Rates, float], sweep: Mapping[Rates, float], beta2: Sequence[float] = ()) -> Rates:
+    """Return the rates to try next at the largest budget.
+
+    These are, of the sweep's that differ from the best in one learning rate, those which are best in the sweep. Without
+    such, they are :func:`next_rates`.
+
+    Args:
+        tried: Perplexity at the largest budget of what was tried there.
+        sweep: Perplexity at the smallest budget of what was tried there.
+        beta2: Values of β2 to choose from, if any.
+    """
+    best = best_rates(tried)
+    near = {
+        rates: value
+        for rates, value in sweep.items()
+        if rates not in tried
+        and rates.beta2 == best.beta2
+        and (rates.matrix == best.matrix) + (rates.other == best.other) == 1
+    }
+    return best_rates(near) if near else next_rates(tried, beta2)
 
 
 def edges(tried: Mapping[Rates, float], rates: Rates) -> list[str]:

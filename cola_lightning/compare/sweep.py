@@ -72,8 +72,8 @@ def compare(
             first one beyond the lowest or the highest rate, if the best has it.
         beta2: Values of β2 (decay rate of Adam's second moment) that are tried for all parameters; the grid has the
             first, the search the others. If not given, each method has that of its files.
-        finalists: Number of the best pairs of rates of a sweep that are trained to all budgets with the first seed. The
-            best at the largest budget is the method's.
+        finalists: Trials of each method at all budgets with the first seed, one after another: the best of the sweep,
+            then neighbors of the best so far at the largest budget. The best there is the method's.
         published: Also try the ratio of the two rates that each method's own files have, as many trials as
             matrix_rates.
         baseline: The method with which others are compared; the first if not given.
@@ -192,7 +192,7 @@ def run_all(runner: SweepRunner, jobs: int) -> None:
 
 
 def _stages(trials: list[Trial], method: str) -> Iterator[list[Trial]]:
-    """Yield the trials of a method by their kinds; those of the search one by one."""
+    """Yield the trials of a method by their kinds; those of the search, and the finalists, one by one."""
     for kind in KINDS:
         stage = [trial for trial in trials if trial.method == method and trial.kind == kind]
-        yield from ([trial] for trial in stage) if kind == "search" else [stage] if stage else []
+        yield from ([trial] for trial in stage) if kind in ("search", "final") else [stage] if stage else []

@@ -123,8 +123,8 @@ def rates(plan: Plan, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list
         text += f" β₂ begins with {plan.beta2[0]:g}; of the values {plan.beta2} the best is kept."
     if plan.finalists > 1:
         text += (
-            f" The best {plan.finalists} pairs of each method were trained to {plan.budgets[-1] / 1e6:.4g}M tokens, "
-            f"and here is the one that is best there."
+            f" Of each method {plan.finalists} finalists, see below, were trained to {plan.budgets[-1] / 1e6:.4g}M "
+            f"tokens, and here is the one that is best there."
         )
     if plan.published:
         text += " The last columns have the best of the same matrix rates with the ratio of the method's own files."
@@ -141,8 +141,8 @@ def finals(plan: Plan, rows: list[dict[str, Any]], terms: dict[str, Any]) -> lis
         for entry in row["finals"]
     ]
     note = (
-        f"Perplexity at {plan.budgets[-1] / 1e6:.4g}M tokens with seed {plan.seeds[0]} of the pairs of rates that were "
-        f"best at {plan.budgets[0] / 1e6:.4g}M, in that order."
+        f"Perplexity at {plan.budgets[-1] / 1e6:.4g}M tokens with seed {plan.seeds[0]}, in the order of the trials: "
+        f"the best rates at {plan.budgets[0] / 1e6:.4g}M tokens first, then neighbors of the best so far."
     )
     return ["## Finalists", "", *markdown(["method", *names.values(), "perplexity"], lines), "", note, ""]
 

@@ -90,7 +90,7 @@ class SweepRunner:
         plan, method, seed = self.plan, trial.method, trial.seed
         rates = self.results.rates(trial)
         if rates is None:
-            return "skipped, because too few runs of the sweep ended with a number"
+            return "skipped, because no run of the sweep ended with a number"
         config = self._configuration(method, rates, seed)
         if trial.kind == "grid" and rates == plan.grid(method)[0]:
             self.count(method)

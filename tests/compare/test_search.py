@@ -8,7 +8,7 @@ import pytest
 from cola_lightning.compare.plan import Method, Plan
 from cola_lightning.compare.rates import Rates
 from cola_lightning.compare.results import TrialResults
-from cola_lightning.compare.search import best_pairs, best_rates, edges, next_rates
+from cola_lightning.compare.search import best_rates, edges, next_finalist, next_rates
 from cola_lightning.compare.sweep import run_all
 
 GRID = [Rates(matrix, other, 0.98) for matrix in (0.001, 0.003) for other in (0.01, 0.03)]
@@ -69,10 +69,18 @@ def test_runs_that_failed_count_as_tried_and_never_as_best():
     assert best_rates(tried | {GRID[3]: 900.0}) == GRID[3]
 
 
-def test_the_best_pairs_of_rates_differ_in_a_rate_not_only_in_beta2():
-    tried = {Rates(1, 2, 0.9): 5.0, Rates(1, 2, 0.98): 4.0, Rates(1, 3, 0.98): 7.0, Rates(2, 2, 0.98): 6.0}
-    assert best_pairs(tried, 2) == [Rates(1, 2, 0.98), Rates(2, 2, 0.98)]
-    assert best_pairs(tried, 9) == [Rates(1, 2, 0.98), Rates(2, 2, 0.98), Rates(1, 3, 0.98)]
+def test_finalists_are_neighbors_of_the_best_in_the_order_of_the_sweep():
+    swept = {
+        Rates(1, 3, 0.98): 5.0, Rates(1, 3, 0.9): 5.1, Rates(1, 1, 0.98): 7.0, Rates(3, 3, 0.98): 6.0,
+        Rates(3, 1, 0.98): 5.5, Rates(3, 9, 0.98): 9.0,
+    }  # fmt: skip
+    begun = {Rates(1, 3, 0.98): 4.0}
+    assert next_finalist(begun, swept) == Rates(3, 3, 0.98)  # (3, 1) differs in both rates
+    # From the better of the two; and where nothing of the sweep is left, as the search of a sweep.
+    assert next_finalist(begun | {Rates(3, 3, 0.98): 3.0}, swept) == Rates(3, 1, 0.98)
+    assert next_finalist(begun | {Rates(3, 3, 0.98): 4.5}, swept) == Rates(1, 1, 0.98)
+    begun |= {Rates(3, 3, 0.98): 4.5, Rates(1, 1, 0.98): 4.6}
+    assert next_finalist(begun, swept, [0.98, 0.9]) == Rates(0.333, 3, 0.98) == next_rates(begun, [0.98, 0.9])
 
 
 LOW, HIGH, FAR = Rates(1, 1), Rates(1, 3), Rates(3, 3)
@@ -102,10 +110,10 @@ class Known(TrialResults):
 
 
 def test_the_largest_budget_decides_between_the_finalists():
-    """A high rate is often best in a short run and worse in a long one."""
-    assert list(Known({}).finals("a")) == [HIGH, LOW]
+    """A rate that is best in a short run may be worse in a long one."""
+    assert Known({}).finals("a") == {HIGH: None}
     assert Known({}).best("a") == HIGH  # none has ended: the best of the sweep
-    assert Known({LOW: 2.0}).best("a") == HIGH  # nor has the other
+    assert Known({HIGH: 3.0}).finals("a") == {HIGH: 3.0, LOW: None}
     assert Known({LOW: 2.0, HIGH: 3.0}).best("a") == LOW
     assert Known({LOW: 4.0, HIGH: 3.0}).best("a") == HIGH
     assert Known({LOW: 2.0, HIGH: 3.0, FAR: 1.0}).best("a") == LOW  # no finalist
@@ -116,11 +124,12 @@ def test_the_largest_budget_decides_between_the_finalists():
 
 
 def test_the_seeds_wait_for_all_finalists():
-    final = [SimpleNamespace(kind="final", method="a", place=place, matrix=None) for place in range(4)]
-    known = Known({LOW: 2.0}, finalists=4)
-    assert [known.rates(trial) for trial in final] == [HIGH, LOW, FAR, None]
-    assert [known.has_ended(trial) for trial in final] == [False, True, False, True]
-    assert Known({}, failed=HIGH, finalists=4).has_ended(final[0])
+    final = [SimpleNamespace(kind="final", method="a", place=place, matrix=None) for place in range(3)]
+    known = Known({HIGH: 3.0, LOW: 2.0}, finalists=3)
+    assert [known.rates(trial) for trial in final] == [HIGH, LOW, Rates(0.333, 1)]
+    assert [known.has_ended(trial) for trial in final] == [True, True, False]
+    known = Known({}, failed=HIGH)
+    assert [known.has_ended(trial) for trial in final] == [True, False, False]
 
 
 def test_edges_are_the_outermost_of_several_values_that_were_tried():
@@ -146,6 +155,8 @@ def test_trials_begin_in_the_order_of_their_numbers_and_each_method_waits_for_it
         kinds = [other.kind for other in ready]
         if trial.kind == "search":
             assert (kinds.count("grid"), kinds.count("search")) == (2, trial.place)
+        elif trial.kind == "final":
+            assert (kinds.count("search"), kinds.count("final")) == (2, trial.place)
         elif trial.kind == "seed":
             counts = [kinds.count(kind) for kind in ("grid", "search", "published", "final")]
             assert counts == [2, 2, 2, 2]
