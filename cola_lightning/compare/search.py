@@ -36,8 +36,8 @@ def best_rates(tried: Mapping[Rates, float]) -> Rates:
 def next_finalist(tried: Mapping[Rates, float], sweep: Mapping[Rates, float], beta2: Sequence[float] = ()) -> Rates:
     """Return the rates to try next at the largest budget.
 
-    These are, of the sweep's that differ from the best in one learning rate, those which are best in the sweep. Without
-    such, they are :func:`next_rates`.
+    These are, of the sweep's that differ from the best in one learning rate, those which are best in the sweep. What
+    lies beyond rates that were tried and are worse is left out. Without such, they are :func:`next_rates`.
 
     Args:
         tried: Perplexity at the largest budget of what was tried there.
@@ -48,9 +48,8 @@ def next_finalist(tried: Mapping[Rates, float], sweep: Mapping[Rates, float], be
     near = {
         rates: value
         for rates, value in sweep.items()
-        if rates not in tried
-        and rates.beta2 == best.beta2
-        and (rates.matrix == best.matrix) + (rates.other == best.other) == 1
+        if any(_differ_in(axis, rates, best) for axis in AXES)
+        and not any(_lies_between(each, best, rates) for each in tried)
     }
     return best_rates(near) if near else next_rates(tried, beta2)
 
@@ -63,6 +62,18 @@ def edges(tried: Mapping[Rates, float], rates: Rates) -> list[str]:
         if len(values) > 1 and getattr(rates, name) in (min(values), max(values)):
             found.append(name)
     return found
+
+
+def _differ_in(axis: str, one: Rates, other: Rates) -> bool:
+    """Say whether two settings differ in this axis and in nothing else."""
+    return one != other and one == other._replace(**{axis: getattr(one, axis)})
+
+
+def _lies_between(rates: Rates, start: Rates, end: Rates) -> bool:
+    """Say whether settings lie on the line from ``start``, exclusive, to ``end``, which differ in one rate."""
+    return rates != start and all(
+        min(a, b) <= x <= max(a, b) for x, a, b in zip(rates[:2], start[:2], end[:2], strict=True)
+    )
 
 
 def _neighbors(best: Rates, values: Mapping[str, list[float]], beta2: Sequence[float]) -> Iterator[Rates]:

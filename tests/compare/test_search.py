@@ -72,13 +72,17 @@ def test_runs_that_failed_count_as_tried_and_never_as_best():
 def test_finalists_are_neighbors_of_the_best_in_the_order_of_the_sweep():
     swept = {
         Rates(1, 3, 0.98): 5.0, Rates(1, 3, 0.9): 5.1, Rates(1, 1, 0.98): 7.0, Rates(3, 3, 0.98): 6.0,
-        Rates(3, 1, 0.98): 5.5, Rates(3, 9, 0.98): 9.0,
+        Rates(3, 1, 0.98): 5.5, Rates(3, 9, 0.98): 9.0, Rates(9, 3, 0.98): 5.2,
     }  # fmt: skip
     begun = {Rates(1, 3, 0.98): 4.0}
-    assert next_finalist(begun, swept) == Rates(3, 3, 0.98)  # (3, 1) differs in both rates
-    # From the better of the two; and where nothing of the sweep is left, as the search of a sweep.
+    assert next_finalist(begun, swept) == Rates(9, 3, 0.98)  # (3, 1) differs in both rates
+    begun |= {Rates(9, 3, 0.98): 8.0}
+    assert next_finalist(begun, swept) == Rates(3, 3, 0.98)
+    # From the best so far, with nothing beyond what is worse; and where nothing of the sweep is left, as the search of
+    # a sweep.
     assert next_finalist(begun | {Rates(3, 3, 0.98): 3.0}, swept) == Rates(3, 1, 0.98)
     assert next_finalist(begun | {Rates(3, 3, 0.98): 4.5}, swept) == Rates(1, 1, 0.98)
+    swept |= {Rates(27, 3, 0.98): 1.0, Rates(1, 0.3, 0.98): 1.0}  # beyond (3, 3) and (1, 1)
     begun |= {Rates(3, 3, 0.98): 4.5, Rates(1, 1, 0.98): 4.6}
     assert next_finalist(begun, swept, [0.98, 0.9]) == Rates(0.333, 3, 0.98) == next_rates(begun, [0.98, 0.9])
 
