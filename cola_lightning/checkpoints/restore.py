@@ -126,7 +126,8 @@ def first_step_explained(path: object) -> Iterator[None]:
             raise
         raise InputError(
             f"{path} holds a state that the optimizer cannot continue from, because it does not fit the run, or was "
-            f"altered ({type(error).__name__}: {' '.join(str(error).split())[:300]}); {AS_WRITTEN}"
+            f"altered ({type(error).__name__}: {' '.join(str(error).split())[:300]}); take another checkpoint, or "
+            f"{AS_WRITTEN}"
         ) from error
 
 

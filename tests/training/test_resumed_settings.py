@@ -144,7 +144,7 @@ def test_another_optimizer_is_warned_of(before, now, named, tmp_path):
 
 def test_a_missing_state_is_explained_by_the_settings(tmp_path):
     run(tmp_path, 8, adam, cosine)
-    with pytest.raises(InputError, match=r"'max_exp_avg_sq'.*; resume with the settings that it was written under"):
+    with pytest.raises(InputError, match=r"'max_exp_avg_sq'.*, or resume with the settings that it was written under"):
         run(tmp_path / "new", 8, partial(adam, amsgrad=True), cosine, tmp_path / "step_00000004.ckpt")
 
 
