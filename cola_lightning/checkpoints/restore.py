@@ -22,7 +22,7 @@ from cola_lightning.stored_data import ALTERED, Count, StoredDataError, check_st
 FLAG = "--weights_only_start"
 """Flag by which a new run begins with the weights of a checkpoint."""
 AS_WRITTEN = f"resume with the settings that it was written under, or begin a new run with its weights by {FLAG} true"
-"""What to do about a checkpoint that does not fit the run's optimizer."""
+"""Remedy for a checkpoint that does not fit the settings of the run."""
 
 
 def check_complete(path: Path) -> None:

@@ -19,9 +19,9 @@ def trained_tokens(plan: Plan, method: str) -> dict[str, int]:
         for budget in plan.budgets:
             per_seed += (plan.steps(method, budget) - plan.trunk_steps(method, budget)) * per_step
         known = (plan.steps(method, smallest) - plan.trunk_steps(method, smallest)) * per_step
-    # The first seed of the best is one of the finalists, if there are several.
     tokens["final"] = round(counts["final"] * (per_seed - known))
-    tokens["seed"] = round((counts["seed"] - 1) * per_seed) + (0 if counts["final"] else round(per_seed - known))
+    # The first seed of the best is one of the finalists, if there are several.
+    tokens["seed"] = round(counts["seed"] * per_seed - (per_seed if counts["final"] else known))
     return tokens
 
 

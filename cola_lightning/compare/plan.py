@@ -11,7 +11,6 @@ from typing import Any, Literal
 from cola_lightning.compare.plan_checks import (
     check_budgets,
     check_files,
-    check_finalists,
     check_lists,
     check_names,
     check_rates,
@@ -159,8 +158,7 @@ class Plan:
         check_lists(budgets=budgets, beta2=beta2)
         check_rates(methods, matrix_rates=matrix_rates, other_rates=other_rates)
         check_budgets(budgets)
-        check_search(search_trials, beta2 or [])
-        check_finalists(finalists)
+        check_search(search_trials, beta2 or [], finalists)
         check_names({method: folder_name(method) for method in methods}, baseline)
         check_files([*configs, *(file for method in methods.values() for file in method.configs)])
         self.configs, self.common, self.methods = configs, flags, methods

@@ -45,22 +45,19 @@ def check_budgets(budgets: list[int] | None) -> None:
         raise InputError(f"budgets is {budgets}; each is a number of tokens above 0")
 
 
-def check_search(search_trials: int, beta2: list[float]) -> None:
-    """Refuse values of β2 out of range, and more of them than the grid and the search can try."""
+def check_search(search_trials: int, beta2: list[float], finalists: int) -> None:
+    """Refuse numbers of trials and values of β2 out of range, and more values than the grid and the search can try."""
     if not all(0 < value < 1 for value in beta2):
         raise InputError(f"beta2 is {beta2}; each value must be between 0 and 1")
     if not 0 <= search_trials <= MOST_SEARCH_TRIALS:
         raise InputError(f"search_trials is {search_trials}; it must be from 0 to {MOST_SEARCH_TRIALS}")
+    if not 1 <= finalists <= MOST_SEARCH_TRIALS:
+        raise InputError(f"finalists is {finalists}; it must be from 1 to {MOST_SEARCH_TRIALS}")
     if len(beta2) > 1 + search_trials:
         raise InputError(
             f"beta2 has {len(beta2)} values, but only search_trials reach those after the first, "
             f"and these are {search_trials}; raise search_trials"
         )
-
-
-def check_finalists(finalists: int) -> None:
-    if not 1 <= finalists <= MOST_SEARCH_TRIALS:
-        raise InputError(f"finalists is {finalists}; it must be from 1 to {MOST_SEARCH_TRIALS}")
 
 
 def check_names(folders: Mapping[str, str], baseline: str | None) -> None:

@@ -87,13 +87,13 @@ def write_plots(rows: list[dict[str, Any]], terms: dict[str, Any], baseline: str
 def _draw_sweep(rows: list[dict[str, Any]], colors: dict[str, Any], baseline: str) -> Any:
     """Draw the lowest perplexity at each value of one rate, up to 1.4 times that of the worst method's best."""
     figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained", sharey=True)
-    best = [row["best_of_sweep"] for row in rows]
+    best = [row["at_smallest_budget"] for row in rows]
     panels[0].set_ylim(min(best) * 0.97, max(best) * 1.4)
     for axis, name in zip(panels, ("matrix", "other"), strict=True):
         _draw(axis, [(row["method"], _sweep(row, name)) for row in rows], colors, baseline, "o", axis is panels[1])
         for row in rows:
             color = colors.get(row["method"], GREY)
-            axis.plot(getattr(row["rates"], name), row["best_of_sweep"], "*", ms=11, color=color)
+            axis.plot(getattr(row["rates"], name), row["at_smallest_budget"], "*", ms=11, color=color)
     panels[0].set(xlabel="learning rate of the matrices (star: the best)", ylabel="perplexity, the best of all with it")
     panels[1].set(xlabel="learning rate of the other parameters")
     return figure

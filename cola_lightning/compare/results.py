@@ -1,6 +1,8 @@
 """Read the results of a comparison's trials: where each is, which have ended, and which rates are best so far."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,56 +48,55 @@ class TrialResults:
         measured = read(self.root / folder_name(method) / COSTS, StoredCosts)
         return measured and measured["subjects"][0]
 
-    def outcome(self, method: str, rates: Rates) -> float | None:
-        """Return the perplexity of a trial of the sweep: infinity if it failed, None if it has not ended."""
-        return self._outcome(method, rates, self.plan.budgets[0])
-
-    def _outcome(self, method: str, rates: Rates, budget: int) -> float | None:
+    def outcome(self, method: str, rates: Rates, budget: int) -> float | None:
+        """Return the perplexity of rates with the first seed: infinity if it failed, None if it has not ended."""
         seed = self.plan.seeds[0]
         if result := self.result(method, rates, seed, budget):
             return result["perplexity"]
         return None if self.failure(method, rates, seed) is None else math.inf
 
     def sweep(self, method: str) -> dict[Rates, float | None]:
-        """Return the outcome of each trial of the sweep whose rates are known: the grid's, and the search's so far.
-
-        Rates of the search follow from the plan and the outcomes before, so that an interruption changes none of them.
-        """
-        found = {rates: self.outcome(method, rates) for rates in self.plan.grid(method)}
-        while len(found) < self.plan.sweep_trials:
-            ended = {rates: value for rates, value in found.items() if value is not None}
-            if len(ended) < len(found):
-                break
-            rates = next_rates(ended, self.plan.beta2)
-            found[rates] = self.outcome(method, rates)
-        return found
-
-    def finite(self, method: str, pairs: list[Rates] | None = None) -> dict[Rates, float]:
-        """Return the perplexities of the sweep, or of ``pairs``, that are numbers."""
-        found = self.sweep(method) if pairs is None else {rates: self.outcome(method, rates) for rates in pairs}
-        return {rates: value for rates, value in found.items() if value is not None and math.isfinite(value)}
+        """Return the outcome of each trial of the sweep whose rates are known: the grid's, and the search's so far."""
+        plan = self.plan
+        choose = partial(next_rates, beta2=plan.beta2)
+        return self._extend(method, plan.grid(method), plan.sweep_trials, plan.budgets[0], choose)
 
     def finals(self, method: str) -> dict[Rates, float | None]:
         """Return the outcome at the largest budget of each finalist whose rates are known: the best of the sweep, then
-        neighbors of the best finalist so far, see ``next_finalist``. They follow from the plan and the outcomes."""
-        swept, largest = self.finite(method), self.plan.budgets[-1]
+        neighbors of the best finalist so far, see ``next_finalist``."""
+        plan, swept = self.plan, self.finite(method)
         if not swept:
             return {}
-        first = best_rates(swept)
-        found = {first: self._outcome(method, first, largest)}
-        while len(found) < self.plan.finalists:
+        choose = partial(next_finalist, sweep=swept, beta2=plan.beta2)
+        return self._extend(method, [best_rates(swept)], plan.finalists, plan.budgets[-1], choose)
+
+    def _extend(
+        self, method: str, begun: list[Rates], number: int, budget: int, choose: Callable[[dict[Rates, float]], Rates]
+    ) -> dict[Rates, float | None]:
+        """Return the outcomes of ``begun``, and of what ``choose`` adds to them one by one, up to ``number`` in all.
+
+        What is added follows from the plan and the outcomes before, so that an interruption changes none of it.
+        """
+        found = {rates: self.outcome(method, rates, budget) for rates in begun}
+        while len(found) < number:
             ended = {rates: value for rates, value in found.items() if value is not None}
             if len(ended) < len(found):
                 break
-            rates = next_finalist(ended, swept, self.plan.beta2)
-            found[rates] = self._outcome(method, rates, largest)
+            rates = choose(ended)
+            found[rates] = self.outcome(method, rates, budget)
         return found
+
+    def finite(self, method: str, pairs: list[Rates] | None = None) -> dict[Rates, float]:
+        """Return the perplexities of the sweep, or of ``pairs`` at the smallest budget, that are numbers."""
+        if pairs is None:
+            return _numbers(self.sweep(method))
+        return _numbers({rates: self.outcome(method, rates, self.plan.budgets[0]) for rates in pairs})
 
     def best(self, method: str) -> Rates | None:
         """Return the finalist with the lowest perplexity at the largest budget so far. Before one has ended, that is
         the best of the sweep; None if the sweep has no run with a number."""
         finals = self.finals(method)
-        ended = {rates: value for rates, value in finals.items() if value is not None and math.isfinite(value)}
+        ended = _numbers(finals)
         return best_rates(ended) if ended else next(iter(finals), None)
 
     def has_ended(self, trial: Trial) -> bool:
@@ -119,3 +120,8 @@ class TrialResults:
         if trial.other is None:
             return next(rates for rates in self.plan.published_rates(trial.method) if rates.matrix == trial.matrix)
         return Rates(trial.matrix, trial.other, self.plan.first_beta2)
+
+
+def _numbers(outcomes: dict[Rates, float | None]) -> dict[Rates, float]:
+    """Return the outcomes of runs that ended with a finite perplexity."""
+    return {rates: value for rates, value in outcomes.items() if value is not None and math.isfinite(value)}

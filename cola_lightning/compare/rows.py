@@ -56,25 +56,20 @@ def make_row(trials: TrialResults, method: str) -> dict[str, Any]:
     """Make the row of one method. What is not known is None or an empty list."""
     plan, best = trials.plan, trials.best(method)
     sweep, seed = trials.sweep(method), plan.seeds[0]
-    ended = {rates: value for rates, value in sweep.items() if value is not None}
+    finalists = trials.finals(method)
+    ended = [rates for rates, value in sweep.items() if value is not None]
+    ended_finals = [rates for rates, value in finalists.items() if value is not None]
     published = plan.published_rates(method) if plan.published else []
     at_published = trials.finite(method, published)
     row: dict[str, Any] = {
         "method": method,
         "rank": None,
         "rates": best,
-        "edges": edges(ended, best) if best else [],
-        "sweep": [
-            rates._asdict()
-            | {
-                "perplexity": value,
-                "failed": value is not None and trials.result(method, rates, seed, plan.budgets[0]) is None,
-            }
-            for rates, value in sweep.items()
-        ],
+        "edges": edges([*ended, *ended_finals], best) if best else [],
+        "sweep": _entries(trials, method, sweep, plan.budgets[0]),
         "trials": f"{len(ended)} of {plan.sweep_trials}",
-        "best_of_sweep": sweep[best] if best else None,
-        "finals": [rates._asdict() | {"perplexity": value} for rates, value in trials.finals(method).items()],
+        "at_smallest_budget": trials.outcome(method, best, plan.budgets[0]) if best else None,
+        "finals": _entries(trials, method, finalists, plan.budgets[-1]),
         "published_ratio": published[0].other / published[0].matrix if published else None,
         "perplexity_at_published_ratio": min(at_published.values()) if at_published else None,
         "differences": plan.differences(method),
@@ -85,7 +80,7 @@ def make_row(trials: TrialResults, method: str) -> dict[str, Any]:
     step = tokens_per_step(plan.configuration(method, best or Rates(1, 1), seed))
     row["seeds"] = list(runs)
     failed_seed = best and any(trials.failure(method, best, seed) for seed in plan.seeds)
-    row["failed"] = bool(failed_seed or any(entry["failed"] for entry in row["sweep"]))
+    row["failed"] = bool(failed_seed or any(entry["failed"] for entry in row["sweep"] + row["finals"]))
     row["curves"] = [
         {
             "tokens": [result["tokens"] for result in results],
@@ -110,6 +105,18 @@ def make_row(trials: TrialResults, method: str) -> dict[str, Any]:
     row["training_curves"] = [result["curve"] for result in finals]
     row["commits"] = sorted({result["commit"] for results in runs.values() for result in results if result["commit"]})
     return row
+
+
+def _entries(
+    trials: TrialResults, method: str, outcomes: dict[Rates, float | None], budget: int
+) -> list[dict[str, Any]]:
+    """Return the outcomes at a budget as plain data."""
+    seed = trials.plan.seeds[0]
+    return [
+        rates._asdict()
+        | {"perplexity": value, "failed": value is not None and trials.result(method, rates, seed, budget) is None}
+        for rates, value in outcomes.items()
+    ]
 
 
 def trained_seeds(trials: TrialResults, method: str, best: Rates | None) -> dict[int, list[dict[str, Any]]]:

@@ -1,8 +1,7 @@
-"""Choose further trials near the best: of a sweep, also beyond the edge of its grid, and of what follows at the largest
-budget."""
+"""Choose further trials near the best, in a sweep and at the largest budget."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from cola_lightning.compare.rates import Rates
 
@@ -54,7 +53,7 @@ def next_finalist(tried: Mapping[Rates, float], sweep: Mapping[Rates, float], be
     return best_rates(near) if near else next_rates(tried, beta2)
 
 
-def edges(tried: Mapping[Rates, float], rates: Rates) -> list[str]:
+def edges(tried: Collection[Rates], rates: Rates) -> list[str]:
     """Name those of the settings that are the lowest or the highest of several that were tried."""
     found = []
     for name in rates._fields:
@@ -70,8 +69,8 @@ def _differ_in(axis: str, one: Rates, other: Rates) -> bool:
 
 
 def _lies_between(rates: Rates, start: Rates, end: Rates) -> bool:
-    """Say whether settings lie on the line from ``start``, exclusive, to ``end``, which differ in one rate."""
-    return rates != start and all(
+    """Say whether rates lie on the line from ``start``, exclusive, to ``end``, which differ in one rate."""
+    return rates[:2] != start[:2] and all(
         min(a, b) <= x <= max(a, b) for x, a, b in zip(rates[:2], start[:2], end[:2], strict=True)
     )
 

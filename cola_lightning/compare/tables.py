@@ -105,7 +105,7 @@ def rates(plan: Plan, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list
     for row in rows:
         best = row["rates"]
         cells = [f"{getattr(best, name):g}{' *' if name in row['edges'] else ''}" if best else "–" for name in names]
-        cells += [number(row["best_of_sweep"]), row["trials"]]
+        cells += [number(row["at_smallest_budget"]), row["trials"]]
         if plan.published:
             cells += [number(row["published_ratio"]), number(row["perplexity_at_published_ratio"])]
         lines.append([row["method"], *cells])
@@ -134,28 +134,26 @@ def rates(plan: Plan, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list
 def finals(plan: Plan, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list[str]:
     if plan.finalists == 1:
         return []
-    names = swept(plan)
-    lines = [
-        [row["method"], *(f"{entry[name]:g}" for name in names), number(entry["perplexity"])]
-        for row in rows
-        for entry in row["finals"]
-    ]
     note = (
         f"Perplexity at {plan.budgets[-1] / 1e6:.4g}M tokens with seed {plan.seeds[0]}, in the order of the trials: "
         f"the best rates at {plan.budgets[0] / 1e6:.4g}M tokens first, then neighbors of the best so far."
     )
-    return ["## Finalists", "", *markdown(["method", *names.values(), "perplexity"], lines), "", note, ""]
+    return ["## Finalists", "", *outcomes(plan, rows, "finals"), "", note, ""]
 
 
 def sweep(plan: Plan, rows: list[dict[str, Any]], terms: dict[str, Any]) -> list[str]:
+    head = ["<details><summary>Every trial of the sweep</summary>", ""]
+    return [*head, *outcomes(plan, rows, "sweep"), "", "</details>", ""]
+
+
+def outcomes(plan: Plan, rows: list[dict[str, Any]], key: str) -> list[str]:
+    """Return the table of all methods' trials under a key of their rows."""
     lines, names = [], swept(plan)
     for row in rows:
-        for entry in row["sweep"]:
+        for entry in row[key]:
             value = "failed" if entry["failed"] else number(entry["perplexity"])
             lines.append([row["method"], *(f"{entry[name]:g}" for name in names), value])
-    head = ["<details><summary>Every trial of the sweep</summary>", ""]
-    table = markdown(["method", *names.values(), "perplexity"], lines)
-    return [*head, *table, "", "</details>", ""]
+    return markdown(["method", *names.values(), "perplexity"], lines)
 
 
 def swept(plan: Plan) -> dict[str, str]:

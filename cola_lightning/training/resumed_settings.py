@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import TypedDict
 
+from cola_lightning.optim import HybridOptimizer
 from cola_lightning.stored_data import ALTERED, check_stored
 from cola_lightning.training.trainer_attributes import callbacks_of
 
@@ -42,7 +43,8 @@ class OptimizerSettings:
 
     def __init__(self, optimizer: Optimizer, schedule: LRScheduler) -> None:
         self.optimizer, self.schedule = optimizer, schedule
-        self.classes = [type(part).__name__ for part in getattr(optimizer, "parts", [optimizer])]
+        parts = optimizer.parts if isinstance(optimizer, HybridOptimizer) else (optimizer,)
+        self.classes = [type(part).__name__ for part in parts]
         self.groups: list[Group] = [
             {key: value for key, value in group.items() if key != "params" and _is_plain(value)}
             for group in optimizer.param_groups

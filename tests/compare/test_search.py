@@ -87,6 +87,11 @@ def test_finalists_are_neighbors_of_the_best_in_the_order_of_the_sweep():
     assert next_finalist(begun, swept, [0.98, 0.9]) == Rates(0.333, 3, 0.98) == next_rates(begun, [0.98, 0.9])
 
 
+def test_another_beta2_of_the_best_hides_no_neighbor():
+    swept = {Rates(1, 1, 0.98): 5.0, Rates(3, 1, 0.98): 6.0}
+    assert next_finalist({Rates(1, 1, 0.98): 4.0, Rates(1, 1, 0.9): 4.5}, swept) == Rates(3, 1, 0.98)
+
+
 LOW, HIGH, FAR = Rates(1, 1), Rates(1, 3), Rates(3, 3)
 
 

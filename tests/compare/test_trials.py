@@ -98,7 +98,7 @@ def test_a_search_and_budgets_above_the_first_are_added_without_another_grid(con
     assert added.endswith("tokens-1280")
     assert {key: found[key] for key in swept} == swept
     assert [point[0] for point in found[added]["curve"]] == list(range(1, 11))
-    # The second best pair of rates follows to the larger budget, where the better of both is the method's.
+    # A neighbor of the best follows to the larger budget, where the better of both is the method's.
     plan += [f"--budgets=[{5 * STEP}, {10 * STEP}]", "--finalists=2"]
     main(plan)
     finals = {key: result for key, result in results(tmp_path / "out").items() if key.endswith("tokens-1280")}
@@ -114,6 +114,21 @@ def test_a_search_and_budgets_above_the_first_are_added_without_another_grid(con
     shutil.rmtree(tmp_path / "out" / other)
     with pytest.raises(SystemExit, match="2"):
         main([*plan, "--trial=6"])
+    # The finalists go on beyond the four pairs of the sweep. Suppose that the last one is the best.
+    plan[-1] = "--finalists=5"
+    main(plan)
+    [row] = json.loads((tmp_path / "out" / "report" / "results.json").read_text())["methods"]
+    last = row["finals"][-1]
+    assert all(last["matrix"] != entry["matrix"] or last["other"] != entry["other"] for entry in row["sweep"])
+    folder = tmp_path / "out" / "cola" / f"m{last['matrix']:g}-o{last['other']:g}-b{last['beta2']:g}-seed-1"
+    file = folder / "tokens-1280" / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"perplexity": 1.5}))
+    main([*plan, "--jobs=0"])
+    [row] = json.loads((tmp_path / "out" / "report" / "results.json").read_text())["methods"]
+    assert row["rates"] == [last["matrix"], last["other"], last["beta2"]]
+    assert row["perplexity"][-1][0] == 1.5
+    smallest = json.loads((folder / "tokens-640" / "result.json").read_text())
+    assert row["at_smallest_budget"] == smallest["perplexity"]
 
 
 def test_a_process_that_was_killed_is_said_to_have_been(tmp_path):
