@@ -166,8 +166,12 @@ def test_schedules_that_restart_keep_the_config_files_warmup(overlay, restart, s
     assert schedule["init_args"]["restart_warmup_steps"] == restart
 
 
-@pytest.mark.parametrize(("files", "scale"), [(["plan.yaml"], 1), (["plan.yaml", "plan_gpu.yaml"], 8)])
-def test_the_methods_of_the_comparison_differ_in_what_they_are_about_alone(files, scale):
+@pytest.mark.parametrize(
+    ("files", "scale", "trials"),
+    [(["plan.yaml"], 1, 4 + 6 + 2 + 4 + 3), (["plan.yaml", "plan_gpu.yaml"], 16, 4 + 4 + 3 + 3)],
+    ids=["processor", "GPU"],
+)
+def test_the_methods_of_the_comparison_differ_in_what_they_are_about_alone(files, scale, trials):
     """Methods may differ in projection and optimizer only, not in clipping, decay, warmup, precision or batch.
 
     Full rank and Muon are there a second time with a narrower network.
@@ -181,7 +185,7 @@ def test_the_methods_of_the_comparison_differ_in_what_they_are_about_alone(files
         "published", "finalists",
     )  # fmt: skip
     made = Plan(**{name: plan[name] for name in names}, methods=methods, resolve=resolve)
-    assert len(made.trials) == 13 * (4 + 6 + 2 * plan["published"] + 4 + 3)
+    assert len(made.trials) == 13 * trials
     own = ("model.projection.", "model.optimizer.init_args.matrix.")
     for name in methods:
         narrow = ["model.hidden_size", "model.intermediate_size"] if name.startswith("narrow ") else []

@@ -155,24 +155,24 @@ def _draw(
 
 
 def _label(axis: Any, ends: list[tuple[str, float, float, Any]]) -> None:
-    """Write names right of the lines' ends, far enough apart to be read."""
+    """Write names right of the axes, at the heights of the lines' ends, but far enough apart to be read."""
     if not ends:
         return
-    right = max(x for _, x, *_ in ends)
     heights = [math.log(y) for *_, y, _ in ends]
-    bottom, top = math.log(axis.get_ylim()[0]), math.log(axis.get_ylim()[1])
+    bottom, top = (math.log(limit) for limit in axis.get_ylim())
     gap = (top - bottom) / 24
     order = sorted(range(len(ends)), key=lambda n: heights[n])
     placed = [heights[n] for n in order]
     for n in range(1, len(placed)):
         placed[n] = max(placed[n], placed[n - 1] + gap)
     excess = (sum(placed) - sum(heights)) / len(placed)  # upwards; shared between both sides, within the axes
-    excess = min(excess, placed[0] - bottom)
+    excess = min(excess, placed[0] - bottom - gap / 2)
     for n, height in zip(order, placed, strict=True):
         method, x, y, color = ends[n]
         axis.annotate(
-            method, (x, y), (right * 1.03, math.exp(height - excess)), fontsize=8, color=color, va="center",
-            annotation_clip=False, arrowprops={"arrowstyle": "-", "color": color, "lw": 0.4, "alpha": 0.6},
+            method, (x, y), (1.02, math.exp(height - excess)), textcoords=("axes fraction", "data"), fontsize=8,
+            color=color, va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.4, "alpha": 0.6},
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ its parent has initialized.
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver, get_context
@@ -70,4 +71,7 @@ def _child(function: Callable[..., Any], arguments: tuple[Any, ...], log: str, t
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
     torch.set_num_threads(threads)
-    function(*arguments)
+    try:
+        function(*arguments)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # as a shell reports it; multiprocessing would report 1, like any other exception

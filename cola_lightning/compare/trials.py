@@ -191,7 +191,13 @@ class SweepRunner:
 
     @staticmethod
     def _fail(folder: Path, run_dir: Path, status: int) -> None:
-        """Write why a run ended: its exit status or signal, and the line of its output that names the error."""
+        """Write why a run ended: its exit status or signal, and the line of its output that names the error.
+
+        Raises:
+            InputError: If Ctrl-C ended it, because then it has not failed, and no other run should begin.
+        """
+        if status in (-signal.SIGINT, 128 + signal.SIGINT):
+            raise InputError(f"{run_dir} was ended by Ctrl-C; run the command again to go on")
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"did not finish (exit status {status})"
         reason = reason_in((run_dir / LOG).read_text(encoding="utf-8", errors="replace"))
         SweepRunner._note_failure(folder, run_dir, f"{how}: {reason}")

@@ -1,5 +1,6 @@
 """Processes that are forked from a server."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -46,6 +47,11 @@ def test_processes_that_end_while_others_start_have_not_failed(tmp_path, monkeyp
         statuses = list(pool.map(lambda n: processes.run(print, ("done",), tmp_path / f"{n}.log", 1), range(24)))
     assert statuses == [0] * 24
     assert {file.read_text() for file in tmp_path.iterdir()} == {"done\n"}
+
+
+@pytest.mark.slow
+def test_a_process_that_ctrl_c_ended_says_so(tmp_path):
+    assert processes.run(signal.raise_signal, (signal.SIGINT,), tmp_path / "log", 1) == 130
 
 
 def test_two_threads_that_write_one_file_at_a_time_do_not_disturb_each_other(tmp_path):

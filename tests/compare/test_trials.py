@@ -14,6 +14,7 @@ from cola_lightning.cli.app import main
 from cola_lightning.compare.rates import Rates
 from cola_lightning.compare.results import TrialResults
 from cola_lightning.compare.trials import SweepRunner
+from cola_lightning.errors import InputError
 from tests.compare.small_plans import STEP, results, write_plan
 
 pytestmark = pytest.mark.slow
@@ -136,6 +137,15 @@ def test_a_process_that_was_killed_is_said_to_have_been(tmp_path):
     SweepRunner._fail(tmp_path, tmp_path, -9)
     text = (tmp_path / "failed.txt").read_text()
     assert f"{tmp_path.name} was ended by SIGKILL: RuntimeError: no room; see" in text
+
+
+@pytest.mark.parametrize("status", [-2, 130], ids=["by the signal itself", "after its step"])
+def test_a_process_that_was_interrupted_has_not_failed(tmp_path, status):
+    """Ctrl-C reaches the runs, too. Their methods were said to have failed until the command was run again."""
+    (tmp_path / "output.log").write_text("step 3\n")
+    with pytest.raises(InputError, match=f"{tmp_path} was ended by Ctrl-C; run the command again to go on"):
+        SweepRunner._fail(tmp_path, tmp_path, status)
+    assert not (tmp_path / "failed.txt").exists()
 
 
 def test_a_trunk_that_ended_early_is_said_to_have_no_checkpoint(tmp_path, monkeypatch):
