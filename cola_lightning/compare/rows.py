@@ -46,7 +46,7 @@ def make_rows(trials: TrialResults) -> tuple[list[dict[str, Any]], dict[str, Any
         row["tokens_to_loss"] = tokens_to_loss(row, terms["loss"])
         row["headline"] = row["loss_at_flops"] or (row["loss"][-1] if row["loss"] else None)
     rows.sort(key=lambda row: row["headline"].mean if row["headline"] else math.inf)
-    ranked = [row for row in rows if row["headline"]]
+    ranked = [row for row in rows if row["headline"] and len(row["seeds"]) > 1]  # one seed has no spread
     for row, rank in zip(ranked, rank_ranges([row["headline"] for row in ranked]), strict=True):
         row["rank"] = rank
     return rows, terms

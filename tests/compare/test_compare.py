@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -149,7 +150,9 @@ def test_a_report_of_a_part_says_what_is_missing(compared, tmp_path):
     main(["compare", f"--config={compared / 'plan.yaml'}", f"--folder={copy}", "--jobs=0"])
     text = (copy / "report" / "table.md").read_text()
     assert "| CoLA | 2 of 2 |" in text
-    assert "| GaLore, full rank | 1 of 2 |" in text
+    # One seed has no interval, so that nothing is known of its rank.
+    [line] = re.findall(r"^\| – \| GaLore, full rank \| 1 of 2 \|.*", text, re.M)
+    assert "(" not in line
     shutil.rmtree(copy / "cola")
     for budget in (640, 1280):
         shutil.rmtree(copy / "galore-full-rank" / f"m{best['GaLore, full rank']:g}-o0.02-seed-1" / f"tokens-{budget}")
