@@ -17,7 +17,7 @@ from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.slow
 
-OVER_ALL = [REPOSITORY / "configs" / name for name in ("fast.yaml", "monitor.yaml")]
+OVER_ALL = [REPOSITORY / "configs" / name for name in ("embedding_lr.yaml", "fast.yaml", "monitor.yaml")]
 RUN_FILES = sorted({*(REPOSITORY / "configs").glob("*.yaml")} - {*OVER_ALL})
 OVERLAYS = [
     *OVER_ALL,
