@@ -12,8 +12,8 @@ from cola_lightning.compare.tasks import Score
 INTERVALS = (
     "Each value is the mean over the seeds, in brackets its 95 % percentile bootstrap interval over seeds. Of three "
     "seeds that interval is from the least to the greatest, and covers the true mean in about 75 % of cases. A rank is "
-    "the range that the intervals allow: two methods whose intervals overlap share at least one rank. A method with one "
-    "seed has no interval, and no rank."
+    "the range that the intervals allow: two methods whose intervals overlap share at least one rank. A method with "
+    "one seed has no interval, and no rank."
 )
 
 
