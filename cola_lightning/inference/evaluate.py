@@ -24,6 +24,7 @@ from cola_lightning.hub import write_folder
 from cola_lightning.inference.load import LoadedModel, load_model_for_inference, pick_device
 from cola_lightning.inference.prepare import prepare_for_generation
 from cola_lightning.models import Llama
+from cola_lightning.models.loss import at_least_float32
 from cola_lightning.output_files import check_output_file, to_json, write_json
 
 
@@ -220,7 +221,7 @@ def _loss(network: Llama, windows: list[Window]) -> tuple[float, int]:
     ids = torch.tensor([shown + [0] * (longest - len(shown)) for shown, _ in windows], device=device)
     labels = torch.tensor([row + [IGNORE] * (longest - len(row)) for _, row in windows], device=device)
     logits: Tensor = network(ids)
-    loss = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    loss = cross_entropy(at_least_float32(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
     return loss.item(), int((labels != IGNORE).sum())
 
 

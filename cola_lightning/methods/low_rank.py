@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from cola_lightning.methods.arguments import check_rank
 from cola_lightning.models.initialization import low_rank_std
 from cola_lightning.models.layers import NormalLinear
+from cola_lightning.models.loss import at_least_float32
 from cola_lightning.models.projection import Projection
 from cola_lightning.private_apis.torch import mark_operations
 
@@ -80,13 +81,12 @@ class LowRank(Projection):
         That is its truncated singular value decomposition (Eckart and Young, 1936). Each factor gets the roots of the
         singular values.
         """
-        exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        u, s, v = torch.linalg.svd(exact, full_matrices=False)
+        u, s, v = torch.linalg.svd(at_least_float32(weight), full_matrices=False)
         root = s[: self.A.out_features].sqrt()
         self.A.weight.copy_(root[:, None] * v[: len(root)])
         self.B.weight.copy_(u[:, : len(root)] * root)
 
     def dense(self) -> Tensor | None:
-        """Return ``B A`` (out, in), multiplied in float32."""
-        product = self.B.weight.detach().float() @ self.A.weight.detach().float()
+        """Return ``B A`` (out, in), multiplied in at least float32."""
+        product = at_least_float32(self.B.weight.detach()) @ at_least_float32(self.A.weight.detach())
         return product.to(self.B.weight.dtype)

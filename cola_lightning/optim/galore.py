@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cola_lightning.models.loss import at_least_float32
 from cola_lightning.optim.gradients import gradient_of
 from cola_lightning.optim.projected import ProjectedAdam, columns_of, is_tall
 from cola_lightning.optim.rows import is_dtensor
@@ -45,7 +46,7 @@ class LeadingDirections(ProjectedAdam):
 
 def leading_directions(grad: Tensor, rank: int) -> Tensor:
     """Return the leading left singular vectors (m x rank) of a whole gradient (m x n)."""
-    u = torch.linalg.svd(grad.float(), full_matrices=False).U[:, :rank]
+    u = torch.linalg.svd(at_least_float32(grad), full_matrices=False).U[:, :rank]
     return u.to(grad.dtype).contiguous()
 
 

@@ -23,10 +23,10 @@ Fira and APOLLO also sum one number for each norm over the ranks. To renew P, a 
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cola_lightning.errors import InputError, check_at_least
+from cola_lightning.models.loss import at_least_float32
 from cola_lightning.optim.gradients import gradient_of
 from cola_lightning.optim.sharded import is_sharded_by_rows, replicate, shard_columns, shard_like, to_scalar
 from cola_lightning.optim.transformers_adamw import StepEachParameter, advance_moments, decay_weights
@@ -113,7 +113,7 @@ def columns_of(x: Tensor, grad: Tensor) -> Tensor:
 
 def limit_growth(x: Tensor, growth: float, state: dict) -> Tensor:
     """Scale ``x`` in place to a norm of at most ``growth`` times that of the last result: Fira's limiter."""
-    norm = to_scalar(x.to(torch.promote_types(x.dtype, torch.float32)).norm())
+    norm = to_scalar(at_least_float32(x).norm())
     if "norm" in state:
         excess = (norm / (state["norm"] + TINY)).clamp(min=growth) / growth
         x.div_(excess.to(x.dtype))

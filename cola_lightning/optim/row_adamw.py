@@ -111,5 +111,6 @@ class RowAdamW(Optimizer):
         roots = foreach.sqrt(second)
         for parameter, step, m, root in zip(parameters, steps, first, roots, strict=True):
             # A held row has moments of 0, so that its update is 0.
+            step = step.to(torch.promote_types(parameter.dtype, torch.float32))  # the counters are float32
             root = root.div((1 - beta2**step).sqrt()).add_(group["eps"])
             parameter.addcdiv_(m / (1 - beta1**step), root, value=-group["lr"])

@@ -24,11 +24,11 @@ def matrices_of(net: Net) -> list:
     return [getattr(net, matrix) for matrix in MATRICES]
 
 
-def check_weights(net: Net, data: dict, number: int, names: Iterable[str]) -> None:
+def check_weights(net: Net, data: dict, number: int, names: Iterable[str], bound: float = 1e-6) -> None:
     for matrix in MATRICES:
         for name in names:
             found = whole(getattr(getattr(net, matrix), name).detach())
-            assert distance(found, data[f"weights.{matrix}.{name}"][number]) <= 1e-6, (number, matrix, name)
+            assert distance(found, data[f"weights.{matrix}.{name}"][number]) <= bound, (number, matrix, name)
 
 
 class OfficialDraws(ReLoRA):
@@ -121,9 +121,10 @@ def replay_switch_lora(shard: Shard | None = None) -> None:
     for number in steps(net, data):
         optimizer.param_groups[0]["lr"] = 0.02 * min(1, (number + 1) / 4)
         optimizer.step()
-        check_weights(net, data, number, ["weight", "A", "B"])
-        # Theirs corrects the bias of what has no rows in float64, ours as for rows in float32: 1.1e-6 after 40 steps.
-        assert distance(net.gain.detach(), data["weights.gain"][number]) <= 1e-5
+        # Theirs corrects the bias of moments of rows in float32, where 1 - 0.999 is off by 1.3e-5, and that of what has
+        # no rows in float64. In float32 ours does as theirs; here in float64 it is 2.4e-6 away after 39 steps.
+        check_weights(net, data, number, ["weight", "A", "B"], bound=5e-6)
+        assert distance(net.gain.detach(), data["weights.gain"][number]) <= 1e-6
         if number + 1 < 40:
             with torch.no_grad():
                 switch.after_step(trainer, number + 1)
