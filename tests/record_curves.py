@@ -25,7 +25,7 @@ import torch
 from jsonargparse import Namespace
 
 from cola_lightning.cli.lightning_cli import CLI
-from tests.distributed.parity_run import STEPS, Data, train_each
+from tests.distributed.parity_run import KEEPS, OTHERS, STEPS, Data, train_each
 from tests.processes import Run
 from tests.recorder import Curve
 
@@ -56,8 +56,6 @@ COLA_M = {
     "block_input": ["--trainer.callbacks.keep=block_input"],
 }
 STRATEGIES = ("auto", "ddp", "fsdp2", "deepspeed_1", "deepspeed_2", "deepspeed_3")
-OF_A_STRATEGY = ["none", "residual_and_latents", "latents", "lora", "sltrain", "lax", "fast"]
-"""Cases that ``parity_run`` trains under each strategy: settings of CoLA-M, methods, and the fast paths."""
 INEXACT = ("method/muon", "strategy/deepspeed")
 """Curves that are not comparable between machines in any precision."""
 COMPARABLE = {"method/sst@64-true": 16}
@@ -129,9 +127,9 @@ def record_strategies(strategies: Iterable[str]) -> Iterator[tuple[str, dict[str
     for strategy in strategies:
         with tempfile.TemporaryDirectory() as folder:
             ranks, micro_batch = (1, 8) if strategy == "auto" else (2, 2)
-            arguments = strategy, ranks, folder, OF_A_STRATEGY, micro_batch
+            arguments = strategy, ranks, folder, [*KEEPS, *OTHERS], micro_batch
             Run(train_each, *arguments, ranks=ranks, folder=Path(folder)).done()
-            for each in OF_A_STRATEGY:
+            for each in (*KEEPS, *OTHERS):
                 losses, norms = json.loads((Path(folder) / each / "curve.json").read_text())
                 yield f"strategy/{strategy}/{each}", in_hex(losses, norms)
 

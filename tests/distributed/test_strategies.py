@@ -26,8 +26,9 @@ from tests.conftest import loader, tiny_trainer
 from tests.distributed.parity_run import (
     CLIP,
     GLOBAL_BATCH,
-    METHODS,
+    KEEPS,
     MICRO_BATCH,
+    OTHERS,
     STEPS,
     DeepSpeedOnCPU,
     Rows,
@@ -35,9 +36,8 @@ from tests.distributed.parity_run import (
     train_each,
 )
 from tests.processes import Run
+from tests.record_curves import ASSET, TOLERANCE, difference, in_hex
 
-KEEPS = ["none", "residual_and_latents", "latents"]
-OTHERS = [*METHODS, "fast"]  # each has a curve of its own
 EVERY = ["ddp", "fsdp2", "deepspeed_1", "deepspeed_2", "deepspeed_3"]
 VARIANTS = ["fsdp2_sharded", "deepspeed_2_offload", "deepspeed_3_offload"]
 # Steps that are compared in float32. LaX doubles the distance that rounding makes about every step: after 20 steps one
@@ -57,10 +57,10 @@ def trained(tmp_path_factory):
     def run(strategy: str, micro_batch: int | None = None) -> Path:
         out = tmp_path_factory.mktemp(strategy)
         alone = strategy.startswith("auto")
-        if alone:
-            keeps = ["none"] if strategy == "auto" and micro_batch else [*OTHERS, "none"]
+        if strategy in VARIANTS or (strategy == "auto" and micro_batch):
+            keeps = ["none"]
         else:
-            keeps = ["none"] if strategy in VARIANTS else [*KEEPS, *OTHERS]
+            keeps = ["none", *OTHERS] if strategy == "auto_32" else [*KEEPS, *OTHERS]
         micro_batch = micro_batch or (GLOBAL_BATCH if alone else MICRO_BATCH)
         ranks = 1 if alone else 2
         Run(train_each, strategy, ranks, str(out), keeps, micro_batch, ranks=ranks, folder=out).done()
@@ -123,6 +123,15 @@ def test_the_curve_does_not_depend_on_how_the_batch_is_cut(trained, micro_batch)
     cut, whole = (curve(trained("auto", size) / "none") for size in (micro_batch, None))
     assert distance(cut[0], whole[0]) <= 1e-9
     assert distance(cut[1], whole[1]) <= 1e-9
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp2"])
+def test_losses_and_gradient_norms_are_those_recorded(trained, strategy):
+    stored = json.loads(ASSET.read_text())["curves"]
+    for keep in (*KEEPS, *OTHERS):
+        found = in_hex(*curve(trained(strategy) / keep))
+        assert difference(found, stored[f"strategy/{strategy}/{keep}@64-true"]) <= TOLERANCE, keep
 
 
 @pytest.mark.distributed
