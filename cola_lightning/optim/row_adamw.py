@@ -112,5 +112,10 @@ class RowAdamW(Optimizer):
         for parameter, step, m, root in zip(parameters, steps, first, roots, strict=True):
             # A held row has moments of 0, so that its update is 0.
             step = step.to(torch.promote_types(parameter.dtype, torch.float32))  # the counters are float32
-            root = root.div((1 - beta2**step).sqrt()).add_(group["eps"])
-            parameter.addcdiv_(m / (1 - beta1**step), root, value=-group["lr"])
+            root = root.div(bias_correction(beta2, step).sqrt()).add_(group["eps"])
+            parameter.addcdiv_(m / bias_correction(beta1, step), root, value=-group["lr"])
+
+
+def bias_correction(beta: float, step: Tensor) -> Tensor:
+    """Return ``1 - βᵗ``, by which a moment of t steps is divided, in the dtype of the counters ``step``."""
+    return 1 - beta**step

@@ -32,7 +32,7 @@ METHODS = {
 
 
 KEEPS = ["none", "residual_and_latents", "latents"]
-"""What CoLA-M keeps; the curve is that of CoLA."""
+"""Settings of CoLA-M's ``keep``. Each gives the curve of CoLA."""
 OTHERS = [*METHODS, "fast"]
 """Methods, and the fast paths. Each has a curve of its own."""
 FAST = {"fused_projections": True, "loss_chunk_size": 30}  # no divisor of the tokens of a batch

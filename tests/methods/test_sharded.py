@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
 
     run("1", 1, [(name, form, 8, None, False) for form in ("auto", "auto32") for name in METHODS])
     run("2", 2, [(name, form, 2, None, False) for form in (*FORMS, "fsdp232") for name in NAMES])
-    run("4", 4, [(name, "fsdp2", 1, None, True) for name in METHODS])
+    run("4", 4, [(name, form, 1, None, True) for form in ("fsdp2", "fsdp232") for name in METHODS])
     for ranks, micro_batch in ((1, 4), (2, 2), (4, 2)):
         run(f"from_2_on_{ranks}", ranks, begun(micro_batch))
     return out
@@ -49,6 +49,7 @@ def runs(tmp_path_factory):
 
 CASES = [("2", form, name, "auto", 1e-9) for form in FORMS for name in NAMES]
 CASES += [("2", "fsdp232", name, "auto32", 1e-5) for name in NAMES]
+CASES += [("4", "fsdp232", name, "auto32", 1e-5) for name in METHODS]
 CASES += [("4", "fsdp2", name, "auto", 1e-9) for name in METHODS]
 
 
